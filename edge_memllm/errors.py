@@ -1,0 +1,56 @@
+"""Every error a user of edge-memllm can meet, in one tree.
+
+    EdgeMemLLMError
+     +- ArtifactError             the folder cannot be used: missing, unsafe, malformed, too new
+     |   +- CorruptionError       bytes differ from what the manifest promises
+     +- StorageError              reading failed while running
+     +- ExportError               an export was refused or failed
+     +- RuntimeUnavailableError   a device or an optional package is not there
+     +- RequestError              what was asked for cannot be done (also a ValueError)
+     +- RecipeError               a training recipe or corpus is wrong (also a ValueError)
+
+A message says where, what was found, what was expected and what to do. This module imports
+nothing, so that every other module can import it.
+"""
+
+from __future__ import annotations
+
+
+class EdgeMemLLMError(Exception):
+    """Base of every error raised on purpose; its text is one message meant for a person."""
+
+
+class ArtifactError(EdgeMemLLMError):
+    """The artifact cannot be used: missing, unsafe, malformed or made for another version."""
+
+
+class CorruptionError(ArtifactError):
+    """Bytes on storage differ from what the manifest promises (size, digest or checksum)."""
+
+
+class StorageError(EdgeMemLLMError):
+    """Reading failed while running: an I/O error, or a file truncated while it was open."""
+
+
+class ExportError(EdgeMemLLMError):
+    """An export was refused or failed; nothing usable was left behind."""
+
+
+class RuntimeUnavailableError(EdgeMemLLMError):
+    """A device or an optional package that was asked for is not there."""
+
+
+class RequestError(EdgeMemLLMError, ValueError):
+    """What was asked for cannot be done with this model."""
+
+
+class RecipeError(EdgeMemLLMError, ValueError):
+    """A training recipe or a training corpus is wrong."""
+
+
+def missing_extra(package: str, extra: str) -> RuntimeUnavailableError:
+    """Return the error for an optional `package` that the extra named `extra` would install."""
+    return RuntimeUnavailableError(
+        f"This needs the package '{package}', which is not installed. "
+        f"Install it with: pip install 'edge-memllm[{extra}]'"
+    )

@@ -1,0 +1,134 @@
+"""Configuration of the MemoryLLM family (https://arxiv.org/abs/2602.00398).
+
+One number, ``beta``, spans it: 0 is MemoryLLM, 1 to 3 are Flex-MemoryLLM, 8 is the dense
+baseline. Field names are those of Hugging Face's Llama wherever the meaning is the same.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any, ClassVar
+
+from huggingface_hub.dataclasses import strict
+from transformers import PreTrainedConfig
+
+DENSE_BETA = 8
+COMPUTE_FORMS = ("swiglu", "linear")
+COMPUTE_PLACEMENTS = ("sequential", "parallel")
+
+
+def compute_width(hidden_size: int, beta: int, form: str = "swiglu") -> int:
+    """Width of FFN-C, so that it holds ``beta * hidden_size**2`` parameters.
+
+    A SwiGLU has three matrices, hence ``beta * h / 3``, rounded up. The linear form with two
+    matrices has ``beta * h / 2``; with ``beta = 1`` it is one ``h x h`` matrix.
+    """
+    if form == "linear":
+        return hidden_size if beta == 1 else math.ceil(beta * hidden_size / 2)
+    return math.ceil(beta * hidden_size / 3)
+
+
+def memory_width(hidden_size: int, beta: int) -> int:
+    """Width of FFN-M: ``(8 - beta) * h / 3``, the rest of the 8 h^2 budget, rounded down."""
+    return (DENSE_BETA - beta) * hidden_size // 3
+
+
+@strict
+class MemoryLLMConfig(PreTrainedConfig):
+    """Shape of one network of the family.
+
+    ``intermediate_size`` is the width of FFN-C (on the residual stream) and
+    ``memory_intermediate_size`` that of FFN-M (on the token embedding); both follow from
+    ``beta`` when left out. ``compute_form`` and ``compute_placement`` choose between the two
+    readings of the paper, which draws the Flex block but never prints its equation.
+    ``memory_gain`` multiplies each layer's memory (one number per layer, all ones when None):
+    the alpha of the paper's Table 1.
+    """
+
+    model_type = "edge_memllm"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+
+    vocab_size: int = 8192
+    hidden_size: int = 256
+    num_hidden_layers: int = 6
+    num_attention_heads: int = 4
+    num_key_value_heads: int | None = None
+    head_dim: int | None = None
+    beta: int = 0
+    intermediate_size: int | None = None
+    memory_intermediate_size: int | None = None
+    compute_form: str = "swiglu"
+    compute_placement: str = "sequential"
+    memory_gain: list[float] | None = None
+    max_position_embeddings: int = 2048
+    initializer_range: float = 0.02
+    rms_norm_eps: float = 1e-6
+    use_cache: bool = True
+    pad_token_id: int | None = None
+    bos_token_id: int | None = None
+    eos_token_id: int | list[int] | None = None
+    tie_word_embeddings: bool = False
+    rope_parameters: dict[str, Any] | None = None
+    hidden_act: str = "silu"
+    attention_bias: bool = False
+    attention_dropout: float = 0.0
+    mlp_bias: bool = False
+
+    def __post_init__(self, **kwargs: Any) -> None:
+        if self.num_key_value_heads is None:
+            self.num_key_value_heads = self.num_attention_heads
+        if self.head_dim is None:
+            self.head_dim = self.hidden_size // self.num_attention_heads
+        if self.intermediate_size is None:
+            self.intermediate_size = compute_width(self.hidden_size, self.beta, self.compute_form)
+        if self.memory_intermediate_size is None:
+            self.memory_intermediate_size = memory_width(self.hidden_size, self.beta)
+        if self.rope_parameters is None:
+            theta = kwargs.pop("rope_theta", 10_000.0)
+            self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        super().__post_init__(**kwargs)
+
+    def validate_architecture(self) -> None:
+        """Refuse shapes that no network of the family has (called by the config itself)."""
+        if not 0 <= self.beta <= DENSE_BETA:
+            raise ValueError(f"beta is {self.beta}; the family has 0 (MemoryLLM) to 8 (dense).")
+        if self.compute_form not in COMPUTE_FORMS:
+            raise ValueError(
+                f"compute_form is {self.compute_form!r}; use one of {', '.join(COMPUTE_FORMS)}."
+            )
+        if self.compute_placement not in COMPUTE_PLACEMENTS:
+            raise ValueError(
+                f"compute_placement is {self.compute_placement!r}; "
+                f"use one of {', '.join(COMPUTE_PLACEMENTS)}."
+            )
+        if self.num_attention_heads % self.num_key_value_heads:
+            raise ValueError(
+                f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
+                f"num_key_value_heads ({self.num_key_value_heads})."
+            )
+        if self.memory_gain is not None and len(self.memory_gain) != self.num_hidden_layers:
+            raise ValueError(
+                f"memory_gain has {len(self.memory_gain)} numbers for "
+                f"{self.num_hidden_layers} layers; give one per layer."
+            )
+        if self.rope_parameters.get("rope_type", "default") != "default":
+            raise ValueError(
+                f"rope_type is {self.rope_parameters['rope_type']!r}; only 'default' is supported."
+            )
+        if self.hidden_act != "silu" or self.attention_bias or self.mlp_bias:
+            raise ValueError("The family uses SiLU and no biases (paper, Table 3 and eq. 2.3).")
+
+    @property
+    def rope_theta(self) -> float:
+        """Base of the rotary frequencies."""
+        return float(self.rope_parameters["rope_theta"])
+
+    @property
+    def has_memory(self) -> bool:
+        """Whether the layers own an FFN-M (all but the dense baseline)."""
+        return self.beta < DENSE_BETA
+
+    @property
+    def has_compute(self) -> bool:
+        """Whether the layers own an FFN-C (all but MemoryLLM)."""
+        return self.beta > 0

@@ -1,0 +1,112 @@
+"""Text files to one memory-mapped array of token ids, and windows of it to train on."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Iterable, Iterator, Sequence
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+import torch
+from tokenizers import Tokenizer
+from torch.utils.data import Dataset
+
+from edge_memllm.errors import RecipeError
+from edge_memllm.modeling.recipe import DataRecipe
+
+_BATCH = 512  # documents handed to the tokenizer's threads at a time
+
+
+def documents(paths: Sequence[str], recipe: DataRecipe) -> Iterator[str]:
+    """Every document of the files, in order: lines of a .jsonl, or stretches of plain text."""
+    for path in paths:
+        try:
+            if path.endswith(".jsonl"):
+                yield from _json_lines(path, recipe.text_field)
+            else:
+                yield from _plain_text(path, recipe.document_start)
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+        except UnicodeDecodeError as error:
+            raise RecipeError(f"{path}: not UTF-8 text ({error}).") from error
+
+
+def _json_lines(path: str, text_field: str) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                document = json.loads(line)[text_field]
+            except (json.JSONDecodeError, KeyError, TypeError) as error:
+                raise RecipeError(
+                    f"{path}, line {number}: expected a JSON object with a {text_field!r} field "
+                    f"({type(error).__name__}: {error})."
+                ) from error
+            if not isinstance(document, str):
+                raise RecipeError(f"{path}, line {number}: {text_field!r} is not a string.")
+            yield document
+
+
+def _plain_text(path: str, document_start: str | None) -> Iterator[str]:
+    with open(path, encoding="utf-8") as file:
+        if document_start is None:
+            yield file.read()
+            return
+        pattern = re.compile(document_start)
+        lines: list[str] = []
+        for line in file:
+            if lines and pattern.match(line.rstrip("\n")):
+                yield "".join(lines)
+                lines = []
+            lines.append(line)
+        if lines:
+            yield "".join(lines)
+
+
+def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, boundary: int, path: Path) -> int:
+    """Encode documents, each after one ``boundary`` token, into a .npy file; the token count."""
+    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
+    partial = path.with_suffix(".partial")
+    count = 0
+    iterator = iter(texts)
+    with partial.open("wb") as file:
+        while batch := list(islice(iterator, _BATCH)):
+            for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
+                ids = np.array([boundary, *encoding.ids], dtype=dtype)
+                ids.tofile(file)
+                count += len(ids)
+    _raw_to_npy(partial, path, count, np.dtype(dtype))
+    return count
+
+
+def _raw_to_npy(raw: Path, path: Path, count: int, dtype: np.dtype) -> None:
+    """Give raw ids their .npy header, so that the file says its own type and length."""
+    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count,))
+    if count:
+        array[:] = np.memmap(raw, dtype=dtype, mode="r")
+    array.flush()
+    raw.unlink()
+
+
+class TokenWindows(Dataset[dict[str, torch.Tensor]]):
+    """Consecutive windows of a token file: documents packed end to end, no padding."""
+
+    def __init__(self, path: Path, length: int) -> None:
+        self.tokens = np.load(path, mmap_mode="r", allow_pickle=False)
+        self.length = length
+        if len(self.tokens) < length:
+            raise RecipeError(
+                f"The data holds {len(self.tokens)} tokens, fewer than one sequence of {length}. "
+                "Give more text or a smaller [data] sequence_length."
+            )
+
+    def __len__(self) -> int:
+        return len(self.tokens) // self.length
+
+    def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
+        window = self.tokens[number * self.length : (number + 1) * self.length]
+        ids = torch.from_numpy(window.astype(np.int64))
+        return {"input_ids": ids, "labels": ids}

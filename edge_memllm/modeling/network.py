@@ -1,0 +1,226 @@
+"""The one definition of the network: attention on the residual stream, memory on the token.
+
+``x_{l+1} = x_l + Attn_l(norm(x_l)) [+ FFN-C_l(norm(.))] + gain_l * M_l[t]`` with
+``M_l[t] = FFN-M_l(norm_l(E[t]))`` and ``x_0 = E[t]`` (paper, eq. 2.4-2.6). The memory may be
+computed here or fed as ready rows: training and export do the first, judging a table the second.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar
+
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers import GenerationMixin, PreTrainedModel
+from transformers.cache_utils import Cache, DynamicCache
+from transformers.masking_utils import create_causal_mask
+from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
+from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
+    LlamaRMSNorm,
+    LlamaRotaryEmbedding,
+)
+
+from edge_memllm.modeling.configuration import MemoryLLMConfig
+from edge_memllm.modeling.feed_forward import SwiGLU, build_compute
+
+
+@dataclass(frozen=True)
+class TokenRows:
+    """Everything token-dependent, ready made: what a table holds for the tokens of one step.
+
+    ``index`` LongTensor [B, T] points into ``embedding`` [U, D] and ``memory`` [U, L, D].
+    """
+
+    index: torch.Tensor
+    embedding: torch.Tensor
+    memory: torch.Tensor
+
+
+class DecoderLayer(nn.Module):
+    """One block: attention, FFN-C where beta > 0, and the memory added to the stream."""
+
+    def __init__(self, config: MemoryLLMConfig, layer: int) -> None:
+        super().__init__()
+        self.parallel = config.compute_placement == "parallel"
+        self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.self_attn = LlamaAttention(config, layer)
+        if config.has_compute:
+            self.post_attention_layernorm = LlamaRMSNorm(
+                config.hidden_size, eps=config.rms_norm_eps
+            )
+            self.mlp = build_compute(config)
+        if config.has_memory:
+            self.memory_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.memory = SwiGLU(config.hidden_size, config.memory_intermediate_size)
+
+    def recall(self, embedding: torch.Tensor) -> torch.Tensor:
+        """This layer's memory rows for token embeddings: [..., D] -> [..., D], without gain."""
+        return self.memory(self.memory_layernorm(embedding))
+
+    def forward(
+        self, x: torch.Tensor, memory: torch.Tensor | None, **attention: Any
+    ) -> torch.Tensor:
+        """``x`` [B, T, D]; ``memory`` [B, T, D] with its gain, or None for the dense baseline."""
+        attended = x + self.self_attn(self.input_layernorm(x), **attention)[0]
+        out = attended
+        if hasattr(self, "mlp"):
+            source = x if self.parallel else attended
+            out = out + self.mlp(self.post_attention_layernorm(source))
+        return out if memory is None else out + memory
+
+
+class MemoryLLMPreTrainedModel(PreTrainedModel):
+    """Loading, saving and initialisation, shared by the two public classes."""
+
+    config: MemoryLLMConfig
+    config_class = MemoryLLMConfig
+    base_model_prefix = "model"
+    supports_gradient_checkpointing = False
+    _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
+    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _supports_flash_attn = True
+    _supports_sdpa = True
+    _supports_flex_attn = True
+    _supports_attention_backend = True
+
+
+class MemoryLLMModel(MemoryLLMPreTrainedModel):
+    """Token ids (or ready token rows) to final hidden states.
+
+    ``distinct_tokens``: evaluate FFN-M once per distinct token of the batch and gather, which
+    gives the same loss and gradients for less work. False evaluates it at every position.
+    """
+
+    def __init__(self, config: MemoryLLMConfig) -> None:
+        super().__init__(config)
+        self.distinct_tokens = True
+        self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.layers = nn.ModuleList(
+            DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
+        )
+        self.norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.rotary_emb = LlamaRotaryEmbedding(config)
+        self.post_init()
+
+    def memory_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
+        """Live FFN-M outputs without gain: LongTensor [N] -> float32 [N, L, D] (eq. 2.9).
+
+        The dense baseline has no memory: its result is [N, 0, D].
+        """
+        embedding = self.embed_tokens(token_ids)
+        if not self.config.has_memory:
+            return embedding.new_empty(len(token_ids), 0, embedding.shape[-1]).float()
+        return torch.stack([layer.recall(embedding).float() for layer in self.layers], dim=1)
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        use_cache: bool | None = None,
+        token_rows: TokenRows | None = None,
+        **kwargs: Any,
+    ) -> BaseModelOutputWithPast:
+        """``input_ids`` [B, T] or ``token_rows``, never both: hidden states [B, T, D]."""
+        if (input_ids is None) == (token_rows is None):
+            raise ValueError("Give either input_ids or token_rows.")
+        index, embedding = self._distinct(input_ids, token_rows)
+        x = functional.embedding(index, embedding)
+        use_cache = self.config.use_cache if use_cache is None else use_cache
+        if use_cache and past_key_values is None:
+            past_key_values = DynamicCache(config=self.config)
+        if position_ids is None:
+            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            position_ids = past + torch.arange(x.shape[1], device=x.device).unsqueeze(0)
+        attention = {
+            "attention_mask": create_causal_mask(
+                config=self.config,
+                inputs_embeds=x,
+                attention_mask=attention_mask,
+                past_key_values=past_key_values,
+                position_ids=position_ids,
+            ),
+            "position_embeddings": self.rotary_emb(x, position_ids=position_ids),
+            "past_key_values": past_key_values,
+        }
+        for number, layer in enumerate(self.layers):
+            x = layer(x, self._memory(number, index, embedding, token_rows), **attention, **kwargs)
+        return BaseModelOutputWithPast(
+            last_hidden_state=self.norm(x), past_key_values=past_key_values
+        )
+
+    def _distinct(
+        self, input_ids: torch.Tensor | None, token_rows: TokenRows | None
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Index [B, T] and the embeddings [U, D] it points into."""
+        if token_rows is not None:
+            return token_rows.index, token_rows.embedding
+        if self.distinct_tokens:
+            distinct, index = torch.unique(input_ids, return_inverse=True)
+        else:
+            distinct = input_ids.reshape(-1)
+            index = torch.arange(distinct.numel(), device=distinct.device).view_as(input_ids)
+        return index, self.embed_tokens(distinct)
+
+    def _memory(
+        self, number: int, index: torch.Tensor, embedding: torch.Tensor, fed: TokenRows | None
+    ) -> torch.Tensor | None:
+        """Memory of one layer at every position [B, T, D], gain applied."""
+        if not self.config.has_memory:
+            return None
+        rows = self.layers[number].recall(embedding) if fed is None else fed.memory[:, number]
+        gain = self.config.memory_gain
+        if gain is not None:
+            rows = rows * gain[number]
+        # In the stream's dtype: a frequent token's gradient is summed over many positions.
+        return functional.embedding(index, rows.to(embedding.dtype))
+
+
+class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):
+    """The network with its language-model head; Hugging Face ``generate`` works on it."""
+
+    _tied_weights_keys: ClassVar[dict[str, str]] = {"lm_head.weight": "model.embed_tokens.weight"}
+
+    def __init__(self, config: MemoryLLMConfig) -> None:
+        super().__init__(config)
+        self.model = MemoryLLMModel(config)
+        self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
+        self.post_init()
+
+    def forward(
+        self,
+        input_ids: torch.Tensor | None = None,
+        attention_mask: torch.Tensor | None = None,
+        position_ids: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
+        labels: torch.Tensor | None = None,
+        use_cache: bool | None = None,
+        logits_to_keep: int | torch.Tensor = 0,
+        token_rows: TokenRows | None = None,
+        return_dict: bool = True,
+        **kwargs: Any,
+    ) -> CausalLMOutputWithPast:
+        """Logits [B, K, V] of the last ``logits_to_keep`` positions (0: all; a tensor: those)."""
+        outputs = self.model(
+            input_ids=input_ids,
+            attention_mask=attention_mask,
+            position_ids=position_ids,
+            past_key_values=past_key_values,
+            use_cache=use_cache,
+            token_rows=token_rows,
+            **kwargs,
+        )
+        hidden = outputs.last_hidden_state
+        keep = slice(-logits_to_keep, None) if isinstance(logits_to_keep, int) else logits_to_keep
+        logits = self.lm_head(hidden[:, keep])
+        loss = None
+        if labels is not None:
+            loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
+        result = CausalLMOutputWithPast(
+            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+        )
+        return result if return_dict else result.to_tuple()

@@ -1,0 +1,173 @@
+"""A training recipe: what to train, on what, and how, read strictly from TOML.
+
+Knows nothing of torch. Every key has one meaning and a wrong one is an error that names it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import tomllib
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_memllm.errors import RecipeError
+
+PRECISIONS = ("auto", "bf16", "fp32")
+SAVE_DTYPES = ("float32", "float16", "bfloat16")
+
+
+@dataclass
+class TokenizerRecipe:
+    """A byte-level BPE tokenizer trained on the data, or a ready one (``path``)."""
+
+    vocab_size: int = 8192
+    path: str | None = None
+
+
+@dataclass
+class DataRecipe:
+    """Text files (one document each, or split at lines matching ``document_start``) or .jsonl.
+
+    ``text_field`` names the field of a JSON line that holds its document.
+    """
+
+    train: list[str] = field(default_factory=list)
+    valid: list[str] = field(default_factory=list)
+    document_start: str | None = None
+    text_field: str = "text"
+    sequence_length: int = 512
+
+
+@dataclass
+class TrainingRecipe:
+    """AdamW, cosine with warm-up, z-loss: the paper's Table 3 but for the learning rate.
+
+    ``batch_size`` counts sequences per device and step; ``min_learning_rate`` is where the
+    cosine ends. ``precision`` "auto" is bf16 autocast.
+    """
+
+    steps: int = 1000
+    batch_size: int = 16
+    gradient_accumulation_steps: int = 1
+    learning_rate: float = 1e-3
+    min_learning_rate: float = 1e-4
+    warmup_steps: int = 100
+    weight_decay: float = 0.1
+    adam_beta1: float = 0.9
+    adam_beta2: float = 0.95
+    z_loss: float = 1e-6
+    max_grad_norm: float = 1.0
+    precision: str = "auto"
+    save_dtype: str = "float32"
+    seed: int = 0
+    log_every: int = 10
+    eval_every: int = 500
+    save_every: int = 250
+
+
+@dataclass
+class Recipe:
+    """All of a training run.
+
+    ``model`` holds a preset name and fields of MemoryLLMConfig; ``trainer`` extra fields of
+    ``transformers.TrainingArguments`` (``fsdp``, ``dataloader_num_workers``, ...).
+    """
+
+    model: dict[str, Any] = field(default_factory=lambda: {"preset": "tiny"})
+    tokenizer: TokenizerRecipe = field(default_factory=TokenizerRecipe)
+    data: DataRecipe = field(default_factory=DataRecipe)
+    training: TrainingRecipe = field(default_factory=TrainingRecipe)
+    trainer: dict[str, Any] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, path: Path) -> Recipe:
+        """Read a TOML file; relative data paths count from the working directory."""
+        try:
+            document = tomllib.loads(path.read_text(encoding="utf-8"))
+        except OSError as error:
+            raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+            raise RecipeError(f"{path}: not a TOML file ({error}).") from error
+        recipe = cls()
+        for section, values in document.items():
+            recipe.update(section, values, where=str(path))
+        return recipe
+
+    def update(self, section: str, values: Any, where: str) -> None:
+        """Replace the given keys of one section; unknown names and wrong types are errors."""
+        names = [item.name for item in dataclasses.fields(self)]
+        if section not in names or not isinstance(values, dict):
+            raise RecipeError(
+                f"{where}: unknown section [{section}]; a recipe has {', '.join(names)}."
+            )
+        target = getattr(self, section)
+        for key, value in values.items():
+            if isinstance(target, dict):
+                target[key] = value
+            else:
+                _assign(target, key, value, where=f"{where}: [{section}]")
+
+    def override(self, assignment: str) -> None:
+        """Apply one ``section.key=value`` of the command line; the value is written as TOML."""
+        name, found, text = assignment.partition("=")
+        section, dot, key = name.strip().partition(".")
+        if not (found and dot and key):
+            raise RecipeError(f"--set {assignment}: expected section.key=value.")
+        try:
+            value = tomllib.loads(f"value = {text}")["value"]
+        except tomllib.TOMLDecodeError:
+            value = text.strip()
+        self.update(section, {key: value}, where=f"--set {assignment}")
+
+    def validate(self) -> None:
+        """Refuse values that no run could use."""
+        training, data = self.training, self.data
+        for key in ("batch_size", "gradient_accumulation_steps", "log_every", "eval_every"):
+            if getattr(training, key) < 1:
+                raise RecipeError(f"[training] {key} is {getattr(training, key)}; use 1 or more.")
+        if training.steps < 0:
+            raise RecipeError(f"[training] steps is {training.steps}; use 0 or more.")
+        if training.precision not in PRECISIONS:
+            raise RecipeError(
+                f"[training] precision is {training.precision!r}; "
+                f"use one of {', '.join(PRECISIONS)}."
+            )
+        if training.save_dtype not in SAVE_DTYPES:
+            raise RecipeError(
+                f"[training] save_dtype is {training.save_dtype!r}; "
+                f"use one of {', '.join(SAVE_DTYPES)}."
+            )
+        if training.min_learning_rate > training.learning_rate:
+            raise RecipeError(
+                f"[training] min_learning_rate ({training.min_learning_rate}) is above "
+                f"learning_rate ({training.learning_rate})."
+            )
+        if data.sequence_length < 2:
+            raise RecipeError(f"[data] sequence_length is {data.sequence_length}; use 2 or more.")
+        if training.steps and not data.train:
+            raise RecipeError("[data] train is empty; name at least one text or .jsonl file.")
+
+    def as_dict(self) -> dict[str, Any]:
+        """Plain data, for the record kept beside the trained weights."""
+        return dataclasses.asdict(self)
+
+
+def _assign(target: Any, key: str, value: Any, where: str) -> None:
+    fields = {item.name: item.type for item in dataclasses.fields(target)}
+    if key not in fields:
+        raise RecipeError(f"{where}: unknown key {key!r}; known are {', '.join(fields)}.")
+    kind = str(fields[key])
+    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+        value = float(value)
+    if not _fits(value, kind):
+        raise RecipeError(f"{where}: {key} is {value!r}; expected {kind}.")
+    setattr(target, key, value)
+
+
+def _fits(value: Any, kind: str) -> bool:
+    """Whether a TOML value has the annotated type (the few forms that recipes use)."""
+    if kind == "list[str]":
+        return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    types = {"int": int, "float": float, "str": str, "str | None": str}
+    return isinstance(value, types[kind]) and not isinstance(value, bool)
