@@ -14,6 +14,7 @@ HIDDEN, LAYERS, HEADS, VOCABULARY, CONTEXT = 64, 2, 4, 300, 512
 BOS, EOS, PAD = 256, 257, 258
 
 MakeCheckpoint = Callable[..., Path]
+MakeArtifact = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -30,6 +31,35 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         if key not in made:
             made[key] = tmp_path_factory.mktemp("checkpoint")
             write_checkpoint(made[key], dtype=dtype, seed=seed, **fields)
+        return made[key]
+
+    return make
+
+
+@pytest.fixture(scope="session")
+def make_artifact(
+    tmp_path_factory: pytest.TempPathFactory, make_checkpoint: MakeCheckpoint
+) -> MakeArtifact:
+    """``make_artifact(graph_weights="int4", table_codec="int8", beta=0, ...) -> folder``.
+
+    Exported without verification, once per choice; what is not named is passed on to
+    ``make_checkpoint``. The folder is shared by all tests: copy it before changing it.
+    """
+    made: dict[str, Path] = {}
+
+    def make(*, graph_weights: str = "int4", table_codec: str = "int8", **checkpoint: Any) -> Path:
+        from edge_memllm_export import export_model
+
+        key = json.dumps([graph_weights, table_codec, checkpoint], sort_keys=True)
+        if key not in made:
+            made[key] = tmp_path_factory.mktemp("export") / "artifact"
+            export_model(
+                make_checkpoint(**checkpoint),
+                made[key],
+                graph_weights=graph_weights,
+                table_codec=table_codec,
+                verify=False,
+            )
         return made[key]
 
     return make

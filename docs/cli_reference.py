@@ -1,0 +1,55 @@
+"""Write docs/cli.md from the help of every command; with --check, only compare and say so."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from pathlib import Path
+
+from edge_memllm.cli.main import build_parser
+
+PAGE = Path(__file__).with_name("cli.md")
+
+_INTRODUCTION = """\
+# The command line
+
+Generated from `--help` by `make docs`; edit the help, not this page.
+
+Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 70 a bug of ours,
+130 Ctrl-C, 141 the reader of our output went away. Results go to stdout, progress and statistics
+to stderr, so `--json` output can be piped as it is.
+"""
+
+
+def reference() -> str:
+    """The whole page."""
+    parser = build_parser()
+    sections = [_section("edge-memllm", parser)]
+    sections += [_section(f"edge-memllm {name}", each) for name, each in _commands(parser).items()]
+    return "\n".join([_INTRODUCTION, *sections])
+
+
+def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
+    """The command parsers by name; argparse offers no public way to ask for them."""
+    (action,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
+    return dict(action.choices)
+
+
+def _section(title: str, parser: argparse.ArgumentParser) -> str:
+    return f"## {title}\n\n```text\n{parser.format_help().rstrip()}\n```\n"
+
+
+def main() -> int:
+    """Write the page, or with ``--check`` return 1 when it is not what would be written."""
+    text = reference()
+    if "--check" not in sys.argv[1:]:
+        PAGE.write_text(text, encoding="utf-8")
+        return 0
+    if PAGE.is_file() and PAGE.read_text(encoding="utf-8") == text:
+        return 0
+    print("docs/cli.md differs from --help: run `make docs` and commit it.", file=sys.stderr)
+    return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,67 @@
+"""MemoryLLM on the edge: attention as a small graph, feed-forward layers read from flash.
+
+Everything public is named in `__all__` and imported when it is first used, so that
+`import edge_memllm` itself costs next to nothing.
+"""
+
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_memllm.errors import (
+        ArtifactError,
+        CorruptionError,
+        EdgeMemLLMError,
+        RequestError,
+        RuntimeUnavailableError,
+        StorageError,
+    )
+    from edge_memllm.loading import load
+    from edge_memllm.model import Model, Piece
+    from edge_memllm.sampling import Sampling
+    from edge_memllm.statistics import GenerationStatistics
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "ArtifactError",
+    "CorruptionError",
+    "EdgeMemLLMError",
+    "GenerationStatistics",
+    "Model",
+    "Piece",
+    "RequestError",
+    "RuntimeUnavailableError",
+    "Sampling",
+    "StorageError",
+    "__version__",
+    "load",
+]
+
+_HOMES = {
+    "ArtifactError": "errors",
+    "CorruptionError": "errors",
+    "EdgeMemLLMError": "errors",
+    "GenerationStatistics": "statistics",
+    "Model": "model",
+    "Piece": "model",
+    "RequestError": "errors",
+    "RuntimeUnavailableError": "errors",
+    "Sampling": "sampling",
+    "StorageError": "errors",
+    "load": "loading",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module 'edge_memllm' has no attribute {name!r}")
+    value = getattr(import_module(f"edge_memllm.{_HOMES[name]}"), name)
+    globals()[name] = value
+    return value
+
+
+def __dir__() -> list[str]:
+    return sorted(__all__)

@@ -1,0 +1,178 @@
+"""``edge-memllm demo``: the shipped model, from checkpoint to text, and its figures."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+import tempfile
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_memllm.cli.options import add_command, add_json
+from edge_memllm.cli.text import byte_count, number, table, write_json
+from edge_memllm.errors import ArtifactError, missing_extra
+
+if TYPE_CHECKING:
+    from edge_memllm.cli.options import Commands
+    from edge_memllm.model import Model
+
+SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-english"
+PROMPTS = (
+    "The history of the city",
+    "It was a cold evening, and the old man",
+    "The river flows through",
+)
+_SEED = 1
+_NEW_TOKENS = 80
+
+_DESCRIPTION = """\
+Export the small model that comes with the repository, generate from three prompts with its table
+read from storage record by record, and show how little of the table that took. Needs the export
+extra; the artifact goes into a temporary folder unless --out keeps it."""
+
+_EXAMPLES = """\
+  edge-memllm demo
+  edge-memllm demo --out artifact && edge-memllm run artifact"""
+
+
+@dataclass(frozen=True, slots=True)
+class Sample:
+    """One text, and what reading its rows took."""
+
+    prompt: str
+    text: str
+    tokens: int
+    tokens_per_second: float
+    record_bytes_per_token: float  # read from the table for each token after the first
+
+
+def add_parser(commands: Commands) -> None:
+    """Register the command."""
+    parser = add_command(
+        commands,
+        "demo",
+        execute,
+        summary="show all of it with the model that comes along",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    parser.add_argument(
+        "--checkpoint",
+        type=Path,
+        default=SHIPPED,
+        metavar="DIR",
+        help="another checkpoint than the one that comes along",
+    )
+    parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="keep the artifact here")
+    add_json(parser)
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    if not (arguments.checkpoint / "config.json").is_file():
+        raise ArtifactError(
+            f"{arguments.checkpoint}: holds no checkpoint. The demo's model comes with the "
+            "repository, not with the installed package: clone it and run 'make demo' there, or "
+            "name a checkpoint with --checkpoint."
+        )
+    show = not arguments.json
+    with ExitStack() as stack:
+        out = arguments.out
+        if out is None:
+            out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
+        _say(show, f"1. Export: {arguments.checkpoint.name} becomes a graph and a table\n")
+        _export(arguments.checkpoint, out, show)
+
+        import edge_memllm
+
+        model = stack.enter_context(edge_memllm.load(out, device="cpu", reader="pread"))
+        _say(show, "\n2. Run: three prompts, each token's record read from storage\n")
+        samples = [_sample(model, prompt, show) for prompt in PROMPTS]
+        figures = _figures(model, samples)
+        if arguments.json:
+            write_json({"samples": [asdict(sample) for sample in samples], "figures": figures})
+        else:
+            print(f"3. What that took\n\n{_page(figures)}")
+            if arguments.out is not None:
+                print(f"\nGo on with it: edge-memllm run {arguments.out}")
+    return 0
+
+
+def _export(checkpoint: Path, out: Path, show: bool) -> None:
+    try:
+        from edge_memllm_export import export_model
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "torch", "export") from error
+    from edge_memllm.cli.export import page
+    from edge_memllm.cli.progress import StageBars
+
+    with StageBars() as bars:
+        report = export_model(checkpoint, out, progress=bars)
+    _say(show, page(report))
+
+
+def _sample(model: Model, prompt: str, show: bool) -> Sample:
+    """Generate one text. The table's own counters say what its decoding read."""
+    stream = model.stream(prompt, max_new_tokens=_NEW_TOKENS, seed=_SEED)
+    _say(show, f"  {prompt}", end="")
+    first = next(stream)
+    before = model.table.statistics.bytes_read
+    _say(show, first.text, end="")
+    text, last = first.text, first
+    for last in stream:
+        text += last.text
+        _say(show, last.text, end="")
+    _say(show, "\n")
+    statistics = last.statistics
+    assert statistics is not None
+    decoded = statistics.completion_tokens - 1
+    return Sample(
+        prompt,
+        text,
+        statistics.completion_tokens,
+        statistics.decode_tokens_per_second or 0.0,
+        (model.table.statistics.bytes_read - before) / max(1, decoded),
+    )
+
+
+def _figures(model: Model, samples: list[Sample]) -> dict[str, Any]:
+    from edge_memllm.statistics import process_memory
+
+    stored, read = model.manifest.table, model.table.statistics
+    table_bytes = model.manifest.model.vocab_size * stored.record_bytes
+    memory = process_memory()
+    return {
+        "table_bytes": table_bytes,
+        "record_bytes": stored.record_bytes,
+        "table_bytes_read": read.bytes_read,
+        "share_of_table_read": read.bytes_read / table_bytes,
+        "bytes_read_per_generated_token": max(each.record_bytes_per_token for each in samples),
+        "reader": model.reader,
+        "graph_bytes": model.manifest.files[model.manifest.graph.file].bytes,
+        "tokens": sum(each.tokens for each in samples),
+        "tokens_per_second": min(each.tokens_per_second for each in samples),
+        "rss_anon_bytes": memory.anon_bytes,
+    }
+
+
+def _page(figures: dict[str, Any]) -> str:
+    per_token, record = figures["bytes_read_per_generated_token"], figures["record_bytes"]
+    verdict = "exactly one record" if per_token == record else f"a record has {number(record)}"
+    share = f"{figures['share_of_table_read']:.1%} of the table"
+    read = f"{byte_count(figures['table_bytes_read'])}, {share}"
+    rows = [
+        ("graph in memory", byte_count(figures["graph_bytes"])),
+        ("table on storage", byte_count(figures["table_bytes"])),
+        ("read per generated token", f"{number(per_token)} bytes: {verdict}"),
+        ("read in all", f"{read}, for {figures['tokens']} tokens and their prompts"),
+        ("speed", f"at least {figures['tokens_per_second']:.0f} tokens/s on this CPU"),
+    ]
+    return table([(f"  {name}", value) for name, value in rows])
+
+
+def _say(show: bool, text: str, end: str = "\n") -> None:
+    if show:
+        print(text, end=end)
+        sys.stdout.flush()

@@ -1,0 +1,201 @@
+"""``edge-memllm export``: a checkpoint in, an artifact out, judged against the checkpoint."""
+
+from __future__ import annotations
+
+import argparse
+from dataclasses import asdict
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from edge_memllm.cli.options import add_command, add_json, positive_int
+from edge_memllm.cli.text import byte_count, number, table, write_json
+from edge_memllm.errors import missing_extra
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from edge_memllm.cli.options import Commands
+    from edge_memllm_export import ExportReport, Quality, Rung
+
+GRAPH_WEIGHTS = ("fp32", "fp16", "int8", "int4")
+TABLE_CODECS = ("f32", "f16", "int8", "int4", "int4-g64")
+
+_DESCRIPTION = """\
+Export a checkpoint (a folder with config.json, model.safetensors and tokenizer.json) as an
+artifact: graph, table, tokenizer and manifest. The result is judged before it appears: six rungs
+compare it with the checkpoint, and its loss of quality is measured on real text. A rung that does
+not hold, or a loss beyond the bounds, ends the export, and OUT is not made. Exporting the same
+checkpoint again gives the same bytes."""
+
+_EXAMPLES = """\
+  edge-memllm export checkpoint artifact
+  edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
+  edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
+  edge-memllm export checkpoint artifact --overwrite --json > report.json"""
+
+
+def add_parser(commands: Commands) -> None:
+    """Register the command."""
+    parser = add_command(
+        commands,
+        "export",
+        execute,
+        summary="make an artifact from a checkpoint",
+        description=_DESCRIPTION,
+        examples=_EXAMPLES,
+    )
+    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a trained model")
+    parser.add_argument("out", type=Path, metavar="OUT", help="the artifact to make")
+    parser.add_argument(
+        "--graph-weights",
+        choices=GRAPH_WEIGHTS,
+        default="int4",
+        help="how the graph stores its matrices (default: int4)",
+    )
+    parser.add_argument(
+        "--table-codec",
+        choices=TABLE_CODECS,
+        default="int8",
+        help="how the table stores its rows; int8 has groups of 64, int4 of 32 (default: int8)",
+    )
+    parser.add_argument(
+        "--alignment",
+        type=positive_int,
+        default=512,
+        metavar="BYTES",
+        help="records start at multiples of this: 512 to 65536 (default: 512)",
+    )
+    parser.add_argument("--overwrite", action="store_true", help="replace the artifact in OUT")
+    add_json(parser)
+    _add_rows(parser)
+    _add_judgement(parser)
+
+
+def _add_rows(parser: argparse.ArgumentParser) -> None:
+    rows = parser.add_argument_group("computing the table")
+    rows.add_argument(
+        "--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)"
+    )
+    rows.add_argument(
+        "--compute-dtype",
+        choices=("float32", "bfloat16"),
+        default="float32",
+        help="in which arithmetic (default: float32)",
+    )
+    rows.add_argument(
+        "--chunk",
+        type=positive_int,
+        metavar="N",
+        help="N tokens at a time: less takes less memory (default: by the model's size)",
+    )
+
+
+def _add_judgement(parser: argparse.ArgumentParser) -> None:
+    judgement = parser.add_argument_group("judging the result")
+    judgement.add_argument(
+        "--quality-text",
+        type=Path,
+        metavar="FILE",
+        help="measure the loss of quality on this text (default: prose that comes along)",
+    )
+    judgement.add_argument(
+        "--accept-quality-loss",
+        action="store_true",
+        help="make the artifact even if its loss of quality is beyond the bounds",
+    )
+    judgement.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="compare nothing with the checkpoint; the report says so",
+    )
+
+
+def execute(arguments: argparse.Namespace) -> int:
+    """Run the command."""
+    try:
+        from edge_memllm_export import export_model
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "torch", "export") from error
+    from edge_memllm.cli.progress import StageBars
+
+    text = arguments.quality_text
+    with StageBars() as bars:
+        report = export_model(
+            arguments.checkpoint,
+            arguments.out,
+            graph_weights=arguments.graph_weights,
+            table_codec=arguments.table_codec,
+            device=arguments.device,
+            alignment=arguments.alignment,
+            compute_dtype=arguments.compute_dtype,
+            chunk=arguments.chunk,
+            verify=not arguments.no_verify,
+            accept_quality_loss=arguments.accept_quality_loss,
+            quality_text=text.read_text(encoding="utf-8") if text else None,
+            overwrite=arguments.overwrite,
+            progress=bars,
+        )
+    if arguments.json:
+        write_json(as_dict(report))
+    else:
+        print(page(report))
+    return 0
+
+
+def as_dict(report: ExportReport) -> dict[str, Any]:
+    """The report as plain data."""
+    return {
+        "artifact": str(report.path),
+        "verified": bool(report.rungs),
+        "rungs": [asdict(rung) | {"ok": rung.ok} for rung in report.rungs],
+        "quality": quality_dict(report.quality),
+        "manifest": asdict(report.manifest),
+    }
+
+
+def page(report: ExportReport) -> str:
+    """The report as people read it."""
+    from edge_memllm.cli.footprint import graph_file_bytes
+
+    manifest = report.manifest
+    graph, stored, files = manifest.graph, manifest.table, manifest.files
+    table_size = f"{stored.codec}, {byte_count(files[stored.file].bytes)}"
+    rows = [
+        ("artifact", str(report.path)),
+        ("graph", f"{graph.weights}, {byte_count(graph_file_bytes(manifest))}"),
+        ("table", f"{table_size}, {byte_count(stored.record_bytes)} per token"),
+    ]
+    parts = [table(rows)]
+    if report.rungs:
+        parts.append(rung_table(report.rungs))
+    else:
+        parts.append("NOT VERIFIED: nothing was compared with the checkpoint (--no-verify).")
+    if report.quality is not None:
+        parts.append(quality_line(report.quality))
+    return "\n\n".join(parts)
+
+
+def rung_table(rungs: Sequence[Rung]) -> str:
+    """One line per rung of the parity ladder."""
+    rows = [("", "rung", "measured", "bound", "")]
+    for rung in rungs:
+        verdict = "ok" if rung.ok else "FAILED"
+        figures = (f"{rung.measured:.3g}", f"{rung.bound:.3g}")
+        rows.append((verdict, f"{rung.number} {rung.name}", *figures, rung.note))
+    return table(rows)
+
+
+def quality_line(quality: Quality) -> str:
+    """What quantisation costs, in one line."""
+    return (
+        f"quality: perplexity {quality.checkpoint_perplexity:.3f} -> "
+        f"{quality.artifact_perplexity:.3f} ({quality.perplexity_increase:+.2%}), "
+        f"mean KL divergence {quality.mean_kl:.4f} nats over {number(quality.tokens)} tokens"
+    )
+
+
+def quality_dict(quality: Quality | None) -> dict[str, Any] | None:
+    """Quality as plain data."""
+    if quality is None:
+        return None
+    return asdict(quality) | {"perplexity_increase": quality.perplexity_increase}

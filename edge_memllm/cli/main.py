@@ -1,0 +1,104 @@
+"""The entry point: one parser, one dispatch, one place where an exception becomes a message.
+
+Knows the commands by their modules and nothing of what they do. Exit codes: 0 done, 1 an error
+that the message explains, 2 wrong usage, 70 a bug of ours, 130 Ctrl-C, 141 closed pipe.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import sys
+from collections.abc import Sequence
+
+from edge_memllm import __version__
+from edge_memllm.cli import bench, demo, evaluation, export, inspection, run, train, verify
+from edge_memllm.cli.options import HelpFormatter
+from edge_memllm.errors import EdgeMemLLMError
+
+COMMANDS = (demo, train, export, verify, run, inspection, evaluation, bench)
+EXIT_BUG = 70
+EXIT_INTERRUPTED = 130
+EXIT_CLOSED_PIPE = 141
+
+_DESCRIPTION = """\
+Language models whose feed-forward layers are one lookup table: a token becomes a row read from
+flash, the row enters a small ONNX graph, the graph gives the next token."""
+
+_EPILOG = """\
+the way of a model:
+  edge-memllm train --preset tiny --data corpus.txt --out checkpoint
+  edge-memllm export checkpoint artifact
+  edge-memllm run artifact --prompt "Once upon a time"
+
+'edge-memllm COMMAND --help' explains one command. 'edge-memllm demo' shows all of it."""
+
+
+def build_parser() -> argparse.ArgumentParser:
+    """The parser with every command in it."""
+    parser = argparse.ArgumentParser(
+        prog="edge-memllm",
+        description=_DESCRIPTION,
+        epilog=_EPILOG,
+        formatter_class=HelpFormatter,
+        allow_abbrev=False,
+    )
+    parser.add_argument("--version", action="version", version=f"edge-memllm {__version__}")
+    commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+    for command in COMMANDS:
+        command.add_parser(commands)
+    return parser
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command line and return its exit code; never raises, except under debugging.
+
+    With ``EDGE_MEMLLM_DEBUG=1`` in the environment exceptions are let through.
+    """
+    try:
+        arguments = build_parser().parse_args(argv)
+    except SystemExit as leaving:  # argparse has printed the help or what is wrong
+        return leaving.code if isinstance(leaving.code, int) else 0
+    try:
+        code: int = arguments.execute(arguments)
+        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter ends
+    except KeyboardInterrupt:
+        print(file=sys.stderr)
+        return EXIT_INTERRUPTED
+    except BrokenPipeError:
+        _discard_output()
+        return EXIT_CLOSED_PIPE
+    except Exception as error:
+        if os.environ.get("EDGE_MEMLLM_DEBUG") == "1":
+            raise
+        return _explain(error)
+    return code
+
+
+def _explain(error: Exception) -> int:
+    """Print one line about ``error`` and return the exit code that goes with it."""
+    if isinstance(error, EdgeMemLLMError):
+        print(f"error: {error}", file=sys.stderr)
+        return 1
+    if isinstance(error, OSError):
+        where = f"{error.filename}: " if error.filename else ""
+        print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
+        return 1
+    print(
+        f"error: {type(error).__name__}: {error}\n"
+        "This is a bug in edge-memllm. Run the command again with EDGE_MEMLLM_DEBUG=1 "
+        "and send us what it prints (CONTRIBUTING.md says how).",
+        file=sys.stderr,
+    )
+    return EXIT_BUG
+
+
+def _discard_output() -> None:
+    """Point stdout at nothing, so that the interpreter's last flush is silent too."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, sys.stdout.fileno())
+    os.close(nothing)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,101 @@
+"""Opens plain files of one folder, and nothing else.
+
+A folder that somebody sent us may hold links, pipes or devices under innocent names. Where the
+system can, files are opened relative to the folder's descriptor, so it stays the same folder
+when it is renamed or replaced. This module knows nothing of what is in the files.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import stat
+from pathlib import Path
+
+from edge_memllm.errors import ArtifactError
+
+# O_NONBLOCK: opening a pipe must not wait for a writer. Windows has only O_BINARY of these.
+_FLAGS = (
+    os.O_RDONLY
+    | getattr(os, "O_NOFOLLOW", 0)
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
+
+
+class Directory:
+    """A folder kept open. The folder itself may be a symbolic link, files inside it may not.
+
+    Raises `ArtifactError` when `path` is missing or is not a folder.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        if not os.path.isdir(path):  # unlike Path.is_dir, this never raises
+            found = "is not a folder" if os.path.lexists(path) else "does not exist"
+            raise ArtifactError(f"{path}: {found}, expected the folder of an exported model.")
+        self._descriptor: int | None = None
+        if os.open in os.supports_dir_fd:
+            try:
+                self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+            except OSError as error:
+                raise ArtifactError(f"{path}: cannot be opened ({error.strerror}).") from error
+
+    def open_file(self, name: str) -> int:
+        """Open a file for reading and return its descriptor, which the caller closes.
+
+        Raises `ArtifactError` unless `name` is a regular file with a single link; `name` must be
+        a plain file name.
+        """
+        where = self.path / name
+        try:
+            file = self._open(name)
+        except OSError as error:
+            raise ArtifactError(f"{where}: {_reason(error)}") from error
+        try:
+            _refuse_unless_plain(os.fstat(file), where)
+        except BaseException:
+            os.close(file)
+            raise
+        return file
+
+    def close(self) -> None:
+        """Close the folder; closing twice is fine."""
+        if self._descriptor is not None:
+            os.close(self._descriptor)
+            self._descriptor = None
+
+    def _open(self, name: str) -> int:
+        if self._descriptor is not None:
+            return os.open(name, _FLAGS, dir_fd=self._descriptor)
+        path = self.path / name
+        if path.is_symlink():
+            raise OSError(errno.ELOOP, os.strerror(errno.ELOOP))
+        return os.open(path, _FLAGS)
+
+
+def _reason(error: OSError) -> str:
+    match error.errno:
+        case errno.ENOENT:
+            return "the file is missing. The copy is incomplete; copy the folder again."
+        case errno.ELOOP:
+            return "the file is a symbolic link, expected a regular file. Copy the file itself."
+        case _:
+            return f"cannot be opened ({error.strerror})."
+
+
+def _refuse_unless_plain(status: os.stat_result, where: Path) -> None:
+    if not stat.S_ISREG(status.st_mode):
+        raise ArtifactError(f"{where}: this is {_kind(status.st_mode)}, expected a regular file.")
+    if status.st_nlink > 1:
+        raise ArtifactError(
+            f"{where}: the file has {status.st_nlink} hard links, expected 1, because it could "
+            "be a file from elsewhere. Copy the file itself."
+        )
+
+
+def _kind(mode: int) -> str:
+    if stat.S_ISDIR(mode):
+        return "a folder"
+    return "a pipe" if stat.S_ISFIFO(mode) else "a device or socket"

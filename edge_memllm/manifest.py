@@ -1,0 +1,282 @@
+"""The manifest: what an artifact holds, as dataclasses and as canonical JSON, strict both ways.
+
+It checks every value against the others, so code that holds a `Manifest` need not check again.
+It knows nothing of folders or files: `artifact.py` compares it with what is there.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from dataclasses import asdict, dataclass, fields
+from typing import get_args
+
+from edge_memllm.codecs import codec_ids, get_codec
+from edge_memllm.codecs.codec import Wire
+from edge_memllm.errors import ArtifactError
+from edge_memllm.records import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
+from edge_memllm.strict_json import Fields, parse_json_object
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "edge-memllm"
+FORMAT_VERSION = 1
+CHECKSUM_BYTES = 8
+GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
+
+_IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_PRODUCER = re.compile(r"[ -~]{1,200}")
+# A plain file name on every system: no separator, drive, NUL, leading or trailing dot.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
+_A_FILE_NAME = "a plain file name (letters, digits, '.', '_' and '-', no leading dot, no folder)"
+
+# Generous, yet small enough that no size computed from them costs much memory before it is checked.
+_MAX_VOCABULARY = 1 << 24
+_MAX_POSITIONS = 1 << 24
+_MAX_WIDTH = 1 << 17
+_MAX_LAYERS = 1024
+_MAX_FILE_BYTES = 1 << 60
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape of the model, in Hugging Face names, and its identity."""
+
+    identity: str  # "sha256:<64 hex digits>" of the checkpoint's configuration and weights
+    beta: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    memory_gain: tuple[float, ...]  # one per layer
+
+    @property
+    def memory_layers(self) -> int:
+        """Layers that have memory rows: all, or none for the dense model (beta 8)."""
+        return 0 if self.beta == 8 else self.num_hidden_layers
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """The table file: how its records are laid out and where they start."""
+
+    file: str
+    codec: str
+    embedding_dtype: str
+    record_bytes: int
+    stride: int
+    alignment: int
+    records_offset: int
+    checksums_sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """The graph file: how its weights are stored and what it computes in."""
+
+    file: str
+    external_data: str | None
+    weights: str
+    compute_dtype: str
+    wire: str
+    opset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """Size and sha256 digest of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything manifest.json says. `files` names every file of the artifact but itself."""
+
+    model: ModelSpec
+    table: TableSpec
+    graph: GraphSpec
+    files: dict[str, FileSpec]
+    producer: str
+
+    @property
+    def layout(self) -> RecordLayout:
+        """The layout of the table's records."""
+        return RecordLayout(
+            layers=self.model.memory_layers,
+            width=self.model.hidden_size,
+            codec=get_codec(self.table.codec),
+            embedding_dtype=self.table.embedding_dtype,
+            alignment=self.table.alignment,
+        )
+
+    def to_json(self) -> bytes:
+        """Return the canonical JSON. Raises `ArtifactError` for what `from_json` would refuse."""
+        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
+        data = (json.dumps(content, sort_keys=True, indent=2) + "\n").encode("ascii")
+        Manifest.from_json(data, MANIFEST_NAME)
+        return data
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Manifest:
+        """Parse and check a manifest. Raises `ArtifactError` naming `where`."""
+        content = parse_json_object(data, where)
+        _check_version(content, where)
+        top = Fields(content, where, ("format", "format_version", *_names(cls)))
+        manifest = cls(
+            model=_parse_model(content["model"], f"{where}: model"),
+            table=_parse_table(content["table"], f"{where}: table"),
+            graph=_parse_graph(content["graph"], f"{where}: graph"),
+            files=_parse_files(top.mapping("files"), f"{where}: files"),
+            producer=top.text("producer", _PRODUCER, "a line of ASCII text"),
+        )
+        _check_model(manifest.model, f"{where}: model")
+        _check_table(manifest, f"{where}: table")
+        _check_graph(manifest, f"{where}: graph")
+        return manifest
+
+
+def _names(spec: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(spec))
+
+
+def _check_version(content: dict[str, object], where: str) -> None:
+    """Check the version before any other key: a later version may have other keys."""
+    if content.get("format") != FORMAT:
+        raise ArtifactError(f"{where}: this is not an {FORMAT} manifest (no format '{FORMAT}').")
+    header = Fields({"format_version": content.get("format_version")}, where, ["format_version"])
+    version = header.integer("format_version", 1, 1 << 31)
+    if version != FORMAT_VERSION:
+        raise ArtifactError(
+            f"{where}: format_version is {version}, this reader supports {FORMAT_VERSION}. "
+            "Upgrade edge-memllm or export the model again."
+        )
+
+
+def _parse_model(value: object, where: str) -> ModelSpec:
+    model = Fields(value, where, _names(ModelSpec))
+    vocab_size = model.integer("vocab_size", 1, _MAX_VOCABULARY)
+    return ModelSpec(
+        identity=model.text("identity", _IDENTITY, "'sha256:' and 64 hex digits"),
+        beta=model.integer("beta", 0, 8),
+        hidden_size=model.integer("hidden_size", 1, _MAX_WIDTH),
+        num_hidden_layers=model.integer("num_hidden_layers", 1, _MAX_LAYERS),
+        num_attention_heads=model.integer("num_attention_heads", 1, _MAX_WIDTH),
+        num_key_value_heads=model.integer("num_key_value_heads", 1, _MAX_WIDTH),
+        head_dim=model.integer("head_dim", 1, _MAX_WIDTH),
+        vocab_size=vocab_size,
+        max_position_embeddings=model.integer("max_position_embeddings", 1, _MAX_POSITIONS),
+        bos_token_id=model.optional_integer("bos_token_id", 0, vocab_size - 1),
+        eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
+        memory_gain=model.numbers("memory_gain", 1e6),
+    )
+
+
+def _parse_table(value: object, where: str) -> TableSpec:
+    table = Fields(value, where, _names(TableSpec))
+    return TableSpec(
+        file=table.text("file", _FILE_NAME, _A_FILE_NAME),
+        codec=table.choice("codec", codec_ids()),
+        embedding_dtype=table.choice("embedding_dtype", EMBEDDING_DTYPES),
+        record_bytes=table.integer("record_bytes", 1, _MAX_FILE_BYTES),
+        stride=table.integer("stride", 1, _MAX_FILE_BYTES),
+        alignment=table.integer("alignment", ALIGNMENTS[0], ALIGNMENTS[-1]),
+        records_offset=table.integer("records_offset", 1, _MAX_FILE_BYTES),
+        checksums_sha256=table.text("checksums_sha256", _DIGEST, "64 hex digits"),
+    )
+
+
+def _parse_graph(value: object, where: str) -> GraphSpec:
+    graph = Fields(value, where, _names(GraphSpec))
+    return GraphSpec(
+        file=graph.text("file", _FILE_NAME, _A_FILE_NAME),
+        external_data=graph.optional_text("external_data", _FILE_NAME, _A_FILE_NAME),
+        weights=graph.choice("weights", GRAPH_WEIGHTS),
+        compute_dtype=graph.choice("compute_dtype", EMBEDDING_DTYPES),
+        wire=graph.choice("wire", get_args(Wire)),
+        opset=graph.integer("opset", 1, 1000),
+    )
+
+
+def _parse_files(files: dict[str, object], where: str) -> dict[str, FileSpec]:
+    parsed: dict[str, FileSpec] = {}
+    folded = {MANIFEST_NAME}
+    for name, value in files.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise ArtifactError(f"{where}: found the name {name!a:.80}, expected {_A_FILE_NAME}.")
+        if name.lower() in folded:
+            raise ArtifactError(f"{where}: '{name}' is there already, case does not count.")
+        folded.add(name.lower())
+        spec = Fields(value, f"{where}: {name}", _names(FileSpec))
+        parsed[name] = FileSpec(
+            bytes=spec.integer("bytes", 0, _MAX_FILE_BYTES),
+            sha256=spec.text("sha256", _DIGEST, "64 hex digits"),
+        )
+    return parsed
+
+
+def _check_model(model: ModelSpec, where: str) -> None:
+    heads, shared = model.num_attention_heads, model.num_key_value_heads
+    if heads % shared:
+        raise ArtifactError(
+            f"{where}: num_attention_heads is {heads}, expected a multiple of "
+            f"num_key_value_heads, {shared}."
+        )
+    if len(model.memory_gain) != model.num_hidden_layers:
+        raise ArtifactError(
+            f"{where}: memory_gain has {len(model.memory_gain)} values, expected one for each "
+            f"of {model.num_hidden_layers} layers."
+        )
+
+
+def _check_table(manifest: Manifest, where: str) -> None:
+    table = manifest.table
+    try:
+        layout = manifest.layout
+    except ValueError as error:
+        raise ArtifactError(f"{where}: {error}") from None
+    _expect_equal(where, "record_bytes", table.record_bytes, layout.record_bytes)
+    _expect_equal(where, "stride", table.stride, layout.stride)
+    page = max(4096, table.alignment)
+    if table.records_offset % page:
+        raise ArtifactError(
+            f"{where}: records_offset is {table.records_offset}, expected a multiple of {page}."
+        )
+    size = table.records_offset + manifest.model.vocab_size * (table.stride + CHECKSUM_BYTES)
+    found = _listed(manifest, table.file, where).bytes
+    _expect_equal(where, f"the size of {table.file}", found, size)
+
+
+def _check_graph(manifest: Manifest, where: str) -> None:
+    graph = manifest.graph
+    wire = get_codec(manifest.table.codec).wire
+    if graph.wire != wire:
+        raise ArtifactError(
+            f"{where}: wire is '{graph.wire}', expected '{wire}' for codec "
+            f"{manifest.table.codec}. Graph and table are from different exports."
+        )
+    names = [name for name in (graph.file, graph.external_data) if name is not None]
+    for name in names:
+        _listed(manifest, name, where)
+    if len({manifest.table.file, *names}) != 1 + len(names):
+        raise ArtifactError(f"{where}: table, graph and external data must be different files.")
+
+
+def _listed(manifest: Manifest, name: str, where: str) -> FileSpec:
+    if name not in manifest.files:
+        raise ArtifactError(f"{where}: '{name}' is not listed under files.")
+    return manifest.files[name]
+
+
+def _expect_equal(where: str, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ArtifactError(
+            f"{where}: {what} is {found}, expected {expected} for this model and codec. "
+            "Export the model again."
+        )

@@ -1,0 +1,139 @@
+"""What a generation cost: times, bytes read, memory. Plain numbers, ready for JSON.
+
+Reads counters of the table and the operating system's account of the process; changes nothing.
+"""
+
+from __future__ import annotations
+
+import sys
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.table import Table
+
+_PROC_STATUS = Path("/proc/self/status")
+_PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_bytes"}
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Resident memory of this process in bytes; None where the system does not tell."""
+
+    anon_bytes: int | None = None  # its own: weights, keys and values, buffers
+    file_bytes: int | None = None  # pages of mapped files, which the system may drop
+    peak_bytes: int | None = None  # the most it ever was, of both together
+
+
+def process_memory() -> ProcessMemory:
+    """Read the memory of this process: all of it on Linux, the peak elsewhere on Unix."""
+    try:
+        status = _PROC_STATUS.read_text(encoding="ascii")
+    except OSError:
+        return ProcessMemory(peak_bytes=_peak_from_resource())
+    return parse_proc_status(status)
+
+
+def parse_proc_status(text: str) -> ProcessMemory:
+    """Parse the text of Linux' `/proc/self/status`, whose sizes are in KiB."""
+    found = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key in _PROC_KEYS:
+            found[_PROC_KEYS[key]] = int(value.split()[0]) * 1024
+    return ProcessMemory(**found)
+
+
+def _peak_from_resource() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
+
+
+@dataclass(slots=True)
+class StepCosts:
+    """Sums that the token loop fills in while it runs, over all sequences of a batch."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0  # reading, computing and choosing; not the reader of the text
+    records_read: int = 0
+    kv_bytes: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class GenerationStatistics:
+    """What one generation (or one batch) did. Rates are None when there was nothing to measure."""
+
+    prompt_tokens: int
+    completion_tokens: int  # chosen tokens, an end-of-text token among them
+    time_to_first_token_seconds: float
+    prefill_tokens_per_second: float | None
+    decode_tokens_per_second: float | None  # over the tokens after each first one
+    table_bytes_read: int  # of records, from memory when the reader is "ram"
+    table_bytes_read_per_token: float  # per token fed, of prompt and completion
+    reads_per_token: float  # reading calls to the system; counts what runs beside this too
+    rss_anon_bytes: int | None
+    rss_file_bytes: int | None
+    kv_bytes: int
+    seed: int
+    device: str
+    reader: str
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict for JSON."""
+        return asdict(self)
+
+
+class Meter:
+    """Measures one generation from the moment it is made."""
+
+    def __init__(self, runtime: Runtime, table: Table, seed: int) -> None:
+        self.costs = StepCosts()
+        self._runtime = runtime
+        self._table = table
+        self._seed = seed
+        self._tokens = 0
+        self._reads_before = table.statistics.reads
+        self._start = perf_counter()
+        self._first_token_seconds = 0.0
+
+    def note_token(self) -> None:
+        """Count one token that is ready to be shown."""
+        if not self._tokens:
+            self._first_token_seconds = perf_counter() - self._start
+        self._tokens += 1
+
+    def statistics(self) -> GenerationStatistics:
+        """Return what was measured so far."""
+        costs, memory = self.costs, process_memory()
+        fed = costs.prefill_tokens + costs.decode_tokens
+        bytes_read = costs.records_read * self._table.layout.record_bytes
+        reads = self._table.statistics.reads - self._reads_before
+        return GenerationStatistics(
+            prompt_tokens=costs.prefill_tokens,
+            completion_tokens=self._tokens,
+            time_to_first_token_seconds=self._first_token_seconds,
+            prefill_tokens_per_second=rate(costs.prefill_tokens, costs.prefill_seconds),
+            decode_tokens_per_second=rate(costs.decode_tokens, costs.decode_seconds),
+            table_bytes_read=bytes_read,
+            table_bytes_read_per_token=bytes_read / max(1, fed),
+            reads_per_token=reads / max(1, fed),
+            rss_anon_bytes=memory.anon_bytes,
+            rss_file_bytes=memory.file_bytes,
+            kv_bytes=costs.kv_bytes,
+            seed=self._seed,
+            device=self._runtime.device,
+            reader=self._table.reader_name,
+        )
+
+
+def rate(count: int, seconds: float) -> float | None:
+    """Return count per second, or None when there was nothing to measure."""
+    return count / seconds if count and seconds > 0 else None

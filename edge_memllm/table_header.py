@@ -1,0 +1,110 @@
+"""The header of the table file: a safetensors header that the manifest determines completely.
+
+Writing builds it, opening compares it. It is JSON padded with spaces so that records start on a
+page. Nothing in it is believed that the manifest does not say as well.
+"""
+
+from __future__ import annotations
+
+import json
+import struct
+
+from edge_memllm.errors import ArtifactError, CorruptionError
+from edge_memllm.manifest import CHECKSUM_BYTES
+from edge_memllm.records import RecordLayout
+from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
+
+FORMAT = "edge-memllm-table"
+FORMAT_VERSION = "1"
+PAGE = 4096
+LENGTH = struct.Struct("<Q")  # what a safetensors file starts with: the bytes of its header
+
+
+def build_header(layout: RecordLayout, vocab_size: int, identity: str) -> bytes:
+    """Return the bytes in front of the first record: length, JSON and padding."""
+    content = json.dumps(
+        _content(layout, vocab_size, identity), sort_keys=True, separators=(",", ":")
+    ).encode("ascii")
+    page = max(PAGE, layout.alignment)
+    total = -(-(LENGTH.size + len(content)) // page) * page
+    return LENGTH.pack(total - LENGTH.size) + content.ljust(total - LENGTH.size)
+
+
+def header_length(first: bytes, records_offset: int, where: str) -> int:
+    """Return the length of the JSON, from the first 8 bytes of the file.
+
+    Raises `CorruptionError` unless the records start right behind it, where the manifest says.
+    """
+    length: int = LENGTH.unpack(first)[0]
+    if LENGTH.size + length != records_offset or length > MAX_JSON_BYTES:
+        raise CorruptionError(
+            f"{where}: the header is {length} bytes, expected {records_offset - LENGTH.size} "
+            f"and at most {MAX_JSON_BYTES}. Copy the folder again."
+        )
+    return length
+
+
+def check_header(
+    data: bytes, layout: RecordLayout, vocab_size: int, identity: str, where: str
+) -> None:
+    """Compare the JSON of a header with what it must say for this model.
+
+    Raises `ArtifactError` naming the first difference: another model, codec, version, or tensors
+    of other names, types, shapes or places.
+    """
+    expected = _content(layout, vocab_size, identity)
+    if not data.startswith(b"{"):
+        raise ArtifactError(f"{where}: the header does not start with '{{'. Copy the folder again.")
+    header = parse_json_object(data, where)
+    found = Fields(header, where, expected).mapping("__metadata__")
+    Fields(found, f"{where}: __metadata__", expected["__metadata__"])
+    if found["identity"] != identity:
+        raise ArtifactError(
+            f"{where}: this is the table of model {_shortened(found['identity'])}, the manifest is "
+            f"for model {_shortened(identity)}. The files are from different exports; copy the "
+            "folder again."
+        )
+    for key, value in expected["__metadata__"].items():
+        _compare(found[key], value, key, where)
+    for name in ("records", "checksums"):
+        _compare(header[name], expected[name], f"tensor '{name}'", where)
+
+
+def _content(layout: RecordLayout, vocab_size: int, identity: str) -> dict[str, dict[str, object]]:
+    records = vocab_size * layout.stride
+    return {
+        "__metadata__": {
+            "format": FORMAT,
+            "format_version": FORMAT_VERSION,
+            "identity": identity,
+            "codec": layout.codec.id,
+            "embedding_dtype": layout.embedding_dtype,
+            "layers": str(layout.layers),
+            "width": str(layout.width),
+            "alignment": str(layout.alignment),
+        },
+        "records": {
+            "dtype": "U8",
+            "shape": [vocab_size, layout.stride],
+            "data_offsets": [0, records],
+        },
+        "checksums": {
+            "dtype": "U64",
+            "shape": [vocab_size],
+            "data_offsets": [records, records + vocab_size * CHECKSUM_BYTES],
+        },
+    }
+
+
+def _shortened(identity: object) -> str:
+    return ascii(identity).strip("'")[: len("sha256:") + 12]
+
+
+def _compare(found: object, expected: object, what: str, where: str) -> None:
+    # Compared as text: in Python True equals 1 and 1.0 equals 1, in the file they must not.
+    shown, wanted = json.dumps(found, sort_keys=True), json.dumps(expected, sort_keys=True)
+    if shown != wanted:
+        raise ArtifactError(
+            f"{where}: {what} is {shown:.200}, the manifest says {wanted}. "
+            "The table is from another export; copy the folder again."
+        )

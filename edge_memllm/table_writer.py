@@ -1,0 +1,183 @@
+"""Writes a table file: header, records in chunks, checksums. Memory stays at a chunk or two.
+
+The same rows give the same bytes. Space is claimed before anything is written, and bytes go out
+front to back, so the file's digest is known as soon as the last one is written.
+"""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import os
+import shutil
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import numpy as np
+from xxhash import xxh3_64_intdigest
+
+from edge_memllm.codecs import UnencodableRowError, get_codec
+from edge_memllm.codecs.codec import Bytes, Floats
+from edge_memllm.errors import ExportError
+from edge_memllm.manifest import CHECKSUM_BYTES, FileSpec, TableSpec
+from edge_memllm.records import RecordLayout, checksum_seed
+from edge_memllm.table_header import build_header
+
+_FLAGS = (
+    os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
+)
+# What posix_fallocate says where the file system cannot claim space; writing then finds out.
+_CANNOT_CLAIM = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
+_FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
+
+
+class TableWriter:
+    """Writes the records of tokens 0, 1, 2, ... in order: `append` until done, then `finish`.
+
+    Use it in a with-statement, which removes a file that was not finished. Raises `ExportError`
+    when `path` exists or the file does not fit on the disk.
+    """
+
+    def __init__(self, path: Path, layout: RecordLayout, vocab_size: int, identity: str) -> None:
+        self._path = path
+        self._layout = layout
+        self._header = build_header(layout, vocab_size, identity)
+        self._seed = checksum_seed(identity)
+        self._checksums = np.zeros(vocab_size, "<u8")
+        self._count = 0
+        self._finished = False
+        self._digest = hashlib.sha256()
+        self._size = len(self._header) + vocab_size * (layout.stride + CHECKSUM_BYTES)
+        try:
+            self._file = os.open(path, _FLAGS, 0o666)
+        except OSError as error:
+            raise self._failure(error) from error
+        try:
+            self._claim_space()
+            self._write(self._header)
+        except BaseException:
+            self._abandon()
+            raise
+
+    def append(self, embedding: Floats, rows: Floats) -> None:
+        """Write the next N records, from embedding [N, D] and rows [N, L, D].
+
+        Raises `ExportError` naming token and layer when a value is NaN, infinite or too large,
+        and when the disk is full.
+        """
+        self._check_shapes(embedding, rows)
+        records = self._encode(embedding, rows)
+        for token, record in enumerate(records[:, : self._layout.record_bytes], self._count):
+            self._checksums[token] = xxh3_64_intdigest(record, seed=self._seed ^ token)
+        self._write(records.reshape(-1).data)
+        self._count += len(records)
+
+    def finish(self) -> tuple[TableSpec, FileSpec]:
+        """Write the checksums, force everything to the disk, and describe the file.
+
+        Raises `ExportError` unless every token has its record.
+        """
+        if self._count != len(self._checksums):
+            raise ExportError(
+                f"{self._path}: {self._count} records written, expected {len(self._checksums)}."
+            )
+        self._write(self._checksums.view(np.uint8).data)
+        try:
+            os.fsync(self._file)
+        except OSError as error:
+            raise self._failure(error) from error
+        self._finished = True
+        return self._table_spec(), FileSpec(self._size, self._digest.hexdigest())
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._finished:
+            os.close(self._file)
+        else:
+            self._abandon()
+
+    def _claim_space(self) -> None:
+        if not hasattr(os, "posix_fallocate"):
+            return
+        try:
+            os.posix_fallocate(self._file, 0, self._size)
+        except OSError as error:
+            if error.errno not in _CANNOT_CLAIM:
+                raise self._failure(error) from error
+
+    def _check_shapes(self, embedding: Floats, rows: Floats) -> None:
+        layout, count = self._layout, len(embedding)
+        expected = ((count, layout.width), (count, layout.layers, layout.width))
+        if (embedding.shape, rows.shape) != expected:
+            raise ExportError(
+                f"{self._path}: embedding {embedding.shape} and rows {rows.shape}, "
+                f"expected {expected[0]} and {expected[1]}."
+            )
+        if self._count + count > len(self._checksums):
+            raise ExportError(
+                f"{self._path}: {self._count + count} records, expected {len(self._checksums)}."
+            )
+
+    def _encode(self, embedding: Floats, rows: Floats) -> Bytes:
+        """Return whole records [N, stride], padding included."""
+        layout = self._layout
+        plain = get_codec({"float16": "f16", "float32": "f32"}[layout.embedding_dtype])
+        try:
+            _, embedding_codes = plain.encode(embedding[:, None, :])
+        except UnencodableRowError as error:
+            raise self._unencodable(error, "embedding") from error
+        try:
+            scales, codes = layout.codec.encode(rows)
+        except UnencodableRowError as error:
+            raise self._unencodable(error, f"memory row of layer {error.layer}") from error
+        padding = np.zeros((len(rows), layout.stride - layout.record_bytes), np.uint8)
+        return np.concatenate([embedding_codes, scales, codes, padding], axis=1)
+
+    def _write(self, data: bytes | memoryview) -> None:
+        left = memoryview(data)
+        self._digest.update(left)
+        try:
+            while left:
+                left = left[os.write(self._file, left) :]
+        except OSError as error:
+            raise self._failure(error) from error
+
+    def _table_spec(self) -> TableSpec:
+        layout = self._layout
+        return TableSpec(
+            file=self._path.name,
+            codec=layout.codec.id,
+            embedding_dtype=layout.embedding_dtype,
+            record_bytes=layout.record_bytes,
+            stride=layout.stride,
+            alignment=layout.alignment,
+            records_offset=len(self._header),
+            checksums_sha256=hashlib.sha256(self._checksums.data).hexdigest(),
+        )
+
+    def _abandon(self) -> None:
+        os.close(self._file)
+        self._path.unlink(missing_ok=True)
+
+    def _unencodable(self, error: UnencodableRowError, what: str) -> ExportError:
+        return ExportError(
+            f"{self._path}: token {self._count + error.row}, {what}: {error.reason}. "
+            "Check the checkpoint, or choose another codec."
+        )
+
+    def _failure(self, error: OSError) -> ExportError:
+        if error.errno in _FULL:
+            free = shutil.disk_usage(self._path.parent).free
+            return ExportError(
+                f"{self._path}: the disk is full. The table needs {self._size} bytes, "
+                f"{free} are free. Free some space or export to another disk."
+            )
+        return ExportError(f"{self._path}: writing failed ({error.strerror}).")

@@ -1,0 +1,141 @@
+"""Text to token ids and back, from the tokenizer files of an artifact.
+
+Decoding also works token by token, without ever giving out half a character. Knows the
+`tokenizers` library; nothing of graphs, tables or sampling.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, Any
+
+import tokenizers
+
+from edge_memllm.chat import ChatTemplate
+from edge_memllm.errors import ArtifactError, RequestError
+
+if TYPE_CHECKING:
+    from edge_memllm.artifact import Artifact
+
+_UNFINISHED = "\ufffd"  # what bytes decode to while their character is not complete
+
+
+class Tokenizer:
+    """The tokenizer of one artifact; stateless, so several threads may share it."""
+
+    def __init__(self, definition: bytes, *, template: ChatTemplate | None = None) -> None:
+        """Take the bytes of a `tokenizer.json`; raises `ArtifactError` if they are not one."""
+        try:
+            self._tokenizer = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
+        except Exception as error:  # the library raises bare Exception
+            raise ArtifactError(
+                f"tokenizer.json: not a tokenizer that tokenizers {tokenizers.__version__} reads "
+                f"({error}). Copy the artifact again, or export it again."
+            ) from error
+        self._template = template
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> Tokenizer:
+        """Read `tokenizer.json` and, if there is one, the chat template."""
+        files = artifact.manifest.files
+        if "tokenizer.json" not in files:
+            raise ArtifactError(
+                f"{artifact.path}: no tokenizer.json in the manifest, so text cannot be read. "
+                "Export again from a checkpoint folder that has a tokenizer."
+            )
+        config = read_json(artifact, "tokenizer_config.json")
+        if "chat_template.jinja" in files:
+            source: object = artifact.read_bytes("chat_template.jinja").decode("utf-8", "replace")
+        else:
+            source = config.get("chat_template")
+        template = None if source is None else ChatTemplate(source, _special_tokens(config))
+        return cls(artifact.read_bytes("tokenizer.json"), template=template)
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """What turns chat messages into a prompt; None when the artifact has no template."""
+        return self._template
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of `text`; `special` adds what the tokenizer puts around a text.
+
+        Text made by a chat template holds its special tokens already: pass `special=False`.
+        Raises `RequestError` for what is not text.
+        """
+        try:
+            encoding = self._tokenizer.encode(text, add_special_tokens=special)
+        except TypeError as error:
+            raise RequestError(
+                f"{text!a:.80} is not text: expected a str that can be written as UTF-8."
+            ) from error
+        ids: list[int] = encoding.ids
+        return ids
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without special tokens."""
+        text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+
+class Detokenizer:
+    """Turns ids into text one by one: the pieces joined are the decoded whole.
+
+    Exact for byte-level BPE. A piece ends at a character boundary, so it may be empty until the
+    tokens that complete a character have come.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        # Decoders look at their neighbours (leading spaces), so each piece is decoded behind the
+        # tokens of the piece before; `_shown` characters of that window are out already.
+        self._window: list[int] = []
+        self._pending = 0
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Take the next id and return the text that is now certain."""
+        self._window.append(token)
+        self._pending += 1
+        text = self._tokenizer.decode(self._window)
+        certain = len(text.rstrip(_UNFINISHED))
+        piece = text[self._shown : certain]
+        if piece and certain == len(text):
+            self._window = self._window[-self._pending :]
+            self._pending = 0
+            self._shown = len(self._tokenizer.decode(self._window))
+        else:
+            self._shown = max(self._shown, certain)
+        return piece
+
+    def flush(self) -> str:
+        """Return what was held back: the tokens have ended, complete or not."""
+        text = self._tokenizer.decode(self._window)
+        piece, self._shown = text[self._shown :], len(text)
+        return piece
+
+
+def read_json(artifact: Artifact, name: str) -> dict[str, Any]:
+    """Return a JSON object of the artifact, or an empty one when the artifact lacks the file."""
+    if name not in artifact.manifest.files:
+        return {}
+    try:
+        value = json.loads(artifact.read_bytes(name))
+    except ValueError as error:
+        raise ArtifactError(f"{artifact.path / name}: not JSON ({error}).") from error
+    if not isinstance(value, dict):
+        raise ArtifactError(
+            f"{artifact.path / name}: holds a {type(value).__name__}, expected a JSON object."
+        )
+    return value
+
+
+def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
+    """Return bos_token, eos_token and the like, whichever of their two spellings is used."""
+    found = {}
+    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
+        value = config.get(name)
+        content = value.get("content") if isinstance(value, dict) else value
+        if isinstance(content, str):
+            found[name] = content
+    return found

@@ -1,0 +1,297 @@
+"""Checkpoint in, artifact out: graph, table, tokenizer, manifest, verification, publication.
+
+Everything is written to OUT.partial and judged there; OUT appears in one rename. The same
+checkpoint and options give the same bytes.
+"""
+
+from __future__ import annotations
+
+import gc
+import hashlib
+import logging
+import os
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import edge_memllm
+from edge_memllm.errors import ArtifactError, ExportError
+from edge_memllm.manifest import (
+    MANIFEST_NAME,
+    FileSpec,
+    GraphSpec,
+    Manifest,
+    ModelSpec,
+    TableSpec,
+)
+from edge_memllm.records import RecordLayout
+from edge_memllm.table_writer import TableWriter
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph import (
+    EXTERNAL_FILE,
+    GRAPH_FILE,
+    OPSET,
+    GraphForm,
+    Rotary,
+    build_graph,
+    save_graph,
+)
+from edge_memllm_export.graph_attention import AttentionShape
+from edge_memllm_export.graph_tape import WEIGHT_FORMS
+from edge_memllm_export.judged_artifact import JudgedArtifact
+from edge_memllm_export.ladder import Rung, climb
+from edge_memllm_export.options import (
+    COMPUTE_DTYPES,
+    check_computation,
+    graph_form,
+    record_layout,
+)
+from edge_memllm_export.quality import (
+    MAX_MEAN_KL,
+    MAX_PERPLEXITY_INCREASE,
+    Quality,
+    default_text,
+    measure_quality,
+    text_tokens,
+    token_budget,
+)
+from edge_memllm_export.staging import Staging
+from edge_memllm_export.table_rows import table_rows
+
+TABLE_FILE = "table.safetensors"
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+    "generation_config.json",
+)
+
+Progress = Callable[[str, int, int], None]
+
+_log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class ExportReport:
+    """What was exported and how it was judged. Without verification there is no judgement."""
+
+    path: Path
+    manifest: Manifest
+    rungs: tuple[Rung, ...]
+    quality: Quality | None
+
+
+def export_model(
+    checkpoint: Path,
+    out: Path,
+    *,
+    graph_weights: str = "int4",
+    table_codec: str = "int8",
+    device: str = "cpu",
+    alignment: int = 512,
+    compute_dtype: str = "float32",
+    chunk: int | None = None,
+    verify: bool = True,
+    accept_quality_loss: bool = False,
+    quality_text: str | None = None,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> ExportReport:
+    """Export a checkpoint folder as an artifact folder.
+
+    `graph_weights` is int4, int8, fp16 or fp32; `table_codec` f32, f16, int8, int4 or a codec id
+    (a dense model has no memory rows and always gets the codec `none`). `device` (cpu or cuda),
+    `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
+    computed. `verify` climbs the parity ladder and measures the loss of quality on
+    `quality_text` (None: a text that ships with the package); a loss beyond the bounds of
+    `quality` is refused unless accepted. `progress(stage, done, total)` is called on the way.
+
+    Raises ExportError, or RuntimeUnavailableError for a device that is not there; nothing is
+    left behind then, and an artifact that was in OUT is untouched.
+    """
+    source = Checkpoint.open(Path(checkpoint))
+    form = graph_form(source, graph_weights, table_codec)
+    layout = record_layout(source, form, alignment)
+    check_computation(device, compute_dtype, chunk)
+    report = progress or (lambda stage, done, total: None)
+    out = Path(os.path.abspath(out))
+    try:
+        with Staging(out, overwrite=overwrite) as staging:
+            export = _Export(source, form, layout, staging.path, report)
+            manifest = export.write(device, COMPUTE_DTYPES[compute_dtype], chunk)
+            rungs: tuple[Rung, ...] = ()
+            quality = None
+            if verify:
+                text = quality_text if quality_text is not None else default_text()
+                rungs, quality = export.judge(compute_dtype, text, accept_quality_loss)
+            staging.publish()
+    except OSError as error:
+        raise ExportError(
+            f"{out}: writing failed ({error.strerror or error}). Check free space and permissions."
+        ) from error
+    return ExportReport(out, manifest, rungs, quality)
+
+
+class _Export:
+    """One export under way in the folder `path`."""
+
+    def __init__(
+        self,
+        source: Checkpoint,
+        form: GraphForm,
+        layout: RecordLayout,
+        path: Path,
+        progress: Progress,
+    ) -> None:
+        self._source = source
+        self._form = form
+        self._layout = layout
+        self._path = path
+        self._progress = progress
+        self._files: dict[str, FileSpec] = {}
+
+    def write(self, device: str, dtype: torch.dtype, chunk: int | None) -> Manifest:
+        """Write all files, the manifest last, and force them to the disk."""
+        self._progress("identity", 0, 1)
+        identity = self._source.identity()
+        self._progress("identity", 1, 1)
+        self._copy_tokenizer()
+        graph = self._write_graph(identity)
+        table = self._write_table(identity, device, dtype, chunk)
+        manifest = Manifest(
+            model=_model_spec(self._source, identity),
+            table=table,
+            graph=graph,
+            files=self._files,
+            producer=f"edge-memllm {edge_memllm.__version__}",
+        )
+        try:
+            content = manifest.to_json()
+        except ArtifactError as error:
+            raise ExportError(f"{self._source.path}: {error}") from error
+        (self._path / MANIFEST_NAME).write_bytes(content)
+        _seal(self._path / MANIFEST_NAME)
+        return manifest
+
+    def judge(
+        self, rows_dtype: str, text: str, accept_quality_loss: bool
+    ) -> tuple[tuple[Rung, ...], Quality | None]:
+        """Reopen what was written, climb the ladder and measure quality; refuse what fails."""
+        rungs: list[Rung] = []
+        with JudgedArtifact(self._path, self._source.network()) as judged:
+            for rung in climb(judged, rows_dtype):
+                _log.info("rung %d %s: %g of %g", rung.number, rung.name, rung.measured, rung.bound)
+                if not rung.ok:
+                    raise ExportError(
+                        f"Rung {rung.number} of the parity ladder, {rung.name}, does not hold: "
+                        f"{rung.note} is {rung.measured:.3g}, the bound is {rung.bound:.3g}. "
+                        "The artifact would not compute what the checkpoint computes."
+                    )
+                rungs.append(rung)
+                self._progress("ladder", rung.number, 6)
+            return tuple(rungs), self._quality(judged, text, accept_quality_loss)
+
+    def _quality(self, judged: JudgedArtifact, text: str, accept_loss: bool) -> Quality | None:
+        if "tokenizer.json" not in self._files:
+            if accept_loss:
+                return None
+            raise ExportError(
+                f"{self._source.path}: no tokenizer.json, so the loss of quality cannot be "
+                "measured. Put the tokenizer there, or accept the loss unmeasured."
+            )
+        ids = text_tokens(judged, text, token_budget(self._source.parameters))
+        quality = measure_quality(
+            judged, ids, lambda done, total: self._progress("quality", done, total)
+        )
+        if not (quality.acceptable or accept_loss):
+            raise ExportError(
+                f"Graph weights {self._form.weights} and table codec {self._form.codec.id} cost "
+                f"{quality.perplexity_increase:+.1%} of perplexity and a mean KL divergence of "
+                f"{quality.mean_kl:.3f} nats over {quality.tokens} tokens; the bounds are "
+                f"{MAX_PERPLEXITY_INCREASE:+.1%} and {MAX_MEAN_KL} nats. Choose more bits, or "
+                "accept the loss of quality."
+            )
+        return quality
+
+    def _copy_tokenizer(self) -> None:
+        for name in TOKENIZER_FILES:
+            if (self._source.path / name).is_file():
+                shutil.copyfile(self._source.path / name, self._path / name)
+                self._files[name] = _seal(self._path / name)
+
+    def _write_graph(self, identity: str) -> GraphSpec:
+        self._progress("graph", 0, 1)
+        rotary = rotary_tables(self._source)
+        model = build_graph(self._source.config, self._source.array, rotary, self._form, identity)
+        names = save_graph(model, self._path)
+        # Nodes and values refer to each other: their weights would stay until some later sweep.
+        del model
+        gc.collect()
+        for name in names:
+            self._files[name] = _seal(self._path / name)
+        self._progress("graph", 1, 1)
+        return GraphSpec(
+            file=GRAPH_FILE,
+            external_data=EXTERNAL_FILE if EXTERNAL_FILE in names else None,
+            weights=self._form.weights,
+            compute_dtype=WEIGHT_FORMS[self._form.weights][0],
+            wire=self._form.codec.wire,
+            opset=OPSET,
+        )
+
+    def _write_table(
+        self, identity: str, device: str, dtype: torch.dtype, chunk: int | None
+    ) -> TableSpec:
+        network = self._source.network(device, dtype)
+        vocabulary = self._source.config.vocab_size
+        with TableWriter(self._path / TABLE_FILE, self._layout, vocabulary, identity) as writer:
+            for embedding, rows in table_rows(
+                network,
+                chunk=chunk,
+                progress=lambda done, total: self._progress("table", done, total),
+            ):
+                writer.append(embedding, rows)
+            spec, self._files[TABLE_FILE] = writer.finish()
+        return spec
+
+
+def rotary_tables(source: Checkpoint) -> Rotary:
+    """The network's own rotary embedding at every position: half of it, for it repeats."""
+    config: Any = source.config
+    embedding = source.network().model.rotary_emb
+    positions = torch.arange(config.max_position_embeddings).unsqueeze(0)
+    cosine, sine = embedding(torch.zeros(1), positions)  # [1, P, head_dim]
+    half = config.head_dim // 2
+    return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
+
+
+def _model_spec(source: Checkpoint, identity: str) -> ModelSpec:
+    config: Any = source.config
+    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    return ModelSpec(
+        identity=identity,
+        beta=config.beta,
+        hidden_size=config.hidden_size,
+        num_hidden_layers=config.num_hidden_layers,
+        num_attention_heads=config.num_attention_heads,
+        num_key_value_heads=config.num_key_value_heads,
+        head_dim=shape.graph_head_dim,
+        vocab_size=config.vocab_size,
+        max_position_embeddings=config.max_position_embeddings,
+        bos_token_id=config.bos_token_id,
+        eos_token_ids=source.eos_token_ids(),
+        memory_gain=source.memory_gain,
+    )
+
+
+def _seal(path: Path) -> FileSpec:
+    """Force a file to the disk; its size and digest."""
+    with path.open("rb") as file:
+        os.fsync(file.fileno())
+        digest = hashlib.file_digest(file, "sha256").hexdigest()
+        return FileSpec(os.fstat(file.fileno()).st_size, digest)

@@ -1,0 +1,103 @@
+"""The attention of one layer: packed projection, GroupQueryAttention, output projection.
+
+x [B,T,D] -- qkv_proj --> GroupQueryAttention --> o_proj --> [B,T,D]
+                           |  past.key/value [B,Hk,C,d]  (in, and out as present)
+                           |  seqlens_k, total_sequence_length
+                           |  cos_cache, sin_cache [P,d/2]
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import NamedTuple
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_memllm_export.graph_tape import GraphTape
+
+# GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
+_HEAD_MULTIPLE = 16
+
+
+@dataclass(frozen=True)
+class AttentionShape:
+    """Heads of the network, and how wide a head is in the graph."""
+
+    heads: int
+    kv_heads: int
+    head_dim: int
+
+    @property
+    def graph_head_dim(self) -> int:
+        """``head_dim`` rounded up to what the operator takes; the extra numbers are zero."""
+        return -(-self.head_dim // _HEAD_MULTIPLE) * _HEAD_MULTIPLE
+
+
+class AttentionInputs(NamedTuple):
+    """What the attention of every layer shares, in the order the operator takes it."""
+
+    seqlens_k: ir.Value  # int32 [B], valid positions of each sequence - 1
+    total_sequence_length: ir.Value  # int32 scalar
+    cosine: ir.Value  # [P, d/2]
+    sine: ir.Value
+
+
+def rotary_inputs(
+    tape: GraphTape, shape: AttentionShape, cosine: np.ndarray, sine: np.ndarray
+) -> tuple[ir.Value, ir.Value]:
+    """The rotary caches [P, head_dim/2] as initialisers, widened with the identity rotation."""
+    extra = ((0, 0), (0, (shape.graph_head_dim - shape.head_dim) // 2))
+    return (
+        tape.vector("cos_cache", np.pad(cosine, extra, constant_values=1)),
+        tape.vector("sin_cache", np.pad(sine, extra)),
+    )
+
+
+def widen_heads(weight: np.ndarray, shape: AttentionShape) -> np.ndarray:
+    """Rows ``[heads * head_dim, K]`` with zero rows added to reach the graph's head width.
+
+    The rotation pairs row i with row i + d/2, so each half of a head is widened by itself.
+    """
+    if shape.graph_head_dim == shape.head_dim:
+        return weight
+    K = weight.shape[1]
+    halves = weight.reshape(-1, 2, shape.head_dim // 2, K)
+    wide = np.zeros((len(halves), 2, shape.graph_head_dim // 2, K), weight.dtype)
+    wide[:, :, : shape.head_dim // 2] = halves
+    return wide.reshape(-1, K)
+
+
+def attention(
+    tape: GraphTape,
+    path: str,
+    x: ir.Value,
+    weights: dict[str, np.ndarray],
+    shape: AttentionShape,
+    shared: AttentionInputs,
+    past: tuple[ir.Value, ir.Value],
+    present: tuple[str, str],
+) -> tuple[ir.Value, list[ir.Value]]:
+    """The attention output [B,T,D] and the present key and value, named as ``present`` says.
+
+    ``weights`` holds q_proj, k_proj, v_proj and o_proj as in the network.
+    """
+    packed = np.concatenate(
+        [widen_heads(weights[name], shape) for name in ("q_proj", "k_proj", "v_proj")]
+    )
+    query = tape.linear(f"{path}/qkv_proj", x, packed)
+    name = f"{path}/GroupQueryAttention"
+    attended, *caches = tape.op_outputs(
+        name,
+        "GroupQueryAttention",
+        [query, None, None, *past, *shared],
+        [f"{name}/output_0", *present],
+        {
+            "num_heads": shape.heads,
+            "kv_num_heads": shape.kv_heads,
+            "do_rotary": 1,
+            "scale": shape.head_dim**-0.5,
+        },
+    )
+    output = widen_heads(weights["o_proj"].T, shape).T
+    return tape.linear(f"{path}/o_proj", attended, output), caches

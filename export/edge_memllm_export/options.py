@@ -1,0 +1,66 @@
+"""An export's options: checked against the checkpoint before anything is computed or written."""
+
+from __future__ import annotations
+
+import torch
+
+from edge_memllm.codecs import codec_ids, get_codec
+from edge_memllm.errors import ExportError, RuntimeUnavailableError
+from edge_memllm.records import RecordLayout
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph import GraphForm
+from edge_memllm_export.graph_tape import WEIGHT_FORMS
+
+# What people say, besides codec ids.
+CODEC_WORDS = {"f32": "f32", "f16": "f16", "int8": "int8-g64", "int4": "int4-g32"}
+COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+def graph_form(source: Checkpoint, graph_weights: str, table_codec: str) -> GraphForm:
+    """The form of graph and rows that the two words name, or an ExportError listing them."""
+    if graph_weights not in WEIGHT_FORMS:
+        raise ExportError(
+            f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
+        )
+    codec_id = CODEC_WORDS.get(table_codec, table_codec)
+    if codec_id not in codec_ids():
+        known = sorted({*CODEC_WORDS, *codec_ids()})
+        raise ExportError(f"table codec {table_codec!r}, expected one of {', '.join(known)}.")
+    if not source.config.has_memory:
+        codec_id = "none"
+    elif codec_id == "none":
+        raise ExportError(
+            f"table codec none is for dense models (beta 8), {source.path} has beta "
+            f"{source.config.beta}. Choose a codec that stores rows."
+        )
+    return GraphForm(graph_weights, get_codec(codec_id), WEIGHT_FORMS[graph_weights][0])
+
+
+def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> RecordLayout:
+    """The table's record layout; ExportError where width, codec and alignment do not fit."""
+    config = source.config
+    try:
+        return RecordLayout(
+            layers=config.num_hidden_layers if config.has_memory else 0,
+            width=config.hidden_size,
+            codec=form.codec,
+            embedding_dtype=form.embedding_dtype,
+            alignment=alignment,
+        )
+    except ValueError as error:
+        raise ExportError(f"{source.path}: {error}") from error
+
+
+def check_computation(device: str, compute_dtype: str, chunk: int | None) -> None:
+    """Refuse a way of computing rows that does not exist here."""
+    if device not in ("cpu", "cuda"):
+        raise ExportError(f"device {device!r}, expected cpu or cuda.")
+    if device == "cuda" and not torch.cuda.is_available():
+        raise RuntimeUnavailableError(
+            "device cuda: this torch finds no CUDA device. Install a CUDA build of torch, or "
+            "export on the cpu."
+        )
+    if compute_dtype not in COMPUTE_DTYPES:
+        raise ExportError(f"compute dtype {compute_dtype!r}, expected float32 or bfloat16.")
+    if chunk is not None and chunk < 1:
+        raise ExportError(f"chunk is {chunk}, expected at least one token.")

@@ -1,0 +1,128 @@
+"""What quantisation costs: the artifact against its checkpoint on real text.
+
+Both predict every token of the same text; the checkpoint's probabilities are the truth of the
+KL divergence. Knows logits, not how they came about.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from importlib import resources
+
+import numpy as np
+
+from edge_memllm.errors import ExportError
+from edge_memllm.tokenization import Tokenizer
+from edge_memllm_export.judged_artifact import JudgedArtifact
+
+# An export beyond either bound is refused unless the loss is accepted. 8-bit forms stay far
+# below both; the paper's 4-bit table costs 0.4 % of perplexity (Table 7), and careful 4-bit
+# matrices a few per cent. More than 5 % (0.05 nat) is what going down a model size costs.
+MAX_PERPLEXITY_INCREASE = 0.05
+MAX_MEAN_KL = 0.05
+
+_WINDOW = 256
+_CHUNK = 32  # positions whose logits are alive at once
+_MOST_TOKENS = 4096
+_FEWEST_TOKENS = 512
+# Tokens times parameters: about two minutes of one modern core, in both models together.
+_TOKEN_PARAMETERS = 1 << 40
+
+Progress = Callable[[int, int], None]
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far the artifact is from its checkpoint on `tokens` predicted tokens of a text."""
+
+    tokens: int
+    mean_kl: float  # nats, checkpoint to artifact
+    max_kl: float
+    checkpoint_perplexity: float
+    artifact_perplexity: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative change of perplexity; 0.01 is one per cent worse."""
+        return self.artifact_perplexity / self.checkpoint_perplexity - 1
+
+    @property
+    def acceptable(self) -> bool:
+        """Whether both bounds hold. A figure that is not a number does not."""
+        return self.mean_kl <= MAX_MEAN_KL and self.perplexity_increase <= MAX_PERPLEXITY_INCREASE
+
+
+def default_text() -> str:
+    """About 20 kB of public-domain English prose that ships with the package."""
+    return resources.files("edge_memllm_export").joinpath("quality_text.txt").read_text("utf-8")
+
+
+def token_budget(parameters: int) -> int:
+    """How many tokens a model of this size is compared on."""
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, _TOKEN_PARAMETERS // parameters))
+
+
+def text_tokens(judged: JudgedArtifact, text: str, most: int) -> list[int]:
+    """The first tokens of a text, at most `most`, by the artifact's own tokenizer.
+
+    Raises ExportError when the text gives no two tokens, or tokens the model does not have.
+    """
+    ids = Tokenizer.from_artifact(judged.artifact).encode(text)[:most]
+    vocabulary = judged.artifact.manifest.model.vocab_size
+    if len(ids) < 2:
+        raise ExportError(f"The quality text gives {len(ids)} tokens, at least 2 are needed.")
+    if max(ids) >= vocabulary:
+        raise ExportError(
+            f"tokenizer.json gives token {max(ids)}, the model has {vocabulary}. "
+            "The tokenizer is another model's; put the right one into the checkpoint."
+        )
+    return ids
+
+
+def measure_quality(
+    judged: JudgedArtifact, ids: list[int], progress: Progress | None = None
+) -> Quality:
+    """Compare the artifact with its checkpoint on the tokens `ids`, in windows of their own."""
+    window = min(_WINDOW, judged.artifact.manifest.model.max_position_embeddings)
+    divergences: list[np.ndarray] = []
+    losses = [0.0, 0.0]
+    for start in range(0, len(ids), window):
+        tokens = ids[start : start + window]
+        pairs = zip(
+            judged.network_logits(tokens, _CHUNK), judged.graph_logits(tokens, _CHUNK), strict=True
+        )
+        targets = tokens[1:]
+        for part, (truth, found) in enumerate(pairs):
+            next_ids = targets[part * _CHUNK : (part + 1) * _CHUNK]
+            truth, found = (_log_softmax(x[: len(next_ids)]) for x in (truth, found))
+            divergences.append((np.exp(truth) * (truth - found)).sum(axis=-1))
+            for model, logs in enumerate((truth, found)):
+                losses[model] -= float(logs[np.arange(len(next_ids)), next_ids].sum())
+        if progress is not None:
+            progress(min(start + window, len(ids)), len(ids))
+    divergence = np.concatenate(divergences)
+    truth_loss, found_loss = (loss / len(divergence) for loss in losses)
+    return Quality(
+        len(divergence),
+        float(divergence.mean()),
+        float(divergence.max()),
+        _perplexity(truth_loss),
+        _perplexity(found_loss),
+    )
+
+
+def mean_kl(truth: np.ndarray, found: np.ndarray) -> float:
+    """Mean KL divergence in nats between two arrays of logits [T, V]."""
+    logs, other = _log_softmax(truth), _log_softmax(found)
+    return float((np.exp(logs) * (logs - other)).sum(axis=-1).mean())
+
+
+def _perplexity(loss: float) -> float:
+    with np.errstate(over="ignore"):
+        return float(np.exp(loss))
+
+
+def _log_softmax(logits: np.ndarray) -> np.ndarray:
+    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
+    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))

@@ -1,0 +1,91 @@
+"""Round-to-nearest blocks for MatMulNBits: a weight matrix in 4 or 8 bits, 32 weights a scale.
+
+Layout (that of ``com.microsoft.MatMulNBits`` without zero points): for a matrix ``[N, K]``, codes
+are ``uint8 [N, blocks, 32 * bits / 8]`` with ``blocks = ceil(K / 32)``, at 4 bits two to a byte,
+low nibble first; scales are ``[N, blocks]``; ``weight = (code - 2**(bits - 1)) * scale``.
+It knows numpy and nothing of graphs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+from edge_memllm.errors import ExportError
+
+BLOCK = 32
+# The extreme weight of a block lands on one of these codes; the least squared error wins. A last
+# code beyond -8 clips the extreme a little. Against plain -8 this takes a tenth off the error.
+_EXTREME_CODES = {4: (-8.5, -8.0, -7.5, -7.0, -6.5, -6.0), 8: (-128.0, -127.0)}
+CHUNK_WEIGHTS = 1 << 20  # weights worked on at a time: the temporaries stay in the cache
+
+
+def quantize(
+    weight: np.ndarray, bits: int, scale_dtype: np.dtype, name: str
+) -> tuple[np.ndarray, np.ndarray]:
+    """``weight`` [N, K] of any float dtype -> codes uint8 and scales, laid out as above.
+
+    Raises ExportError naming the weight when a value is not finite or a scale leaves the range
+    of ``scale_dtype``.
+    """
+    N, K = weight.shape
+    blocks = -(-K // BLOCK)
+    codes = np.empty((N, blocks, BLOCK * bits // 8), np.uint8)
+    scales = np.empty((N, blocks), scale_dtype)
+    step = max(1, CHUNK_WEIGHTS // (blocks * BLOCK))
+    for start in range(0, N, step):
+        stop = min(start + step, N)
+        chunk = np.zeros((stop - start, blocks * BLOCK), np.float32)
+        chunk[:, :K] = weight[start:stop]
+        signed, scale = _round_blocks(chunk.reshape(-1, BLOCK), bits, scale_dtype)
+        if not np.isfinite(scale).all():
+            raise ExportError(
+                f"{name}: a weight between rows {start} and {stop} is not finite or too large for "
+                f"{np.dtype(scale_dtype).name} scales. Mend the checkpoint, or export with "
+                "graph weights fp32."
+            )
+        codes[start:stop] = _pack(signed, bits).reshape(stop - start, blocks, -1)
+        scales[start:stop] = scale.reshape(stop - start, blocks)
+    return codes, scales
+
+
+def dequantize(codes: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
+    """The float32 matrix [N, columns] that MatMulNBits multiplies with: the judge of `quantize`."""
+    values = codes if bits == 8 else np.stack([codes & 15, codes >> 4], axis=-1)
+    values = values.reshape(*scales.shape, BLOCK).astype(np.float32) - 2 ** (bits - 1)
+    return (values * scales.astype(np.float32)[..., None]).reshape(len(codes), -1)[:, :columns]
+
+
+def _round_blocks(
+    blocks: np.ndarray, bits: int, scale_dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray]:
+    """Blocks [M, 32] -> signed codes float32 [M, 32] and scales [M, 1] of least squared error."""
+    peak = np.abs(blocks).argmax(axis=1)[:, None]
+    extreme = np.take_along_axis(blocks, peak, axis=1)
+    first, *others = _EXTREME_CODES[bits]
+    codes, scale, least = _codes(blocks, extreme, first, bits, scale_dtype)
+    for extreme_code in others:
+        found, step, error = _codes(blocks, extreme, extreme_code, bits, scale_dtype)
+        better = error < least
+        np.copyto(codes, found, where=better)
+        np.copyto(scale, step, where=better)
+        np.copyto(least, error, where=better)
+    return codes, scale
+
+
+def _codes(
+    blocks: np.ndarray, extreme: np.ndarray, extreme_code: float, bits: int, dtype: np.dtype
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Nearest codes [M, 32] for the extreme on a given code; scales and squared errors [M, 1]."""
+    limit = 2 ** (bits - 1)
+    with np.errstate(over="ignore", invalid="ignore"):
+        scale = (extreme / np.float32(extreme_code)).astype(dtype)
+        step = scale.astype(np.float32)
+        inverse = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
+        codes = np.clip(np.rint(blocks * inverse), -limit, limit - 1)
+        error = np.square(codes * step - blocks).sum(axis=1, keepdims=True)
+    return codes, scale, error
+
+
+def _pack(signed: np.ndarray, bits: int) -> np.ndarray:
+    codes = (signed + 2 ** (bits - 1)).astype(np.uint8)
+    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)

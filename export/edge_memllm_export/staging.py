@@ -1,0 +1,170 @@
+"""The folder an export is built in, and how it takes the place of OUT in one step.
+
+    OUT.partial    being built; locked by the export that builds it
+    OUT            complete and verified, or not there
+    OUT.replaced   what OUT was, for the moment between two renames
+
+A crash at any point leaves at least one of OUT and OUT.replaced whole; the next export into OUT
+puts things in order before it starts. Knows nothing of what an artifact holds but its manifest.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from edge_memllm.errors import ExportError
+from edge_memllm.manifest import FORMAT, MANIFEST_NAME
+
+
+class Staging:
+    """Owns OUT.partial for one export; use it in a with-statement and end with `publish`.
+
+    What is not published is removed. Raises `ExportError` when OUT may not be replaced, or when
+    another export into OUT is running.
+    """
+
+    def __init__(self, out: Path, *, overwrite: bool) -> None:
+        self.path = out.with_name(f"{out.name}.partial")
+        self._out = out
+        self._aside = out.with_name(f"{out.name}.replaced")
+        self._overwrite = overwrite
+
+    def __enter__(self) -> Self:
+        self._out.parent.mkdir(parents=True, exist_ok=True)
+        self._lock = self._take_lock()
+        try:
+            self._recover()
+            self._refuse_what_is_there()
+            _empty(self.path)
+        except BaseException:
+            os.close(self._lock)
+            raise
+        return self
+
+    def publish(self) -> None:
+        """Make the finished folder OUT. Everything in it must have reached the disk."""
+        os.fsync(self._lock)
+        self._refuse_what_is_there()
+        if _is_there(self._out):
+            os.rename(self._out, self._aside)
+            _sync(self._out.parent)
+        os.rename(self.path, self._out)
+        _sync(self._out.parent)
+        if self._aside.exists():
+            _remove(self._aside)
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        try:
+            if kind is not None:
+                self._recover()
+                if self.path.exists():
+                    _remove(self.path)
+        finally:
+            os.close(self._lock)
+
+    def _take_lock(self) -> int:
+        """Make OUT.partial and lock it. The lock ends with the process, however it ends."""
+        while True:
+            try:
+                self.path.mkdir(exist_ok=True)
+                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+            except OSError as error:
+                raise ExportError(
+                    f"{self.path}: cannot be made a folder ({error.strerror}). An export into "
+                    f"{self._out} is built there; move away what stands in the way."
+                ) from error
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                if _same_folder(self.path, lock):
+                    return lock
+            except BlockingIOError:
+                os.close(lock)
+                raise ExportError(
+                    f"{self.path}: another export into {self._out} is running. Wait for it, or "
+                    "export into another folder."
+                ) from None
+            os.close(lock)  # the export before us published the folder that we had opened
+
+    def _recover(self) -> None:
+        """Undo or finish the swap of an export that died between its two renames."""
+        if not self._aside.exists():
+            return
+        if not self._out.exists() and (self._aside / MANIFEST_NAME).exists():
+            os.rename(self._aside, self._out)
+            _sync(self._out.parent)
+        else:
+            _remove(self._aside)
+
+    def _refuse_what_is_there(self) -> None:
+        if not _is_there(self._out):
+            return
+        if not self._overwrite:
+            raise ExportError(
+                f"{self._out}: exists already. Choose another folder, or export with overwrite."
+            )
+        if not _is_artifact(self._out):
+            raise ExportError(
+                f"{self._out}: exists and is not an artifact, so it is not replaced. Choose "
+                "another folder, or remove it yourself."
+            )
+
+
+def _is_there(path: Path) -> bool:
+    """Whether something would be lost by renaming a folder to `path`."""
+    if path.is_symlink() or not path.is_dir():
+        return os.path.lexists(path)
+    return any(path.iterdir())
+
+
+def _is_artifact(path: Path) -> bool:
+    """Whether this is a folder, no link, that holds one of our manifests, and files only."""
+    if path.is_symlink() or not path.is_dir() or any(entry.is_dir() for entry in path.iterdir()):
+        return False
+    try:
+        manifest = json.loads((path / MANIFEST_NAME).read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return False
+    return isinstance(manifest, dict) and manifest.get("format") == FORMAT
+
+
+def _same_folder(path: Path, descriptor: int) -> bool:
+    try:
+        return os.path.samestat(os.stat(path), os.fstat(descriptor))
+    except FileNotFoundError:
+        return False
+
+
+def _remove(folder: Path) -> None:
+    """Remove a folder of files; its manifest first, so that half a folder passes for none."""
+    (folder / MANIFEST_NAME).unlink(missing_ok=True)
+    _empty(folder)
+    folder.rmdir()
+    _sync(folder.parent)
+
+
+def _empty(folder: Path) -> None:
+    for entry in folder.iterdir():
+        if entry.is_dir() and not entry.is_symlink():
+            raise ExportError(
+                f"{folder}: holds a folder, {entry.name}, that no export made. Move it away."
+            )
+        entry.unlink()
+
+
+def _sync(folder: Path) -> None:
+    """Force a folder's entries to the disk."""
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

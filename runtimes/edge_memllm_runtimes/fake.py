@@ -1,0 +1,113 @@
+"""A runtime without a network: logits are a hash of the records of all tokens so far.
+
+Deterministic and fast, so the generation loop can be tested and timed by itself. Like a real
+runtime it sees only records, and the same text gives the same logits however it is cut into
+steps; another token, order or gain gives others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+import numpy as np
+from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
+
+from edge_memllm.records import RecordBuffer
+from edge_memllm.runtime_protocol import KVCache
+from edge_memllm_runtimes.kv_cache import GrowingCache
+from edge_memllm_runtimes.runtime import check_step, own_cache
+
+_MIX = np.uint64(0xBF58476D1CE4E5B9)
+_STATE_BYTES = 8
+
+
+class FakeCache(GrowingCache):
+    """One hash per position stands for its keys and values."""
+
+    def __init__(self, batch: int, context: int) -> None:
+        super().__init__(batch, context)
+        self.states: list[list[int]] = [[] for _ in range(batch)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes that the positions would take."""
+        return self.batch * self.capacity * _STATE_BYTES
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the positions of one sequence from `length` on."""
+        super().truncate(sequence, length)
+        del self.states[sequence][length:]
+
+    def _grow(self, capacity: int) -> None:
+        """Lists grow by themselves."""
+
+    def _free(self) -> None:
+        self.states.clear()
+
+
+class FakeRuntime:
+    """See the module docstring; `device` is `cpu`."""
+
+    name = "fake"
+    device = "cpu"
+
+    def __init__(self, vocab_size: int, context: int = 512) -> None:
+        self._context = context
+        self._steps = np.arange(vocab_size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
+
+    def new_cache(self, batch: int) -> FakeCache:
+        """Return an empty cache."""
+        return FakeCache(batch, self._context)
+
+    def step(
+        self,
+        buffer: RecordBuffer,
+        distinct: int,
+        token_index: NDArray[np.int64],
+        cache: KVCache,
+        logits_index: NDArray[np.int64] | None,
+        *,
+        sequence: int | None = None,
+        memory_gain: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Append tokens and return logits; see `edge_memllm.runtime_protocol.Runtime`."""
+        cache = own_cache(cache, FakeCache)
+        batch, tokens = token_index.shape
+        wanted = np.empty((batch, 0), np.int64) if logits_index is None else logits_index
+        check_step(token_index, distinct, cache, wanted, sequence)
+        active = cache.active(sequence)
+        cache.ensure(int(cache.lengths[active].max()) + tokens)
+        gain = b"" if memory_gain is None else memory_gain.tobytes()
+        records = [_digest(buffer.parts(slot), gain) for slot in range(distinct)]
+        for states, row in zip(cache.states[active], token_index.tolist(), strict=True):
+            for index in row:
+                states.append(_chain(states[-1] if states else 0, records[index]))
+        cache.lengths[active] += tokens
+        return self._logits(cache.states[active], tokens, wanted)
+
+    def close(self) -> None:
+        """Nothing is held."""
+
+    def logits(self, state: int) -> NDArray[np.float32]:
+        """Return the logits [V] that follow a state: even between -8 and 8."""
+        mixed = self._steps + np.uint64(state)
+        mixed = (mixed ^ (mixed >> np.uint64(30))) * _MIX
+        return ((mixed >> np.uint64(40)).astype(np.float32) * 2.0**-20 - 8).astype(np.float32)
+
+    def _logits(
+        self, histories: list[list[int]], tokens: int, wanted: NDArray[np.int64]
+    ) -> NDArray[np.float32]:
+        logits = np.empty((*wanted.shape, len(self._steps)), np.float32)
+        for states, positions, out in zip(histories, wanted.tolist(), logits, strict=True):
+            for place, position in enumerate(positions):
+                out[place] = self.logits(states[len(states) - tokens + position])
+        return logits
+
+
+def _digest(parts: Iterable[memoryview], gain: bytes) -> int:
+    return xxh3_64_intdigest(b"".join((*parts, gain)))
+
+
+def _chain(state: int, record: int) -> int:
+    return xxh3_64_intdigest(state.to_bytes(8, "little") + record.to_bytes(8, "little"))

@@ -1,0 +1,86 @@
+"""Which runtime computes an artifact, and the checks that all runtimes share.
+
+The contract itself is `edge_memllm.runtime_protocol`. Knows no library that computes.
+"""
+
+from __future__ import annotations
+
+import logging
+from typing import TYPE_CHECKING, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.errors import RequestError, RuntimeUnavailableError
+from edge_memllm.request import check_positive
+from edge_memllm.runtime_protocol import KVCache, Runtime
+
+if TYPE_CHECKING:
+    from edge_memllm.artifact import Artifact
+
+DEVICES = ("auto", "cpu", "cuda")
+
+Cache = TypeVar("Cache", bound=KVCache)
+
+_log = logging.getLogger(__name__)
+
+
+def open_runtime(artifact: Artifact, device: str = "auto", threads: int | None = None) -> Runtime:
+    """Open ONNX Runtime on the device asked for; `auto` takes CUDA where it really works.
+
+    `threads` is for the CPU: None takes one per physical core. The runtime's `device` says what
+    was chosen. Raises `RuntimeUnavailableError` when the device is not there, never falls back
+    from one that was named.
+    """
+    if device not in DEVICES:
+        raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}.")
+    if threads is not None:
+        check_positive("threads", threads)
+    from edge_memllm_runtimes.ort import OrtRuntime
+
+    if device != "auto":
+        return OrtRuntime(artifact, device, threads)
+    try:
+        return OrtRuntime(artifact, "cuda", threads)
+    except RuntimeUnavailableError as error:
+        _log.info("device auto: cpu, because cuda is not usable. %s", error)
+    return OrtRuntime(artifact, "cpu", threads)
+
+
+def own_cache(cache: KVCache, kind: type[Cache]) -> Cache:
+    """Return `cache` as the kind a runtime makes; raises `TypeError` if another made it."""
+    if not isinstance(cache, kind):
+        raise TypeError(f"a {type(cache).__name__} was given, expected the runtime's own cache.")
+    return cache
+
+
+def check_step(
+    token_index: NDArray[np.int64],
+    distinct: int,
+    cache: KVCache,
+    logits_index: NDArray[np.int64],
+    sequence: int | None,
+) -> None:
+    """Raise `ValueError` for arrays that do not fit together, before anything is computed."""
+    batch, tokens = token_index.shape
+    if sequence is None:
+        fits = batch == cache.batch and (tokens == 1 or batch == 1)
+    else:
+        fits = batch == 1 and 0 <= sequence < cache.batch
+    if not fits or tokens < 1:
+        raise ValueError(
+            f"token_index {token_index.shape} does not fit a cache of {cache.batch} sequences: "
+            "expected [B, 1], or [1, T] with one sequence."
+        )
+    if logits_index.shape[0] != batch:
+        raise ValueError(f"logits_index {logits_index.shape}, expected [{batch}, K].")
+    _check_range("token_index", token_index, distinct)
+    _check_range("logits_index", logits_index, tokens)
+
+
+def _check_range(name: str, index: NDArray[np.int64], limit: int) -> None:
+    # ONNX Runtime takes -1 for the last entry without a word.
+    if index.size and not (index.min() >= 0 and index.max() < limit):
+        raise ValueError(
+            f"{name} goes from {index.min()} to {index.max()}, expected 0 to {limit - 1}."
+        )

@@ -1,0 +1,127 @@
+"""The judge: the torch network behind the runtime's contract, fed with the table's own rows.
+
+Rows are decoded on the host by the codec, and each sequence is computed by itself, so nothing
+here shares a shortcut with what it judges. Slow, and needs torch.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from transformers import DynamicCache
+
+from edge_memllm.errors import RequestError
+from edge_memllm.modeling import MemoryLLMForCausalLM, TokenRows
+from edge_memllm.records import RecordBuffer
+from edge_memllm.runtime_protocol import KVCache
+from edge_memllm_runtimes.kv_cache import GrowingCache
+from edge_memllm_runtimes.runtime import check_step, own_cache
+
+
+class TorchCache(GrowingCache):
+    """One cache of transformers per sequence."""
+
+    def __init__(self, network: MemoryLLMForCausalLM, batch: int) -> None:
+        super().__init__(batch, network.config.max_position_embeddings)
+        self.sequences = [DynamicCache(config=network.config) for _ in range(batch)]
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of keys and values."""
+        return sum(
+            tensor.nbytes
+            for sequence in self.sequences
+            for layer in sequence.layers
+            if layer.is_initialized
+            for tensor in (layer.keys, layer.values)
+        )
+
+    def truncate(self, sequence: int, length: int) -> None:
+        """Forget the positions of one sequence from `length` on."""
+        surplus = int(self.lengths[sequence]) - length
+        super().truncate(sequence, length)
+        if surplus:
+            self.sequences[sequence].crop(-surplus)  # 0 means different things to versions
+
+    def _grow(self, capacity: int) -> None:
+        """The caches of transformers grow by themselves."""
+
+    def _free(self) -> None:
+        self.sequences.clear()
+
+
+class TorchReference:
+    """A network as a runtime; see `edge_memllm.runtime_protocol.Runtime`."""
+
+    device = "cpu"
+
+    def __init__(self, network: MemoryLLMForCausalLM) -> None:
+        """Take a network on the CPU, in any float dtype."""
+        self.name = f"torch {torch.__version__}"
+        self._network = network.eval()
+
+    def new_cache(self, batch: int) -> TorchCache:
+        """Return an empty cache."""
+        return TorchCache(self._network, batch)
+
+    def step(
+        self,
+        buffer: RecordBuffer,
+        distinct: int,
+        token_index: NDArray[np.int64],
+        cache: KVCache,
+        logits_index: NDArray[np.int64] | None,
+        *,
+        sequence: int | None = None,
+        memory_gain: NDArray[np.float32] | None = None,
+    ) -> NDArray[np.float32]:
+        """Append tokens and return logits; see `edge_memllm.runtime_protocol.Runtime`."""
+        if memory_gain is not None:
+            raise RequestError(
+                "The torch reference takes its gains from the checkpoint. Change memory_gain in "
+                "its configuration instead."
+            )
+        own = own_cache(cache, TorchCache)
+        batch, tokens = token_index.shape
+        if logits_index is None:
+            logits_index = np.zeros((batch, 0), np.int64)
+        check_step(token_index, distinct, own, logits_index, sequence)
+        active = own.active(sequence)
+        own.ensure(int(own.lengths[active].max()) + tokens)
+        logits = [
+            self._logits(buffer, distinct, index, past, wanted)
+            for index, past, wanted in zip(
+                token_index, own.sequences[active], logits_index, strict=True
+            )
+        ]
+        own.lengths[active] += tokens
+        return np.stack(logits)
+
+    def close(self) -> None:
+        """Nothing to free: the network belongs to the caller."""
+
+    def _logits(
+        self,
+        buffer: RecordBuffer,
+        distinct: int,
+        index: NDArray[np.int64],
+        past: DynamicCache,
+        wanted: NDArray[np.int64],
+    ) -> NDArray[np.float32]:
+        """Compute one sequence: index [T] into the records, logits [K, V]."""
+        dtype = self._network.dtype
+        rows = TokenRows(
+            torch.from_numpy(index).unsqueeze(0),
+            torch.from_numpy(buffer.embedding(distinct).astype(np.float32)).to(dtype),
+            torch.from_numpy(buffer.rows(distinct)),
+        )
+        with torch.inference_mode():
+            output = self._network(
+                token_rows=rows,
+                past_key_values=past,
+                use_cache=True,
+                logits_to_keep=torch.from_numpy(wanted),
+            )
+        logits: NDArray[np.float32] = output.logits[0].float().numpy()
+        return logits

@@ -1,0 +1,327 @@
+"""export, verify, inspect, eval, bench and demo, from the command line to their figures."""
+
+from __future__ import annotations
+
+import json
+import math
+import os
+import shutil
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
+
+from edge_memllm.artifact import Artifact
+from edge_memllm.cli import bench, demo, measurement
+from edge_memllm.cli.evaluation import summary
+from edge_memllm.cli.footprint import footprint
+from edge_memllm.cli.main import main
+from edge_memllm.errors import RequestError, RuntimeUnavailableError
+from edge_memllm.perplexity import Perplexity
+
+
+@pytest.fixture
+def report(capsys: pytest.CaptureFixture[str]) -> Any:
+    """``report(*words)``: the JSON of a command that succeeds."""
+
+    def call(*words: object) -> dict[str, Any]:
+        capsys.readouterr()
+        assert main([*map(str, words), "--json"]) == 0
+        found = json.loads(capsys.readouterr().out)
+        assert isinstance(found, dict)
+        return found
+
+    return call
+
+
+@pytest.fixture
+def artifact(make_artifact: MakeArtifact) -> Path:
+    return make_artifact()
+
+
+@pytest.fixture
+def text(tmp_path: Path) -> Path:
+    path = tmp_path / "text.txt"
+    path.write_text("The quick brown fox jumps over the lazy dog. " * 5, encoding="utf-8")
+    return path
+
+
+def failing(capsys: pytest.CaptureFixture[str], *words: object) -> str:
+    """The message of a command that fails, and prints nothing else."""
+    capsys.readouterr()
+    assert main([str(word) for word in words]) == 1
+    shown = capsys.readouterr()
+    assert shown.out == ""
+    return shown.err
+
+
+# export and verify
+
+
+def test_export_reports_every_rung(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, text: Path, report: Any
+) -> None:
+    words = ("--graph-weights", "fp32", "--table-codec", "f32", "--quality-text", text)
+    found = report("export", make_checkpoint(), tmp_path / "out", *words)
+    assert found["verified"] is True
+    assert [rung["number"] for rung in found["rungs"]] == [1, 2, 3, 4, 5, 6]
+    assert all(rung["ok"] for rung in found["rungs"])
+    assert abs(found["quality"]["perplexity_increase"]) < 1e-3
+    assert found["manifest"]["table"]["codec"] == "f32"
+    verified = report("verify", tmp_path / "out", "--against", make_checkpoint())
+    assert verified["ok"] is True
+    assert verified["records"] == VOCABULARY
+    assert len(verified["rungs"]) == 6
+
+
+def test_export_for_people(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "out"
+    assert main(["export", str(make_checkpoint()), str(out), "--no-verify"]) == 0
+    shown = capsys.readouterr().out
+    assert "int8-g64" in shown
+    assert "NOT VERIFIED: nothing was compared with the checkpoint" in shown
+    assert "exists already" in failing(capsys, "export", make_checkpoint(), out, "--no-verify")
+    again = ["export", str(make_checkpoint()), str(out), "--no-verify", "--overwrite"]
+    assert main(again) == 0
+
+
+def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "no such folder" in failing(capsys, "export", tmp_path / "no", tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_verify_shows_the_ladder(
+    artifact: Path, make_checkpoint: MakeCheckpoint, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["verify", str(artifact), "--against", str(make_checkpoint())]) == 0
+    shown = capsys.readouterr().out
+    assert f"{VOCABULARY} records; graph and table belong to sha256:" in shown
+    assert shown.count("\nok ") == 6
+
+
+def test_a_red_rung_is_exit_code_1(
+    artifact: Path,
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from edge_memllm_export import ladder
+
+    monkeypatch.setattr(ladder, "_GRAPH_KL_BOUNDS", {})
+    words = ["verify", str(artifact), "--against", str(make_checkpoint())]
+    assert main(words) == 1
+    assert "FAILED  4 graph" in capsys.readouterr().out
+    assert main([*words, "--json"]) == 1
+    assert json.loads(capsys.readouterr().out)["ok"] is False
+
+
+def test_verify_finds_what_no_generation_would_read(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    copy = Path(shutil.copytree(artifact, tmp_path / "copy"))
+    with Artifact.open(copy) as opened:
+        table = opened.manifest.table
+    with (copy / table.file).open("r+b") as file:
+        file.seek(table.records_offset + 250 * table.stride)
+        file.write(b"damage")
+    assert "sha256" in failing(capsys, "verify", copy)
+
+
+# inspect
+
+
+def test_inspect_tells_shape_sizes_and_needs(artifact: Path, report: Any) -> None:
+    found = report("inspect", artifact, "--tokens", 100)
+    with Artifact.open(artifact) as opened:
+        manifest = opened.manifest
+    assert found["model"]["vocab_size"] == VOCABULARY
+    assert found["parameters"]["attention"] == 2 * 4 * 64 * 64
+    assert found["parameters"]["table_values"] == VOCABULARY * 2 * 64
+    needs = found["needs"]
+    assert needs["disk_bytes"] == sum((artifact / name).stat().st_size for name in manifest.files)
+    assert needs["kv_bytes"] == 2 * 2 * 64 * 256 * 2  # keys and values, grown to 256, float16
+    assert needs["record_bytes"] == manifest.table.record_bytes
+    records = VOCABULARY * manifest.table.stride
+    assert needs["resident_bytes_with_table"] - needs["resident_bytes"] == records
+    assert footprint(manifest, 100).kv_bytes < footprint(manifest, CONTEXT).kv_bytes
+
+
+@pytest.mark.parametrize(
+    ("beta", "words"),
+    [(0, "every feed-forward layer is in the table"), (3, "beta 3: 3/8"), (8, "dense transformer")],
+)
+def test_inspect_names_the_family(
+    beta: int, words: str, make_artifact: MakeArtifact, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["inspect", str(make_artifact(beta=beta))]) == 0
+    shown = capsys.readouterr().out
+    assert words in shown
+    assert ("feed-forward about" in shown) == (beta > 0)
+
+
+def test_inspect_reads_the_manifest_alone(artifact: Path, tmp_path: Path, report: Any) -> None:
+    copy = tmp_path / "copy"
+    copy.mkdir()
+    shutil.copy(artifact / "manifest.json", copy)
+    assert report("inspect", copy) == report("inspect", artifact)
+
+
+def test_inspect_beyond_the_context(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failing(capsys, "inspect", artifact, "--tokens", CONTEXT + 1)
+    assert f"--tokens is {CONTEXT + 1}, the model's context holds {CONTEXT}" in message
+
+
+# eval
+
+
+def test_eval_of_several_texts(artifact: Path, text: Path, tmp_path: Path, report: Any) -> None:
+    other = tmp_path / "other.txt"
+    other.write_text("Something else.", encoding="utf-8")
+    found = report("eval", artifact, "--text", text, other, "--context", 64, "--stride", 16)
+    alone = report("eval", artifact, "--text", other, "--context", 64, "--stride", 16)
+    assert found["tasks"] == {}
+    assert found["texts"][str(other)]["nll_per_token"] == pytest.approx(alone["nll_per_token"])
+    assert found["tokens"] == sum(part["tokens"] for part in found["texts"].values())
+    assert found["perplexity"] == pytest.approx(math.exp(found["nll_per_token"]))
+    assert (found["context"], found["stride"]) == (64, 16)
+
+
+def test_every_token_counts_once() -> None:
+    parts = [Perplexity(1, 2.0, 0, 0, 10, 40, 8, 4), Perplexity(1, 5.0, 0, 0, 30, 80, 8, 4)]
+    found = summary(parts)
+    assert found["nll_per_token"] == (2.0 * 10 + 5.0 * 30) / 40
+    assert found["bits_per_byte"] == pytest.approx(170 / 120 / math.log(2))
+
+
+def test_eval_for_people(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["eval", str(artifact), "--text", str(text), str(Path(__file__))]) == 0
+    shown = capsys.readouterr().out
+    assert "bits per byte" in shown
+    assert "\nall " in shown
+    assert f"windows of {CONTEXT} tokens" in shown
+
+
+def test_eval_of_what_is_no_text(
+    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image").write_bytes(b"abc\xff")
+    message = failing(capsys, "eval", artifact, "--text", tmp_path / "image")
+    assert "byte 3 is not UTF-8 text" in message
+    assert "No such file" in failing(capsys, "eval", artifact, "--text", tmp_path / "none")
+
+
+# bench
+
+
+@pytest.mark.parametrize("cache", ["cold", "warm", "resident"])
+def test_bench_measures_one_record_per_token(cache: str, artifact: Path, report: Any) -> None:
+    sizes = ("--prompt-tokens", 20, "--new-tokens", 4, "--repeats", 2)
+    found = report("bench", artifact, "--cache", cache, *sizes)
+    with Artifact.open(artifact) as opened:
+        assert found["table_bytes_read_per_token"] == opened.manifest.table.record_bytes
+    assert found["reads_per_token"] == (0 if cache == "resident" else 1)
+    assert found["cache"] == cache
+    for key in ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_rss_bytes"):
+        assert found[key] > 0
+    line = found["roofline"]
+    assert line["ratio"] == pytest.approx(
+        found["decode_tokens_per_second"] / line["limit_tokens_per_second"]
+    )
+    assert {"processor", "threads", "runtime", "python"} <= found["environment"].keys()
+
+
+def test_bench_for_people(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    words = ["--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
+    assert main(["bench", str(artifact), *words]) == 0
+    shown = capsys.readouterr().out
+    for name in ("decode", "prefill", "first token", "table", "memory", "roofline", "measured"):
+        assert f"{name} " in shown
+
+
+def test_prompts_are_distinct_and_repeatable(artifact: Path) -> None:
+    with Artifact.open(artifact) as opened:
+        manifest = opened.manifest
+    plan = measurement.Plan(prompt_tokens=200, new_tokens=2, repeats=2, seed=5)
+    first, second = measurement.prompts(plan, manifest)
+    assert len(set(first)) == len(set(second)) == 200
+    assert first != second
+    assert measurement.prompts(plan, manifest) == [first, second]
+    with pytest.raises(RequestError, match="301 distinct tokens was asked for"):
+        measurement.prompts(measurement.Plan(VOCABULARY + 1, 2, 1, 0), manifest)
+    with pytest.raises(RequestError, match="300 prompt and 300 new tokens were asked for"):
+        measurement.prompts(measurement.Plan(300, 300, 1, 0), manifest)
+
+
+def test_cold_needs_a_system_that_can_drop_pages(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.delattr(os, "posix_fadvise")
+    with (
+        pytest.raises(RuntimeUnavailableError, match="--cache cold needs posix_fadvise"),
+        measurement.evictor(tmp_path),
+    ):
+        pass
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        ([], "Give an ARTIFACT, or --synthetic PRESET"),
+        (["a", "--out", "b"], "Give an ARTIFACT, or --synthetic PRESET"),
+        (["--synthetic", "tiny"], "--synthetic needs --out ARTIFACT"),
+        (["a", "--synthetic", "tiny", "--out", "b"], "and no other ARTIFACT"),
+        (["--synthetic", "tiny", "--out", "."], "exists already. Measure it"),
+    ],
+)
+def test_what_to_bench(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert message in failing(capsys, "bench", *words)
+
+
+def test_synthetic_makes_a_checkpoint_and_exports_it(
+    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: Any
+) -> None:
+    steps: list[tuple[str, ...]] = []
+
+    def step(*words: str) -> None:
+        steps.append(words)
+        if words[0] == "export":
+            shutil.copytree(make_artifact(), words[2])
+
+    monkeypatch.setattr(bench, "_step", step)
+    sizes = ("--prompt-tokens", 5, "--new-tokens", 2, "--repeats", 1)
+    report("bench", "--synthetic", "tiny", "--out", tmp_path / "made", *sizes)
+    assert [words[0] for words in steps] == ["train", "export"]
+    assert list(tmp_path.iterdir()) == [tmp_path / "made"]
+
+
+def test_a_step_that_fails_says_so(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
+    message = failing(capfd, "bench", "--synthetic", "huge", "--out", tmp_path / "made")
+    assert "There is no preset 'huge'" in message
+    assert "'edge-memllm train' ended with exit code 1" in message
+
+
+# demo
+
+
+def test_demo_reads_one_record_per_generated_token(
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setattr(demo, "_NEW_TOKENS", 12)
+    words = ["demo", "--checkpoint", str(make_checkpoint()), "--out", str(tmp_path / "out")]
+    assert main(words) == 0
+    shown = capsys.readouterr().out
+    assert "bytes: exactly one record" in shown
+    for prompt in demo.PROMPTS:
+        assert prompt in shown
+    assert f"edge-memllm run {tmp_path / 'out'}" in shown
+
+
+def test_demo_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    message = failing(capsys, "demo", "--checkpoint", tmp_path)
+    assert "holds no checkpoint. The demo's model comes with the repository" in message

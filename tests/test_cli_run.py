@@ -1,0 +1,156 @@
+"""``edge-memllm run`` with one prompt: what goes where, and that every option arrives."""
+
+from __future__ import annotations
+
+import io
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import MakeArtifact
+from small_model import open_small_model, write_small_artifact
+
+import edge_memllm
+from edge_memllm.cli.main import main
+
+TEMPLATE = b"{% for message in messages %}<{{ message.content }}>{% endfor %}"
+
+
+@pytest.fixture
+def loaded(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> dict[str, Any]:
+    """``run`` gets a small model over the fake runtime; returns the options of ``load``."""
+    write_small_artifact(tmp_path / "plain")
+    write_small_artifact(tmp_path / "chat", chat_template__jinja=TEMPLATE)
+    seen: dict[str, Any] = {}
+
+    def load(path: Path, **options: Any) -> edge_memllm.Model:
+        seen.update(options)
+        return open_small_model(path)
+
+    monkeypatch.setattr(edge_memllm, "load", load)
+    monkeypatch.chdir(tmp_path)
+    return seen
+
+
+@pytest.fixture
+def run(loaded: dict[str, Any], capsys: pytest.CaptureFixture[str]) -> Callable[..., Any]:
+    """``run(*words) -> (stdout, stderr)`` of a command that succeeds."""
+
+    def call(*words: str) -> tuple[str, str]:
+        assert main(["run", *words]) == 0
+        shown = capsys.readouterr()
+        return shown.out, shown.err
+
+    return call
+
+
+def test_text_goes_to_stdout_and_one_line_of_figures_to_stderr(run: Any) -> None:
+    out, err = run("plain", "--prompt", "hello", "--max-new-tokens", "6", "--greedy")
+    with open_small_model(Path("plain")) as model:
+        expected = model.generate("hello", max_new_tokens=6, sampling=edge_memllm.Sampling())
+    assert out == expected + "\n"
+    assert err.count("\n") == 1
+    for part in ("6 tokens", "tokens/s", "first token after", "read from the table per token"):
+        assert part in err
+
+
+def test_no_stats(run: Any) -> None:
+    assert run("plain", "--prompt", "hello", "--no-stats")[1] == ""
+
+
+def test_json_is_one_object(run: Any) -> None:
+    out, err = run("plain", "--prompt", "hello", "--max-new-tokens", "5", "--seed", "7", "--json")
+    report = json.loads(out)
+    assert err == ""
+    assert report["completion_tokens"] == 5
+    assert report["prompt_tokens"] == 5
+    assert report["finish_reason"] == "length"
+    assert report["seed"] == 7
+    assert report["mode"] == "completion"
+    assert {"text", "table_bytes_read_per_token", "decode_tokens_per_second"} <= report.keys()
+
+
+def test_same_seed_same_text(run: Any) -> None:
+    words = ("plain", "--prompt", "hello", "--temperature", "1", "--json", "--seed")
+    texts = [json.loads(run(*words, seed)[0])["text"] for seed in ("7", "7", "8")]
+    assert texts[0] == texts[1] != texts[2]
+
+
+def test_prompt_from_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    assert run("plain", "--greedy")[0] == run("plain", "--greedy", "--prompt", "hello")[0]
+
+
+def test_stop_strings_end_the_text(run: Any) -> None:
+    whole = json.loads(run("plain", "--prompt", "a", "--greedy", "--json")[0])["text"]
+    stops = ("--stop", whole[4:6], "--stop", whole[2:4])
+    report = json.loads(run("plain", "--prompt", "a", "--greedy", "--json", *stops)[0])
+    assert report["text"] == whole[: whole.index(whole[2:4])]
+    assert report["finish_reason"] == "stop"
+
+
+def test_a_template_makes_a_message_of_the_prompt(run: Any) -> None:
+    words = ("--greedy", "--max-new-tokens", "5", "--json", "--prompt")
+    chat = json.loads(run("chat", *words, "hello")[0])
+    same = json.loads(run("chat", "--raw", *words, "<hello>")[0])
+    assert (chat["mode"], same["mode"]) == ("chat", "completion")
+    assert chat["text"] == same["text"]
+
+
+def test_loading_options_arrive(run: Any, loaded: dict[str, Any]) -> None:
+    options = ("--device", "cpu", "--reader", "ram", "--threads", "3", "--prefill-chunk", "9")
+    run("plain", "--prompt", "a", *options)
+    assert loaded == {"device": "cpu", "reader": "ram", "threads": 3, "prefill_chunk": 9}
+
+
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--prompt", "a", "--temperature", "-1"], "temperature is -1.0, expected a number >= 0"),
+        (["--prompt", "a", "--top-k", "-1"], "top_k is -1"),
+        (["--prompt", "a", "--top-p", "0"], "top_p is 0.0"),
+        (["--prompt", "a", "--min-p", "2"], "min_p is 2.0"),
+        (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
+        (["--prompt", "a", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "a", "--stop", ""], "a stop string has 0 characters"),
+        (["--prompt", "a" * 500], "the prompt has 500 tokens"),
+    ],
+)
+def test_what_cannot_be_done_is_an_error(
+    words: list[str], message: str, loaded: object, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert main(["run", "plain", *words]) == 1
+    shown = capsys.readouterr()
+    assert message in shown.err
+    assert shown.out == ""
+
+
+def test_json_needs_a_prompt(
+    loaded: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    terminal = io.StringIO()
+    terminal.isatty = lambda: True  # type: ignore[method-assign]
+    monkeypatch.setattr(sys, "stdin", terminal)
+    assert main(["run", "plain", "--json"]) == 1
+    assert "--json answers one prompt. Give it with --prompt" in capsys.readouterr().err
+
+
+def test_an_exported_model_in_a_process_of_its_own(make_artifact: MakeArtifact) -> None:
+    """Everything real: artifact, ONNX Runtime, process. And no torch on the way."""
+    script = (
+        "import sys; from edge_memllm.cli.main import main; "
+        "code = main(sys.argv[1:]); "
+        "sys.exit('torch was loaded' if 'torch' in sys.modules else code)"
+    )
+    words = ["run", str(make_artifact()), "--prompt", "hello", "--greedy", "--json"]
+    done = subprocess.run(
+        [sys.executable, "-c", script, *words], capture_output=True, text=True, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    report = json.loads(done.stdout)
+    assert report["completion_tokens"] > 0
+    assert report["device"] == "cpu"

@@ -1,0 +1,57 @@
+from __future__ import annotations
+
+import inspect
+import re
+from pathlib import Path
+
+import pytest
+
+import edge_memllm
+
+PUBLIC = {
+    "ArtifactError",
+    "CorruptionError",
+    "EdgeMemLLMError",
+    "GenerationStatistics",
+    "Model",
+    "Piece",
+    "RequestError",
+    "RuntimeUnavailableError",
+    "Sampling",
+    "StorageError",
+    "__version__",
+    "load",
+}
+
+
+def test_exactly_these_names_are_public() -> None:
+    assert set(edge_memllm.__all__) == PUBLIC
+    assert set(dir(edge_memllm)) == PUBLIC
+
+
+@pytest.mark.parametrize("name", sorted(PUBLIC))
+def test_every_public_name_can_be_imported_and_says_what_it_is(name: str) -> None:
+    value = getattr(edge_memllm, name)
+    assert name == "__version__" or inspect.getdoc(value)
+
+
+def test_another_name_is_an_attribute_error() -> None:
+    with pytest.raises(AttributeError, match="module 'edge_memllm' has no attribute 'nothing'"):
+        _ = edge_memllm.nothing  # type: ignore[attr-defined]
+
+
+def test_the_version_is_a_version() -> None:
+    assert re.fullmatch(r"\d+\.\d+\.\d+", edge_memllm.__version__)
+
+
+def test_the_public_calls_keep_their_parameters() -> None:
+    """Renaming one of these breaks somebody's program: do it on purpose."""
+    load = list(inspect.signature(edge_memllm.load).parameters)
+    assert load == ["path", "device", "reader", "threads", "prefill_chunk"]
+    options = ["max_new_tokens", "stop", "sampling", "seed", "ignore_eos"]
+    for call in (edge_memllm.Model.stream, edge_memllm.Model.generate):
+        assert list(inspect.signature(call).parameters) == ["self", "prompt", *options]
+
+
+def test_types_are_shipped() -> None:
+    assert (Path(edge_memllm.__file__).parent / "py.typed").exists()

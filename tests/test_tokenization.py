@@ -1,0 +1,225 @@
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+from conftest import BOS, EOS, VOCABULARY, _byte_tokenizer
+from hypothesis import example, given, settings
+from hypothesis import strategies as st
+from small_model import byte_tokenizer, write_small_artifact
+
+from edge_memllm.artifact import Artifact
+from edge_memllm.chat import MAX_TEMPLATE_BYTES, ChatTemplate
+from edge_memllm.errors import ArtifactError, RequestError
+from edge_memllm.tokenization import Detokenizer, Tokenizer
+
+TEXT = "The naïve café — 東京 is far; the river is not. 🙂 The the  then, there.\n\tHello hello!"
+
+
+@pytest.fixture(scope="module")
+def word_tokenizer() -> Tokenizer:
+    """Byte-level BPE with merges, so that tokens carry leading spaces and parts of characters."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models, pre_tokenizers, trainers
+
+    library = Library(models.BPE())
+    library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+    library.decoder = decoders.ByteLevel()
+    trainer = trainers.BpeTrainer(
+        vocab_size=400,
+        special_tokens=["<s>", "</s>"],
+        initial_alphabet=pre_tokenizers.ByteLevel.alphabet(),
+        show_progress=False,
+    )
+    library.train_from_iterator([TEXT] * 5, trainer)
+    return Tokenizer(library.to_str().encode())
+
+
+@pytest.fixture(scope="module")
+def sentence_tokenizer() -> Tokenizer:
+    """Pieces with a mark for the space and bytes for the rest, as SentencePiece models have."""
+    from tokenizers import Tokenizer as Library
+    from tokenizers import decoders, models
+
+    pieces = ["▁", "▁the", "a", "▁a", "b", "▁b", "!"] + [f"<0x{byte:02X}>" for byte in range(256)]
+    library = Library(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
+    library.decoder = decoders.Sequence(
+        [
+            decoders.Replace("▁", " "),
+            decoders.ByteFallback(),
+            decoders.Fuse(),
+            decoders.Strip(" ", 1, 0),
+        ]
+    )
+    return Tokenizer(library.to_str().encode())
+
+
+def pieces_of(tokenizer: Tokenizer, ids: list[int]) -> list[str]:
+    detokenizer = Detokenizer(tokenizer)
+    return [detokenizer.push(token) for token in ids] + [detokenizer.flush()]
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, VOCABULARY - 1), max_size=30))
+@example([0xE4 - 0x20] * 3)
+@example([BOS, EOS, BOS])
+def test_pieces_of_any_ids_are_the_decoded_whole(ids: list[int]) -> None:
+    tokenizer = byte_tokenizer()
+    assert "".join(pieces_of(tokenizer, ids)) == tokenizer.decode(ids)
+
+
+@settings(deadline=None)
+@given(st.data())
+def test_pieces_of_merged_tokens_are_the_decoded_whole(
+    word_tokenizer: Tokenizer, data: st.DataObject
+) -> None:
+    ids = data.draw(st.lists(st.integers(0, 399), max_size=20))
+    assert "".join(pieces_of(word_tokenizer, ids)) == word_tokenizer.decode(ids)
+
+
+@settings(deadline=None)
+@given(st.text(max_size=20))
+@example(TEXT)
+@example("\ufffd")
+def test_no_piece_of_a_text_ends_inside_a_character(word_tokenizer: Tokenizer, text: str) -> None:
+    pieces = pieces_of(word_tokenizer, word_tokenizer.encode(text))
+    assert "".join(pieces) == text
+    if "\ufffd" not in text:
+        assert not any("\ufffd" in piece for piece in pieces)
+
+
+def test_pieces_come_as_early_as_they_are_certain(word_tokenizer: Tokenizer) -> None:
+    ids = word_tokenizer.encode(" the then")
+    pieces = pieces_of(word_tokenizer, ids)
+    assert pieces[:-1] == [word_tokenizer.decode([token]) for token in ids]
+    assert pieces[-1] == ""
+
+
+@settings(deadline=None)
+@given(st.lists(st.integers(0, 6), max_size=20))
+def test_spaces_between_pieces_survive(sentence_tokenizer: Tokenizer, ids: list[int]) -> None:
+    assert "".join(pieces_of(sentence_tokenizer, ids)) == sentence_tokenizer.decode(ids)
+
+
+@settings(deadline=None)
+@given(st.text("aé東🙂", min_size=1, max_size=6))
+def test_characters_spelt_in_bytes_wait_until_they_are_whole(
+    sentence_tokenizer: Tokenizer, text: str
+) -> None:
+    pieces = pieces_of(sentence_tokenizer, [7 + byte for byte in text.encode()])
+    assert "".join(pieces) == text
+    assert all(piece in (*text, "") for piece in pieces)
+
+
+def test_special_tokens_are_no_text() -> None:
+    tokenizer = byte_tokenizer()
+    ids = tokenizer.encode("a<s>b</s>")
+    assert BOS in ids
+    assert tokenizer.decode(ids) == "ab"
+
+
+def test_encoding_puts_special_tokens_around_a_text_only_when_asked() -> None:
+    from tokenizers.processors import TemplateProcessing
+
+    library = _byte_tokenizer()
+    library.post_processor = TemplateProcessing(
+        single="<s> $A", pair="<s> $A $B", special_tokens=[("<s>", BOS)]
+    )
+    tokenizer = Tokenizer(library.to_str().encode())
+    assert tokenizer.encode("a") == [BOS, *tokenizer.encode("a", special=False)]
+
+
+@pytest.mark.parametrize("text", ["\ud800", 3, None, b"bytes"])
+def test_what_is_not_text_is_refused(text: Any) -> None:
+    with pytest.raises(RequestError, match="is not text: expected a str that can be written"):
+        byte_tokenizer().encode(text)
+
+
+@pytest.mark.parametrize("definition", [b"", b"{}", b"\xff\xfe", b'{"model": 3}'])
+def test_a_file_that_is_no_tokenizer_is_refused(definition: bytes) -> None:
+    with pytest.raises(ArtifactError, match=r"tokenizer\.json: not a tokenizer that tokenizers"):
+        Tokenizer(definition)
+
+
+def test_an_artifact_without_a_tokenizer_is_refused(tmp_path: Path) -> None:
+    made = write_small_artifact(tmp_path / "a")
+    files = {k: v for k, v in made.manifest.files.items() if k != "tokenizer.json"}
+    made.rewrite_manifest(files=files)
+    with (
+        Artifact.open(made.path) as artifact,
+        pytest.raises(ArtifactError, match=r"no tokenizer\.json in the manifest"),
+    ):
+        Tokenizer.from_artifact(artifact)
+
+
+def opened(path: Path, **files: bytes) -> Tokenizer:
+    with Artifact.open(write_small_artifact(path / "a", **files).path) as artifact:
+        return Tokenizer.from_artifact(artifact)
+
+
+MESSAGES = [{"role": "user", "content": "Hi"}]
+
+
+def test_a_template_file_makes_a_prompt(tmp_path: Path) -> None:
+    source = (
+        b"{{ bos_token }}{% for m in messages %}[{{ m['role'] }}] {{ m.content }}\n{% endfor %}"
+    )
+    source += b"{% if add_generation_prompt %}[model]{% endif %}"
+    config = json.dumps({"bos_token": "<s>", "chat_template": "not this one"}).encode()
+    template = opened(
+        tmp_path, chat_template__jinja=source, tokenizer_config__json=config
+    ).chat_template
+    assert template is not None
+    assert template.render(MESSAGES) == "<s>[user] Hi\n[model]"
+    assert template.render(MESSAGES, add_generation_prompt=False) == "<s>[user] Hi\n"
+
+
+def test_a_template_in_the_configuration_makes_a_prompt(tmp_path: Path) -> None:
+    config = {"chat_template": "{{ messages[0].content }}{{ eos_token }}"}
+    config["eos_token"] = {"content": "</s>", "lstrip": False}
+    template = opened(tmp_path, tokenizer_config__json=json.dumps(config).encode()).chat_template
+    assert template is not None
+    assert template.render(MESSAGES) == "Hi</s>"
+
+
+def test_an_artifact_may_have_no_template(tmp_path: Path) -> None:
+    assert opened(tmp_path).chat_template is None
+
+
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+def test_a_broken_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
+    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json: (not JSON|holds a list)"):
+        opened(tmp_path, tokenizer_config__json=content)
+
+
+@pytest.mark.parametrize(
+    ("source", "message"),
+    [
+        ("x" * (MAX_TEMPLATE_BYTES + 1), "65537 bytes, expected at most 65536"),
+        ("{% if %}", "not valid Jinja"),
+        ("{{" + "(" * 5000 + "}}", "not valid Jinja"),
+        (["a", "b"], "a list, expected one text"),
+    ],
+)
+def test_a_wrong_template_is_refused(source: object, message: str) -> None:
+    with pytest.raises(ArtifactError, match=message):
+        ChatTemplate(source, {})
+
+
+@pytest.mark.parametrize(
+    "source",
+    [
+        "{{ raise_exception('roles must alternate') }}",
+        "{{ ''.__class__.__mro__ }}",
+        "{{ messages.append(1) }}",
+        "{{ cycler.__init__.__globals__ }}",
+        "{% for i in range(1000000000) %}{% endfor %}",
+        "{{ messages[0].content + 1 }}",
+        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
+    ],
+)
+def test_a_template_can_refuse_but_not_escape(source: str) -> None:
+    with pytest.raises(RequestError, match="The chat template refuses these messages"):
+        ChatTemplate(source, {}).render(MESSAGES)
