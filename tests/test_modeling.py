@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from conftest import MakeCheckpoint
 from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_memllm.modeling import (
@@ -18,7 +19,6 @@ from edge_memllm.modeling import (
     preset_config,
 )
 from edge_memllm.modeling.loss import next_token_loss
-from tests.conftest import MakeCheckpoint
 
 # Active parameters in millions: Table 5 of the paper, its column mended (the Flex rows are printed
 # in reverse order) and rounded down as printed.
