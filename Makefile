@@ -17,7 +17,7 @@ SOURCE := edge_memllm runtimes export tests docs benchmarks
 .PHONY: help setup demo test check pytest format docs clean
 
 help:  ## list these targets
-	@grep -hE '^[a-z]+: .*## ' Makefile | sed -E 's/^([a-z]+):.*## (.*)/make \1|\2/' | column -t -s '|'
+	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
 
 setup: $(READY)  ## make .venv and install everything needed to develop (once)
 
@@ -34,7 +34,7 @@ $(READY): pyproject.toml
 	@echo "setup: done, everything is in $(VENV)"
 
 demo: setup  ## export the shipped model, run it from its table, show the figures
-	@$(BIN)/edge-memllm demo
+	@$(BIN)/edge-memllm demo --out build/tiny-english --overwrite
 
 test: check pytest  ## everything continuous integration checks
 	@echo "test: all green"

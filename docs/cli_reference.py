@@ -3,12 +3,15 @@
 from __future__ import annotations
 
 import argparse
+import re
 import sys
 from pathlib import Path
 
 from edge_memllm.cli.main import build_parser
 
 PAGE = Path(__file__).with_name("cli.md")
+
+_COLOUR = re.compile(r"\x1b\[[0-9;]*m")  # newer Pythons colour help at a terminal
 
 _INTRODUCTION = """\
 # The command line
@@ -36,7 +39,8 @@ def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentPar
 
 
 def _section(title: str, parser: argparse.ArgumentParser) -> str:
-    return f"## {title}\n\n```text\n{parser.format_help().rstrip()}\n```\n"
+    shown = _COLOUR.sub("", parser.format_help()).rstrip()
+    return f"## {title}\n\n```text\n{shown}\n```\n"
 
 
 def main() -> int:

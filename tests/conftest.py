@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -34,6 +35,12 @@ def make_checkpoint(tmp_path_factory: pytest.TempPathFactory) -> MakeCheckpoint:
         return made[key]
 
     return make
+
+
+@pytest.fixture
+def checkpoint(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> Path:
+    """A checkpoint of the test's own, beta 3, to be changed at will."""
+    return Path(shutil.copytree(make_checkpoint(beta=3), tmp_path / "checkpoint"))
 
 
 @pytest.fixture(scope="session")
@@ -114,6 +121,17 @@ def _byte_tokenizer() -> Any:
     tokenizer.decoder = decoders.ByteLevel()
     tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
     return tokenizer
+
+
+def change_config(checkpoint: Path, **fields: Any) -> None:
+    """Change fields of a checkpoint's config.json."""
+    config = json.loads((checkpoint / "config.json").read_text())
+    (checkpoint / "config.json").write_text(json.dumps(config | fields))
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Every file of a folder by its name."""
+    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 @pytest.fixture

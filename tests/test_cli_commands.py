@@ -12,6 +12,7 @@ from typing import Any
 import pytest
 from conftest import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 
+import edge_memllm
 from edge_memllm.artifact import Artifact
 from edge_memllm.cli import bench, demo, measurement
 from edge_memllm.cli.evaluation import summary
@@ -86,6 +87,14 @@ def test_export_for_people(
     assert "exists already" in failing(capsys, "export", make_checkpoint(), out, "--no-verify")
     again = ["export", str(make_checkpoint()), str(out), "--no-verify", "--overwrite"]
     assert main(again) == 0
+
+
+def test_export_with_a_quality_text_that_is_none(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "image").write_bytes(b"abc\xff")
+    words = (make_checkpoint(), tmp_path / "out", "--quality-text", tmp_path / "image")
+    assert "image: byte 3 is not UTF-8 text" in failing(capsys, "export", *words)
 
 
 def test_export_of_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -239,6 +248,15 @@ def test_bench_for_people(artifact: Path, capsys: pytest.CaptureFixture[str]) ->
     shown = capsys.readouterr().out
     for name in ("decode", "prefill", "first token", "table", "memory", "roofline", "measured"):
         assert f"{name} " in shown
+
+
+def test_a_gpu_has_no_roofline_of_the_processor(
+    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(edge_memllm.Model, "device", "cuda")
+    words = ["--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
+    assert main(["bench", str(artifact), *words]) == 0
+    assert "not measured on this device" in capsys.readouterr().out
 
 
 def test_prompts_are_distinct_and_repeatable(artifact: Path) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import subprocess
 import sys
 from collections.abc import Callable
@@ -81,8 +82,16 @@ def test_same_seed_same_text(run: Any) -> None:
 
 
 def test_prompt_from_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("hello"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("hello\n"))  # as `echo hello |` gives it
     assert run("plain", "--greedy")[0] == run("plain", "--greedy", "--prompt", "hello")[0]
+
+
+def test_standard_input_that_is_no_text(
+    loaded: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    assert main(["run", "plain"]) == 1
+    assert "Standard input is not utf-8 text. Convert it to UTF-8." in capsys.readouterr().err
 
 
 def test_stop_strings_end_the_text(run: Any) -> None:
@@ -137,6 +146,19 @@ def test_json_needs_a_prompt(
     monkeypatch.setattr(sys, "stdin", terminal)
     assert main(["run", "plain", "--json"]) == 1
     assert "--json answers one prompt. Give it with --prompt" in capsys.readouterr().err
+
+
+def test_output_of_a_narrow_encoding(make_artifact: MakeArtifact) -> None:
+    words = ["run", str(make_artifact()), "--prompt", "h", "--max-new-tokens", "8", "--no-stats"]
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_memllm.cli.main", *words],
+        capture_output=True,
+        env=os.environ | {"PYTHONIOENCODING": "ascii"},
+        check=False,
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.isascii()
+    assert b"?" in done.stdout
 
 
 def test_an_exported_model_in_a_process_of_its_own(make_artifact: MakeArtifact) -> None:

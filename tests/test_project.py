@@ -128,7 +128,7 @@ def test_pickling_would_be_found() -> None:
 
 
 def test_no_weights_but_safetensors() -> None:
-    pickles = {".bin", ".pt", ".pth", ".ckpt", ".pkl", ".npz", ".npy"}
+    pickles = {".bin", ".pt", ".pth", ".ckpt", ".pkl"}
     assert [path for path in files() if path.suffix in pickles] == []
 
 

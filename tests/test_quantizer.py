@@ -59,6 +59,11 @@ def test_zero_block_is_exact() -> None:
     assert (codes == 0x88).all()
 
 
+def test_weights_too_small_for_a_step_become_zero() -> None:
+    weight = np.full((1, 32), 1.6e-39, np.float32)
+    assert not dequantize(*quantize(weight, 4, FLOAT32, "w"), 4, 32).any()
+
+
 def test_rows_are_worked_on_in_parts_without_a_seam(
     monkeypatch: pytest.MonkeyPatch, random: np.random.Generator
 ) -> None:

@@ -28,7 +28,7 @@ median of several trials. --cache says where the table's records come from:
   warm      from the page cache: each trial is run once before it is measured
   resident  from memory: the whole table is loaded first
 The roofline is the speed at which memory could deliver the graph's weights and the keys and
-values, with the bandwidth measured in the same run.
+values, with the bandwidth measured in the same run (on a CPU).
 
 --synthetic makes an artifact with random weights of a preset first. Its text is noise, its speed
 is that of a trained model of this shape."""
@@ -136,7 +136,6 @@ def _step(*words: str) -> None:
 def _measure(model: Model, artifact: Path, arguments: argparse.Namespace) -> dict[str, Any]:
     """Run the trials and put the figures together."""
     from edge_memllm.cli import measurement
-    from edge_memllm.cli.footprint import graph_file_bytes
     from edge_memllm.statistics import process_memory
     from edge_memllm_runtimes.processors import physical_cores
 
@@ -159,15 +158,20 @@ def _measure(model: Model, artifact: Path, arguments: argparse.Namespace) -> dic
         "new_tokens": plan.new_tokens,
         "repeats": plan.repeats,
         "seed": plan.seed,
-        "roofline": measurement.roofline(
-            model.manifest,
-            graph_file_bytes(model.manifest),
-            plan,
-            figures["decode_tokens_per_second"],
-            threads,
-        ),
+        "roofline": _roofline(model, plan, figures["decode_tokens_per_second"], threads),
         "environment": measurement.environment(model.runtime.name, threads),
     }
+
+
+def _roofline(model: Model, plan: Plan, speed: float, threads: int) -> dict[str, float] | None:
+    """None off the CPU: its memory says nothing about that of a GPU."""
+    from edge_memllm.cli import measurement
+    from edge_memllm.cli.footprint import graph_file_bytes
+
+    if model.device != "cpu":
+        return None
+    graph_bytes = graph_file_bytes(model.manifest)
+    return measurement.roofline(model.manifest, graph_bytes, plan, speed, threads)
 
 
 def _trials(model: Model, plan: Plan, artifact: Path, cache: str) -> list[Trial]:
@@ -189,10 +193,8 @@ def _nothing() -> None:
 
 
 def _page(report: dict[str, Any]) -> str:
-    line, where = report["roofline"], report["environment"]
+    where = report["environment"]
     read = byte_count(report["table_bytes_read_per_token"])
-    limit = f"{line['limit_tokens_per_second']:.1f} tokens/s"
-    bandwidth = f"{byte_count(line['bandwidth_bytes_per_second'])}/s"
     trials = f"{report['repeats']} x ({report['prompt_tokens']} + {report['new_tokens']} tokens)"
     place = f"{report['device']}, {where['threads']} threads, {where['processor']}"
     rows = [
@@ -201,10 +203,18 @@ def _page(report: dict[str, Any]) -> str:
         ("first token", f"after {report['time_to_first_token_seconds']:.3f} s"),
         ("table", f"{read} and {report['reads_per_token']:.2f} reads per token, {report['cache']}"),
         ("memory", _memory(report)),
-        ("roofline", f"{limit} at {bandwidth}; decode reaches {line['ratio']:.0%}"),
+        ("roofline", _limit(report["roofline"])),
         ("measured", f"{trials}, median; {place}"),
     ]
     return table(rows)
+
+
+def _limit(line: dict[str, float] | None) -> str:
+    if line is None:
+        return "not measured on this device"
+    limit = f"{line['limit_tokens_per_second']:.1f} tokens/s"
+    bandwidth = f"{byte_count(line['bandwidth_bytes_per_second'])}/s"
+    return f"{limit} at {bandwidth}; decode reaches {line['ratio']:.0%}"
 
 
 def _memory(report: dict[str, Any]) -> str:

@@ -66,6 +66,7 @@ def add_parser(commands: Commands) -> None:
         help="another checkpoint than the one that comes along",
     )
     parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="keep the artifact here")
+    parser.add_argument("--overwrite", action="store_true", help="replace the artifact in --out")
     add_json(parser)
 
 
@@ -83,7 +84,7 @@ def execute(arguments: argparse.Namespace) -> int:
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
         _say(show, f"1. Export: {arguments.checkpoint.name} becomes a graph and a table\n")
-        _export(arguments.checkpoint, out, show)
+        _export(arguments.checkpoint, out, arguments.overwrite, show)
 
         import edge_memllm
 
@@ -96,11 +97,11 @@ def execute(arguments: argparse.Namespace) -> int:
         else:
             print(f"3. What that took\n\n{_page(figures)}")
             if arguments.out is not None:
-                print(f"\nGo on with it: edge-memllm run {arguments.out}")
+                print(f"\nGo on with it: {_program()} run {arguments.out}")
     return 0
 
 
-def _export(checkpoint: Path, out: Path, show: bool) -> None:
+def _export(checkpoint: Path, out: Path, overwrite: bool, show: bool) -> None:
     try:
         from edge_memllm_export import export_model
     except ModuleNotFoundError as error:
@@ -109,13 +110,16 @@ def _export(checkpoint: Path, out: Path, show: bool) -> None:
     from edge_memllm.cli.progress import StageBars
 
     with StageBars() as bars:
-        report = export_model(checkpoint, out, progress=bars)
+        report = export_model(checkpoint, out, overwrite=overwrite, progress=bars)
     _say(show, page(report))
 
 
 def _sample(model: Model, prompt: str, show: bool) -> Sample:
     """Generate one text. The table's own counters say what its decoding read."""
-    stream = model.stream(prompt, max_new_tokens=_NEW_TOKENS, seed=_SEED)
+    from edge_memllm.sampling import Sampling
+
+    sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
+    stream = model.stream(prompt, max_new_tokens=_NEW_TOKENS, sampling=sampling, seed=_SEED)
     _say(show, f"  {prompt}", end="")
     first = next(stream)
     before = model.table.statistics.bytes_read
@@ -138,11 +142,8 @@ def _sample(model: Model, prompt: str, show: bool) -> Sample:
 
 
 def _figures(model: Model, samples: list[Sample]) -> dict[str, Any]:
-    from edge_memllm.statistics import process_memory
-
     stored, read = model.manifest.table, model.table.statistics
-    table_bytes = model.manifest.model.vocab_size * stored.record_bytes
-    memory = process_memory()
+    table_bytes = model.manifest.files[stored.file].bytes
     return {
         "table_bytes": table_bytes,
         "record_bytes": stored.record_bytes,
@@ -153,7 +154,6 @@ def _figures(model: Model, samples: list[Sample]) -> dict[str, Any]:
         "graph_bytes": model.manifest.files[model.manifest.graph.file].bytes,
         "tokens": sum(each.tokens for each in samples),
         "tokens_per_second": min(each.tokens_per_second for each in samples),
-        "rss_anon_bytes": memory.anon_bytes,
     }
 
 
@@ -170,6 +170,12 @@ def _page(figures: dict[str, Any]) -> str:
         ("speed", f"at least {figures['tokens_per_second']:.0f} tokens/s on this CPU"),
     ]
     return table([(f"  {name}", value) for name, value in rows])
+
+
+def _program() -> str:
+    """Our name as it was called, with the folder it is in if that is not on the path."""
+    called = sys.argv[0]
+    return called if Path(called).name == "edge-memllm" else "edge-memllm"
 
 
 def _say(show: bool, text: str, end: str = "\n") -> None:

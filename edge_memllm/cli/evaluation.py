@@ -7,9 +7,9 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_memllm.cli.files import read_text
 from edge_memllm.cli.options import add_command, add_json, add_loading, positive_int
 from edge_memllm.cli.text import number, table, write_json
-from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
@@ -58,7 +58,7 @@ def add_parser(commands: Commands) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    texts = {str(path): _read(path) for path in arguments.text}
+    texts = {str(path): read_text(path) for path in arguments.text}
 
     import edge_memllm
 
@@ -78,15 +78,6 @@ def execute(arguments: argparse.Namespace) -> int:
     else:
         print(_page(parts))
     return 0
-
-
-def _read(path: Path) -> str:
-    try:
-        return path.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"{path}: byte {error.start} is not UTF-8 text. Convert the file to UTF-8."
-        ) from error
 
 
 def _measure(model: Model, text: str, context: int | None, stride: int | None) -> Perplexity:

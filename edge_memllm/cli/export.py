@@ -7,6 +7,7 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from edge_memllm.cli.files import read_text
 from edge_memllm.cli.options import add_command, add_json, positive_int
 from edge_memllm.cli.text import byte_count, number, table, write_json
 from edge_memllm.errors import missing_extra
@@ -131,7 +132,7 @@ def execute(arguments: argparse.Namespace) -> int:
             chunk=arguments.chunk,
             verify=not arguments.no_verify,
             accept_quality_loss=arguments.accept_quality_loss,
-            quality_text=text.read_text(encoding="utf-8") if text else None,
+            quality_text=read_text(text) if text else None,
             overwrite=arguments.overwrite,
             progress=bars,
         )

@@ -7,6 +7,7 @@ that the message explains, 2 wrong usage, 70 a bug of ours, 130 Ctrl-C, 141 clos
 from __future__ import annotations
 
 import argparse
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -55,6 +56,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With ``EDGE_MEMLLM_DEBUG=1`` in the environment exceptions are let through.
     """
+    _tolerate_narrow_output()
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as leaving:  # argparse has printed the help or what is wrong
@@ -91,6 +93,13 @@ def _explain(error: Exception) -> int:
         file=sys.stderr,
     )
     return EXIT_BUG
+
+
+def _tolerate_narrow_output() -> None:
+    """Show '?' for a character that a terminal's encoding lacks, instead of failing on it."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")
 
 
 def _discard_output() -> None:

@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from edge_memllm.cli.files import read_standard_input
 from edge_memllm.cli.options import (
     add_command,
     add_json,
@@ -81,7 +82,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
     prompt = arguments.prompt
     if prompt is None and not sys.stdin.isatty():
-        prompt = sys.stdin.read()
+        prompt = read_standard_input()
     if prompt is None and arguments.json:
         raise RequestError("--json answers one prompt. Give it with --prompt or on stdin.")
 

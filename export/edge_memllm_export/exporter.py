@@ -1,7 +1,8 @@
 """Checkpoint in, artifact out: graph, table, tokenizer, manifest, verification, publication.
 
 Everything is written to OUT.partial and judged there; OUT appears in one rename. The same
-checkpoint and options give the same bytes.
+checkpoint and options give the same bytes on the same machine: another processor, number of
+threads or chunk may sum a row in another order.
 """
 
 from __future__ import annotations

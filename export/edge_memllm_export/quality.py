@@ -6,13 +6,14 @@ KL divergence. Knows logits, not how they came about.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from importlib import resources
 
 import numpy as np
 
 from edge_memllm.errors import ExportError
+from edge_memllm.perplexity import next_token_losses
 from edge_memllm.tokenization import Tokenizer
 from edge_memllm_export.judged_artifact import JudgedArtifact
 
@@ -85,42 +86,44 @@ def measure_quality(
 ) -> Quality:
     """Compare the artifact with its checkpoint on the tokens `ids`, in windows of their own."""
     window = min(_WINDOW, judged.artifact.manifest.model.max_position_embeddings)
-    divergences: list[np.ndarray] = []
-    losses = [0.0, 0.0]
+    parts: list[np.ndarray] = []
     for start in range(0, len(ids), window):
-        tokens = ids[start : start + window]
-        pairs = zip(
-            judged.network_logits(tokens, _CHUNK), judged.graph_logits(tokens, _CHUNK), strict=True
-        )
-        targets = tokens[1:]
-        for part, (truth, found) in enumerate(pairs):
-            next_ids = targets[part * _CHUNK : (part + 1) * _CHUNK]
-            truth, found = (_log_softmax(x[: len(next_ids)]) for x in (truth, found))
-            divergences.append((np.exp(truth) * (truth - found)).sum(axis=-1))
-            for model, logs in enumerate((truth, found)):
-                losses[model] -= float(logs[np.arange(len(next_ids)), next_ids].sum())
+        parts += _window_figures(judged, ids[start : start + window])
         if progress is not None:
             progress(min(start + window, len(ids)), len(ids))
-    divergence = np.concatenate(divergences)
-    truth_loss, found_loss = (loss / len(divergence) for loss in losses)
+    divergence, truth_loss, found_loss = np.concatenate(parts, axis=1)
     return Quality(
-        len(divergence),
-        float(divergence.mean()),
-        float(divergence.max()),
-        _perplexity(truth_loss),
-        _perplexity(found_loss),
+        tokens=len(divergence),
+        mean_kl=float(divergence.mean()),
+        max_kl=float(divergence.max()),
+        checkpoint_perplexity=_perplexity(truth_loss),
+        artifact_perplexity=_perplexity(found_loss),
     )
+
+
+def _window_figures(judged: JudgedArtifact, ids: list[int]) -> Iterator[np.ndarray]:
+    """Yield [3, n]: divergence, loss of the checkpoint and of the artifact, at each position."""
+    both = zip(judged.network_logits(ids, _CHUNK), judged.graph_logits(ids, _CHUNK), strict=True)
+    for start, (truth, found) in zip(range(1, len(ids), _CHUNK), both, strict=False):
+        targets = ids[start : start + _CHUNK]  # the last position has none
+        truth, found = truth[: len(targets)], found[: len(targets)]
+        losses = (next_token_losses(logits, targets) for logits in (truth, found))
+        yield np.stack([_divergences(truth, found), *losses])
 
 
 def mean_kl(truth: np.ndarray, found: np.ndarray) -> float:
     """Mean KL divergence in nats between two arrays of logits [T, V]."""
+    return float(_divergences(truth, found).mean())
+
+
+def _divergences(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
     logs, other = _log_softmax(truth), _log_softmax(found)
-    return float((np.exp(logs) * (logs - other)).sum(axis=-1).mean())
+    return (np.exp(logs) * (logs - other)).sum(axis=-1)
 
 
-def _perplexity(loss: float) -> float:
+def _perplexity(losses: np.ndarray) -> float:
     with np.errstate(over="ignore"):
-        return float(np.exp(loss))
+        return float(np.exp(losses.mean()))
 
 
 def _log_softmax(logits: np.ndarray) -> np.ndarray:

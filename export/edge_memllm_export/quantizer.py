@@ -80,7 +80,9 @@ def _codes(
     with np.errstate(over="ignore", invalid="ignore"):
         scale = (extreme / np.float32(extreme_code)).astype(dtype)
         step = scale.astype(np.float32)
-        inverse = np.divide(1, step, out=np.zeros_like(step), where=step != 0)
+        # The inverse of a subnormal step would be infinite; such a block becomes zero.
+        usable = np.abs(step) >= np.finfo(np.float32).tiny
+        inverse = np.divide(1, step, out=np.zeros_like(step), where=usable)
         codes = np.clip(np.rint(blocks * inverse), -limit, limit - 1)
         error = np.square(codes * step - blocks).sum(axis=1, keepdims=True)
     return codes, scale, error
