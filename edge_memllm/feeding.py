@@ -112,7 +112,7 @@ class Feeder:
         return chosen
 
     def _fetch(self, distinct: NDArray[np.int64], buffer: RecordBuffer) -> None:
-        self._table.fetch(distinct, buffer)
+        self.costs.reads += self._table.fetch(distinct, buffer)
         self.costs.records_read += len(distinct)
 
     def _room_for(self, records: int) -> RecordBuffer:

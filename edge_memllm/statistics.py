@@ -1,6 +1,6 @@
 """What a generation cost: times, bytes read, memory. Plain numbers, ready for JSON.
 
-Reads counters of the table and the operating system's account of the process; changes nothing.
+Reads the costs of the token loop and the operating system's account of the process; changes nothing.
 """
 
 from __future__ import annotations
@@ -64,6 +64,7 @@ class StepCosts:
     decode_tokens: int = 0
     decode_seconds: float = 0.0  # reading, computing and choosing; not the reader of the text
     records_read: int = 0
+    reads: int = 0
     kv_bytes: int = 0
 
 
@@ -78,7 +79,7 @@ class GenerationStatistics:
     decode_tokens_per_second: float | None  # over the tokens after each first one
     table_bytes_read: int  # of records, from memory when the reader is "ram"
     table_bytes_read_per_token: float  # per token fed, of prompt and completion
-    reads_per_token: float  # reading calls to the system; counts what runs beside this too
+    reads_per_token: float  # reading calls to the system
     rss_anon_bytes: int | None
     rss_file_bytes: int | None
     kv_bytes: int
@@ -100,7 +101,6 @@ class Meter:
         self._table = table
         self._seed = seed
         self._tokens = 0
-        self._reads_before = table.statistics.reads
         self._start = perf_counter()
         self._first_token_seconds = 0.0
 
@@ -115,7 +115,6 @@ class Meter:
         costs, memory = self.costs, process_memory()
         fed = costs.prefill_tokens + costs.decode_tokens
         bytes_read = costs.records_read * self._table.layout.record_bytes
-        reads = self._table.statistics.reads - self._reads_before
         return GenerationStatistics(
             prompt_tokens=costs.prefill_tokens,
             completion_tokens=self._tokens,
@@ -124,7 +123,7 @@ class Meter:
             decode_tokens_per_second=rate(costs.decode_tokens, costs.decode_seconds),
             table_bytes_read=bytes_read,
             table_bytes_read_per_token=bytes_read / max(1, fed),
-            reads_per_token=reads / max(1, fed),
+            reads_per_token=costs.reads / max(1, fed),
             rss_anon_bytes=memory.anon_bytes,
             rss_file_bytes=memory.file_bytes,
             kv_bytes=costs.kv_bytes,

@@ -75,10 +75,10 @@ class Table:
             records = self._records_read
             return TableStatistics(records, records * self._record_bytes, self._reads)
 
-    def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> None:
+    def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> int:
         """Read the record of `ids[i]` into slot i of `buffer`, and verify it.
 
-        `ids` is [U], distinct. Raises `RequestError` for an id that is not in the vocabulary or
+        `ids` is [U], distinct. Returns the number of calls that read from storage. Raises `RequestError` for an id that is not in the vocabulary or
         more ids than the buffer holds, `CorruptionError` for a damaged record and `StorageError`
         when reading fails; the buffer's content is then undefined.
         """
@@ -93,6 +93,7 @@ class Table:
         with self._lock:
             self._records_read += len(tokens)
             self._reads += reads
+        return reads
 
     def rows(self, ids: NDArray[np.int64]) -> Floats:
         """Return the decoded memory rows of `ids` [U] as float32 [U, L, D]. Raises as `fetch`."""

@@ -31,7 +31,8 @@ def test_error_is_at_most_a_step_per_block(weight: np.ndarray, bits: int, dtype:
             block, block_back = row[start : start + BLOCK], row_back[start : start + BLOCK]
             # The extreme on the last code of the longer side: half a step, and one where the
             # shorter side clips an equal extreme. Least squares can only lower the sum.
-            step = np.abs(block).max() / 2 ** (bits - 1) * 1.001 + 2.0**-24
+            # A subnormal float16 scale is off by up to 2**-25, which counts once per code.
+            step = np.abs(block).max() / 2 ** (bits - 1) * 1.001 + 2.0 ** (bits - 26)
             assert np.linalg.norm(block - block_back) <= step * len(block) ** 0.5
 
 
