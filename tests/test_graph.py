@@ -37,7 +37,7 @@ DENSE: list[dict[str, Any]] = [
     {"beta": 8},
     {"beta": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
 ]
-CODECS = ("f32", "f16", "int8-g64", "int4-g32")
+CODECS = ("f32", "f16", "int8-g64", "int4-g32", "int4-g64")
 FAMILY = [(shape, codec) for shape in SHAPES for codec in CODECS] + [(s, "none") for s in DENSE]
 
 
