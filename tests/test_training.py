@@ -62,10 +62,11 @@ class TestTrain:
         losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
         assert losses[-1] < 0.7 * losses[0]
         assert record["tokens_seen"] == 30 * 4 * 32
-        assert record["valid_loss"] < losses[0]
+        assert record["valid_loss"] == record["history"][-1]["valid_loss"] < losses[0]
         model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
         tokenizer = AutoTokenizer.from_pretrained(tmp_path / "out")
         assert model.config.vocab_size == len(tokenizer) == 400
+        assert model.config.use_cache
         assert model.generation_config.eos_token_id == tokenizer.eos_token_id == 0
         saved = json.loads((tmp_path / "out/training.json").read_text())
         assert saved["recipe"]["training"]["steps"] == 30
@@ -84,7 +85,8 @@ class TestTrain:
         self.kill_after_checkpoint(text, tmp_path)
         with pytest.raises(RecipeError, match=r"unfinished run\. Continue it with --resume"):
             train(recipe_for(text, precision="fp32", steps=8), tmp_path / "cut")
-        train(recipe_for(text, precision="fp32", steps=8), tmp_path / "cut", resume=True)
+        record = train(recipe_for(text, precision="fp32", steps=8), tmp_path / "cut", resume=True)
+        assert [e["step"] for e in record["history"] if "loss" in e] == list(range(1, 9))
         whole, cut = (
             AutoModelForCausalLM.from_pretrained(tmp_path / name) for name in ("whole", "cut")
         )

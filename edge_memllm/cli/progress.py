@@ -42,7 +42,12 @@ class StageBars:
         self._stage = stage
         # Work that is done at once shows no bar.
         self._bar = tqdm(
-            total=total, desc=f"{stage:<8}", file=sys.stderr, dynamic_ncols=True, delay=0.5
+            total=total,
+            desc=f"{stage:<8}",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            delay=0.5,
+            disable=None,  # nothing but a terminal shows a bar
         )
 
     def _close(self) -> None:

@@ -11,7 +11,7 @@ from transformers import TrainerCallback
 
 
 class TrainingProgress(TrainerCallback):
-    """Shows a bar on standard error and keeps the run's history (``records``).
+    """Shows a bar on standard error.
 
     ``tokens_per_step`` counts all processes. The speed is that of the steps of this run since
     the last log, evaluation and saving left out by restarting the clock after them.
@@ -19,7 +19,6 @@ class TrainingProgress(TrainerCallback):
 
     def __init__(self, tokens_per_step: int) -> None:
         self.tokens_per_step = tokens_per_step
-        self.records: list[dict[str, Any]] = []
         self.bar: tqdm | None = None
         self._mark = (0, 0.0)
 
@@ -41,23 +40,16 @@ class TrainingProgress(TrainerCallback):
             self.bar.update(state.global_step - self.bar.n)
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        """Show and keep the loss, or an evaluation's."""
-        record = {"step": state.global_step, "tokens": state.global_step * self.tokens_per_step}
+        """Show the loss and the speed, or an evaluation's loss."""
+        if self.bar is None:
+            return
         if "loss" in logs:
             steps, since = state.global_step - self._mark[0], time.monotonic() - self._mark[1]
             speed = steps * self.tokens_per_step / since if since > 0 else 0.0
-            record |= {"loss": logs["loss"], "learning_rate": logs["learning_rate"]}
-            record |= {"gradient_norm": logs.get("grad_norm"), "tokens_per_second": speed}
-            if self.bar is not None:
-                self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+            self.bar.set_postfix_str(f"loss {logs['loss']:.3f}, {speed:,.0f} tokens/s")
+            self._restart(state)
         elif "eval_loss" in logs:
-            record |= {"valid_loss": logs["eval_loss"]}
-            if self.bar is not None:
-                self.bar.write(f"step {state.global_step}: valid loss {logs['eval_loss']:.4f}")
-        else:
-            return
-        self.records.append(record)
-        self._restart(state)
+            self.bar.write(f"step {state.global_step}: valid loss {logs['eval_loss']:.4f}")
 
     def on_evaluate(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Leave the evaluation out of the speed."""

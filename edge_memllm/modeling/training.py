@@ -184,16 +184,32 @@ def _run(recipe: Recipe, model: MemoryLLMForCausalLM, out: Path, resume: bool) -
     trainer.remove_callback(PrinterCallback)
     has_checkpoint = any(folder.glob("checkpoint-*"))
     trainer.train(resume_from_checkpoint=resume and has_checkpoint)
+    history = _history(trainer.state.log_history, tokens_per_step)
+    if valid is not None and not (history and "valid_loss" in history[-1]):
+        trainer.evaluate()
+        history = _history(trainer.state.log_history, tokens_per_step)
     result: dict[str, Any] = {
         "tokens_seen": trainer.state.global_step * tokens_per_step,
         "training_tokens": len(windows.tokens),
         "device": arguments.device.type,
         "precision": "bf16" if arguments.bf16 else "fp32",
-        "history": progress.records,
+        "history": history,
     }
     if valid is not None:
-        result["valid_loss"] = trainer.evaluate()["eval_loss"]
+        result["valid_loss"] = history[-1]["valid_loss"]
     return result
+
+
+def _history(log: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, Any]]:
+    """The losses of the whole run; Trainer's log goes through checkpoints and resumes."""
+    names = {"loss": "loss", "learning_rate": "learning_rate", "grad_norm": "gradient_norm"}
+    names["eval_loss"] = "valid_loss"
+    return [
+        {"step": entry["step"], "tokens": entry["step"] * tokens_per_step}
+        | {ours: entry[theirs] for theirs, ours in names.items() if theirs in entry}
+        for entry in log
+        if "loss" in entry or "eval_loss" in entry
+    ]
 
 
 def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
@@ -244,6 +260,7 @@ def _save(
 ) -> None:
     model.to(getattr(torch, recipe.training.save_dtype))
     _check_finite(model)
+    model.config.use_cache = True  # Trainer turns it off, and it would stay off in config.json
     model.generation_config = GenerationConfig(
         bos_token_id=model.config.bos_token_id,
         eos_token_id=model.config.eos_token_id,
