@@ -1,6 +1,6 @@
 """What a generation cost: times, bytes read, memory. Plain numbers, ready for JSON.
 
-Reads the costs of the token loop and the operating system's account of the process; changes nothing.
+Reads the costs of the token loop and the system's account of the process; changes nothing.
 """
 
 from __future__ import annotations

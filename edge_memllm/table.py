@@ -78,9 +78,10 @@ class Table:
     def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> int:
         """Read the record of `ids[i]` into slot i of `buffer`, and verify it.
 
-        `ids` is [U], distinct. Returns the number of calls that read from storage. Raises `RequestError` for an id that is not in the vocabulary or
-        more ids than the buffer holds, `CorruptionError` for a damaged record and `StorageError`
-        when reading fails; the buffer's content is then undefined.
+        `ids` is [U], distinct. Returns the number of calls that read from storage. Raises
+        `RequestError` for an id that is not in the vocabulary or more ids than the buffer holds,
+        `CorruptionError` for a damaged record and `StorageError` when reading fails; the buffer's
+        content is then undefined.
         """
         tokens: list[int] = ids.tolist()
         self._check(tokens, buffer)
