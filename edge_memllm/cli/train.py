@@ -67,11 +67,13 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
     try:
         from edge_memllm.modeling.recipe import Recipe
-        from edge_memllm.modeling.training import train
+        from edge_memllm.modeling.training import is_main_process, train
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "train") from error
     recipe = _recipe(arguments, Recipe)
     record = train(recipe, arguments.out, resume=arguments.resume)
+    if not is_main_process():
+        return 0
     summary = {"checkpoint": str(arguments.out), **_summary(record)}
     if arguments.json:
         write_json(summary)

@@ -5,9 +5,7 @@ One process, several GPUs and FSDP are the same call: ``accelerate launch`` star
 
 from __future__ import annotations
 
-import ctypes
 import json
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -16,13 +14,12 @@ import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from tokenizers import Tokenizer
-from transformers import GenerationConfig, Trainer, TrainingArguments
+from transformers import GenerationConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.configuration import MemoryLLMConfig
 from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
-from edge_memllm.modeling.loss import next_token_loss
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.presets import preset_config
 from edge_memllm.modeling.progress import TrainingProgress
@@ -34,32 +31,14 @@ from edge_memllm.modeling.tokenizer_training import (
     save_tokenizer,
     train_tokenizer,
 )
+from edge_memllm.modeling.trainer import (
+    LanguageModelTrainer,
+    keep_freed_memory,
+    training_arguments,
+)
 
 RECORD_FILE = "training.json"
 _CHECKPOINTS = "checkpoints"
-
-
-class LanguageModelTrainer(Trainer):
-    """Hugging Face's Trainer with the family's loss; evaluation leaves the z-loss out."""
-
-    def __init__(self, *args: Any, z_loss: float, **kwargs: Any) -> None:
-        super().__init__(*args, **kwargs)
-        self.z_loss = z_loss
-        # All sequences are equally long, so the mean of micro-batch means is the batch's mean.
-        self.model_accepts_loss_kwargs = False
-
-    def compute_loss(
-        self,
-        model: torch.nn.Module,
-        inputs: dict[str, torch.Tensor],
-        return_outputs: bool = False,
-        num_items_in_batch: Any = None,
-    ) -> Any:
-        """Cross-entropy and, while training, the z-loss."""
-        outputs = model(input_ids=inputs["input_ids"], use_cache=False)
-        z_loss = self.z_loss if model.training else 0.0
-        loss = next_token_loss(outputs.logits, inputs["labels"], z_loss)
-        return (loss, outputs) if return_outputs else loss
 
 
 def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -72,7 +51,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
     config = model_config(recipe)
     _check_target(out, resume)
     out.mkdir(parents=True, exist_ok=True)
-    state = PartialState(cpu=not torch.cuda.is_available())
+    state = _state()
     with state.main_process_first():
         tokenizer = _tokenizer(recipe, config, out)
     _fit(config, tokenizer, recipe)
@@ -87,6 +66,15 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
         _save(recipe, model, tokenizer, record, out)
     state.wait_for_everyone()
     return record
+
+
+def is_main_process() -> bool:
+    """Whether this process speaks for all that train together."""
+    return bool(_state().is_main_process)
+
+
+def _state() -> PartialState:
+    return PartialState(cpu=not torch.cuda.is_available())
 
 
 def _check_target(out: Path, resume: bool) -> None:
@@ -165,9 +153,9 @@ def _run(recipe: Recipe, model: MemoryLLMForCausalLM, out: Path, resume: bool) -
     length = recipe.data.sequence_length
     windows = TokenWindows(folder / "train.npy", length)
     valid = TokenWindows(folder / "valid.npy", length) if recipe.data.valid else None
-    arguments = _arguments(recipe, folder)
+    arguments = training_arguments(recipe, folder)
     if arguments.device.type == "cpu":
-        _keep_freed_memory()
+        keep_freed_memory()
     tokens_per_step = (
         length * training.batch_size * training.gradient_accumulation_steps * arguments.world_size
     )
@@ -212,45 +200,6 @@ def _history(log: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, 
     ]
 
 
-def _arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
-    training = recipe.training
-    cosine = {"min_lr": training.min_learning_rate}
-    fields: dict[str, Any] = {
-        "output_dir": str(folder),
-        "max_steps": training.steps,
-        "per_device_train_batch_size": training.batch_size,
-        "per_device_eval_batch_size": training.batch_size,
-        "gradient_accumulation_steps": training.gradient_accumulation_steps,
-        "learning_rate": training.learning_rate,
-        "lr_scheduler_type": "cosine_with_min_lr",
-        "lr_scheduler_kwargs": cosine,
-        "warmup_steps": training.warmup_steps,
-        "weight_decay": training.weight_decay,
-        "adam_beta1": training.adam_beta1,
-        "adam_beta2": training.adam_beta2,
-        "max_grad_norm": training.max_grad_norm,
-        "optim": "adamw_torch_fused",
-        "use_cpu": not torch.cuda.is_available(),
-        "bf16": training.precision != "fp32",
-        "seed": training.seed,
-        "logging_steps": training.log_every,
-        "eval_strategy": "steps" if recipe.data.valid else "no",
-        "eval_steps": training.eval_every,
-        "save_strategy": "steps",
-        "save_steps": training.save_every,
-        "save_total_limit": 2,
-        "prediction_loss_only": True,
-        "dataloader_drop_last": True,
-        "remove_unused_columns": False,
-        "report_to": [],
-        "disable_tqdm": True,
-    }
-    try:
-        return TrainingArguments(**{**fields, **recipe.trainer})
-    except (TypeError, ValueError) as error:
-        raise RecipeError(f"[trainer] {error}") from error
-
-
 def _save(
     recipe: Recipe,
     model: MemoryLLMForCausalLM,
@@ -283,18 +232,3 @@ def _check_finite(model: torch.nn.Module) -> None:
 
 def _count(model: torch.nn.Module) -> int:
     return sum(parameter.numel() for parameter in model.parameters())
-
-
-def _keep_freed_memory() -> None:
-    """Let glibc keep freed blocks of up to 32 MB, its largest threshold, for the next step.
-
-    Handing them back and faulting them in again costs a fifth of a step. Larger blocks stay
-    mappings of their own: kept on the heap as well, they fragment it without end.
-    """
-    if sys.platform == "linux":
-        libc = ctypes.CDLL(None)
-        if hasattr(libc, "mallopt"):
-            m_trim_threshold, m_top_pad, m_mmap_threshold = -1, -2, -3
-            libc.mallopt(m_mmap_threshold, 32 << 20)
-            libc.mallopt(m_trim_threshold, 2**31 - 1)
-            libc.mallopt(m_top_pad, 64 << 20)
