@@ -19,9 +19,10 @@ from edge_memllm.strict_json import Fields, parse_json_object
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
-FORMAT_VERSION = 1
+FORMAT_VERSION = 2
 CHECKSUM_BYTES = 8
 GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
+KV_DTYPES = ("float16", "float32", "int8")
 
 _IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
@@ -83,6 +84,7 @@ class GraphSpec:
     external_data: str | None
     weights: str
     compute_dtype: str
+    kv_dtype: str  # of keys and values: the compute dtype, or "int8"
     wire: str
     opset: int
 
@@ -127,7 +129,8 @@ class Manifest:
     def from_json(cls, data: bytes, where: str) -> Manifest:
         """Parse and check a manifest. Raises `ArtifactError` naming `where`."""
         content = parse_json_object(data, where)
-        _check_version(content, where)
+        if _check_version(content, where) == 1:
+            _complete_version_1(content)
         top = Fields(content, where, ("format", "format_version", *_names(cls)))
         manifest = cls(
             model=_parse_model(content["model"], f"{where}: model"),
@@ -146,17 +149,25 @@ def _names(spec: type) -> tuple[str, ...]:
     return tuple(field.name for field in fields(spec))
 
 
-def _check_version(content: dict[str, object], where: str) -> None:
-    """Check the version before any other key: a later version may have other keys."""
+def _check_version(content: dict[str, object], where: str) -> int:
+    """Check the version before any other key, for each has its own; return it."""
     if content.get("format") != FORMAT:
         raise ArtifactError(f"{where}: this is not an {FORMAT} manifest (no format '{FORMAT}').")
     header = Fields({"format_version": content.get("format_version")}, where, ["format_version"])
     version = header.integer("format_version", 1, 1 << 31)
-    if version != FORMAT_VERSION:
+    if version > FORMAT_VERSION:
         raise ArtifactError(
-            f"{where}: format_version is {version}, this reader supports {FORMAT_VERSION}. "
+            f"{where}: format_version is {version}, this reader supports 1 to {FORMAT_VERSION}. "
             "Upgrade edge-memllm or export the model again."
         )
+    return version
+
+
+def _complete_version_1(content: dict[str, object]) -> None:
+    """Add what version 1 left unsaid: keys and values were in the compute dtype."""
+    graph = content.get("graph")
+    if isinstance(graph, dict) and "kv_dtype" not in graph and "compute_dtype" in graph:
+        content["graph"] = {**graph, "kv_dtype": graph["compute_dtype"]}
 
 
 def _parse_model(value: object, where: str) -> ModelSpec:
@@ -199,6 +210,7 @@ def _parse_graph(value: object, where: str) -> GraphSpec:
         external_data=graph.optional_text("external_data", _FILE_NAME, _A_FILE_NAME),
         weights=graph.choice("weights", GRAPH_WEIGHTS),
         compute_dtype=graph.choice("compute_dtype", EMBEDDING_DTYPES),
+        kv_dtype=graph.choice("kv_dtype", KV_DTYPES),
         wire=graph.choice("wire", get_args(Wire)),
         opset=graph.integer("opset", 1, 1000),
     )
@@ -260,6 +272,10 @@ def _check_graph(manifest: Manifest, where: str) -> None:
         raise ArtifactError(
             f"{where}: wire is '{graph.wire}', expected '{wire}' for codec "
             f"{manifest.table.codec}. Graph and table are from different exports."
+        )
+    if graph.kv_dtype not in (graph.compute_dtype, "int8"):
+        raise ArtifactError(
+            f"{where}: kv_dtype is '{graph.kv_dtype}', expected '{graph.compute_dtype}' or 'int8'."
         )
     names = [name for name in (graph.file, graph.external_data) if name is not None]
     for name in names:

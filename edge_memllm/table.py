@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import threading
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
@@ -19,8 +19,9 @@ from edge_memllm.artifact import Artifact
 from edge_memllm.codecs.codec import Floats
 from edge_memllm.errors import CorruptionError, RequestError, StorageError
 from edge_memllm.manifest import CHECKSUM_BYTES, Manifest
-from edge_memllm.readers import Reader, open_reader
+from edge_memllm.readers import Reader, Region, open_reader
 from edge_memllm.readers.pread import PreadReader
+from edge_memllm.record_cache import RecordCache
 from edge_memllm.records import RecordBuffer, checksum_seed, record_checksum
 from edge_memllm.table_header import LENGTH, check_header, header_length
 
@@ -29,17 +30,27 @@ from edge_memllm.table_header import LENGTH, check_header, header_length
 class TableStatistics:
     """What a table has read since it was opened."""
 
-    records_read: int = 0
+    records_read: int = 0  # through the reader; not those that were in the record cache
     bytes_read: int = 0  # of records, without padding; from memory when the reader is "ram"
-    reads: int = 0  # calls that read from storage
+    reads: int = 0  # reads of storage the system was asked for
+    cache_hits: int = 0  # records found in the record cache; 0 without one
+    cache_misses: int = 0
 
 
 class Table:
     """The open table of an artifact. Thread-safe, as long as each thread has its own buffer."""
 
-    def __init__(self, manifest: Manifest, where: str, checksums: NDArray[Any], reader: Reader):
+    def __init__(
+        self,
+        manifest: Manifest,
+        where: str,
+        checksums: NDArray[Any],
+        reader: Reader,
+        cache: RecordCache | None = None,
+    ) -> None:
         self.layout = manifest.layout
         self.reader_name = reader.name
+        self.reader_reason = reader.reason  # "asked for", or why "auto" chose it
         self._where = where
         self._vocab_size = manifest.model.vocab_size
         self._start = manifest.table.records_offset
@@ -48,52 +59,91 @@ class Table:
         self._seed = checksum_seed(manifest.model.identity)
         self._checksums = checksums.data
         self._reader = reader
+        self._cache = cache
         self._closed = False
         self._lock = threading.Lock()
         self._records_read = 0
         self._reads = 0
+        self._hits = 0
 
     @classmethod
-    def open(cls, artifact: Artifact, reader: str = "auto") -> Self:
+    def open(
+        cls,
+        artifact: Artifact,
+        reader: str = "auto",
+        *,
+        record_cache_bytes: int = 0,
+        hot_tokens: Sequence[int] = (),
+    ) -> Self:
         """Open the table that the manifest names, and check its header and its checksums.
 
+        With `record_cache_bytes`, records once read are kept in that much memory, those of
+        `hot_tokens` (the most frequent first) for good in up to half of it.
+
         Raises `ArtifactError` when it belongs to another model or export, `CorruptionError` when
-        it is damaged, and `RequestError` for a reader that does not exist.
+        it is damaged, and `RequestError` for a reader that does not exist or does not work here
+        and for a cache too small for one record.
         """
-        manifest = artifact.manifest
-        where = str(artifact.path / manifest.table.file)
-        checksums = _read_checked(artifact.open_file(manifest.table.file), manifest, where)
-        size = manifest.model.vocab_size * manifest.table.stride
-        file = artifact.open_file(manifest.table.file)
-        opened = open_reader(reader, file, where, manifest.table.records_offset, size)
-        return cls(manifest, where, checksums, opened)
+        manifest, table = artifact.manifest, artifact.manifest.table
+        where = str(artifact.path / table.file)
+        cache = None
+        if record_cache_bytes:
+            cache = RecordCache(record_cache_bytes, table.record_bytes, hot_tokens)
+        checksums = _read_checked(artifact.open_file(table.file), manifest, where)
+        region = Region(
+            table.records_offset, table.stride, table.record_bytes, manifest.model.vocab_size
+        )
+        file = artifact.open_file(table.file)
+        opened = open_reader(reader, file, where, region, cached=cache is not None)
+        return cls(manifest, where, checksums, opened, cache)
 
     @property
     def statistics(self) -> TableStatistics:
         """What was read so far."""
         with self._lock:
             records = self._records_read
-            return TableStatistics(records, records * self._record_bytes, self._reads)
+            return TableStatistics(
+                records,
+                records * self._record_bytes,
+                self._reads,
+                self._hits,
+                0 if self._cache is None else records,
+            )
+
+    def announce(self, ids: Iterable[int]) -> None:
+        """Say that the records of `ids` will be fetched soon.
+
+        Only a hint: it returns at once and may do nothing. Ids that are not in the vocabulary are
+        left for `fetch` to refuse.
+        """
+        if self._closed:
+            return
+        known = () if self._cache is None else self._cache
+        wanted = [each for each in ids if 0 <= each < self._vocab_size and each not in known]
+        self._reader.announce([self._offset(each) for each in wanted], self._record_bytes)
 
     def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> int:
-        """Read the record of `ids[i]` into slot i of `buffer`, and verify it.
+        """Put the record of `ids[i]` into slot i of `buffer`: from the cache, or read and verified.
 
-        `ids` is [U], distinct. Returns the number of calls that read from storage. Raises
-        `RequestError` for an id that is not in the vocabulary or more ids than the buffer holds,
+        `ids` is [U], distinct. Returns the number of reads from storage. Raises `RequestError`
+        for an id that is not in the vocabulary or more ids than the buffer holds,
         `CorruptionError` for a damaged record and `StorageError` when reading fails; the buffer's
         content is then undefined.
         """
         tokens: list[int] = ids.tolist()
         self._check(tokens, buffer)
-        slots = sorted(range(len(tokens)), key=tokens.__getitem__)  # the order on storage
-        offsets = [self._start + tokens[slot] * self._stride for slot in slots]
-        reads = self._reader.read(offsets, [buffer.parts(slot) for slot in slots])
-        for slot, token in enumerate(tokens):
-            if record_checksum(buffer.parts(slot), token, self._seed) != self._checksums[token]:
-                raise self._corrupt(token)
+        missing = list(range(len(tokens))) if self._cache is None else self._load(tokens, buffer)
+        missing.sort(key=tokens.__getitem__)  # the order on storage
+        reads = 0
+        if missing:
+            offsets = [self._offset(tokens[slot]) for slot in missing]
+            reads = self._reader.read(offsets, [buffer.parts(slot) for slot in missing])
+        for slot in missing:
+            self._take_in(tokens[slot], buffer.parts(slot))
         with self._lock:
-            self._records_read += len(tokens)
+            self._records_read += len(missing)
             self._reads += reads
+            self._hits += len(tokens) - len(missing)
         return reads
 
     def rows(self, ids: NDArray[np.int64]) -> Floats:
@@ -108,6 +158,24 @@ class Table:
         """Close the file; closing twice is fine."""
         self._closed = True
         self._reader.close()
+        if self._cache is not None:
+            self._cache.clear()
+
+    def _offset(self, token: int) -> int:
+        return self._start + token * self._stride
+
+    def _load(self, tokens: Sequence[int], buffer: RecordBuffer) -> list[int]:
+        """Fill what slots the cache can; return the others."""
+        assert self._cache is not None
+        load = self._cache.load
+        return [slot for slot, token in enumerate(tokens) if not load(token, buffer.parts(slot))]
+
+    def _take_in(self, token: int, parts: list[memoryview]) -> None:
+        """Verify a record that was read, and keep a copy if there is a cache."""
+        if record_checksum(parts, token, self._seed) != self._checksums[token]:
+            raise self._corrupt(token)
+        if self._cache is not None:
+            self._cache.store(token, parts)
 
     def _fetch_new(self, ids: NDArray[np.int64]) -> RecordBuffer:
         buffer = RecordBuffer(self.layout, len(ids))
@@ -132,7 +200,7 @@ class Table:
     def _corrupt(self, token: int) -> CorruptionError:
         return CorruptionError(
             f"{self._where}: the record of token {token} at byte "
-            f"{self._start + token * self._stride} does not match its checksum. "
+            f"{self._offset(token)} does not match its checksum. "
             "The file is damaged; copy the folder again."
         )
 

@@ -54,10 +54,16 @@ def make_artifact(
     """
     made: dict[str, Path] = {}
 
-    def make(*, graph_weights: str = "int4", table_codec: str = "int8", **checkpoint: Any) -> Path:
+    def make(
+        *,
+        graph_weights: str = "int4",
+        table_codec: str = "int8",
+        kv_dtype: str | None = None,
+        **checkpoint: Any,
+    ) -> Path:
         from edge_memllm_export import export_model
 
-        key = json.dumps([graph_weights, table_codec, checkpoint], sort_keys=True)
+        key = json.dumps([graph_weights, table_codec, kv_dtype, checkpoint], sort_keys=True)
         if key not in made:
             made[key] = tmp_path_factory.mktemp("export") / "artifact"
             export_model(
@@ -65,6 +71,7 @@ def make_artifact(
                 made[key],
                 graph_weights=graph_weights,
                 table_codec=table_codec,
+                kv_dtype=kv_dtype,
                 verify=False,
             )
         return made[key]

@@ -66,7 +66,7 @@ def write_artifact(
     manifest = Manifest(
         model=model_spec(identity, beta, layers, width, vocab_size),
         table=table,
-        graph=GraphSpec("graph.onnx", None, "fp32", "float32", layout.codec.wire, 23),
+        graph=GraphSpec("graph.onnx", None, "fp32", "float32", "float32", layout.codec.wire, 23),
         files={
             table.file: table_file,
             **{name: file_spec(content) for name, content in OTHER_FILES.items()},

@@ -148,6 +148,13 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
             {"graph_weights": "int5"},
             r"graph weights 'int5', expected one of int4, int8, fp16, fp32",
         ),
+        ({"graph_block": 48}, r"graph block 48, expected one of 32, 64, 128, 256"),
+        (
+            {"graph_block": 64, "graph_weights": "fp16"},
+            r"graph block 64 is for quantised matrices, the graph weights are fp16",
+        ),
+        ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights int4 compute in"),
+        ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),
         ({"table_codec": "zip"}, r"table codec 'zip', expected one of f16, f32, int4"),
         ({"table_codec": "none"}, r"table codec none is for dense models"),
         ({"table_codec": "int8-g128"}, r"width 64 is not a multiple of the group size 128"),

@@ -19,7 +19,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import rotary_tables
 from edge_memllm_export.graph import EXTERNAL_FILE, GRAPH_FILE, GraphForm, build_graph, save_graph
-from edge_memllm_export.quantizer import dequantize, quantize
+from edge_memllm_export.quantizer import block_for, dequantize, quantize
 
 SHAPES: list[dict[str, Any]] = [
     {"beta": 0},
@@ -148,7 +148,8 @@ def round_matrices(network: torch.nn.Module, bits: int) -> None:
     for name, module in network.named_modules():
         if isinstance(module, torch.nn.Linear) and ".memory." not in name:
             matrix = module.weight.numpy()
-            codes, scales = quantize(matrix, bits, np.dtype("float16"), name)
+            block = block_for(matrix.shape[1], None)
+            codes, scales = quantize(matrix, bits, block, np.dtype("float16"), name)
             rounded = dequantize(codes, scales, bits, matrix.shape[1])
             module.weight = torch.nn.Parameter(torch.from_numpy(rounded), requires_grad=False)
 

@@ -28,11 +28,12 @@ CANONICAL = """\
     }
   },
   "format": "edge-memllm",
-  "format_version": 1,
+  "format_version": 2,
   "graph": {
     "compute_dtype": "float16",
     "external_data": null,
     "file": "graph.onnx",
+    "kv_dtype": "float16",
     "opset": 23,
     "weights": "int4",
     "wire": "q8"
@@ -85,7 +86,7 @@ def manifest() -> Manifest:
             records_offset=4096,
             checksums_sha256="1" * 64,
         ),
-        graph=GraphSpec("graph.onnx", None, "int4", "float16", "q8", 23),
+        graph=GraphSpec("graph.onnx", None, "int4", "float16", "float16", "q8", 23),
         files={
             "table.safetensors": FileSpec(4096 + 3 * (512 + 8), "0" * 64),
             "graph.onnx": file_spec(b"graph"),
@@ -161,7 +162,7 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("format_version", True), "format_version is true, expected an integer"),
         (
             put("format_version", 7),
-            "format_version is 7, this reader supports 1. Upgrade edge-memllm or export",
+            "format_version is 7, this reader supports 1 to 2. Upgrade edge-memllm or export",
         ),
         (put("created", "today"), "unknown key 'created'"),
         (lambda content: content.pop("graph"), "key 'graph' is missing"),
@@ -204,6 +205,11 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("graph", "external_data", 0), "graph: external_data is 0, expected a plain file name"),
         (put("graph", "weights", "int3"), "graph: weights is 'int3', expected one of int4, int8"),
         (put("graph", "compute_dtype", "half"), "graph: compute_dtype is 'half', expected one of"),
+        (put("graph", "kv_dtype", "int4"), "graph: kv_dtype is 'int4', expected one of float16"),
+        (
+            put("graph", "kv_dtype", "float32"),
+            "kv_dtype is 'float32', expected 'float16' or 'int8'",
+        ),
         (put("graph", "wire", "q5"), "graph: wire is 'q5', expected one of none, f32"),
         (put("graph", "wire", "q4"), "graph: wire is 'q4', expected 'q8' for codec int8-g32"),
         (put("graph", "opset", 0), "graph: opset is 0, expected"),

@@ -5,6 +5,8 @@ Rungs 1 to 6 are climbed in test_graph.py and test_ladder.py, rung 10 in test_mo
 
 from __future__ import annotations
 
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,8 +16,10 @@ from conftest import MakeArtifact, MakeCheckpoint
 from transformers import AutoModelForCausalLM
 
 import edge_memllm
+from edge_memllm.artifact import Artifact
 from edge_memllm.feeding import Feeder
 from edge_memllm.readers import reader_names
+from edge_memllm.table import Table
 
 GREEDY = edge_memllm.Sampling(temperature=0.0)
 PROMPTS = [[72, 101, 108, 108, 111], [84, 104, 101, 32, 114, 105, 118, 101, 114], [65]]
@@ -43,6 +47,18 @@ def all_logits(model: edge_memllm.Model, prompt: list[int]) -> list[np.ndarray]:
     return found
 
 
+def working_readers(path: Path) -> list[str]:
+    """Every reader but those that this system or its temporary folder refuses."""
+    found = []
+    with Artifact.open(path) as artifact:
+        for name in reader_names():
+            with suppress(edge_memllm.RequestError):
+                Table.open(artifact, name).close()
+                found.append(name)
+    assert {"auto", "pread", "mmap", "ram"} <= set(found)
+    return found
+
+
 @pytest.mark.parametrize(("graph_weights", "table_codec"), FORMS)
 @pytest.mark.parametrize("shape", [FAMILY[0], FAMILY[3]], ids=str)
 def test_streamed_equals_resident_bit_for_bit(
@@ -52,7 +68,7 @@ def test_streamed_equals_resident_bit_for_bit(
     path = make_artifact(graph_weights=graph_weights, table_codec=table_codec, **shape)
     with edge_memllm.load(path, device="cpu", reader="ram") as resident:
         expected = [all_logits(resident, prompt) for prompt in PROMPTS]
-    for reader in reader_names():
+    for reader in working_readers(path):
         with edge_memllm.load(path, device="cpu", reader=reader) as streamed:
             for prompt, logits in zip(PROMPTS, expected, strict=True):
                 np.testing.assert_array_equal(all_logits(streamed, prompt), logits)

@@ -1,19 +1,28 @@
+"""What every reader must do, and what the plain ones do on other systems."""
+
 from __future__ import annotations
 
 import errno
 import os
+import struct
 import threading
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import numpy as np
 import pytest
 
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.readers import Reader, open_reader, ram, reader_names
+from edge_memllm.readers import Reader, Region, open_reader, reader_names
+from edge_memllm.readers import open_file as open_file_module
 from edge_memllm.readers.pread import PreadReader
 
-START, SIZE = 100, 5000  # a region in the middle of a file of 6000 bytes
+# In the middle of a file of 6000 bytes, and aligned to nothing.
+REGION = Region(start=100, stride=1000, record_bytes=1000, count=5)
+START, SIZE = REGION.start, REGION.size
+KINDS = ("pread", "seek", "direct", "uring", "mmap", "ram")
 Open = Callable[[], Reader]
 
 
@@ -24,18 +33,27 @@ def path(tmp_path: Path, random: np.random.Generator) -> Path:
     return path
 
 
-@pytest.fixture(params=["pread", "seek", "ram"])
-def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+@pytest.fixture(params=KINDS)
+def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, path: Path) -> str:
     """Every reader, and "seek": what pread does on a system without preadv and fadvise."""
     if request.param == "seek":
-        monkeypatch.delattr(os, "preadv")
-        monkeypatch.delattr(os, "posix_fadvise")
+        without_posix(monkeypatch)
+    if request.param in ("direct", "uring"):
+        try:
+            open_(request.param, path).close()
+        except RequestError as error:
+            pytest.skip(str(error))
     return request.param
+
+
+def without_posix(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delattr(os, "preadv")
+    monkeypatch.delattr(os, "posix_fadvise")
 
 
 def open_(kind: str, path: Path) -> Reader:
     file = os.open(path, os.O_RDONLY)
-    return open_reader("pread" if kind == "seek" else kind, file, str(path), START, SIZE)
+    return open_reader("pread" if kind == "seek" else kind, file, str(path), REGION)
 
 
 def buffers(sizes: Sequence[Sequence[int]]) -> list[list[bytearray]]:
@@ -44,6 +62,17 @@ def buffers(sizes: Sequence[Sequence[int]]) -> list[list[bytearray]]:
 
 def views(targets: list[list[bytearray]]) -> list[list[memoryview]]:
     return [[memoryview(part) for part in parts] for parts in targets]
+
+
+def is_closed(file: int) -> bool:
+    try:
+        os.fstat(file)
+    except OSError:
+        return True
+    return False
+
+
+# --- every reader ----------------------------------------------------------------------------
 
 
 def test_reader_fills_every_part_from_its_offset(kind: str, path: Path) -> None:
@@ -55,8 +84,9 @@ def test_reader_fills_every_part_from_its_offset(kind: str, path: Path) -> None:
     for offset, parts in zip(offsets, targets, strict=True):
         joined = b"".join(parts)
         assert joined == content[offset : offset + len(joined)]
-    assert calls == {"pread": 4, "seek": 7, "ram": 0}[kind]
+    assert calls == (0 if kind == "ram" else 4)
     assert reader.read([], []) == 0
+    assert reader.reason == "asked for"
     reader.close()
 
 
@@ -79,11 +109,15 @@ def test_reader_is_safe_to_use_from_threads(kind: str, path: Path) -> None:
 
     def work(seed: int) -> None:
         random = np.random.default_rng(seed)
-        for offset in random.integers(START, START + SIZE - 64, 300).tolist():
-            target = buffers([[20, 44]])
-            reader.read([offset], views(target))
-            if b"".join(target[0]) != content[offset : offset + 64]:
-                wrong.append(offset)
+        for round_ in range(100):
+            count = 1 if round_ % 2 else 20
+            offsets = sorted(random.integers(START, START + SIZE - 64, count).tolist())
+            targets = buffers([[20, 44]] * count)
+            reader.announce(offsets, 64)
+            reader.read(offsets, views(targets))
+            for offset, target in zip(offsets, targets, strict=True):
+                if b"".join(target) != content[offset : offset + 64]:
+                    wrong.append(offset)
 
     threads = [threading.Thread(target=work, args=(seed,)) for seed in range(4)]
     for thread in threads:
@@ -94,6 +128,16 @@ def test_reader_is_safe_to_use_from_threads(kind: str, path: Path) -> None:
     reader.close()
 
 
+def test_reader_may_be_told_what_comes(kind: str, path: Path) -> None:
+    reader = open_(kind, path)
+    reader.announce([START, 2000, START + SIZE - 9], 9)
+    reader.announce([], 9)
+    target = buffers([[9]])
+    reader.read([2000], views(target))
+    assert target[0][0] == path.read_bytes()[2000:2009]
+    reader.close()
+
+
 def test_reader_closes_its_file(kind: str, path: Path) -> None:
     before = len(os.listdir("/dev/fd"))
     for _ in range(20):
@@ -101,42 +145,76 @@ def test_reader_closes_its_file(kind: str, path: Path) -> None:
     assert len(os.listdir("/dev/fd")) == before
 
 
-@pytest.mark.parametrize("kind", ["pread", "seek"], indirect=True)
-def test_file_cut_short_while_open(kind: str, path: Path) -> None:
+@pytest.mark.parametrize("count", [1, 2, 20])
+def test_closed_reader_says_so(kind: str, path: Path, count: int) -> None:
+    reader = open_(kind, path)
+    reader.read([START] * 20, views(buffers([[5]] * 20)))
+    reader.close()
+    reader.close()
+    with pytest.raises(StorageError, match="table: the reader is closed"):
+        reader.read([START] * count, views(buffers([[5]] * count)))
+
+
+@pytest.mark.parametrize("kind", ["pread", "seek", "direct", "uring"], indirect=True)
+@pytest.mark.parametrize("others", [0, 1, 30])
+def test_file_cut_short_while_open(kind: str, path: Path, others: int) -> None:
     reader = open_(kind, path)
     os.truncate(path, 1000)
+    around = [500] * others
     with pytest.raises(StorageError, match=r"the file ends at 1000, 50 bytes early.* cut short"):
-        reader.read([950], views(buffers([[100]])))
+        reader.read([*around, 950], views(buffers([[100]] * (others + 1))))
     with pytest.raises(StorageError, match=r"table: the file ends at 4000, 10 bytes early"):
-        reader.read([4000], views(buffers([[10]])))
+        reader.read([*around, 4000], views(buffers([[10]] * (others + 1))))
+    target = buffers([[500]])
+    reader.read([500], views(target))  # what is still there can be read
+    assert target[0][0] == path.read_bytes()[500:]
     reader.close()
 
 
-def test_file_shorter_than_its_region_cannot_be_loaded(path: Path) -> None:
-    os.truncate(path, 3000)
-    with pytest.raises(StorageError, match="the file ends at 3000, 2100 bytes early"):
-        open_("ram", path)
+def test_every_name_opens(path: Path) -> None:
+    assert reader_names() == ("auto", "pread", "direct", "uring", "mmap", "ram")
+    for name in ("auto", "pread", "mmap", "ram"):
+        reader = open_(name, path)
+        assert name in ("auto", reader.name)
+        reader.close()
 
 
-def test_partial_reads_are_continued(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    content, real = path.read_bytes(), os.preadv
+def test_unknown_reader(path: Path) -> None:
+    file = os.open(path, os.O_RDONLY)
+    with pytest.raises(RequestError, match="Unknown reader 'tape', expected one of auto, pread, d"):
+        open_reader("tape", file, str(path), REGION)
+    assert is_closed(file)
 
-    def at_most_7_bytes(file: int, parts: list[memoryview], offset: int) -> int:
-        return real(file, [parts[0][:7]], offset)
 
-    monkeypatch.setattr(os, "preadv", at_most_7_bytes)
-    reader = open_("pread", path)
-    target = buffers([[10, 0, 4, 30]])
-    assert reader.read([200], views(target)) == 2 + 1 + 5
-    assert b"".join(target[0]) == content[200:244]
+# --- pread -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("kind", ["pread", "direct"], indirect=True)
+def test_partial_reads_are_continued(
+    kind: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    content, real, step = path.read_bytes(), os.preadv, 7 if kind == "pread" else 512
+    reader = open_(kind, path)
+
+    def at_most_a_step(file: int, parts: list[memoryview], offset: int) -> int:
+        return real(file, [parts[0][:step]], offset)
+
+    monkeypatch.setattr(os, "preadv", at_most_a_step)
+    target = buffers([[10, 0, 4, 30] if kind == "pread" else [10, 0, 900, 90]])
+    calls = reader.read([200], views(target))
+    assert calls == (2 + 1 + 5 if kind == "pread" else 3)
+    joined = b"".join(target[0])
+    assert joined == content[200 : 200 + len(joined)]
     reader.close()
 
 
 @pytest.mark.parametrize("failing", range(4))
+@pytest.mark.parametrize("kind", ["pread", "direct"], indirect=True)
 def test_an_error_of_the_device_at_any_read(
-    path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
+    kind: str, path: Path, monkeypatch: pytest.MonkeyPatch, failing: int
 ) -> None:
     real, calls = os.preadv, 0
+    reader = open_(kind, path)
 
     def preadv(file: int, parts: list[memoryview], offset: int) -> int:
         nonlocal calls
@@ -146,10 +224,8 @@ def test_an_error_of_the_device_at_any_read(
         return real(file, parts, offset)
 
     monkeypatch.setattr(os, "preadv", preadv)
-    reader = open_("pread", path)
     offsets = [1000, 2000, 3000, 4000]
-    match = rf"table: reading 9 bytes at {offsets[failing]} failed \(Input/output error\)"
-    with pytest.raises(StorageError, match=match):
+    with pytest.raises(StorageError, match=r"table: reading 9 bytes at \d+ failed \(Input/outpu"):
         reader.read(offsets, views(buffers([[4, 5]] * 4)))
     target = buffers([[16]])
     reader.read([3000], views(target))  # the next read is served again
@@ -157,55 +233,57 @@ def test_an_error_of_the_device_at_any_read(
     reader.close()
 
 
-def test_ram_loads_in_chunks(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(ram, "_CHUNK_BYTES", 999)
-    reader = open_("ram", path)
-    target = buffers([[SIZE]])
-    reader.read([START], views(target))
-    assert target[0][0] == path.read_bytes()[START : START + SIZE]
-    reader.close()
-
-
-def test_ram_names_what_it_needs(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    size = 1 << 62
-    with pytest.raises(StorageError, match=f"the records need {size} bytes.* Use the reader 'pre"):
-        open_reader("ram", file, str(path), 0, size)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(file)
-
-
-def test_auto_says_what_it_chose(path: Path) -> None:
-    reader = open_("auto", path)
-    assert reader.name == "pread"
-    reader.close()
-
-
-def test_unknown_reader(path: Path) -> None:
-    file = os.open(path, os.O_RDONLY)
-    with pytest.raises(RequestError, match="Unknown reader 'mmap', expected one of auto, pread"):
-        open_reader("mmap", file, str(path), START, SIZE)
-    with pytest.raises(OSError, match="Bad file descriptor"):
-        os.fstat(file)
-
-
-def test_every_name_opens(path: Path) -> None:
-    for name in reader_names():
-        reader = open_(name, path)
-        assert name in ("auto", reader.name)
-        reader.close()
-
-
-def test_records_are_announced_in_batches(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_records_are_announced_ahead(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     events: list[str] = []
     real = os.preadv
-    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: events.append("announce"))
-    monkeypatch.setattr(os, "preadv", lambda *arguments: events.append("read") or real(*arguments))
+    monkeypatch.setattr(os, "posix_fadvise", lambda *arguments: events.append("a"))
+    monkeypatch.setattr(os, "preadv", lambda *arguments: events.append("r") or real(*arguments))
     reader = PreadReader(os.open(path, os.O_RDONLY), str(path))
     events.clear()
     reader.read([0], views(buffers([[8]])))
-    assert events == ["read"]
+    assert events == ["r"]
     events.clear()
     reader.read(list(range(100)), views(buffers([[8]] * 100)))
-    assert events == ["announce"] * 64 + ["read"] * 64 + ["announce"] * 36 + ["read"] * 36
+    assert "".join(events) == "a" * 64 + "ra" * 36 + "r" * 64
     reader.close()
+
+
+def test_without_preadv_a_record_is_one_read(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on Windows, which also has no way to announce."""
+    without_posix(monkeypatch)
+    monkeypatch.setattr(open_file_module, "fcntl", None)
+    reader = open_("seek", path)
+    target = buffers([[10, 0, 400, 3]])
+    reader.announce([START], 413)
+    assert reader.read([START], views(target)) == 1
+    assert b"".join(target[0]) == path.read_bytes()[START : START + 413]
+    reader.close()
+    for name in ("direct", "uring"):
+        monkeypatch.delattr(os, "O_DIRECT", raising=False)
+        with pytest.raises(RequestError, match=r"'direct' and 'uring' need O_DIRECT .* 'pread'"):
+            open_(name, path)
+
+
+def test_announcing_on_macos(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which has no posix_fadvise, but a command for fcntl."""
+    told: list[tuple[int, Any]] = []
+    system = SimpleNamespace(
+        F_RDADVISE=44, F_NOCACHE=48, fcntl=lambda file, *rest: told.append(rest)
+    )
+    monkeypatch.delattr(os, "posix_fadvise")
+    monkeypatch.delattr(os, "O_DIRECT", raising=False)
+    monkeypatch.setattr(open_file_module, "fcntl", system)
+    reader = open_("pread", path)
+    reader.announce([START, 3000], 77)
+    reader.close()
+    assert [(command, struct.unpack("=qi4x", value)) for command, value in told] == [
+        (44, (START, 77)),
+        (44, (3000, 77)),
+    ]
+    told.clear()
+    reader = open_("direct", path)
+    target = buffers([[50]])
+    reader.read([777], views(target))
+    assert target[0][0] == path.read_bytes()[777:827]
+    reader.close()
+    assert told == [(48, 1)]

@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from edge_memllm_export import ExportReport, Quality, Rung
 
 GRAPH_WEIGHTS = ("fp32", "fp16", "int8", "int4")
+KV_DTYPES = ("float16", "float32", "int8")
 TABLE_CODECS = ("f32", "f16", "int8", "int4", "int4-g64")
 
 _DESCRIPTION = """\
@@ -32,6 +33,7 @@ _EXAMPLES = """\
   edge-memllm export checkpoint artifact
   edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
   edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
+  edge-memllm export checkpoint long --kv-dtype int8
   edge-memllm export checkpoint artifact --overwrite --json > report.json"""
 
 
@@ -58,6 +60,19 @@ def add_parser(commands: Commands) -> None:
         choices=TABLE_CODECS,
         default="int8",
         help="how the table stores its rows; int8 has groups of 64, int4 of 32 (default: int8)",
+    )
+    parser.add_argument(
+        "--graph-block",
+        type=positive_int,
+        metavar="N",
+        help="weights of an int4 or int8 matrix that share a scale: 32, 64, 128 or 256; more is "
+        "faster and less exact (default: 128 from 1,024 columns on, else 32)",
+    )
+    parser.add_argument(
+        "--kv-dtype",
+        choices=KV_DTYPES,
+        help="keys and values; int8 halves their memory, makes decoding of long texts faster and "
+        "prefill slower (default: what the graph computes in)",
     )
     parser.add_argument(
         "--alignment",
@@ -127,6 +142,8 @@ def execute(arguments: argparse.Namespace) -> int:
             graph_weights=arguments.graph_weights,
             table_codec=arguments.table_codec,
             device=arguments.device,
+            graph_block=arguments.graph_block,
+            kv_dtype=arguments.kv_dtype,
             alignment=arguments.alignment,
             compute_dtype=arguments.compute_dtype,
             chunk=arguments.chunk,

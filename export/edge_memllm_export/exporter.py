@@ -31,6 +31,7 @@ from edge_memllm.manifest import (
 )
 from edge_memllm.records import RecordLayout
 from edge_memllm.table_writer import TableWriter
+from edge_memllm_export.calibration import kv_scales
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph import (
     EXTERNAL_FILE,
@@ -94,6 +95,8 @@ def export_model(
     graph_weights: str = "int4",
     table_codec: str = "int8",
     device: str = "cpu",
+    graph_block: int | None = None,
+    kv_dtype: str | None = None,
     alignment: int = 512,
     compute_dtype: str = "float32",
     chunk: int | None = None,
@@ -106,7 +109,10 @@ def export_model(
     """Export a checkpoint folder as an artifact folder.
 
     `graph_weights` is int4, int8, fp16 or fp32; `table_codec` f32, f16, int8, int4 or a codec id
-    (a dense model has no memory rows and always gets the codec `none`). `device` (cpu or cuda),
+    (a dense model has no memory rows and always gets the codec `none`). `graph_block` weights of
+    an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None takes 128 for matrices of 1,024
+    columns or more and 32 below. `kv_dtype` of keys and values is the graph's own float or "int8",
+    whose steps are calibrated on `quality_text`. `device` (cpu or cuda),
     `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
     computed. `verify` climbs the parity ladder and measures the loss of quality on
     `quality_text` (None: a text that ships with the package); a loss beyond the bounds of
@@ -116,7 +122,7 @@ def export_model(
     left behind then, and an artifact that was in OUT is untouched.
     """
     source = Checkpoint.open(Path(checkpoint))
-    form = graph_form(source, graph_weights, table_codec)
+    form = graph_form(source, graph_weights, table_codec, graph_block, kv_dtype)
     layout = record_layout(source, form, alignment)
     check_computation(device, compute_dtype, chunk)
     report = progress or (lambda stage, done, total: None)
@@ -124,11 +130,11 @@ def export_model(
     try:
         with Staging(out, overwrite=overwrite) as staging:
             export = _Export(source, form, layout, staging.path, report)
-            manifest = export.write(device, COMPUTE_DTYPES[compute_dtype], chunk)
+            text = quality_text if quality_text is not None else default_text()
+            manifest = export.write(device, COMPUTE_DTYPES[compute_dtype], chunk, text)
             rungs: tuple[Rung, ...] = ()
             quality = None
             if verify:
-                text = quality_text if quality_text is not None else default_text()
                 rungs, quality = export.judge(compute_dtype, text, accept_quality_loss)
             staging.publish()
     except OSError as error:
@@ -156,13 +162,13 @@ class _Export:
         self._progress = progress
         self._files: dict[str, FileSpec] = {}
 
-    def write(self, device: str, dtype: torch.dtype, chunk: int | None) -> Manifest:
-        """Write all files, the manifest last, and force them to the disk."""
+    def write(self, device: str, dtype: torch.dtype, chunk: int | None, text: str) -> Manifest:
+        """Write all files, the manifest last, and force them to the disk; calibrate on `text`."""
         self._progress("identity", 0, 1)
         identity = self._source.identity()
         self._progress("identity", 1, 1)
         self._copy_tokenizer()
-        graph = self._write_graph(identity)
+        graph = self._write_graph(identity, text)
         table = self._write_table(identity, device, dtype, chunk)
         manifest = Manifest(
             model=_model_spec(self._source, identity),
@@ -225,10 +231,13 @@ class _Export:
                 shutil.copyfile(self._source.path / name, self._path / name)
                 self._files[name] = _seal(self._path / name)
 
-    def _write_graph(self, identity: str) -> GraphSpec:
+    def _write_graph(self, identity: str, text: str) -> GraphSpec:
         self._progress("graph", 0, 1)
         rotary = rotary_tables(self._source)
-        model = build_graph(self._source.config, self._source.array, rotary, self._form, identity)
+        scales = kv_scales(self._source, text) if self._form.int8_cache else None
+        model = build_graph(
+            self._source.config, self._source.array, rotary, self._form, identity, scales
+        )
         names = save_graph(model, self._path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.
         del model
@@ -236,11 +245,13 @@ class _Export:
         for name in names:
             self._files[name] = _seal(self._path / name)
         self._progress("graph", 1, 1)
+        compute_dtype = WEIGHT_FORMS[self._form.weights][0]
         return GraphSpec(
             file=GRAPH_FILE,
             external_data=EXTERNAL_FILE if EXTERNAL_FILE in names else None,
             weights=self._form.weights,
-            compute_dtype=WEIGHT_FORMS[self._form.weights][0],
+            compute_dtype=compute_dtype,
+            kv_dtype="int8" if self._form.int8_cache else compute_dtype,
             wire=self._form.codec.wire,
             opset=OPSET,
         )

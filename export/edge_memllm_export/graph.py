@@ -18,7 +18,7 @@ Nothing here knows files of checkpoints or torch: weights arrive as arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -30,6 +30,7 @@ from edge_memllm.codecs import Codec
 from edge_memllm_export.graph_attention import (
     AttentionInputs,
     AttentionShape,
+    KVScales,
     attention,
     rotary_inputs,
 )
@@ -41,8 +42,9 @@ OPSET = 23
 GRAPH_FILE = "graph.onnx"
 EXTERNAL_FILE = "graph.onnx.data"
 _IR_VERSION = 11  # the version that came with opset 23
-# A protobuf ends at 2 GiB; the nodes of the largest preset need far less than the margin.
-_SELF_CONTAINED_BYTES = (2 << 30) - (16 << 20)
+# Weights in a file of their own are mapped into memory, so that the copy the runtime packs for
+# itself is the only one: 0.3 GB less for a graph of that size. Small graphs stay in one file.
+_SELF_CONTAINED_BYTES = 16 << 20
 
 ReadWeight = Callable[[str], np.ndarray]
 
@@ -54,6 +56,8 @@ class GraphForm:
     weights: str  # a key of graph_tape.WEIGHT_FORMS
     codec: Codec
     embedding_dtype: str  # "float16" | "float32", that of the table's records
+    block: int | None = None  # weights to a scale in a matrix; None chooses by its size
+    int8_cache: bool = False  # keys and values; else they are in the compute dtype
 
 
 @dataclass(frozen=True)
@@ -73,14 +77,20 @@ class _Stream:
 
 
 def build_graph(
-    config: Any, read: ReadWeight, rotary: Rotary, form: GraphForm, identity: str
+    config: Any,
+    read: ReadWeight,
+    rotary: Rotary,
+    form: GraphForm,
+    identity: str,
+    kv_scales: Sequence[KVScales] | None = None,
 ) -> ir.Model:
     """The graph of the network that ``config`` (a MemoryLLMConfig) describes.
 
-    ``read`` gives a weight by its name in the checkpoint. Inputs and outputs are listed in
+    ``read`` gives a weight by its name in the checkpoint. ``kv_scales``, one per layer, are for
+    keys and values in int8. Inputs and outputs are listed in
     docs/format.md. Raises ExportError for weights that the form cannot hold.
     """
-    tape = GraphTape(form.weights, config.rms_norm_eps)
+    tape = GraphTape(form.weights, form.block, config.rms_norm_eps)
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     tokens = token_inputs(
         tape, config.num_hidden_layers, config.hidden_size, form.codec, form.embedding_dtype
@@ -94,9 +104,10 @@ def build_graph(
     outputs: list[ir.Value] = []
     stream = _Stream(tokens.embedding, None)
     for layer in range(config.num_hidden_layers):
-        past = _cache_inputs(tape, layer, shape)
+        past = _cache_inputs("int8" if form.int8_cache else tape.compute_dtype, layer, shape)
+        scales = kv_scales[layer] if kv_scales else None
         block = _Block(tape, config, read, layer)
-        stream, present = block.record(stream, tokens, shape, shared, past)
+        stream, present = block.record(stream, tokens, shape, shared, past, scales)
         inputs += past
         outputs += present
     logits = _head(tape, read, config, stream, logits_index)
@@ -110,7 +121,7 @@ def build_graph(
 def save_graph(
     model: ir.Model, folder: Path, self_contained_bytes: int = _SELF_CONTAINED_BYTES
 ) -> list[str]:
-    """Write ``graph.onnx`` into the folder; weights beyond 2 GB go to one file beside it.
+    """Write ``graph.onnx`` into the folder; weights beyond 16 MB go to one file beside it.
 
     Returns the names of the files written.
     """
@@ -139,6 +150,7 @@ class _Block:
         shape: AttentionShape,
         shared: AttentionInputs,
         past: tuple[ir.Value, ir.Value],
+        kv_scales: KVScales | None,
     ) -> tuple[_Stream, list[ir.Value]]:
         normed, x = self._norm("input_layernorm", stream.x, stream.pending)
         names = ("q_proj", "k_proj", "v_proj", "o_proj")
@@ -151,6 +163,7 @@ class _Block:
             shared,
             past,
             (f"present.{self._layer}.key", f"present.{self._layer}.value"),
+            kv_scales,
         )
         out = self._feed_forward(x, attended)
         if tokens.memory is not None:
@@ -188,11 +201,10 @@ class _Block:
         return self._read(f"model.layers.{self._layer}.{name}.weight")
 
 
-def _cache_inputs(tape: GraphTape, layer: int, shape: AttentionShape) -> tuple[ir.Value, ir.Value]:
-    dtype = DATA_TYPES[tape.compute_dtype]
+def _cache_inputs(dtype: str, layer: int, shape: AttentionShape) -> tuple[ir.Value, ir.Value]:
     dims: list[str | int] = ["B", shape.kv_heads, "C", shape.graph_head_dim]
     key, value = (
-        ir.val(f"past_key_values.{layer}.{part}", dtype=dtype, shape=dims)
+        ir.val(f"past_key_values.{layer}.{part}", dtype=DATA_TYPES[dtype], shape=dims)
         for part in ("key", "value")
     )
     return key, value

@@ -9,7 +9,7 @@ x [B,T,D] -- qkv_proj --> GroupQueryAttention --> o_proj --> [B,T,D]
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 import onnx_ir as ir
@@ -18,6 +18,11 @@ from edge_memllm_export.graph_tape import GraphTape
 
 # GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
 _HEAD_MULTIPLE = 16
+_INT8_CACHE = {
+    "kv_cache_bit_width": 8,
+    "k_quant_type": "PER_CHANNEL",
+    "v_quant_type": "PER_CHANNEL",
+}
 
 
 @dataclass(frozen=True)
@@ -41,6 +46,14 @@ class AttentionInputs(NamedTuple):
     total_sequence_length: ir.Value  # int32 scalar
     cosine: ir.Value  # [P, d/2]
     sine: ir.Value
+
+
+@dataclass(frozen=True)
+class KVScales:
+    """Steps of int8 keys and values in one layer, float32 [Hk, head_dim]: value = code * step."""
+
+    key: np.ndarray
+    value: np.ndarray
 
 
 def rotary_inputs(
@@ -77,27 +90,56 @@ def attention(
     shared: AttentionInputs,
     past: tuple[ir.Value, ir.Value],
     present: tuple[str, str],
+    kv_scales: KVScales | None = None,
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The attention output [B,T,D] and the present key and value, named as ``present`` says.
 
-    ``weights`` holds q_proj, k_proj, v_proj and o_proj as in the network.
+    ``weights`` holds q_proj, k_proj, v_proj and o_proj as in the network. With ``kv_scales`` the
+    cache holds int8.
     """
     packed = np.concatenate(
         [widen_heads(weights[name], shape) for name in ("q_proj", "k_proj", "v_proj")]
     )
     query = tape.linear(f"{path}/qkv_proj", x, packed)
     name = f"{path}/GroupQueryAttention"
+    inputs: list[ir.Value | None] = [query, None, None, *past, *shared]
+    attributes: dict[str, Any] = {
+        "num_heads": shape.heads,
+        "kv_num_heads": shape.kv_heads,
+        "do_rotary": 1,
+        "scale": shape.head_dim**-0.5,
+    }
+    if kv_scales is not None:
+        inputs += [None, None, None, *_scale_inputs(tape, path, kv_scales, shape)]
+        attributes |= _INT8_CACHE
+    kv_dtype = tape.compute_dtype if kv_scales is None else "int8"
     attended, *caches = tape.op_outputs(
         name,
         "GroupQueryAttention",
-        [query, None, None, *past, *shared],
+        inputs,
         [f"{name}/output_0", *present],
-        {
-            "num_heads": shape.heads,
-            "kv_num_heads": shape.kv_heads,
-            "do_rotary": 1,
-            "scale": shape.head_dim**-0.5,
-        },
+        attributes,
+        dtypes=[tape.compute_dtype, kv_dtype, kv_dtype],
     )
     output = widen_heads(weights["o_proj"].T, shape).T
     return tape.linear(f"{path}/o_proj", attended, output), caches
+
+
+def _scale_inputs(
+    tape: GraphTape, path: str, scales: KVScales, shape: AttentionShape
+) -> list[ir.Value]:
+    """Scales of keys and values as initialisers [Hk * d]; those of padding do not matter."""
+    name = path[1:].replace("/", ".")
+    return [
+        tape.constant(
+            f"{name}.{part}_scale", _widen_scales(getattr(scales, part), shape).reshape(-1)
+        )
+        for part in ("key", "value")
+    ]
+
+
+def _widen_scales(scales: np.ndarray, shape: AttentionShape) -> np.ndarray:
+    """[Hk, head_dim] -> [Hk, d], in the places that `widen_heads` gives a head's numbers."""
+    half = scales.reshape(-1, 2, shape.head_dim // 2).astype(np.float32)
+    extra = (shape.graph_head_dim - shape.head_dim) // 2
+    return np.pad(half, ((0, 0), (0, 0), (0, extra)), constant_values=1)

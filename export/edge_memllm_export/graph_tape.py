@@ -13,12 +13,13 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_memllm.errors import ExportError
-from edge_memllm_export.quantizer import BLOCK, CHUNK_WEIGHTS, quantize
+from edge_memllm_export.quantizer import CHUNK_WEIGHTS, block_for, quantize
 
 CONTRIB = "com.microsoft"
 DATA_TYPES = {
     "float32": ir.DataType.FLOAT,
     "float16": ir.DataType.FLOAT16,
+    "int8": ir.DataType.INT8,
     "uint8": ir.DataType.UINT8,
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
@@ -38,8 +39,9 @@ _ACCURACY_LEVEL = 4
 class GraphTape:
     """Nodes and initialisers of one graph, in the order they are made."""
 
-    def __init__(self, weights: str, epsilon: float) -> None:
+    def __init__(self, weights: str, block: int | None, epsilon: float) -> None:
         self.compute_dtype, self._bits = WEIGHT_FORMS[weights]
+        self._block = block  # weights to a scale; None chooses by the matrix
         self._epsilon = epsilon
         self._tape = ir.tape.Tape()
 
@@ -66,9 +68,12 @@ class GraphTape:
         attributes: Mapping[str, Any],
         *,
         domain: str = CONTRIB,
+        dtypes: Sequence[str] | None = None,
     ) -> list[ir.Value]:
         """One node with several outputs; an output named "" is left out."""
-        values = [ir.val(output, dtype=DATA_TYPES[self.compute_dtype]) for output in outputs]
+        kinds = dtypes or [self.compute_dtype] * len(outputs)
+        pairs = zip(outputs, kinds, strict=True)
+        values = [ir.val(output, dtype=DATA_TYPES[kind]) for output, kind in pairs]
         self._tape.op_multi_out(
             op_type, inputs, attributes, outputs=values, domain=domain, name=name
         )
@@ -102,8 +107,9 @@ class GraphTape:
             return self._float_linear(path, x, weight)
         N, K = weight.shape
         name = f"{path[1:].replace('/', '.')}.weight"
-        codes, scales = quantize(weight, self._bits, np.dtype(self.compute_dtype), name)
-        attributes = {"K": K, "N": N, "bits": self._bits, "block_size": BLOCK}
+        block = block_for(K, self._block)
+        codes, scales = quantize(weight, self._bits, block, np.dtype(self.compute_dtype), name)
+        attributes = {"K": K, "N": N, "bits": self._bits, "block_size": block}
         return self.op(
             f"{path}/MatMulNBits",
             "MatMulNBits",

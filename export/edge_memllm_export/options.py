@@ -10,14 +10,21 @@ from edge_memllm.records import RecordLayout
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph import GraphForm
 from edge_memllm_export.graph_tape import WEIGHT_FORMS
+from edge_memllm_export.quantizer import BLOCKS
 
 # What people say, besides codec ids.
 CODEC_WORDS = {"f32": "f32", "f16": "f16", "int8": "int8-g64", "int4": "int4-g32"}
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
-def graph_form(source: Checkpoint, graph_weights: str, table_codec: str) -> GraphForm:
-    """The form of graph and rows that the two words name, or an ExportError listing them."""
+def graph_form(
+    source: Checkpoint,
+    graph_weights: str,
+    table_codec: str,
+    graph_block: int | None = None,
+    kv_dtype: str | None = None,
+) -> GraphForm:
+    """The form of graph and rows that these name, or an ExportError that lists what there is."""
     if graph_weights not in WEIGHT_FORMS:
         raise ExportError(
             f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
@@ -33,7 +40,38 @@ def graph_form(source: Checkpoint, graph_weights: str, table_codec: str) -> Grap
             f"table codec none is for dense models (beta 8), {source.path} has beta "
             f"{source.config.beta}. Choose a codec that stores rows."
         )
-    return GraphForm(graph_weights, get_codec(codec_id), WEIGHT_FORMS[graph_weights][0])
+    dtype, bits = WEIGHT_FORMS[graph_weights]
+    _check_block(graph_weights, bits, graph_block)
+    _check_kv_dtype(graph_weights, dtype, kv_dtype)
+    return GraphForm(
+        graph_weights, get_codec(codec_id), dtype, graph_block, int8_cache=kv_dtype == "int8"
+    )
+
+
+def _check_block(graph_weights: str, bits: int | None, block: int | None) -> None:
+    if block is None:
+        return
+    if block not in BLOCKS:
+        known = ", ".join(map(str, BLOCKS))
+        raise ExportError(f"graph block {block}, expected one of {known}.")
+    if bits is None:
+        raise ExportError(
+            f"graph block {block} is for quantised matrices, the graph weights are "
+            f"{graph_weights}. Leave it out, or choose int4 or int8."
+        )
+
+
+def _check_kv_dtype(graph_weights: str, dtype: str, kv_dtype: str | None) -> None:
+    if kv_dtype not in (None, dtype, "int8"):
+        raise ExportError(
+            f"keys and values in {kv_dtype}: graph weights {graph_weights} compute in {dtype}. "
+            f"Choose {dtype} or int8."
+        )
+    if graph_weights == "fp32" and kv_dtype == "int8":
+        raise ExportError(
+            "keys and values in int8 with graph weights fp32: that form is the exact one, which "
+            "the parity tests compare with. Choose fp16, int8 or int4."
+        )
 
 
 def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> RecordLayout:

@@ -1,0 +1,164 @@
+"""An open file that is read at given places, on systems with and without the calls for that.
+
+Turns every failure into a `StorageError` that says where and what to do. Knows nothing of records.
+"""
+
+from __future__ import annotations
+
+import os
+import struct
+import threading
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+
+from edge_memllm.errors import RequestError, StorageError
+from edge_memllm.readers.reader import scatter
+
+try:
+    import fcntl
+except ImportError:  # Windows
+    fcntl = None  # type: ignore[assignment]
+
+
+class OpenFile:
+    """Owns a descriptor. Thread-safe; `where` names the file in messages."""
+
+    def __init__(self, descriptor: int, where: str) -> None:
+        self.where = where
+        self.descriptor = descriptor
+        self._stream = os.fdopen(descriptor, "rb", buffering=0)
+        self._lock = threading.Lock()
+        self._scratch = bytearray()
+        # One call to the system, with its own error: bytes read, 0 at the end of the file.
+        self.read_once = self._positioned if hasattr(os, "preadv") else self._seeking
+        self._advise = _adviser()
+
+    def expect_random_reads(self) -> None:
+        """Tell the system not to read ahead: behind a record lies one that nobody asked for."""
+        if hasattr(os, "posix_fadvise"):
+            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+
+    def bypass_page_cache(self) -> None:
+        """Have all reads go to the device. Raises `RequestError` where that cannot be had."""
+        try:
+            if hasattr(os, "O_DIRECT"):
+                flags = fcntl.fcntl(self.descriptor, fcntl.F_GETFL) & ~os.O_NONBLOCK
+                fcntl.fcntl(self.descriptor, fcntl.F_SETFL, flags | os.O_DIRECT)
+            elif hasattr(fcntl, "F_NOCACHE"):
+                fcntl.fcntl(self.descriptor, fcntl.F_NOCACHE, 1)
+            else:
+                raise RequestError(
+                    "The readers 'direct' and 'uring' need O_DIRECT (Linux) or F_NOCACHE (macOS), "
+                    "which this system does not have. Use the reader 'pread'."
+                )
+        except OSError as error:
+            raise self.not_direct(error) from error
+
+    def announce(self, offset: int, size: int) -> None:
+        """Ask the system to have these bytes in memory soon, where it takes such hints."""
+        if self._advise is not None and not self._stream.closed:
+            with suppress(OSError):  # a hint; the read that follows has something to say
+                self._advise(self.descriptor, offset, size)
+
+    def fill(self, parts: list[memoryview], offset: int) -> int:
+        """Fill `parts` from `offset` on; return the number of calls that took."""
+        calls = 0
+        missing = sum(map(len, parts))
+        while missing:
+            count = self.read_some(parts, offset, missing)
+            if count == 0:
+                raise self.cut_short(offset, missing)
+            calls, offset, missing = calls + 1, offset + count, missing - count
+            if missing:
+                parts = _without(parts, count)
+        return calls
+
+    def read_some(self, parts: list[memoryview], offset: int, missing: int) -> int:
+        """Read once; return how many bytes came, 0 at the end of the file."""
+        if self._stream.closed:
+            raise StorageError(f"{self.where}: the reader is closed.")
+        try:
+            return self.read_once(parts, offset)
+        except OSError as error:
+            raise self.failed(error, offset, missing) from error
+
+    def size(self) -> int:
+        """The size of the file now."""
+        if self._stream.closed:
+            raise StorageError(f"{self.where}: the reader is closed.")
+        return os.fstat(self.descriptor).st_size
+
+    def failed(self, error: OSError, offset: int, missing: int) -> StorageError:
+        """Return the error for a read that the system refused."""
+        return StorageError(
+            f"{self.where}: reading {missing} bytes at {offset} failed ({error.strerror}). "
+            "Check the storage device."
+        )
+
+    def cut_short(self, offset: int, missing: int) -> StorageError:
+        """Return the error for a file that ends too early."""
+        return StorageError(
+            f"{self.where}: the file ends at {offset}, {missing} bytes early. It was cut short "
+            "while in use; copy the folder again."
+        )
+
+    def not_direct(self, error: OSError) -> RequestError:
+        """Return the error for a file system without direct reads."""
+        return RequestError(
+            f"{self.where}: its file system does not read past the page cache ({error.strerror}). "
+            "Use the reader 'pread'."
+        )
+
+    def close(self) -> None:
+        """Close the file; closing twice is fine."""
+        self._stream.close()
+
+    def _positioned(self, parts: list[memoryview], offset: int) -> int:
+        return os.preadv(self.descriptor, parts, offset)
+
+    def _seeking(self, parts: list[memoryview], offset: int) -> int:
+        size = sum(map(len, parts))
+        with self._lock:
+            if len(self._scratch) < size:
+                self._scratch = bytearray(size)
+            # One read for all parts: a read for each would be three calls a record.
+            with memoryview(self._scratch) as scratch:
+                self._stream.seek(offset)
+                count = self._stream.readinto(scratch[:size]) or 0
+                scatter(scratch[:count], 0, _first(parts, count))
+        return count
+
+
+def _adviser() -> Callable[[int, int, int], None] | None:
+    """Return the function that announces a range on this system, None where there is none."""
+    if hasattr(os, "posix_fadvise"):
+        return _fadvise
+    return _rdadvise if hasattr(fcntl, "F_RDADVISE") else None
+
+
+def _fadvise(descriptor: int, offset: int, size: int) -> None:
+    os.posix_fadvise(descriptor, offset, size, os.POSIX_FADV_WILLNEED)
+
+
+def _rdadvise(descriptor: int, offset: int, size: int) -> None:
+    # macOS: struct radvisory { off_t ra_offset; int ra_count; }
+    command: int = getattr(fcntl, "F_RDADVISE")  # noqa: B009 (only macOS' own types know it)
+    fcntl.fcntl(descriptor, command, struct.pack("=qi4x", offset, size))
+
+
+def _first(parts: Sequence[memoryview], count: int) -> list[memoryview]:
+    """Return the first `count` bytes of `parts`."""
+    found = []
+    for part in parts:
+        found.append(part[:count])
+        count -= len(found[-1])
+    return found
+
+
+def _without(parts: list[memoryview], count: int) -> list[memoryview]:
+    """Return what is left of `parts` behind their first `count` bytes."""
+    for index, part in enumerate(parts):
+        if count < len(part):
+            return [part[count:], *parts[index + 1 :]]
+        count -= len(part)
+    return []

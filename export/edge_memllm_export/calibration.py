@@ -1,0 +1,84 @@
+"""Calibration of int8 keys and values: one step per channel, from what a network makes of text.
+
+A key is cached after the rotary embedding, which turns the pair (i, i + d/2) of a head by an angle
+that depends on the position. The length of the pair bounds both at every position, so that is what
+is measured; values are measured as they are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_memllm.tokenization import Tokenizer
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph_attention import KVScales
+
+_TOKENS = 1024
+# Other texts reach a little further than this one; what is beyond is clipped.
+_HEADROOM = 1.1
+_LARGEST_CODE = 127
+_SMALLEST_STEP = 1e-6  # of a channel that is zero on all of the text
+
+
+def kv_scales(source: Checkpoint, text: str) -> list[KVScales]:
+    """Steps for every layer, from the network's keys and values on the first tokens of a text.
+
+    Without a tokenizer, random tokens take the place of the text.
+    """
+    network = source.network()
+    keys: dict[int, torch.Tensor] = {}
+    values: dict[int, torch.Tensor] = {}
+    config: Any = source.config
+    heads = config.num_key_value_heads
+    for number, layer in enumerate(network.model.layers):
+        keep_key = partial(_keep_largest_pair, keys, number, heads)
+        layer.self_attn.k_proj.register_forward_hook(keep_key)
+        layer.self_attn.v_proj.register_forward_hook(partial(_keep_largest, values, number))
+    with torch.inference_mode():
+        network.model(torch.tensor([_tokens(source, text)]), use_cache=False)
+    return [
+        KVScales(*(_steps(largest[number], heads) for largest in (keys, values)))
+        for number in range(len(keys))
+    ]
+
+
+def _tokens(source: Checkpoint, text: str) -> list[int]:
+    config = source.config
+    most = min(_TOKENS, config.max_position_embeddings)
+    file = source.path / "tokenizer.json"
+    if file.is_file():
+        ids = Tokenizer(file.read_bytes()).encode(text)[:most]
+        if ids and max(ids) < config.vocab_size:
+            return ids
+    return np.random.default_rng(0).integers(0, config.vocab_size, most).tolist()
+
+
+def _keep_largest(
+    found: dict[int, torch.Tensor], number: int, _: object, __: object, output: torch.Tensor
+) -> None:
+    """Keep the largest magnitude of each channel of [B, T, Hk * d]."""
+    found[number] = output.float().abs().amax((0, 1))
+
+
+def _keep_largest_pair(
+    found: dict[int, torch.Tensor],
+    number: int,
+    heads: int,
+    _: object,
+    __: object,
+    output: torch.Tensor,
+) -> None:
+    """Keep, for both channels of a rotated pair, the largest length of the pair."""
+    halves = output.float().unflatten(-1, (heads, 2, -1))
+    lengths = halves.norm(dim=-2, keepdim=True).amax((0, 1))
+    found[number] = lengths.expand(-1, 2, -1).flatten()
+
+
+def _steps(largest: torch.Tensor, heads: int) -> np.ndarray:
+    """Float32 [Hk, head_dim]: the largest magnitude, with headroom, lands on the largest code."""
+    steps = largest.reshape(heads, -1).numpy() * (_HEADROOM / _LARGEST_CODE)
+    return np.maximum(steps, _SMALLEST_STEP).astype(np.float32)
