@@ -14,7 +14,7 @@ PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 SOURCE := edge_memllm runtimes export tests docs benchmarks
 
 .DEFAULT_GOAL := help
-.PHONY: help setup demo test check pytest format docs clean
+.PHONY: help setup demo test check pytest gpu format docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z]+:.*## / { printf "make %-7s %s\n", $$1, $$2 }' Makefile
@@ -44,10 +44,14 @@ check: setup  ## format, lint, types, generated documents
 	$(BIN)/ruff check $(SOURCE)
 	$(BIN)/mypy
 	$(BIN)/python docs/cli_reference.py --check
+	$(BIN)/python docs/roofline.py --check
 
 # One arithmetic thread per worker: several pools on few cores only wait for each other.
 pytest: setup  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $(JOBS) --dist loadfile
+
+gpu: setup  ## on a machine with CUDA: the tests that need it and the benchmark, one report
+	$(BIN)/python benchmarks/gpu.py
 
 format: setup  ## rewrite the files in the house format
 	$(BIN)/ruff format $(SOURCE)

@@ -6,18 +6,22 @@ Knows nothing of sampling or text.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from contextlib import closing
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.read_ahead import Chunk, ChunkReader, number_distinct
 from edge_memllm.records import RecordBuffer
-from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.statistics import StepCosts
 from edge_memllm.table import Table
 
 Logits = NDArray[np.float32]
+
+_NO_POSITION = np.empty((1, 0), np.int64)
 
 
 class Feeder:
@@ -37,86 +41,93 @@ class Feeder:
         self._runtime = runtime
         self._table = table
         self._chunk = chunk
+        self._reader = ChunkReader(table, self.costs)
         self._buffer = RecordBuffer(table.layout, batch)
-        self._wide_buffer: RecordBuffer | None = None
-        self._ids = np.zeros(batch, np.int64)
-        self._each_own_slot = np.arange(batch, dtype=np.int64).reshape(batch, 1)
         self._only_position = np.zeros((batch, 1), np.int64)
 
     def __enter__(self) -> Feeder:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self.cache.close()
+        try:
+            self._reader.close()
+        finally:
+            self.cache.close()
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> Logits:
         """Append tokens (at least one) to a sequence; return the last one's logits [V].
 
-        Valid until the next step, as in `score` and `decode`.
+        Valid until the next step, as in `score`, `decode` and `verify`.
         """
         start = perf_counter()
-        last_chunk = (len(tokens) - 1) // self._chunk * self._chunk
-        self.skip(sequence, tokens[:last_chunk])
-        rest = np.asarray(tokens[last_chunk:], np.int64)
-        logits = self._append(sequence, rest, np.array([len(rest) - 1], np.int64))
+        before_last = len(tokens) - self._chunk
+        with closing(self._reader.chunks(tokens, self._chunk)) as chunks:
+            for number, chunk in enumerate(chunks):
+                last = number * self._chunk >= before_last
+                wanted = np.array([[chunk.index.size - 1]]) if last else _NO_POSITION
+                logits = self._append(sequence, chunk, wanted)
         self.costs.prefill_tokens += len(tokens)
         self.costs.prefill_seconds += perf_counter() - start
-        last: Logits = logits[0]
-        return last
+        only: Logits = logits[0]
+        return only
 
     def skip(self, sequence: int, tokens: Sequence[int]) -> None:
         """Append tokens to a sequence without computing logits."""
-        for begin in range(0, len(tokens), self._chunk):
-            chunk = np.asarray(tokens[begin : begin + self._chunk], np.int64)
-            self._append(sequence, chunk, np.empty(0, np.int64))
+        with closing(self._reader.chunks(tokens, self._chunk)) as chunks:
+            for chunk in chunks:
+                self._append(sequence, chunk, _NO_POSITION)
 
     def score(self, sequence: int, tokens: Sequence[int]) -> Logits:
         """Append at most one chunk of tokens; return the logits [T, V] of every position."""
-        ids = np.asarray(tokens, np.int64)
-        return self._append(sequence, ids, np.arange(len(ids)))
+        chunk = self._reader.read(tokens)
+        return self._append(sequence, chunk, np.arange(len(tokens)).reshape(1, -1))
 
-    def decode(self, tokens: Sequence[int]) -> Logits:
-        """Append one token to each sequence; return logits [B, V], valid until the next step."""
-        self._wide_buffer = None
-        ids = self._ids
-        ids[:] = tokens
-        if len(ids) == 1:
-            distinct, index = ids, self._each_own_slot
-        else:
-            distinct, inverse = np.unique(ids, return_inverse=True)
-            index = inverse.reshape(-1, 1)
-        self._fetch(distinct, self._buffer)
+    def decode(self, tokens: Sequence[int]) -> StepLogits:
+        """Append one token to each sequence; return logits [B, V], valid until the next step.
+
+        They are in the runtime's own dtype, float32 or float16, as in `verify`.
+        """
+        return self._step(tokens, (len(tokens), 1), self._only_position)[:, 0]
+
+    def verify(self, tokens: Sequence[int]) -> StepLogits:
+        """Append tokens to the only sequence; return the logits [T, V] of every position.
+
+        Their records are read in one batch. `cache.truncate` takes back what was fed in vain.
+        """
+        if len(tokens) == 1:
+            return self.decode(tokens)
+        every = np.arange(len(tokens)).reshape(1, -1)
+        logits: StepLogits = self._step(tokens, (1, len(tokens)), every)[0]
+        return logits
+
+    def announce(self, tokens: Iterable[int]) -> None:
+        """Say that these tokens will be fed next, so that storage can begin with their records."""
+        self._table.announce(tokens)
+
+    def _append(self, sequence: int, chunk: Chunk, wanted: NDArray[np.int64]) -> Logits:
+        """Append one chunk to a sequence; return float32 logits [K, V] of some positions."""
         logits = self._runtime.step(
-            self._buffer, len(distinct), index, self.cache, self._only_position
+            chunk.buffer, chunk.distinct, chunk.index, self.cache, wanted, sequence=sequence
         )
         self.costs.kv_bytes = self.cache.nbytes
-        return logits[:, 0]
-
-    def _append(
-        self, sequence: int, ids: NDArray[np.int64], positions: NDArray[np.int64]
-    ) -> Logits:
-        """Append one chunk [T] to a sequence; return logits [K, V] of some of its positions."""
-        distinct, index = np.unique(ids, return_inverse=True)
-        buffer = self._room_for(len(distinct))
-        self._fetch(distinct, buffer)
-        logits = self._runtime.step(
-            buffer,
-            len(distinct),
-            index.reshape(1, -1),
-            self.cache,
-            positions.reshape(1, -1),
-            sequence=sequence,
-        )
-        self.costs.kv_bytes = self.cache.nbytes
-        chosen: Logits = logits[0]
+        chosen: Logits = logits[0].astype(np.float32, copy=False)
         return chosen
 
-    def _fetch(self, distinct: NDArray[np.int64], buffer: RecordBuffer) -> None:
-        self.costs.reads += self._table.fetch(distinct, buffer)
+    def _step(
+        self, tokens: Sequence[int], shape: tuple[int, int], wanted: NDArray[np.int64]
+    ) -> StepLogits:
+        """Append tokens to all sequences, laid out in `shape` [B, T]; return logits [B, K, V]."""
+        self._reader.drop_buffers()  # decoding needs less
+        distinct, index = number_distinct(tokens)
+        if self._buffer.capacity < len(distinct):
+            self._buffer = RecordBuffer(self._table.layout, len(distinct))
+        start = perf_counter()
+        reads = self._table.fetch(distinct, self._buffer)
+        self.costs.wait_seconds += perf_counter() - start
+        self.costs.reads += reads
         self.costs.records_read += len(distinct)
-
-    def _room_for(self, records: int) -> RecordBuffer:
-        """Return a buffer for a chunk's records; it is kept until decoding, which needs less."""
-        if self._wide_buffer is None or self._wide_buffer.capacity < records:
-            self._wide_buffer = RecordBuffer(self._table.layout, records)
-        return self._wide_buffer
+        logits = self._runtime.step(
+            self._buffer, len(distinct), index.reshape(shape), self.cache, wanted
+        )
+        self.costs.kv_bytes = self.cache.nbytes
+        return logits

@@ -10,14 +10,15 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
-from edge_memllm.feeding import Feeder, Logits
-from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.feeding import Feeder
+from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.sampling import Sampler
+from edge_memllm.speculation import PromptLookup
 from edge_memllm.statistics import StepCosts
 from edge_memllm.table import Table
 
 FinishReason = Literal["stop", "length"]
-PREFILL_CHUNK = 256
+PREFILL_CHUNK = 128
 
 
 @dataclass(slots=True)
@@ -31,17 +32,22 @@ class TokenSequence:
     tokens: list[int] = field(default_factory=list)
     finish_reason: FinishReason | None = None
 
+    @property
+    def left(self) -> int:
+        """How many tokens it may still get."""
+        return self.max_new_tokens - len(self.tokens)
+
     def stop(self) -> None:
         """End the sequence from outside, for a stop string: it gets no further tokens."""
         self.finish_reason = "stop"
 
-    def extend(self, logits: Logits) -> None:
+    def extend(self, logits: StepLogits) -> None:
         """Choose the next token from logits [V]; decide whether it is the last."""
         token = self.sampler.pick(logits)
         self.tokens.append(token)
         if token in self.eos_token_ids:
             self.finish_reason = "stop"
-        elif len(self.tokens) >= self.max_new_tokens:
+        elif not self.left:
             self.finish_reason = "length"
 
 
@@ -51,22 +57,30 @@ def generate_tokens(
     sequences: Sequence[TokenSequence],
     *,
     prefill_chunk: int = PREFILL_CHUNK,
+    speculate: int = 0,
     costs: StepCosts | None = None,
 ) -> Generator[int, None, None]:
     """Yield the number of each sequence whenever it has got a token, until all are finished.
 
     Prompts (at least one token each, checked ids) are prefilled one after the other, then all
-    sequences advance together. Closing the iterator frees everything. `costs` is filled on the
-    way.
+    sequences advance together. With `speculate` a single sequence advances by up to that many
+    drafts more at a time, and gets the tokens it would get without. Closing the iterator frees
+    everything. `costs` is filled on the way.
     """
+    if speculate and len(sequences) > 1:
+        raise ValueError(f"speculate with {len(sequences)} sequences, expected one sequence.")
     with Feeder(runtime, table, len(sequences), prefill_chunk, costs) as feeder:
         # Grown once for the longest, not again and again while the prompts come in.
         feeder.cache.ensure(max(len(sequence.prompt) for sequence in sequences))
         for number, sequence in enumerate(sequences):
             sequence.sampler.observe(sequence.prompt)
             sequence.extend(feeder.prefill(number, sequence.prompt))
+            _announce(feeder, [sequence])
             yield number
-        yield from _decode(feeder, sequences)
+        if speculate:
+            yield from _decode_with_drafts(feeder, sequences[0], PromptLookup(speculate))
+        else:
+            yield from _decode(feeder, sequences)
 
 
 def _decode(feeder: Feeder, sequences: Sequence[TokenSequence]) -> Generator[int, None, None]:
@@ -77,9 +91,54 @@ def _decode(feeder: Feeder, sequences: Sequence[TokenSequence]) -> Generator[int
         logits = feeder.decode([sequence.tokens[-1] for sequence in sequences])
         for number in active:
             sequences[number].extend(logits[number])
+        _announce(feeder, sequences)
         feeder.costs.decode_tokens += len(active)
         feeder.costs.decode_seconds += perf_counter() - start
         yield from active
+
+
+def _decode_with_drafts(
+    feeder: Feeder, sequence: TokenSequence, lookup: PromptLookup
+) -> Generator[int, None, None]:
+    """Decode one sequence; a step verifies the last token and drafts of the next ones together.
+
+    Each position is chosen from its own logits, with the random number plain decoding would use;
+    the first draft that is not what was chosen ends the round, and what was chosen is kept.
+    """
+    lookup.extend([*sequence.prompt, *sequence.tokens])
+    drafts: list[int] = lookup.propose(sequence.left - 1)
+    costs = feeder.costs
+    while not sequence.finish_reason:
+        start = perf_counter()
+        fed = int(feeder.cache.lengths[0])
+        logits = feeder.verify([sequence.tokens[-1], *drafts])
+        costs.draft_tokens += len(drafts)
+        for accepted, draft in enumerate([*drafts, None]):
+            sequence.extend(logits[accepted])
+            token = sequence.tokens[-1]
+            lookup.extend([token])
+            right = token == draft
+            if not right:
+                feeder.cache.truncate(0, fed + 1 + accepted)
+                lookup.learn(len(drafts), accepted)
+                drafts = lookup.propose(sequence.left - 1)
+                _announce(feeder, [sequence], drafts)
+            costs.accepted_tokens += right
+            costs.decode_tokens += 1
+            costs.decode_seconds += perf_counter() - start
+            yield 0
+            start = perf_counter()
+            if not right or sequence.finish_reason:
+                break
+
+
+def _announce(
+    feeder: Feeder, sequences: Sequence[TokenSequence], drafts: Sequence[int] = ()
+) -> None:
+    """Name the tokens of the next step: storage can begin while the text is shown."""
+    coming = [sequence.tokens[-1] for sequence in sequences if not sequence.finish_reason]
+    if coming:
+        feeder.announce([*coming, *drafts])
 
 
 def _park_finished(feeder: Feeder, sequences: Sequence[TokenSequence]) -> None:

@@ -7,15 +7,30 @@ from __future__ import annotations
 
 import logging
 import os
+from collections import Counter
 from contextlib import ExitStack
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import TYPE_CHECKING
 
 from edge_memllm.artifact import Artifact
+from edge_memllm.errors import RequestError
+from edge_memllm.footprint import PREFILL_CHUNKS, Choices
+from edge_memllm.memory_plan import MemoryPlan, plan_memory
 from edge_memllm.model import Model
+from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
+from edge_memllm.statistics import process_memory
 from edge_memllm.table import Table
 from edge_memllm.tokenization import Tokenizer
 
+if TYPE_CHECKING:
+    from edge_memllm_runtimes.options import RuntimeOptions
+
 _log = logging.getLogger(__name__)
+
+# How far the estimate may be off before that is worth a warning, beyond the share.
+_ESTIMATE_SHARE, _ESTIMATE_BYTES = 1.1, 16_000_000
 
 
 def load(
@@ -25,30 +40,140 @@ def load(
     reader: str = "auto",
     threads: int | None = None,
     prefill_chunk: int | None = None,
+    record_cache: int = 0,
+    hot_text: str | None = None,
+    memory_limit: int | None = None,
+    vram_limit: int | None = None,
+    cuda_graph: bool = False,
+    packed_cache: str | os.PathLike[str] | None = None,
 ) -> Model:
     """Open the artifact in the folder `path` and return a model ready to generate.
 
-    `device` is "cpu", "cuda" or "auto" (CUDA where it really works); `reader` is "pread", "ram"
-    or "auto" (pread). `threads` of the graph on a CPU, None for one per physical core;
-    `prefill_chunk` tokens of a prompt are computed at a time, None chooses by device. What was
-    chosen is in `Model.describe()` and is logged.
+    `device` is "cpu", "cuda" or "auto" (CUDA where it really works); `reader` is one of
+    `edge_memllm.readers.reader_names()`, of which "auto" takes the one that suits the storage.
+    `threads` of the graph on a CPU, None for one per physical core; `prefill_chunk` tokens of a
+    prompt are computed at a time, None chooses by device.
 
-    Raises `ArtifactError` for a folder that cannot be used, `RuntimeUnavailableError` for a
-    device or package that is not there, `RequestError` for an option that does not exist; nothing
-    is left open then.
+    `record_cache` bytes keep records that were read; those of the most frequent tokens of
+    `hot_text` for good, in at most half of it. `memory_limit` bounds the anonymous memory of the
+    process, `vram_limit` that of a CUDA device, both in bytes: refused now if the estimate has no
+    room for a first text, and later when a text grows beyond what fits. `packed_cache` is a
+    folder that keeps weights as this CPU wants them, which takes them out of anonymous memory.
+    `cuda_graph` records a decode step on CUDA and replays it.
+
+    What was chosen is in `Model.describe()` and is logged. Raises `ArtifactError` for a folder
+    that cannot be used, `RuntimeUnavailableError` for a device or package that is not there,
+    `RequestError` for an option that does not exist or cannot be met; nothing is left open then.
     """
     from edge_memllm_runtimes import open_runtime
 
     if prefill_chunk is not None:
         check_positive("prefill_chunk", prefill_chunk)
+    if reader not in reader_names():
+        raise RequestError(
+            f"Unknown reader '{reader}', expected one of {', '.join(reader_names())}."
+        )
+    limits = _Limits(memory_limit, vram_limit, process_memory().anon_bytes)
+    _check_cache(record_cache, hot_text)
+    cache = None if packed_cache is None else Path(packed_cache)
     with ExitStack() as opened:
         artifact = opened.enter_context(Artifact.open(path))
-        table = Table.open(artifact, reader)
-        opened.callback(table.close)
-        runtime = open_runtime(artifact, device, threads)
+
+        def options(found: str) -> RuntimeOptions:
+            chunk = prefill_chunk or PREFILL_CHUNKS[found]
+            choices = Choices(chunk, record_cache, reader, cache is not None)
+            return limits.options(artifact, found, choices, cuda_graph, cache)
+
+        runtime = open_runtime(artifact, device, threads, options)
         opened.callback(runtime.close)
         tokenizer = Tokenizer.from_artifact(artifact)
-        model = Model(artifact, table, runtime, tokenizer, prefill_chunk=prefill_chunk)
+        table = Table.open(
+            artifact,
+            reader,
+            record_cache_bytes=record_cache,
+            hot_tokens=() if hot_text is None else frequent_tokens(tokenizer, hot_text),
+        )
+        opened.callback(table.close)
+        model = Model(
+            artifact, table, runtime, tokenizer, prefill_chunk=prefill_chunk, memory=limits.plan
+        )
         opened.pop_all()
     _log.info("%s: %s on %s, reader %s", path, runtime.name, model.device, model.reader)
+    limits.compare()
     return model
+
+
+def frequent_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the distinct token ids of a text, the most frequent first."""
+    return [token for token, _ in Counter(tokenizer.encode(text)).most_common()]
+
+
+@dataclass(slots=True)
+class _Limits:
+    """The limits of one load, and the plan that was made from them."""
+
+    memory: int | None
+    vram: int | None
+    before: int | None  # anonymous memory before anything was loaded
+    plan: MemoryPlan | None = field(default=None)
+
+    def __post_init__(self) -> None:
+        for name, value in (("memory_limit", self.memory), ("vram_limit", self.vram)):
+            if value is not None:
+                check_positive(name, value)
+
+    def options(
+        self,
+        artifact: Artifact,
+        device: str,
+        choices: Choices,
+        cuda_graph: bool,
+        packed_cache: Path | None,
+    ) -> RuntimeOptions:
+        """Plan for a device, and return what its runtime has to keep to."""
+        from edge_memllm_runtimes.options import RuntimeOptions
+
+        if device == "cpu" and self.vram is not None:
+            raise RequestError(
+                "vram_limit is for CUDA, the device is 'cpu'. Leave it out or use device 'cuda'."
+            )
+        self.plan = plan_memory(
+            artifact.manifest,
+            device,
+            choices,
+            memory_limit=self.memory,
+            vram_limit=self.vram,
+            base_bytes=self.before,
+        )
+        return RuntimeOptions(
+            kv_bytes=self.plan.kv_bytes,
+            score_bytes=self.plan.score_bytes,
+            packed_cache=packed_cache,
+            arena_bytes=self.plan.arena_bytes,
+            cuda_graph=cuda_graph,
+        )
+
+    def compare(self) -> None:
+        """Warn if more is resident now than was estimated: a limit would be broken by as much."""
+        now = process_memory().anon_bytes
+        if self.plan is None or self.before is None or now is None or self.plan.device_items:
+            return
+        found, estimate = now - self.before, self.plan.loaded_bytes
+        _log.info("memory: loading took %s bytes, estimated %s", f"{found:,}", f"{estimate:,}")
+        base = self.plan.items[0].bytes - self.before  # libraries may have come in as well
+        if found > (estimate + max(0, base)) * _ESTIMATE_SHARE + _ESTIMATE_BYTES:
+            _log.warning(
+                "memory: loading took %s bytes, more than the %s estimated. A memory limit is "
+                "exceeded by as much.",
+                f"{found:,}",
+                f"{estimate:,}",
+            )
+
+
+def _check_cache(record_cache: object, hot_text: str | None) -> None:
+    if isinstance(record_cache, bool) or not isinstance(record_cache, int) or record_cache < 0:
+        raise RequestError(f"record_cache is {record_cache!r}, expected bytes, 0 for none.")
+    if hot_text is not None and not record_cache:
+        raise RequestError(
+            "hot_text says what to keep in the record cache, and there is none. Give record_cache."
+        )

@@ -14,8 +14,16 @@ from typing import Any, Self, overload
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.errors import ArtifactError, RequestError
+from edge_memllm.footprint import PREFILL_CHUNKS
 from edge_memllm.generation import TokenSequence
-from edge_memllm.request import Prompt, check_tokens, prompt_tokens, token_limit
+from edge_memllm.memory_plan import MemoryPlan
+from edge_memllm.request import (
+    Prompt,
+    check_speculate,
+    check_tokens,
+    prompt_tokens,
+    token_limit,
+)
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import Sampler, Sampling, check_seed, draw_seed
 from edge_memllm.stopping import check_stops
@@ -24,9 +32,6 @@ from edge_memllm.table import Table
 from edge_memllm.tokenization import Tokenizer, read_json
 
 __all__ = ["Model", "Piece"]
-
-# Tokens of one prefill step: more is a little faster and takes memory in proportion.
-_PREFILL_CHUNKS = {"cpu": 256, "cuda": 1024}
 
 
 class Model:
@@ -40,18 +45,20 @@ class Model:
         tokenizer: Tokenizer,
         *,
         prefill_chunk: int | None = None,
+        memory: MemoryPlan | None = None,
     ) -> None:
         """Take over what is open: `close` closes it.
 
-        `prefill_chunk` is in tokens, None chooses by device. Raises `ArtifactError` for a wrong
-        `generation_config.json`.
+        `prefill_chunk` is in tokens, None chooses by device; `memory` is what was planned, for
+        `describe`. Raises `ArtifactError` for a wrong `generation_config.json`.
         """
         self.manifest = artifact.manifest
         self.runtime = runtime
         self.table = table
         self.tokenizer = tokenizer
         self.sampling = _artifact_sampling(artifact)
-        self.prefill_chunk = prefill_chunk or _PREFILL_CHUNKS[runtime.device]
+        self.prefill_chunk = prefill_chunk or PREFILL_CHUNKS[runtime.device]
+        self._memory = memory
         self._artifact = artifact
         self._lock = Lock()
         self._running = 0
@@ -64,7 +71,7 @@ class Model:
 
     @property
     def reader(self) -> str:
-        """How the table is read: "pread" or "ram"."""
+        """How the table is read: the name of a reader, never "auto"."""
         return self.table.reader_name
 
     def stream(
@@ -76,19 +83,22 @@ class Model:
         sampling: Sampling | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
+        speculate: int = 0,
     ) -> Generator[Piece, None, None]:
         """Check the request now, then yield one piece of text per new token.
 
         `prompt` is text or token ids. `sampling` None takes the artifact's own; the same `seed`
         gives the same text, None draws one and the statistics tell it. `ignore_eos` goes on
-        after the end of the text, as measurements want. Closing the iterator, or leaving it,
-        frees all it holds; the model stays usable.
+        after the end of the text, as measurements want. `speculate` is the most draft tokens of
+        one step, copied from earlier in the text and kept as far as the model would have chosen
+        them; 0 is off. Closing the iterator, or leaving it, frees all it holds; the model stays
+        usable.
 
         Raises `RequestError` for what cannot be done, before any work.
         """
-        stops, seed = check_stops(stop), _seed(seed)
+        stops, seed, drafts = check_stops(stop), _seed(seed), check_speculate(speculate)
         sequence = self._sequence(prompt, max_new_tokens, sampling, seed, 0, ignore_eos)
-        return self._one(self._pieces([sequence], stops, seed))
+        return self._one(self._pieces([sequence], stops, seed, drafts))
 
     @overload
     def generate(
@@ -100,6 +110,7 @@ class Model:
         sampling: Sampling | None = ...,
         seed: int | None = ...,
         ignore_eos: bool = ...,
+        speculate: int = ...,
     ) -> str: ...
     @overload
     def generate(
@@ -111,6 +122,7 @@ class Model:
         sampling: Sampling | None = ...,
         seed: int | None = ...,
         ignore_eos: bool = ...,
+        speculate: int = ...,
     ) -> list[str]: ...
 
     def generate(
@@ -122,22 +134,29 @@ class Model:
         sampling: Sampling | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
+        speculate: int = 0,
     ) -> str | list[str]:
         """Return the text that follows a prompt; for a list of prompts, the list of texts.
 
         Several prompts advance together; each text is the one its prompt would have alone, up to
         the rounding of the graph's arithmetic. When sampling, each further prompt draws numbers
-        of its own, so equal prompts get different texts. The rest is as in `stream`.
+        of its own, so equal prompts get different texts. The rest is as in `stream`; only
+        `speculate` is for one prompt, not for a list.
         """
         batch = _is_batch(prompt)
         prompts: Sequence[Any] = prompt if batch else [prompt]
-        stops, seed = check_stops(stop), _seed(seed)
+        stops, seed, drafts = check_stops(stop), _seed(seed), check_speculate(speculate)
+        if batch and drafts:
+            raise RequestError(
+                f"speculate is {drafts} and a list of prompts was given: drafts are for one prompt "
+                "at a time. Give one prompt, or speculate 0."
+            )
         sequences = [
             self._sequence(one, max_new_tokens, sampling, seed, number, ignore_eos)
             for number, one in enumerate(prompts)
         ]
         texts = [""] * len(sequences)
-        for number, piece in self._pieces(sequences, stops, seed):
+        for number, piece in self._pieces(sequences, stops, seed, drafts):
             texts[number] += piece.text
         return texts if batch else texts[0]
 
@@ -166,7 +185,9 @@ class Model:
             "runtime": self.runtime.name,
             "device": self.device,
             "reader": self.reader,
+            "reader_reason": self.table.reader_reason,
             "prefill_chunk": self.prefill_chunk,
+            "memory": None if self._memory is None else self._memory.as_dict(),
         }
 
     def close(self) -> None:
@@ -205,7 +226,7 @@ class Model:
         return TokenSequence(tokens, sampler, limit, ends)
 
     def _pieces(
-        self, sequences: Sequence[TokenSequence], stops: Sequence[str], seed: int
+        self, sequences: Sequence[TokenSequence], stops: Sequence[str], seed: int, drafts: int
     ) -> Generator[tuple[int, Piece], None, None]:
         stream = stream_pieces(
             self.runtime,
@@ -215,6 +236,7 @@ class Model:
             stops=stops,
             seed=seed,
             prefill_chunk=self.prefill_chunk,
+            speculate=drafts,
         )
         with self._in_use(), closing(stream):
             yield from stream

@@ -15,6 +15,8 @@ from edge_memllm.tokenization import Tokenizer
 
 Prompt: TypeAlias = str | Sequence[int]
 
+MOST_DRAFTS = 64
+
 
 def check_tokens(ids: Iterable[object], vocab_size: int) -> list[int]:
     """Return the ids as plain integers; raises `RequestError` for what is not in the vocabulary.
@@ -81,4 +83,11 @@ def check_positive(name: str, value: object) -> int:
     """Return `value` if it is an integer of at least 1, else raise `RequestError`."""
     if isinstance(value, bool) or not isinstance(value, int) or value < 1:
         raise RequestError(f"{name} is {value!r}, expected an integer of at least 1.")
+    return value
+
+
+def check_speculate(value: object) -> int:
+    """Return `value` if it is a number of draft tokens a step may have, else `RequestError`."""
+    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_DRAFTS:
+        raise RequestError(f"speculate is {value!r}, expected an integer from 0 to {MOST_DRAFTS}.")
     return value

@@ -6,12 +6,14 @@ below it everything is a library. It must not know text, sampling or files of th
 
 from __future__ import annotations
 
-from typing import Protocol
+from typing import Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.records import RecordBuffer
+
+StepLogits: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
 
 
 class KVCache(Protocol):
@@ -70,7 +72,7 @@ class Runtime(Protocol):
         *,
         sequence: int | None = None,
         memory_gain: NDArray[np.float32] | None = None,
-    ) -> NDArray[np.float32]:
+    ) -> StepLogits:
         """Append T tokens to every sequence of `cache` (or to one) and return logits.
 
         `buffer` holds the `distinct` (U) records of the step in its first slots; `token_index`
@@ -81,7 +83,8 @@ class Runtime(Protocol):
         `sequence`, B is 1 and only that sequence grows. `memory_gain` [L] replaces the
         manifest's gains for this step.
 
-        Returns float32 [B, K, V], valid until the next step with the same cache.
+        Returns [B, K, V] in float32 or the float16 the graph computes in, valid until the next step
+        with the same cache.
         Raises `RequestError` when the context is full.
         """
 

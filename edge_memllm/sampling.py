@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.half_floats import place_of_largest, widen
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.intp]
@@ -23,6 +24,8 @@ Ids = NDArray[np.intp]
 SEED_LIMIT = 1 << 64
 # A nucleus rarely holds more tokens than this; sorting them alone beats sorting the vocabulary.
 _NUCLEUS_GUESS = 1024
+# A draw adds up blocks first and then one block's entries: the running sum of all is slow.
+_BLOCK = 512
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,31 +94,66 @@ class Sampler:
         sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(stream,))
         self._random = np.random.Generator(np.random.PCG64(sequence))
         self._seen: set[int] = set()
+        self._room = Room()
 
     def observe(self, tokens: Iterable[int]) -> None:
         """Note tokens that stand in the text, for the repetition penalty."""
         if self.sampling.repetition_penalty != 1:
             self._seen.update(tokens)
 
-    def pick(self, logits: Logits) -> int:
-        """Return a token id for float32 logits [V], and note it as seen.
+    def pick(self, logits: Logits | NDArray[np.float16]) -> int:
+        """Return a token id for float32 or float16 logits [V], and note it as seen.
 
         Raises `EdgeMemLLMError` if any logit is NaN or infinite.
         """
-        require_finite(logits)
-        if self._seen:
-            logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
-        greedy = self.sampling.temperature == 0
-        token = int(logits.argmax()) if greedy else self._draw(logits)
+        token = self._at_a_glance(logits)
+        if token is None:
+            token = self._choose(self._room.widened(logits))
         self.observe((token,))
         return token
 
+    def _at_a_glance(self, logits: NDArray[Any]) -> int | None:
+        """Return the likeliest token where that is all and float16 tells it by itself."""
+        if logits.dtype != np.float16 or self.sampling.temperature or self._seen:
+            return None
+        return place_of_largest(logits)
+
+    def _choose(self, logits: Logits) -> int:
+        require_finite(logits)
+        if self._seen:
+            logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
+        return self._draw(logits) if self.sampling.temperature else int(logits.argmax())
+
     def _draw(self, logits: Logits) -> int:
-        ids, probabilities = candidates(logits, self.sampling)
-        cumulative = probabilities.cumsum()
-        point = self._random.random() * cumulative[-1]
-        # Without the last entry, so that a point rounded up to the total still has an owner.
-        return int(ids[cumulative[:-1].searchsorted(point, side="right")])
+        ids, probabilities = candidates(logits, self.sampling, self._room)
+        return int(ids[owner(probabilities, self._random.random())])
+
+
+class Room:
+    """Memory for choosing among a whole vocabulary, used again for each token.
+
+    Fresh memory of this size comes from the system a page at a time, which costs several times
+    more than the arithmetic.
+    """
+
+    def __init__(self) -> None:
+        self._ids = np.empty(0, np.intp)
+        self._weights = np.empty(0)
+        self._wide = np.empty(0, np.float32)
+
+    def widened(self, logits: NDArray[Any]) -> Logits:
+        """Return logits [V] as float32: themselves, or a copy valid until the next token."""
+        if logits.dtype == np.float32:
+            return logits
+        if len(self._wide) != logits.size:
+            self._wide = np.empty(logits.size, np.float32)
+        return widen(logits, self._wide)
+
+    def of(self, size: int) -> tuple[Ids, NDArray[np.float64]]:
+        """Return the ids [V] from 0 on, and [V] floats that are overwritten by the next token."""
+        if len(self._ids) != size:
+            self._ids, self._weights = np.arange(size), np.empty(size)
+        return self._ids, self._weights
 
 
 def require_finite(logits: Logits) -> None:
@@ -138,27 +176,47 @@ def penalize(logits: Logits, seen: Iterable[int], penalty: float) -> Logits:
     return penalized
 
 
-def candidates(logits: Logits, sampling: Sampling) -> tuple[Ids, NDArray[np.float64]]:
+def candidates(
+    logits: Logits, sampling: Sampling, room: Room | None = None
+) -> tuple[Ids, NDArray[np.float64]]:
     """Return the ids that may be drawn and their probabilities, summing to about 1.
 
-    Applies temperature (which must be above 0), top-k, top-p and min-p to logits [V].
+    Applies temperature (which must be above 0), top-k, top-p and min-p to logits [V]. The result
+    may lie in `room`, valid until the next call with it.
     """
-    ids = _top_k(logits, sampling.top_k)
-    scaled = logits[ids].astype(np.float64)
+    ids, weights = (Room() if room is None else room).of(logits.size)
+    if 0 < sampling.top_k < logits.size:
+        ids = _top_k(logits, sampling.top_k)
+        logits, weights = logits[ids], weights[: ids.size]
     # Subtracting first keeps a tiny temperature from overflowing.
-    weights = np.exp((scaled - scaled.max()) / sampling.temperature)
+    np.subtract(logits, logits.max(), out=weights, dtype=np.float64)
+    np.divide(weights, sampling.temperature, out=weights)
+    np.exp(weights, out=weights)
     if sampling.top_p < 1:
         kept = _nucleus(weights, sampling.top_p)
         ids, weights = ids[kept], weights[kept]
     if sampling.min_p > 0:
-        kept = weights >= sampling.min_p * weights.max()
+        kept = np.flatnonzero(weights >= sampling.min_p * weights.max())
         ids, weights = ids[kept], weights[kept]
-    return ids, weights / weights.sum()
+    return ids, np.divide(weights, weights.sum(), out=weights)
+
+
+def owner(weights: NDArray[np.float64], point: float) -> int:
+    """Return the entry of `weights` in whose share of the total, laid end to end, a point lies.
+
+    `point` is a part of the total, in [0, 1).
+    """
+    # The last sum is never looked at: a point rounded up to the total still has an owner.
+    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum()
+    rest = point * blocks[-1]
+    block = int(blocks[:-1].searchsorted(rest, side="right"))
+    if block:
+        rest -= blocks[block - 1]
+    entries = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum()
+    return block * _BLOCK + int(entries[:-1].searchsorted(rest, side="right"))
 
 
 def _top_k(logits: Logits, k: int) -> Ids:
-    if not 0 < k < logits.size:
-        return np.arange(logits.size)
     last = np.partition(logits, -k)[-k]
     return np.flatnonzero(logits >= last)
 

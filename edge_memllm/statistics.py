@@ -63,7 +63,10 @@ class StepCosts:
     prefill_seconds: float = 0.0
     decode_tokens: int = 0
     decode_seconds: float = 0.0  # reading, computing and choosing; not the reader of the text
-    records_read: int = 0
+    wait_seconds: float = 0.0  # of both, waiting for records
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    records_read: int = 0  # fetched, some perhaps from a record cache
     reads: int = 0
     kv_bytes: int = 0
 
@@ -78,8 +81,11 @@ class GenerationStatistics:
     prefill_tokens_per_second: float | None
     decode_tokens_per_second: float | None  # over the tokens after each first one
     table_bytes_read: int  # of records, from memory when the reader is "ram"
-    table_bytes_read_per_token: float  # per token fed, of prompt and completion
+    table_bytes_read_per_token: float  # of prompt and completion; rejected drafts are read too
     reads_per_token: float  # reading calls to the system
+    record_wait_seconds: float  # when nothing was computed because records were not there yet
+    draft_tokens: int  # proposed by speculation
+    accepted_tokens: int  # of these, chosen
     rss_anon_bytes: int | None
     rss_file_bytes: int | None
     kv_bytes: int
@@ -114,7 +120,7 @@ class Meter:
         """Return what was measured so far."""
         costs, memory = self.costs, process_memory()
         fed = costs.prefill_tokens + costs.decode_tokens
-        bytes_read = costs.records_read * self._table.layout.record_bytes
+        bytes_read = self._records_read() * self._table.layout.record_bytes
         return GenerationStatistics(
             prompt_tokens=costs.prefill_tokens,
             completion_tokens=self._tokens,
@@ -124,6 +130,9 @@ class Meter:
             table_bytes_read=bytes_read,
             table_bytes_read_per_token=bytes_read / max(1, fed),
             reads_per_token=costs.reads / max(1, fed),
+            record_wait_seconds=costs.wait_seconds,
+            draft_tokens=costs.draft_tokens,
+            accepted_tokens=costs.accepted_tokens,
             rss_anon_bytes=memory.anon_bytes,
             rss_file_bytes=memory.file_bytes,
             kv_bytes=costs.kv_bytes,
@@ -131,6 +140,12 @@ class Meter:
             device=self._runtime.device,
             reader=self._table.reader_name,
         )
+
+    def _records_read(self) -> int:
+        """Return how many records were read: with a record cache, at least one read for each."""
+        costs, table = self.costs, self._table.statistics
+        cached = table.cache_hits or table.cache_misses
+        return min(costs.records_read, costs.reads) if cached else costs.records_read
 
 
 def rate(count: int, seconds: float) -> float | None:

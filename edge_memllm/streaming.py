@@ -63,15 +63,22 @@ def stream_pieces(
     stops: Sequence[str],
     seed: int,
     prefill_chunk: int,
+    speculate: int = 0,
 ) -> Generator[tuple[int, Piece], None, None]:
     """Yield (number of the sequence, piece) for every new token of a batch.
 
     The very last piece carries the statistics of the whole batch; `seed` is only reported there.
+    The rest is as in `generate_tokens`.
     """
     meter = Meter(runtime, table, seed)
     assemblies = [TextAssembly(tokenizer, sequence, stops) for sequence in sequences]
     tokens = generate_tokens(
-        runtime, table, sequences, prefill_chunk=prefill_chunk, costs=meter.costs
+        runtime,
+        table,
+        sequences,
+        prefill_chunk=prefill_chunk,
+        speculate=speculate,
+        costs=meter.costs,
     )
     with closing(tokens):
         for number in tokens:

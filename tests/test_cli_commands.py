@@ -1,10 +1,9 @@
-"""export, verify, inspect, eval, bench and demo, from the command line to their figures."""
+"""export, verify, inspect, eval and demo, from the command line to their figures."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 from pathlib import Path
 from typing import Any
@@ -12,13 +11,11 @@ from typing import Any
 import pytest
 from conftest import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 
-import edge_memllm
 from edge_memllm.artifact import Artifact
-from edge_memllm.cli import bench, demo, measurement
+from edge_memllm.cli import demo
 from edge_memllm.cli.evaluation import summary
-from edge_memllm.cli.footprint import footprint
 from edge_memllm.cli.main import main
-from edge_memllm.errors import RequestError, RuntimeUnavailableError
+from edge_memllm.footprint import footprint
 from edge_memllm.perplexity import Perplexity
 
 
@@ -220,105 +217,6 @@ def test_eval_of_what_is_no_text(
     message = failing(capsys, "eval", artifact, "--text", tmp_path / "image")
     assert "byte 3 is not UTF-8 text" in message
     assert "No such file" in failing(capsys, "eval", artifact, "--text", tmp_path / "none")
-
-
-# bench
-
-
-@pytest.mark.parametrize("cache", ["cold", "warm", "resident"])
-def test_bench_measures_one_record_per_token(cache: str, artifact: Path, report: Any) -> None:
-    sizes = ("--prompt-tokens", 20, "--new-tokens", 4, "--repeats", 2)
-    found = report("bench", artifact, "--cache", cache, *sizes)
-    with Artifact.open(artifact) as opened:
-        assert found["table_bytes_read_per_token"] == opened.manifest.table.record_bytes
-    assert found["reads_per_token"] == (0 if cache == "resident" else 1)
-    assert found["cache"] == cache
-    for key in ("decode_tokens_per_second", "prefill_tokens_per_second", "peak_rss_bytes"):
-        assert found[key] > 0
-    line = found["roofline"]
-    assert line["ratio"] == pytest.approx(
-        found["decode_tokens_per_second"] / line["limit_tokens_per_second"]
-    )
-    assert {"processor", "threads", "runtime", "python"} <= found["environment"].keys()
-
-
-def test_bench_for_people(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    words = ["--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
-    assert main(["bench", str(artifact), *words]) == 0
-    shown = capsys.readouterr().out
-    for name in ("decode", "prefill", "first token", "table", "memory", "roofline", "measured"):
-        assert f"{name} " in shown
-
-
-def test_a_gpu_has_no_roofline_of_the_processor(
-    artifact: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setattr(edge_memllm.Model, "device", "cuda")
-    words = ["--prompt-tokens", "5", "--new-tokens", "2", "--repeats", "1"]
-    assert main(["bench", str(artifact), *words]) == 0
-    assert "not measured on this device" in capsys.readouterr().out
-
-
-def test_prompts_are_distinct_and_repeatable(artifact: Path) -> None:
-    with Artifact.open(artifact) as opened:
-        manifest = opened.manifest
-    plan = measurement.Plan(prompt_tokens=200, new_tokens=2, repeats=2, seed=5)
-    first, second = measurement.prompts(plan, manifest)
-    assert len(set(first)) == len(set(second)) == 200
-    assert first != second
-    assert measurement.prompts(plan, manifest) == [first, second]
-    with pytest.raises(RequestError, match="301 distinct tokens was asked for"):
-        measurement.prompts(measurement.Plan(VOCABULARY + 1, 2, 1, 0), manifest)
-    with pytest.raises(RequestError, match="300 prompt and 300 new tokens were asked for"):
-        measurement.prompts(measurement.Plan(300, 300, 1, 0), manifest)
-
-
-def test_cold_needs_a_system_that_can_drop_pages(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.delattr(os, "posix_fadvise")
-    with (
-        pytest.raises(RuntimeUnavailableError, match="--cache cold needs posix_fadvise"),
-        measurement.evictor(tmp_path),
-    ):
-        pass
-
-
-@pytest.mark.parametrize(
-    ("words", "message"),
-    [
-        ([], "Give an ARTIFACT, or --synthetic PRESET"),
-        (["a", "--out", "b"], "Give an ARTIFACT, or --synthetic PRESET"),
-        (["--synthetic", "tiny"], "--synthetic needs --out ARTIFACT"),
-        (["a", "--synthetic", "tiny", "--out", "b"], "and no other ARTIFACT"),
-        (["--synthetic", "tiny", "--out", "."], "exists already. Measure it"),
-    ],
-)
-def test_what_to_bench(words: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
-    assert message in failing(capsys, "bench", *words)
-
-
-def test_synthetic_makes_a_checkpoint_and_exports_it(
-    make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, report: Any
-) -> None:
-    steps: list[tuple[str, ...]] = []
-
-    def step(*words: str) -> None:
-        steps.append(words)
-        if words[0] == "export":
-            shutil.copytree(make_artifact(), words[2])
-
-    monkeypatch.setattr(bench, "_step", step)
-    sizes = ("--prompt-tokens", 5, "--new-tokens", 2, "--repeats", 1)
-    report("bench", "--synthetic", "tiny", "--out", tmp_path / "made", *sizes)
-    assert [words[0] for words in steps] == ["train", "export"]
-    assert list(tmp_path.iterdir()) == [tmp_path / "made"]
-
-
-def test_a_step_that_fails_says_so(capfd: pytest.CaptureFixture[str], tmp_path: Path) -> None:
-    message = failing(capfd, "bench", "--synthetic", "huge", "--out", tmp_path / "made")
-    assert "There is no preset 'huge'" in message
-    assert "'edge-memllm train' ended with exit code 1" in message
 
 
 # demo

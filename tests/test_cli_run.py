@@ -17,6 +17,7 @@ from small_model import open_small_model, write_small_artifact
 
 import edge_memllm
 from edge_memllm.cli.main import main
+from edge_memllm_runtimes.fake import FakeRuntime
 
 TEMPLATE = b"{% for message in messages %}<{{ message.content }}>{% endfor %}"
 
@@ -73,12 +74,29 @@ def test_json_is_one_object(run: Any) -> None:
     assert report["seed"] == 7
     assert report["mode"] == "completion"
     assert {"text", "table_bytes_read_per_token", "decode_tokens_per_second"} <= report.keys()
+    assert report["record_wait_seconds"] > 0
+    assert report["draft_tokens"] == report["accepted_tokens"] == 0
 
 
 def test_same_seed_same_text(run: Any) -> None:
     words = ("plain", "--prompt", "hello", "--temperature", "1", "--json", "--seed")
     texts = [json.loads(run(*words, seed)[0])["text"] for seed in ("7", "7", "8")]
     assert texts[0] == texts[1] != texts[2]
+
+
+def test_drafts_are_told_of_and_change_no_text(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = FakeRuntime.logits
+    monkeypatch.setattr(FakeRuntime, "logits", lambda self, _: logits(self, 0))
+    words = ("plain", "--prompt", "hello", "--greedy", "--max-new-tokens", "30")
+    plain, without = run(*words)
+    text, line = run(*words, "--speculate", "8")
+    report = json.loads(run(*words, "--speculate", "8", "--json")[0])
+    assert text == plain
+    assert report["text"] + "\n" == plain
+    figures = f"{report['accepted_tokens']} of {report['draft_tokens']} draft tokens accepted"
+    assert figures in line
+    assert report["accepted_tokens"] > 20
+    assert "draft" not in without
 
 
 def test_prompt_from_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -113,7 +131,9 @@ def test_a_template_makes_a_message_of_the_prompt(run: Any) -> None:
 def test_loading_options_arrive(run: Any, loaded: dict[str, Any]) -> None:
     options = ("--device", "cpu", "--reader", "ram", "--threads", "3", "--prefill-chunk", "9")
     run("plain", "--prompt", "a", *options)
-    assert loaded == {"device": "cpu", "reader": "ram", "threads": 3, "prefill_chunk": 9}
+    expected = {"device": "cpu", "reader": "ram", "threads": 3, "prefill_chunk": 9}
+    assert expected.items() <= loaded.items()
+    assert not any(loaded[name] for name in loaded.keys() - expected.keys())  # the rest is left
 
 
 @pytest.mark.parametrize(
@@ -125,6 +145,7 @@ def test_loading_options_arrive(run: Any, loaded: dict[str, Any]) -> None:
         (["--prompt", "a", "--min-p", "2"], "min_p is 2.0"),
         (["--prompt", "a", "--repetition-penalty", "0"], "repetition_penalty is 0.0"),
         (["--prompt", "a", "--seed", "-1"], "seed is -1"),
+        (["--prompt", "a", "--speculate", "-1"], "speculate is -1, expected an integer from 0"),
         (["--prompt", "a", "--stop", ""], "a stop string has 0 characters"),
         (["--prompt", "a" * 500], "the prompt has 500 tokens"),
     ],

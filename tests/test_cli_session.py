@@ -79,6 +79,7 @@ def test_without_a_template_each_line_is_continued(
     shown = capsys.readouterr()
     assert shown.out == f"{expected(plain, 'one')}\n{expected(plain, 'two')}\n\n"
     assert "completion: the model continues each line on its own" in shown.err
+    assert "cpu, reader pread (asked for). /help" in shown.err
     assert shown.err.count("first token after") == 2
 
 
@@ -93,6 +94,19 @@ def test_with_a_template_the_conversation_is_kept_until_reset(
     assert shown.out == f"{first}\n{second}\n{third}\n\n"
     assert "chat: the model answers and remembers" in shown.err
     assert [message["role"] for message in session.messages] == ["user", "assistant"]
+
+
+def test_drafts_change_no_answer(
+    chat: Model, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    logits = FakeRuntime.logits
+    monkeypatch.setattr(FakeRuntime, "logits", lambda self, state: logits(self, state % 2))
+    lines = ("/set max_new_tokens 20", "one", "/set speculate 6", "/reset", "one")
+    session = say(chat, *lines)
+    shown = capsys.readouterr()
+    first, second, _ = shown.out.splitlines()
+    assert first == second == session.messages[-1]["content"]
+    assert shown.err.count("draft tokens accepted") == 1
 
 
 def test_raw_leaves_the_template_out(chat: Model, capsys: pytest.CaptureFixture[str]) -> None:
@@ -119,15 +133,16 @@ def test_settings_are_shown_and_changed(plain: Model, capsys: pytest.CaptureFixt
         "/set max_new_tokens 9",
         "/set stop the end",
         "/set seed 3",
+        "/set speculate 6",
         "/set",
     )
-    assert session.settings == Settings(Sampling(0.7, top_k=5), 9, ("the end",), 3)
+    assert session.settings == Settings(Sampling(0.7, top_k=5), 9, ("the end",), 3, 6)
     shown = capsys.readouterr().err.splitlines()
     for line in ("temperature 0.7", "top_k 5", "max_new_tokens 9", "stop 'the end'", "seed 3"):
         assert line in shown
-    assert session.settings.changed("stop", "off").changed("seed", "off") == Settings(
-        Sampling(0.7, top_k=5), 9
-    )
+    assert "speculate 6" in shown
+    cleared = session.settings.changed("stop", "off").changed("seed", "off")
+    assert cleared.changed("speculate", "0") == Settings(Sampling(0.7, top_k=5), 9)
 
 
 @pytest.mark.parametrize(
@@ -137,6 +152,8 @@ def test_settings_are_shown_and_changed(plain: Model, capsys: pytest.CaptureFixt
         ("top_k", "1.5", "top_k is '1.5', expected a whole number"),
         ("max_new_tokens", "0", "max_new_tokens is 0, expected 1 or more"),
         ("seed", "-1", "seed is -1"),
+        ("speculate", "65", "speculate is 65, expected an integer from 0 to 64"),
+        ("speculate", "off", "speculate is 'off', expected a whole number"),
         ("colour", "red", "There is no setting 'colour'. There are: temperature, top_k"),
     ],
 )

@@ -148,3 +148,20 @@ def test_deep_nesting_is_refused() -> None:
         graph = part(1, part(5, part(6, graph)))  # node, its attribute, a graph in it
     with pytest.raises(ArtifactError, match="it is nested too deeply"):
         references(part(7, graph))
+
+
+def packed(value: str) -> bytes:
+    tensor = external("t", "beside")
+    tensor.external_data.add(key="prepacked_0", value=value)
+    return model_of(graph_of(initializers=[tensor]))
+
+
+def test_places_of_repacked_weights_are_read() -> None:
+    assert references(packed("MatMulNBits+17|4096;9342;0|70;3;0")).packed_offsets == {4096, 70}
+    assert references(packed("MatMulNBits+17")).packed_offsets == set()
+
+
+@pytest.mark.parametrize("value", ["k|", "k|4096", "k|-1;2;0", "k|1;2;0|x", "k|1;2;3;4"])
+def test_repacked_weights_in_no_place_are_refused(value: str) -> None:
+    with pytest.raises(ArtifactError, match="not an ONNX graph: repacked weights at 'k"):
+        references(packed(value))

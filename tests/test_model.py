@@ -224,6 +224,8 @@ def test_a_model_describes_itself(model: Model) -> None:
     assert found["runtime"] == "fake"
     assert found["reader"] == "pread"
     assert found["codec"] == "int8-g32"
+    assert found["reader_reason"] == "asked for"
+    assert found["memory"] is None  # nothing was planned
     json.dumps(found)
 
 

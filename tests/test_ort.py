@@ -10,6 +10,8 @@ from typing import Any
 import numpy as np
 import pytest
 from conftest import MakeArtifact
+from hypothesis import given
+from hypothesis import strategies as st
 from runtime_cases import ARTIFACTS
 
 from edge_memllm import load
@@ -177,10 +179,28 @@ def test_a_closed_runtime_says_so(artifact: Artifact) -> None:
 
 @pytest.mark.parametrize(
     ("needed", "context", "expected"),
-    [(1, 512, 256), (256, 512, 256), (257, 512, 512), (513, 4096, 1024), (900, 1000, 1000)],
+    [
+        (1, 512, 256),
+        (256, 512, 256),
+        (257, 512, 512),
+        (513, 4096, 768),
+        (1025, 4096, 1536),
+        (1537, 4096, 2048),
+        (2049, 8192, 3072),
+        (900, 1000, 1000),
+    ],
 )
-def test_capacity_doubles_up_to_the_context(needed: int, context: int, expected: int) -> None:
+def test_capacity_grows_by_half_a_power_of_two_up_to_the_context(
+    needed: int, context: int, expected: int
+) -> None:
     assert grown_capacity(needed, context) == expected
+
+
+@given(needed=st.integers(1, 1 << 20))
+def test_capacity_holds_what_is_needed_and_a_third_more_at_most(needed: int) -> None:
+    capacity = grown_capacity(needed, 1 << 21)
+    assert needed <= capacity < max(257, needed * 1.5 + 256)
+    assert grown_capacity(capacity, 1 << 21) == capacity
 
 
 def test_hardware_threads_of_one_core_count_once(tmp_path: Path, monkeypatch: Any) -> None:

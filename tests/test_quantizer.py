@@ -11,7 +11,6 @@ from hypothesis.extra import numpy as npst
 from edge_memllm.errors import ExportError
 from edge_memllm_export.quantizer import BLOCKS, block_for, dequantize, quantize
 
-
 FLOAT16, FLOAT32 = np.dtype("float16"), np.dtype("float32")
 
 

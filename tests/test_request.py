@@ -59,6 +59,10 @@ class Untouchable(FakeRuntime):
         ({"max_new_tokens": None}, "max_new_tokens is None"),
         ({"stop": ""}, "a stop string has 0 characters"),
         ({"seed": -1}, "seed is -1"),
+        ({"speculate": -1}, "speculate is -1, expected an integer from 0 to 64"),
+        ({"speculate": 65}, "speculate is 65"),
+        ({"speculate": 1.0}, r"speculate is 1\.0"),
+        ({"speculate": True}, "speculate is True"),
     ],
 )
 @pytest.mark.parametrize("call", ["stream", "generate"])
@@ -70,6 +74,15 @@ def test_what_cannot_be_done_is_refused(
         pytest.raises(RequestError, match=message),
     ):
         getattr(model, call)(**{"prompt": "one", **request_})  # a stream need not be started
+
+
+def test_drafts_for_a_list_of_prompts_are_refused(folder: Path) -> None:
+    message = r"speculate is 4 and a list of prompts was given: .* Give one prompt"
+    with (
+        open_small_model(folder, Untouchable(VOCABULARY)) as model,
+        pytest.raises(RequestError, match=message),
+    ):
+        model.generate(["one", "two"], speculate=4)
 
 
 @given(st.integers(-(2**63), 2**63))

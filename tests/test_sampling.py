@@ -8,7 +8,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-from edge_memllm.sampling import Sampler, Sampling, candidates, check_seed, draw_seed, penalize
+from edge_memllm.sampling import (
+    Room,
+    Sampler,
+    Sampling,
+    candidates,
+    check_seed,
+    draw_seed,
+    owner,
+    penalize,
+)
 
 
 def logits_of(seed: int, size: int, spread: float = 3.0) -> np.ndarray:
@@ -166,3 +175,57 @@ def test_candidates_are_those_of_transformers(
     ids, probabilities = candidates(penalize(logits, seen, penalty), sampling)
     found[ids] = probabilities
     np.testing.assert_allclose(found, expected, atol=1e-5)
+
+
+@pytest.mark.parametrize("sampling", [{"top_k": 30}, {"top_p": 0.9}, {"min_p": 0.01}, {}])
+def test_room_that_is_used_again_changes_nothing(sampling: Any) -> None:
+    room = Room()
+    for seed, size in enumerate((500, 500, 2000, 40)):
+        logits = logits_of(seed, size)
+        before = logits.copy()
+        found = candidates(logits, Sampling(temperature=0.8, **sampling), room)
+        for one, other in zip(
+            found, candidates(logits, Sampling(temperature=0.8, **sampling)), strict=True
+        ):
+            np.testing.assert_array_equal(one, other)
+        np.testing.assert_array_equal(logits, before)
+
+
+@settings(max_examples=100, deadline=None)
+@given(
+    weights=st.lists(st.sampled_from([0.0, 0.5, 1.0, 3.0]), min_size=1, max_size=1500),
+    point=st.floats(0, 1, exclude_max=True),
+)
+def test_a_point_belongs_to_the_entry_it_lies_in(weights: list[float], point: float) -> None:
+    shares = np.array([*weights, 1.0])  # multiples of a half: every sum is exact
+    ends = shares.cumsum()
+    place = owner(shares, point)
+    assert ends[place] > point * ends[-1]
+    assert place == 0 or ends[place - 1] <= point * ends[-1]
+
+
+def test_a_point_rounded_up_to_the_total_has_an_owner() -> None:
+    weights = np.full(2000, 0.1)
+    assert owner(weights, float(np.nextafter(1, 0))) == 1999
+    assert owner(weights, 1.0) == 1999
+
+
+@pytest.mark.parametrize("shift", [0.0, -50.0])  # nothing above zero: no short cut
+@pytest.mark.parametrize(
+    "sampling",
+    [{}, {"repetition_penalty": 1.5}, {"temperature": 0.8, "top_p": 0.9}, {"temperature": 1.0}],
+)
+def test_float16_logits_give_the_tokens_that_float32_gives(sampling: Any, shift: float) -> None:
+    one, other = Sampler(Sampling(**sampling), 4), Sampler(Sampling(**sampling), 4)
+    for step in range(30):
+        halves = (logits_of(step, 300) + np.float32(shift)).astype(np.float16)
+        assert one.pick(halves) == other.pick(halves.astype(np.float32))
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_float16_logits_that_are_not_finite_are_an_error(bad: float, temperature: float) -> None:
+    logits = logits_of(0, 50).astype(np.float16)
+    logits[17] = bad
+    with pytest.raises(EdgeMemLLMError, match="1 of 50 logits are NaN or infinite"):
+        Sampler(Sampling(temperature=temperature), seed=0).pick(logits)

@@ -2,12 +2,21 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
 
 from edge_memllm import statistics
-from edge_memllm.statistics import ProcessMemory, parse_proc_status, process_memory, rate
+from edge_memllm.statistics import (
+    Meter,
+    ProcessMemory,
+    parse_proc_status,
+    process_memory,
+    rate,
+)
+from edge_memllm.table import TableStatistics
+from edge_memllm_runtimes.fake import FakeRuntime
 
 STATUS = """\
 Name:\tpython
@@ -62,3 +71,30 @@ def test_a_rate_needs_something_to_measure() -> None:
     assert rate(10, 2.0) == 5.0
     assert rate(0, 2.0) is None
     assert rate(10, 0.0) is None
+
+
+@pytest.mark.parametrize(
+    ("looked_up", "reads", "expected"),
+    [
+        ((0, 0), 9, 10),  # no record cache
+        ((0, 0), 0, 10),  # none, and a table in memory
+        ((7, 3), 3, 3),
+        ((0, 10), 12, 10),  # some reads were short and done again
+        ((10, 0), 0, 0),
+    ],
+)
+def test_records_from_a_record_cache_were_not_read(
+    looked_up: tuple[int, int], reads: int, expected: int
+) -> None:
+    class FewRecords:
+        reader_name = "pread"
+        statistics = TableStatistics(cache_hits=looked_up[0], cache_misses=looked_up[1])
+        layout = SimpleNamespace(record_bytes=100)
+
+    meter = Meter(FakeRuntime(300), FewRecords(), 0)  # type: ignore[arg-type]
+    meter.costs.records_read, meter.costs.reads = 10, reads
+    meter.costs.prefill_tokens, meter.costs.wait_seconds = 4, 0.5
+    found = meter.statistics()
+    assert found.table_bytes_read == 100 * expected
+    assert found.table_bytes_read_per_token == 25 * expected
+    assert found.record_wait_seconds == 0.5

@@ -40,6 +40,7 @@ def ask(model: Model, prompt: str | list[int], settings: Settings) -> Generator[
         stop=settings.stop,
         sampling=settings.sampling,
         seed=settings.seed,
+        speculate=settings.speculate,
     )
 
 
@@ -61,6 +62,10 @@ def statistics_line(statistics: GenerationStatistics) -> str:
     figures = [f"{statistics.completion_tokens} tokens"]
     if statistics.decode_tokens_per_second is not None:
         figures.append(f"{statistics.decode_tokens_per_second:.1f} tokens/s")
+    if statistics.draft_tokens:
+        figures.append(
+            f"{statistics.accepted_tokens} of {statistics.draft_tokens} draft tokens accepted"
+        )
     figures += [
         f"first token after {statistics.time_to_first_token_seconds:.3f} s",
         f"{read} read from the table per token ({statistics.reader})",

@@ -1,42 +1,52 @@
-"""``edge-memllm bench``: speed, memory and reads of an artifact, against what memory allows."""
+"""``edge-memllm bench``: speed, memory and reads of an artifact, against the machine's limits."""
 
 from __future__ import annotations
 
 import argparse
-import subprocess
 import sys
-import tempfile
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
-from edge_memllm.cli.options import add_command, add_json, add_loading, positive_int
-from edge_memllm.cli.text import byte_count, table, write_json
-from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.cli.bench_variants import add_variant_options, positive_ints, request
+from edge_memllm.cli.options import add_command, add_json, positive_int
+from edge_memllm.cli.text import write_json
+from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
-    from edge_memllm.cli.measurement import Plan, Trial
     from edge_memllm.cli.options import Commands
-    from edge_memllm.model import Model
-
-_STDERR = 2
-CACHES = ("cold", "warm", "resident")
 
 _DESCRIPTION = """\
-Measure an artifact: prompts of distinct random tokens, greedy decoding of a fixed length, the
-median of several trials. --cache says where the table's records come from:
+Measure an artifact: prompts of distinct random tokens are read, a fixed number of tokens is
+decoded greedily. Every combination of --cache, --reader and --threads is a variant. All of them
+are loaded at the same time, each in a process of its own that rests while another is measured,
+and take turns round by round, so that what disturbs the machine disturbs all alike. Figures are
+medians over the rounds. --cache says where the table's records come from:
   cold      from storage: its pages leave the page cache before every step
   warm      from the page cache: each trial is run once before it is measured
+  direct    from storage, past the page cache
   resident  from memory: the whole table is loaded first
-The roofline is the speed at which memory could deliver the graph's weights and the keys and
-values, with the bandwidth measured in the same run (on a CPU).
+With resident among them, the others are also shown as ratios to it. Variants that must compute
+the same are held to the same tokens and logits, bit for bit: exit code 1 if they are not.
+
+The machine's limits are measured in the same rounds: reading memory (with as many threads), and
+reading records from the device. The roofline is the speed at which memory could deliver the
+graph's weights and the keys and values.
+
+--compare A B measures two artifacts, or two settings of one, and tells the ratio A / B with the
+interval that holds it in 95 % of resampled rounds. A and B are PATH, PATH:SETTINGS or SETTINGS
+(of ARTIFACT); SETTINGS are options without their dashes: threads=1,cache=cold.
 
 --synthetic makes an artifact with random weights of a preset first. Its text is noise, its speed
 is that of a trained model of this shape."""
 
 _EXAMPLES = """\
-  edge-memllm bench artifact --cache cold
-  edge-memllm bench artifact --prompt-tokens 256 --new-tokens 64 --repeats 5 --json
-  edge-memllm bench --synthetic 250m --out random-250m"""
+  edge-memllm bench artifact --cache cold,warm,direct,resident
+  edge-memllm bench artifact --context 128,1024 --threads 1,2 --repeats 7 --json
+  edge-memllm bench artifact --cache cold,direct --reader pread,direct,uring
+  edge-memllm bench artifact --compare threads=1 threads=2
+  edge-memllm bench --compare artifact other-artifact --context 128,1024
+  edge-memllm bench artifact --prompt-file book.txt --speculate 4
+  edge-memllm bench --synthetic 250m --beta 8 --out random-250m-dense"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -52,23 +62,46 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "artifact", nargs="?", type=Path, metavar="ARTIFACT", help="an exported model"
     )
-    parser.add_argument("--synthetic", metavar="PRESET", help="tiny, small, 250m, 750m or 1b")
     parser.add_argument(
-        "--out", type=Path, metavar="ARTIFACT", help="where --synthetic writes its artifact"
+        "--compare", nargs=2, metavar=("A", "B"), help="measure the ratio of two variants"
     )
+    _add_trials(parser)
+    add_json(parser)
+    _add_synthetic(parser)
+    add_variant_options(parser)
+
+
+def _add_trials(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--cache", choices=CACHES, default="warm", help="state of the table (default: warm)"
-    )
-    parser.add_argument(
-        "--prompt-tokens", type=positive_int, default=128, metavar="N", help="default: 128"
+        "--context",
+        "--prompt-tokens",
+        type=positive_ints,
+        action="extend",
+        metavar="N[,...]",
+        help="tokens of the prompt, so the position that decoding starts at (default: 128)",
     )
     parser.add_argument(
         "--new-tokens", type=_at_least_two, default=32, metavar="N", help="default: 32"
     )
-    parser.add_argument("--repeats", type=positive_int, default=3, metavar="N", help="default: 3")
+    parser.add_argument(
+        "--repeats", type=positive_int, default=5, metavar="N", help="rounds (default: 5)"
+    )
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts")
-    add_json(parser)
-    add_loading(parser, reader=False)
+    parser.add_argument(
+        "--prompt-file",
+        type=Path,
+        metavar="TEXT",
+        help="take the prompts from this text instead of distinct random tokens",
+    )
+
+
+def _add_synthetic(parser: argparse.ArgumentParser) -> None:
+    group = parser.add_argument_group("an artifact with random weights")
+    group.add_argument("--synthetic", metavar="PRESET", help="tiny, small, 250m, 750m or 1b")
+    group.add_argument(
+        "--beta", type=int, metavar="N", help="0 MemoryLLM, 1-3 Flex, 8 dense (default: 0)"
+    )
+    group.add_argument("--out", type=Path, metavar="ARTIFACT", help="where to write it")
 
 
 def _at_least_two(text: str) -> int:
@@ -80,148 +113,40 @@ def _at_least_two(text: str) -> int:
 
 
 def execute(arguments: argparse.Namespace) -> int:
-    """Run the command."""
-    artifact = _artifact(arguments)
-    import edge_memllm
+    """Run the command; 1 when outputs that must be the same are not."""
+    _check_artifact(arguments)
+    if arguments.synthetic is not None:
+        from edge_memllm.cli.synthetic import make_synthetic
 
-    reader = "ram" if arguments.cache == "resident" else "pread"
-    with edge_memllm.load(
-        artifact, device=arguments.device, reader=reader, threads=arguments.threads
-    ) as model:
-        report = _measure(model, artifact, arguments)
+        make_synthetic(arguments.synthetic, arguments.beta, arguments.out)
+        arguments.artifact = arguments.out
+    from edge_memllm.benchmark.measuring import measure
+    from edge_memllm.cli.bench_page import page
+    from edge_memllm.cli.progress import StageBars
+
+    wanted = request(arguments)
+    with StageBars() as bars:
+        report = measure(wanted, bars)
+    if arguments.compare:
+        report["compared"] = dict(zip(("A", "B"), arguments.compare, strict=True))
     if arguments.json:
         write_json(report)
     else:
-        print(_page(report))
+        print(page(report))
+    if not report["identical"]:
+        print("error: outputs that must be the same differ; see 'identity'.", file=sys.stderr)
+        return 1
     return 0
 
 
-def _artifact(arguments: argparse.Namespace) -> Path:
-    """The artifact to measure, made first with ``--synthetic``."""
-    given: Path | None = arguments.artifact
-    if arguments.synthetic is None:
-        if given is None or arguments.out is not None:
-            raise RequestError("Give an ARTIFACT, or --synthetic PRESET with --out ARTIFACT.")
-        return given
-    if given is not None or arguments.out is None:
-        raise RequestError("--synthetic needs --out ARTIFACT, and no other ARTIFACT.")
-    _make_synthetic(arguments.synthetic, arguments.out)
-    return Path(arguments.out)
-
-
-def _make_synthetic(preset: str, out: Path) -> None:
-    """Write a random checkpoint of ``preset`` and export it, in processes of their own.
-
-    So the memory measured afterwards is the runtime's alone.
-    """
-    if out.exists():
-        raise RequestError(f"{out}: exists already. Measure it: edge-memllm bench {out}")
-    out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=f"{out.name}.checkpoint-", dir=out.parent) as folder:
-        small = ["--set", "training.save_dtype=float16"]
-        _step("train", "--preset", preset, "--steps", "0", "--out", folder, *small)
-        _step("export", folder, str(out), "--no-verify")
-
-
-def _step(*words: str) -> None:
-    """Run one of our commands in a process of its own; what it prints goes to stderr."""
-    command = [sys.executable, "-m", "edge_memllm.cli.main", *words]
-    done = subprocess.run(command, stdout=_STDERR, check=False)
-    if done.returncode:
-        raise EdgeMemLLMError(
-            f"'edge-memllm {words[0]}' ended with exit code {done.returncode}; it said why above."
-        )
-
-
-def _measure(model: Model, artifact: Path, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Run the trials and put the figures together."""
-    from edge_memllm.cli import measurement
-    from edge_memllm.statistics import process_memory
-    from edge_memllm_runtimes.processors import physical_cores
-
-    plan = measurement.Plan(
-        arguments.prompt_tokens, arguments.new_tokens, arguments.repeats, arguments.seed
-    )
-    trials = _trials(model, plan, artifact, arguments.cache)
-    memory = process_memory()  # before the roofline's own array
-    figures = measurement.medians(trials)
-    threads = arguments.threads or physical_cores()
-    return {
-        **figures,
-        "peak_rss_bytes": memory.peak_bytes,
-        "rss_anon_bytes": memory.anon_bytes,
-        "rss_file_bytes": memory.file_bytes,
-        "cache": arguments.cache,
-        "device": model.device,
-        "reader": model.reader,
-        "prompt_tokens": plan.prompt_tokens,
-        "new_tokens": plan.new_tokens,
-        "repeats": plan.repeats,
-        "seed": plan.seed,
-        "roofline": _roofline(model, plan, figures["decode_tokens_per_second"], threads),
-        "environment": measurement.environment(model.runtime.name, threads),
-    }
-
-
-def _roofline(model: Model, plan: Plan, speed: float, threads: int) -> dict[str, float] | None:
-    """None off the CPU: its memory says nothing about that of a GPU."""
-    from edge_memllm.cli import measurement
-    from edge_memllm.cli.footprint import graph_file_bytes
-
-    if model.device != "cpu":
-        return None
-    graph_bytes = graph_file_bytes(model.manifest)
-    return measurement.roofline(model.manifest, graph_bytes, plan, speed, threads)
-
-
-def _trials(model: Model, plan: Plan, artifact: Path, cache: str) -> list[Trial]:
-    from edge_memllm.cli import measurement
-
-    prompts = measurement.prompts(plan, model.manifest)
-    if cache == "cold":
-        with measurement.evictor(artifact / model.manifest.table.file) as evict:
-            return [measurement.run_trial(model, each, plan.new_tokens, evict) for each in prompts]
-    trials = []
-    for prompt in prompts:
-        measurement.run_trial(model, prompt, plan.new_tokens, _nothing)  # touches the records
-        trials.append(measurement.run_trial(model, prompt, plan.new_tokens, _nothing))
-    return trials
-
-
-def _nothing() -> None:
-    """What a warm or resident trial does before each step."""
-
-
-def _page(report: dict[str, Any]) -> str:
-    where = report["environment"]
-    read = byte_count(report["table_bytes_read_per_token"])
-    trials = f"{report['repeats']} x ({report['prompt_tokens']} + {report['new_tokens']} tokens)"
-    place = f"{report['device']}, {where['threads']} threads, {where['processor']}"
-    rows = [
-        ("decode", f"{report['decode_tokens_per_second']:.1f} tokens/s"),
-        ("prefill", f"{report['prefill_tokens_per_second']:.1f} tokens/s"),
-        ("first token", f"after {report['time_to_first_token_seconds']:.3f} s"),
-        ("table", f"{read} and {report['reads_per_token']:.2f} reads per token, {report['cache']}"),
-        ("memory", _memory(report)),
-        ("roofline", _limit(report["roofline"])),
-        ("measured", f"{trials}, median; {place}"),
-    ]
-    return table(rows)
-
-
-def _limit(line: dict[str, float] | None) -> str:
-    if line is None:
-        return "not measured on this device"
-    limit = f"{line['limit_tokens_per_second']:.1f} tokens/s"
-    bandwidth = f"{byte_count(line['bandwidth_bytes_per_second'])}/s"
-    return f"{limit} at {bandwidth}; decode reaches {line['ratio']:.0%}"
-
-
-def _memory(report: dict[str, Any]) -> str:
-    if report["rss_anon_bytes"] is None:
-        return "not known on this system"
-    return (
-        f"{byte_count(report['rss_anon_bytes'])} of its own, "
-        f"{byte_count(report['rss_file_bytes'])} of mapped files, "
-        f"{byte_count(report['peak_rss_bytes'])} at most"
-    )
+def _check_artifact(arguments: argparse.Namespace) -> None:
+    """Raise `RequestError` unless it is clear what to measure."""
+    if arguments.seed < 0:
+        raise RequestError(f"--seed is {arguments.seed}, expected 0 or more.")
+    if arguments.synthetic is not None:
+        if arguments.artifact is not None or arguments.out is None:
+            raise RequestError("--synthetic needs --out ARTIFACT, and no other ARTIFACT.")
+    elif arguments.out is not None or arguments.beta is not None:
+        raise RequestError("--out and --beta are for --synthetic PRESET.")
+    elif arguments.artifact is None and arguments.compare is None:
+        raise RequestError("Give an ARTIFACT, or --synthetic PRESET with --out ARTIFACT.")

@@ -8,7 +8,13 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.files import read_text
-from edge_memllm.cli.options import add_command, add_json, add_loading, positive_int
+from edge_memllm.cli.options import (
+    add_command,
+    add_json,
+    add_loading,
+    loading_keywords,
+    positive_int,
+)
 from edge_memllm.cli.text import number, table, write_json
 
 if TYPE_CHECKING:
@@ -62,12 +68,7 @@ def execute(arguments: argparse.Namespace) -> int:
 
     import edge_memllm
 
-    with edge_memllm.load(
-        arguments.artifact,
-        device=arguments.device,
-        reader=arguments.reader,
-        threads=arguments.threads,
-    ) as model:
+    with edge_memllm.load(arguments.artifact, **loading_keywords(arguments)) as model:
         parts = {
             name: _measure(model, text, arguments.context, arguments.stride)
             for name, text in texts.items()

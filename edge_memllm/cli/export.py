@@ -173,7 +173,7 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
 
 def page(report: ExportReport) -> str:
     """The report as people read it."""
-    from edge_memllm.cli.footprint import graph_file_bytes
+    from edge_memllm.footprint import graph_file_bytes
 
     manifest = report.manifest
     graph, stored, files = manifest.graph, manifest.table, manifest.files

@@ -13,8 +13,8 @@ from edge_memllm.cli.text import byte_count, number, table, write_json
 from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
-    from edge_memllm.cli.footprint import Footprint
     from edge_memllm.cli.options import Commands
+    from edge_memllm.footprint import Footprint
     from edge_memllm.manifest import Manifest, ModelSpec
 
 _DESCRIPTION = """\
@@ -50,7 +50,7 @@ def add_parser(commands: Commands) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from edge_memllm.cli.footprint import footprint
+    from edge_memllm.footprint import footprint
 
     manifest = _read_manifest(arguments.artifact)
     context = manifest.model.max_position_embeddings

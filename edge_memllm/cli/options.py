@@ -7,8 +7,12 @@ commands' work.
 from __future__ import annotations
 
 import argparse
+import re
 from collections.abc import Callable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
+
+from edge_memllm.cli.files import read_text
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -16,8 +20,27 @@ if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEVICES = ("auto", "cpu", "cuda")
-READERS = ("auto", "pread", "ram")
+READERS = ("auto", "pread", "direct", "uring", "mmap", "ram")
 _HELP_WIDTH = 100
+_LOADING = (
+    "device",
+    "reader",
+    "threads",
+    "prefill_chunk",
+    "record_cache",
+    "hot_text",
+    "memory_limit",
+    "vram_limit",
+    "cuda_graph",
+    "packed_cache",
+)
+_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)")
+_FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4} | {
+    "ki": 1 << 10,
+    "Mi": 1 << 20,
+    "Gi": 1 << 30,
+    "Ti": 1 << 40,
+}
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -59,8 +82,8 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_loading(parser: argparse.ArgumentParser, *, reader: bool = True) -> argparse._ArgumentGroup:
-    """Options of ``edge_memllm.load``: where to compute and how to read the table."""
+def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
+    """Options of ``edge_memllm.load``; ``loading_keywords`` turns them into its arguments."""
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--device",
@@ -69,21 +92,76 @@ def add_loading(parser: argparse.ArgumentParser, *, reader: bool = True) -> argp
         help="where the graph runs; auto takes CUDA where it works, else the CPU, and says so "
         "(default: auto)",
     )
-    if reader:
-        group.add_argument(
-            "--reader",
-            choices=READERS,
-            default="auto",
-            help="how the table is read: pread takes each record from storage, ram loads the "
-            "whole table first; auto is pread (default: auto)",
-        )
+    group.add_argument(
+        "--reader",
+        choices=READERS,
+        default="auto",
+        help="how the table is read; ram loads it whole, auto measures the storage for a moment "
+        "and chooses (default: auto)",
+    )
     group.add_argument(
         "--threads",
         type=positive_int,
         metavar="N",
         help="threads of the graph on a CPU (default: one per physical core)",
     )
+    group.add_argument(
+        "--prefill-chunk",
+        type=positive_int,
+        metavar="N",
+        help="read the prompt N tokens at a time: less takes less memory (default: 256, "
+        "on CUDA 1024)",
+    )
+    group.add_argument(
+        "--record-cache",
+        type=byte_size,
+        default=0,
+        metavar="SIZE",
+        help="keep records that were read in this much memory (default: 0, leave it to the "
+        "system's page cache)",
+    )
+    group.add_argument(
+        "--hot-text",
+        type=Path,
+        metavar="FILE",
+        help="keep the records of this text's most frequent tokens for good, in at most half of "
+        "the record cache",
+    )
+    group.add_argument(
+        "--packed-cache",
+        type=Path,
+        metavar="DIR",
+        help="keep low-bit weights here as this CPU wants them: mapped from there they take no "
+        "memory of the process; made on first use, 2.4 times the graph",
+    )
+    _add_limits(group)
     return group
+
+
+def _add_limits(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--memory-limit",
+        type=byte_size,
+        metavar="SIZE",
+        help="refuse what would need more memory than this, mapped files not counted: at once, or "
+        "when a text grows too long (512MB, 1.5GiB)",
+    )
+    group.add_argument(
+        "--vram-limit", type=byte_size, metavar="SIZE", help="the same for the memory of the GPU"
+    )
+    group.add_argument(
+        "--cuda-graph",
+        action="store_true",
+        help="on CUDA, record a decode step once and replay it",
+    )
+
+
+def loading_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``edge_memllm.load`` that ``add_loading``'s options stand for."""
+    keywords = {name: getattr(arguments, name) for name in _LOADING}
+    if arguments.hot_text is not None:
+        keywords["hot_text"] = read_text(arguments.hot_text)
+    return keywords
 
 
 def add_sampling(parser: argparse.ArgumentParser) -> None:
@@ -126,3 +204,14 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def byte_size(text: str) -> int:
+    """An argparse type: bytes, as ``64000000``, ``64MB`` (decimal) or ``61.1MiB`` (binary)."""
+    found = _SIZE.fullmatch(text.strip())
+    unit = "" if found is None else found[2].removesuffix("B").replace("K", "k")
+    if found is None or unit not in _FACTORS:
+        raise argparse.ArgumentTypeError(
+            f"{text!r} is not a size such as 512MB, 1.5GiB or 64000000"
+        )
+    return round(float(found[1]) * _FACTORS[unit])

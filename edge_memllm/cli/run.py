@@ -13,6 +13,7 @@ from edge_memllm.cli.options import (
     add_json,
     add_loading,
     add_sampling,
+    loading_keywords,
     positive_int,
 )
 from edge_memllm.cli.text import write_json
@@ -35,7 +36,8 @@ _EXAMPLES = """\
   edge-memllm run artifact
   edge-memllm run artifact --prompt "It was a dark and" --max-new-tokens 60
   edge-memllm run artifact --prompt "Dear Sir," --temperature 0.7 --top-p 0.9 --seed 7
-  edge-memllm run artifact --stop "." --json < prompt.txt"""
+  edge-memllm run artifact --stop "." --json < prompt.txt
+  edge-memllm run artifact --speculate 8 < prompt.txt"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -64,18 +66,19 @@ def add_parser(commands: Commands) -> None:
         metavar="TEXT",
         help="stop before this text; may be repeated",
     )
+    parser.add_argument(
+        "--speculate",
+        type=int,
+        default=0,
+        metavar="N",
+        help="copy up to N tokens at a time from earlier in the text and keep those the model "
+        "would have chosen: faster where the text repeats itself (default: 0, off)",
+    )
     parser.add_argument("--raw", action="store_true", help="do not use the chat template")
     parser.add_argument("--no-stats", action="store_true", help="no line of statistics")
     add_json(parser)
     add_sampling(parser)
-    loading = add_loading(parser)
-    loading.add_argument(
-        "--prefill-chunk",
-        type=positive_int,
-        metavar="N",
-        help="read the prompt N tokens at a time: less takes less memory (default: 256, "
-        "on CUDA 1024)",
-    )
+    add_loading(parser)
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -90,13 +93,7 @@ def execute(arguments: argparse.Namespace) -> int:
     from edge_memllm.cli.session import Session
     from edge_memllm.cli.settings import Settings
 
-    with edge_memllm.load(
-        arguments.artifact,
-        device=arguments.device,
-        reader=arguments.reader,
-        threads=arguments.threads,
-        prefill_chunk=arguments.prefill_chunk,
-    ) as model:
+    with edge_memllm.load(arguments.artifact, **loading_keywords(arguments)) as model:
         settings = Settings.from_arguments(arguments, model.sampling)
         if prompt is None:
             Session(model, settings, raw=arguments.raw, statistics=not arguments.no_stats).run()

@@ -83,7 +83,9 @@ class Session:
             mode = "chat: the model answers and remembers"
         else:
             mode = "completion: the model continues each line on its own"
-        return f"{mode}. {self.model.device}, {self.model.reader}. /help for help."
+        table = self.model.table
+        reader = f"reader {table.reader_name} ({table.reader_reason})"
+        return f"{mode}. {self.model.device}, {reader}. /help for help."
 
     def _answer(self, line: str) -> None:
         """Stream one answer; a request that cannot be done leaves the conversation as it was."""

@@ -7,12 +7,13 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import Any
 
 from edge_memllm.errors import RequestError
+from edge_memllm.request import check_speculate
 from edge_memllm.sampling import Sampling, check_seed
 from edge_memllm.stopping import check_stops
 
 _SAMPLING_TYPES = {"top_k": int}
 _SAMPLING_NAMES = tuple(field.name for field in fields(Sampling))
-NAMES = (*_SAMPLING_NAMES, "max_new_tokens", "stop", "seed")
+NAMES = (*_SAMPLING_NAMES, "max_new_tokens", "stop", "seed", "speculate")
 
 
 @dataclass(frozen=True)
@@ -23,6 +24,7 @@ class Settings:
     max_new_tokens: int = 128
     stop: tuple[str, ...] = ()
     seed: int | None = None  # None: drawn anew for each answer
+    speculate: int = 0
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, default: Sampling) -> Settings:
@@ -41,6 +43,7 @@ class Settings:
             max_new_tokens=arguments.max_new_tokens,
             stop=check_stops(arguments.stop),
             seed=arguments.seed,
+            speculate=check_speculate(arguments.speculate),
         )
 
     def changed(self, name: str, text: str) -> Settings:
@@ -54,6 +57,8 @@ class Settings:
         if name == "seed":
             seed = None if text == "off" else check_seed(_parsed(int, name, text))
             return replace(self, seed=seed)
+        if name == "speculate":
+            return replace(self, speculate=check_speculate(_parsed(int, name, text)))
         if name == "max_new_tokens":
             count = int(_parsed(int, name, text))
             if count < 1:
@@ -71,6 +76,7 @@ class Settings:
             "max_new_tokens": self.max_new_tokens,
             "stop": ", ".join(map(repr, self.stop)) or "off",
             "seed": "off" if self.seed is None else self.seed,
+            "speculate": self.speculate,
         }
         return [f"{name} {value}" for name, value in values.items()]
 

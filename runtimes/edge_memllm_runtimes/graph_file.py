@@ -7,6 +7,7 @@ by itself; it skips weights without reading them and needs no onnx package.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 from typing import BinaryIO
@@ -33,7 +34,10 @@ _FIELDS = {
 }
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
 _MAX_DEPTH = 32
+# ONNX Runtime's own: "prepacked_0" -> "kernel+hash|offset;length;checksum|offset;..."
+_PACKED = "prepacked"
 _MAX_TEXT = 4096
+_BLOB = re.compile(r"\d{1,18};\d{1,18};[0-9A-Za-z]*")
 
 
 @dataclass(slots=True)
@@ -42,6 +46,7 @@ class GraphReferences:
 
     metadata: dict[str, str] = field(default_factory=dict)
     external_files: set[str] = field(default_factory=set)
+    packed_offsets: set[int] = field(default_factory=set)  # of repacked weights in those files
 
 
 def read_references(file: BinaryIO, size: int) -> GraphReferences:
@@ -56,21 +61,23 @@ def _walk(
 ) -> None:
     if depth > _MAX_DEPTH:
         raise _malformed("it is nested too deeply")
-    for number, start, end in _parts(file, *span):
+    for number, start, end in message_parts(file, *span):
         match inner := _FIELDS[message].get(number):
             case None:
                 continue
             case "Metadata":
-                found.metadata.update([_entry(file, start, end)])
+                found.metadata.update([text_entry(file, start, end)])
             case "ExternalData":
-                key, value = _entry(file, start, end)
+                key, value = text_entry(file, start, end)
                 if key == "location":
                     found.external_files.add(value)
+                elif key.startswith(_PACKED):
+                    found.packed_offsets.update(_packed_offsets(value))
             case _:
                 _walk(file, inner, (start, end), depth + 1, found)
 
 
-def _parts(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, int]]:
+def message_parts(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, int]]:
     """Yield field number, start and end of every length-delimited field of one message."""
     while start < end:
         file.seek(start)
@@ -106,15 +113,22 @@ def _varint(file: BinaryIO) -> int:
     raise _malformed("a number is too long")
 
 
-def _entry(file: BinaryIO, start: int, end: int) -> tuple[str, str]:
+def text_entry(file: BinaryIO, start: int, end: int) -> tuple[str, str]:
     """Return key and value of a StringStringEntry."""
     texts = {1: "", 2: ""}
-    for number, begin, stop in _parts(file, start, end):
+    for number, begin, stop in message_parts(file, start, end):
         if stop - begin > _MAX_TEXT:
             raise _malformed(f"a metadata text has {stop - begin} bytes")
         file.seek(begin)
         texts[number] = file.read(stop - begin).decode("utf-8", "replace")
     return texts[1], texts[2]
+
+
+def _packed_offsets(text: str) -> list[int]:
+    blobs = text.split("|")[1:]
+    if not all(_BLOB.fullmatch(blob) for blob in blobs):
+        raise _malformed(f"repacked weights at {text!a:.80}")
+    return [int(blob.split(";")[0]) for blob in blobs]
 
 
 def _malformed(reason: str) -> ArtifactError:

@@ -1,4 +1,4 @@
-"""What every cache of keys and values does: count valid positions and grow in steps.
+"""What every cache of keys and values does: count valid positions, grow in steps, keep a limit.
 
 Memory grows with the text, never to the whole context up front. Knows no library; where the
 values lie is the business of the runtime that derives from it.
@@ -7,6 +7,7 @@ values lie is the business of the runtime that derives from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from threading import Lock
 
 import numpy as np
 
@@ -16,22 +17,61 @@ FIRST_CAPACITY = 256
 
 
 def grown_capacity(needed: int, context: int) -> int:
-    """Return 256, doubled until it holds `needed` positions, at most the context."""
-    capacity = FIRST_CAPACITY
-    while capacity < needed:
-        capacity *= 2
-    return min(capacity, context)
+    """Return the room made for `needed` positions: 256, 512, 768, 1024, 1536, 2048, 3072, ...
+
+    At most a third of it is unused then, for a few copies more than doubling would take; on a
+    CPU, too, the unused part becomes resident where the system uses huge pages. At most `context`.
+    """
+    below = 1 << max(0, needed - 1).bit_length() >> 1  # the power of two under `needed`
+    step = max(FIRST_CAPACITY, below // 2)
+    return min(-(-needed // step) * step, context)
+
+
+class KVBudget:
+    """Bytes that the texts of all generations under way may take together.
+
+    `score_bytes` is what attention works on per position, whatever the number of sequences.
+    """
+
+    def __init__(self, limit: int, score_bytes: int = 0) -> None:
+        self.limit = limit
+        self.score_bytes = score_bytes
+        self._held = 0
+        self._lock = Lock()
+
+    def exchange(self, held: int, wanted: int) -> int | None:
+        """Hold `wanted` bytes instead of `held`. Returns None, or the bytes that would have fit.
+
+        When they do not fit, nothing changes.
+        """
+        with self._lock:
+            room = self.limit - self._held + held
+            if wanted > room:
+                return max(0, room)
+            self._held += wanted - held
+            return None
 
 
 class GrowingCache(ABC):
     """Lengths and capacity of a batch; see `edge_memllm.runtime_protocol.KVCache`."""
 
-    def __init__(self, batch: int, context: int) -> None:
+    def __init__(
+        self,
+        batch: int,
+        context: int,
+        *,
+        position_bytes: int = 0,
+        budget: KVBudget | None = None,
+    ) -> None:
+        """Take the bytes of one position of one sequence, and what all caches share."""
         self.batch = batch
         self.context = context
         self.capacity = 0
         self.lengths = np.zeros(batch, np.int32)
         self.closed = False
+        self._column_bytes = batch * position_bytes + (budget.score_bytes if budget else 0)
+        self._budget = budget
+        self._held = 0
 
     @property
     @abstractmethod
@@ -49,7 +89,9 @@ class GrowingCache(ABC):
     def close(self) -> None:
         """Free the memory; the cache cannot be used any more."""
         self._free()
-        self.capacity = 0
+        if self._budget is not None:
+            self._budget.exchange(self._held, 0)
+        self._held = self.capacity = 0
         self.closed = True
 
     def ensure(self, capacity: int) -> None:
@@ -63,7 +105,7 @@ class GrowingCache(ABC):
                 f"{capacity} positions are needed and the model's context has {self.context}. "
                 "Shorten the prompt or ask for fewer tokens."
             )
-        grown = grown_capacity(capacity, self.context)
+        grown = self._reserved(capacity, grown_capacity(capacity, self.context))
         try:
             self._grow(grown)
         except MemoryError as error:
@@ -83,3 +125,26 @@ class GrowingCache(ABC):
     def active(self, sequence: int | None) -> slice:
         """Return the sequences that a step advances: one, or all."""
         return slice(None) if sequence is None else slice(sequence, sequence + 1)
+
+    def _reserved(self, needed: int, wanted: int) -> int:
+        """Hold room for `wanted` positions, or as many as fit, if those are enough.
+
+        Raises `RequestError` naming the positions that fit.
+        """
+        if self._budget is None:
+            return wanted
+        room = 0
+        for capacity in (wanted, needed):
+            size = capacity * self._column_bytes
+            left = self._budget.exchange(self._held, size)
+            if left is None:
+                self._held = size
+                return capacity
+            room = left
+        sequences = f"{self.batch} sequences" if self.batch > 1 else "one sequence"
+        raise RequestError(
+            f"{needed} positions of {sequences} are needed, {room // self._column_bytes} fit: a "
+            f"position takes {self._column_bytes:,} bytes of keys, values and attention, and of "
+            f"the {self._budget.limit:,} bytes that the memory limit leaves for them {room:,} are "
+            "free. Shorten the text, ask for fewer tokens, or raise the limit."
+        )

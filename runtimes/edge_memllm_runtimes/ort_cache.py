@@ -13,31 +13,48 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.records import RecordBuffer
-from edge_memllm_runtimes.kv_cache import GrowingCache
+from edge_memllm_runtimes.cuda_graphs import CudaGraphs
+from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
 from edge_memllm_runtimes.ort_graph import GraphShape, cache_names
-
-Array = NDArray[Any]
+from edge_memllm_runtimes.step_buffers import (
+    CudaBuffers,
+    HostBuffers,
+    StepBuffers,
+    StepShape,
+    StepValues,
+)
 
 
 class OrtCache(GrowingCache):
     """Keys and values of a batch on one device, with the binding that runs use."""
 
-    def __init__(self, session: Any, shape: GraphShape, device: str, batch: int) -> None:
-        super().__init__(batch, shape.context)
+    def __init__(
+        self,
+        session: Any,
+        shape: GraphShape,
+        device: str,
+        batch: int,
+        *,
+        budget: KVBudget | None = None,
+        graphs: CudaGraphs | None = None,
+    ) -> None:
+        super().__init__(
+            batch, shape.context, position_bytes=shape.cache_bytes(1, 1), budget=budget
+        )
         self.binding = session.io_binding()
         self._shape = shape
         self._device = device
+        self._graphs = graphs
         self._tensors: dict[str, Any] = {}  # OrtValues [B, Hk, C, d], on the device
         self._bound_part: tuple[int, int | None] | None = None
-        self._bound_step: tuple[RecordBuffer, int, tuple[int, int], int] | None = None
-        self._inputs: dict[str, Array] = {}  # everything but keys and values, on the host
-        self._logits = np.empty((0, 0, 0), shape.dtype)
+        self._bound_step: tuple[RecordBuffer | None, StepShape] | None = None
+        self._buffers: StepBuffers | None = None
+        self._kept: dict[StepShape, StepBuffers] = {}  # of decode steps that are replayed
 
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        one = math.prod(self._shape.cache_shape(self.batch, self.capacity))
-        return 2 * self._shape.layers * one * self._shape.dtype.itemsize
+        return self._shape.cache_bytes(self.batch, self.capacity)
 
     def bind(
         self,
@@ -47,27 +64,29 @@ class OrtCache(GrowingCache):
         logits_index: NDArray[np.int64],
         sequence: int | None,
         memory_gain: NDArray[np.float32] | None,
-    ) -> Array:
-        """Prepare everything for one run and return the array that logits [B, K, V] go to.
+    ) -> tuple[StepBuffers, Any]:
+        """Prepare one run; return its buffers, which logits come from, and its run options.
 
         There must be room: `ensure` comes first.
         """
+        batch, tokens = token_index.shape
+        replay = self._graphs is not None and sequence is None and tokens == 1
+        if replay:  # one shape for every step: records beyond the distinct ones are not looked at
+            distinct = min(batch, buffer.capacity)
+        step = StepShape(distinct, batch, tokens, logits_index.shape[1])
         self._bind_part(sequence)
-        step = (buffer, distinct, token_index.shape, logits_index.shape[1])
-        changed = step != self._bound_step
-        if changed:
-            self._bound_step = None  # so that a failure below leaves no half-made binding in use
-            self._allocate(buffer, distinct, token_index.shape, logits_index.shape[1])
-        totals = self.lengths[self.active(sequence)] + np.int32(token_index.shape[1])
-        self._write(token_index, logits_index, totals, memory_gain)
-        if changed or self._device != "cpu":  # what is on the host is copied when it is bound
-            self._bind_inputs()
-            self._bound_step = step
-        return self._logits
+        buffers = self._bound_buffers(buffer, step, replay)
+        totals = self.lengths[self.active(sequence)] + np.int32(tokens)
+        # A recording keeps the layout it was made with, so that must do for the whole capacity.
+        total = self.capacity if replay else int(totals.max())
+        values = StepValues(token_index, logits_index, totals, total, memory_gain)
+        buffers.write(self.binding, buffer, values)
+        return buffers, self._run_options(step, replay)
 
     def _grow(self, capacity: int) -> None:
         # One tensor after the other: old and new together never take twice the memory.
         self._bound_part = None
+        self._void_recordings()
         for name in cache_names(self._shape.layers):
             self._tensors[name] = self._grown(self._tensors.get(name), capacity)
 
@@ -76,13 +95,13 @@ class OrtCache(GrowingCache):
         self.binding.clear_binding_inputs()
         self.binding.clear_binding_outputs()
         self._tensors.clear()
-        self._inputs.clear()
-        self._bound_part = self._bound_step = None
+        self._kept.clear()
+        self._buffers = self._bound_part = self._bound_step = None
 
     def _grown(self, old: Any, capacity: int) -> Any:
         from onnxruntime import OrtValue
 
-        array = np.zeros(self._shape.cache_shape(self.batch, capacity), self._shape.dtype)
+        array = np.zeros(self._shape.cache_shape(self.batch, capacity), self._shape.kv_dtype)
         if old is not None:
             array[:, :, : self.capacity] = old.numpy()
         return OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -93,51 +112,37 @@ class OrtCache(GrowingCache):
             return
         batch, first = (self.batch, 0) if sequence is None else (1, sequence)
         shape = self._shape.cache_shape(batch, self.capacity)
-        offset = first * math.prod(shape[1:]) * self._shape.dtype.itemsize
+        offset = first * math.prod(shape[1:]) * self._shape.kv_dtype.itemsize
         for name, tensor in self._tensors.items():
-            place = (self._device, 0, self._shape.dtype.type, shape, tensor.data_ptr() + offset)
+            place = (self._device, 0, self._shape.kv_dtype.type, shape, tensor.data_ptr() + offset)
             self.binding.bind_input(f"past_key_values.{name}", *place)
             self.binding.bind_output(f"present.{name}", *place)
         self._bound_part = (self.capacity, sequence)
 
-    def _allocate(
-        self, buffer: RecordBuffer, distinct: int, steps: tuple[int, ...], wanted: int
-    ) -> None:
-        """Make the arrays of a step of this shape; those of records are the buffer's own."""
-        batch = steps[0]
-        self._inputs = {
-            "token_index": np.zeros(steps, np.int64),
-            "logits_index": np.zeros((batch, wanted), np.int64),
-            "seqlens_k": np.zeros(batch, np.int32),
-            "total_sequence_length": np.zeros((), np.int32),
-            "embedding": buffer.embedding(distinct),
-            **buffer.wire(distinct),
-        }
-        if self._shape.memory_gain:
-            self._inputs["memory_gain"] = np.array(self._shape.memory_gain, self._shape.dtype)
-        self._logits = np.zeros((batch, wanted, self._shape.vocab_size), self._shape.dtype)
-        self.binding.bind_output("logits", *_place(self._logits))
+    def _bound_buffers(self, buffer: RecordBuffer, step: StepShape, keep: bool) -> StepBuffers:
+        """Return bound buffers for a step; on a CPU they are tied to where records were read."""
+        tied = (buffer if self._device == "cpu" else None, step)
+        if self._buffers is not None and self._bound_step == tied:
+            return self._buffers
+        self._bound_step = None  # so that a failure below leaves no half-made binding in use
+        buffers = self._kept.get(step) if keep else None
+        if buffers is None:
+            self._void_recordings()
+            kind = HostBuffers if self._device == "cpu" else CudaBuffers
+            buffers = kind(self._shape, step, buffer)
+        if keep:
+            self._kept[step] = buffers
+        buffers.bind(self.binding)
+        self._buffers, self._bound_step = buffers, tied
+        return buffers
 
-    def _write(
-        self,
-        token_index: NDArray[np.int64],
-        logits_index: NDArray[np.int64],
-        totals: NDArray[np.int32],
-        memory_gain: NDArray[np.float32] | None,
-    ) -> None:
-        inputs = self._inputs
-        inputs["token_index"][:] = token_index
-        inputs["logits_index"][:] = logits_index
-        inputs["seqlens_k"][:] = totals - 1
-        inputs["total_sequence_length"][()] = totals.max()
-        if self._shape.memory_gain:
-            gain = self._shape.memory_gain if memory_gain is None else memory_gain
-            inputs["memory_gain"][:] = gain
+    def _run_options(self, step: StepShape, replay: bool) -> Any:
+        if self._graphs is None:
+            return None
+        if not replay:
+            return self._graphs.plain()
+        return self._graphs.replayable((id(self), self.capacity, step))
 
-    def _bind_inputs(self) -> None:
-        for name, array in self._inputs.items():
-            self.binding.bind_input(name, *_place(array))
-
-
-def _place(array: Array) -> tuple[str, int, type[np.generic], tuple[int, ...], int]:
-    return ("cpu", 0, array.dtype.type, array.shape, array.ctypes.data)
+    def _void_recordings(self) -> None:
+        if self._graphs is not None:
+            self._graphs.void()

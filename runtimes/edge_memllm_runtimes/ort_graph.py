@@ -6,16 +6,18 @@ inputs and outputs are not those of the format. Runs nothing.
 
 from __future__ import annotations
 
+import math
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
 
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
-from edge_memllm_runtimes.graph_file import read_references
+from edge_memllm_runtimes.graph_file import GraphReferences, read_references
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
@@ -41,12 +43,18 @@ class GraphShape:
     kv_heads: int
     head_width: int
     context: int
-    dtype: np.dtype[Any]  # of logits, keys, values and gains
+    dtype: np.dtype[Any]  # of logits and gains
+    kv_dtype: np.dtype[Any]  # of keys and values
     memory_gain: tuple[float, ...]  # one per layer with memory
 
     def cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int]:
         """Return the shape of one layer's keys, or values: [B, Hk, C, d]."""
         return (batch, self.kv_heads, capacity, self.head_width)
+
+    def cache_bytes(self, batch: int, capacity: int) -> int:
+        """Return the bytes of keys and values of all layers."""
+        one = math.prod(self.cache_shape(batch, capacity))
+        return 2 * self.layers * one * self.kv_dtype.itemsize
 
 
 def cache_names(layers: int) -> list[str]:
@@ -60,18 +68,27 @@ def check_references(artifact: Artifact) -> None:
     Weights may lie in the one file that the manifest names for them, and nowhere else.
     """
     spec, identity = artifact.manifest.graph, artifact.manifest.model.identity
-    where = artifact.path / spec.file
     size = artifact.manifest.files[spec.file].bytes
     with os.fdopen(artifact.open_file(spec.file), "rb") as file:
-        try:
-            found = read_references(file, size)
-        except ArtifactError as error:
-            raise ArtifactError(f"{where}: {error}") from error
-    allowed = set() if spec.external_data is None else {spec.external_data}
-    if outside := found.external_files - allowed:
+        check_graph_file(file, size, artifact.path / spec.file, spec.external_data, identity)
+
+
+def check_graph_file(
+    file: BinaryIO, size: int, where: Path, external_data: str | None, identity: str
+) -> GraphReferences:
+    """Raise `ArtifactError` unless an open graph is of the model `identity` and self-contained.
+
+    Weights may lie in the file `external_data` beside it, and nowhere else. Returns what the
+    graph refers to.
+    """
+    try:
+        found = read_references(file, size)
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    if outside := found.external_files - {external_data}:
         raise ArtifactError(
             f"{where}: takes weights from {sorted(outside)[0]!a}, expected "
-            f"{spec.external_data or 'none from outside'}. Do not use this artifact."
+            f"{external_data or 'none from outside'}. Do not use this artifact."
         )
     theirs = found.metadata.get("edge_memllm.identity", "none")
     if theirs != identity:
@@ -79,6 +96,7 @@ def check_references(artifact: Artifact) -> None:
             f"{where}: graph and manifest are of different models, {_short(theirs)} and "
             f"{_short(identity)}. {_EXPORT_AGAIN}"
         )
+    return found
 
 
 def read_shape(session: Any, manifest: Manifest, where: str) -> GraphShape:
@@ -104,6 +122,7 @@ def read_shape(session: Any, manifest: Manifest, where: str) -> GraphShape:
         head_width=head_width,
         context=model.max_position_embeddings,
         dtype=np.dtype(manifest.graph.compute_dtype),
+        kv_dtype=np.dtype(manifest.graph.kv_dtype),
         memory_gain=model.memory_gain if model.memory_layers else (),
     )
 

@@ -6,6 +6,8 @@ The contract itself is `edge_memllm.runtime_protocol`. Knows no library that com
 from __future__ import annotations
 
 import logging
+from collections.abc import Callable
+from dataclasses import replace
 from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
@@ -14,6 +16,7 @@ from numpy.typing import NDArray
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
 from edge_memllm.request import check_positive
 from edge_memllm.runtime_protocol import KVCache, Runtime
+from edge_memllm_runtimes.options import RuntimeOptions
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
@@ -25,26 +28,38 @@ Cache = TypeVar("Cache", bound=KVCache)
 _log = logging.getLogger(__name__)
 
 
-def open_runtime(artifact: Artifact, device: str = "auto", threads: int | None = None) -> Runtime:
+def open_runtime(
+    artifact: Artifact,
+    device: str = "auto",
+    threads: int | None = None,
+    options: Callable[[str], RuntimeOptions] | None = None,
+) -> Runtime:
     """Open ONNX Runtime on the device asked for; `auto` takes CUDA where it really works.
 
-    `threads` is for the CPU: None takes one per physical core. The runtime's `device` says what
-    was chosen. Raises `RuntimeUnavailableError` when the device is not there, never falls back
-    from one that was named.
+    `threads` is for the CPU: None takes one per physical core. `options` gives the rest for the
+    device that is tried, "cpu" or "cuda"; it may refuse. The runtime's `device` says what was
+    chosen. Raises `RuntimeUnavailableError` when the device is not there, never falls back from
+    one that was named, and `RequestError` for an option the device does not have.
     """
     if device not in DEVICES:
         raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}.")
     if threads is not None:
         check_positive("threads", threads)
     from edge_memllm_runtimes.ort import OrtRuntime
+    from edge_memllm_runtimes.ort_session import require_device
+
+    def opened(name: str) -> Runtime:
+        require_device(artifact, name)
+        chosen = RuntimeOptions() if options is None else options(name)
+        return OrtRuntime(artifact, name, replace(chosen, threads=threads))
 
     if device != "auto":
-        return OrtRuntime(artifact, device, threads)
+        return opened(device)
     try:
-        return OrtRuntime(artifact, "cuda", threads)
+        return opened("cuda")
     except RuntimeUnavailableError as error:
         _log.info("device auto: cpu, because cuda is not usable. %s", error)
-    return OrtRuntime(artifact, "cpu", threads)
+    return opened("cpu")
 
 
 def own_cache(cache: KVCache, kind: type[Cache]) -> Cache:

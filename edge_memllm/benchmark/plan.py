@@ -1,0 +1,102 @@
+"""What is to be measured: the trials, and the settings they are done with.
+
+Refuses combinations that would not measure what they say. Imports next to nothing, as the command
+line reads it for its help.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from edge_memllm.errors import RequestError
+
+# Where the records come from, and the readers that read from there; the first is the default.
+# No map is cold: the system does not drop pages that are mapped.
+READERS = {
+    "cold": ("pread",),
+    "warm": ("pread", "mmap"),
+    "direct": ("direct", "uring"),
+    "resident": ("ram",),
+}
+CACHES = tuple(READERS)
+FROM_STORAGE = ("cold", "direct")
+
+
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What every variant is put through."""
+
+    contexts: tuple[int, ...]  # prompt tokens
+    new_tokens: int
+    repeats: int
+    seed: int
+    text: str | None = None  # where prompts are taken from; None draws distinct tokens
+
+
+@dataclass(frozen=True, slots=True)
+class Variant:
+    """One artifact in one state of its table, loaded with some settings."""
+
+    name: str
+    artifact: Path
+    cache: str
+    reader: str
+    settings: dict[str, Any] = field(default_factory=dict)  # further keywords of `load`
+    speculate: int = 0
+
+    def as_dict(self) -> dict[str, Any]:
+        """Return the fields as a dict for JSON."""
+        return asdict(self) | {"artifact": str(self.artifact)}
+
+    @classmethod
+    def from_dict(cls, content: dict[str, Any]) -> Variant:
+        """Make one from what `as_dict` returned."""
+        return cls(**content | {"artifact": Path(content["artifact"])})
+
+    @property
+    def computation(self) -> tuple[Any, ...]:
+        """What the output depends on: all but the way that records take into memory."""
+        reading = ("record_cache", "hot_text", "memory_limit", "vram_limit")
+        computing = {name: each for name, each in self.settings.items() if name not in reading}
+        return (self.artifact, self.speculate, *sorted(computing.items()))
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """What to measure: variants, and which pairs of them (by place) to compare."""
+
+    plan: Plan
+    variants: Sequence[Variant]
+    pairs: Sequence[tuple[int, int]] = ()
+
+
+def readers_for(caches: Sequence[str], asked: Sequence[str]) -> list[tuple[str, str]]:
+    """Return every pair of a cache state and a reader to measure it with.
+
+    Each reader asked for is used where it can be; a state that none of them can measure takes
+    its default. Raises `RequestError` for a reader that no state has a use for.
+    """
+    for reader in asked:
+        if not any(reader in READERS[cache] for cache in caches):
+            raise RequestError(
+                f"The reader '{reader}' cannot be measured with --cache {','.join(caches)}. "
+                + " ".join(f"{cache}: {' or '.join(names)}." for cache, names in READERS.items())
+            )
+    return [
+        (cache, reader)
+        for cache in caches
+        for reader in [each for each in asked if each in READERS[cache]] or READERS[cache][:1]
+    ]
+
+
+def check_maps(variants: Sequence[Variant]) -> None:
+    """Raise `RequestError` for a cold variant beside one that maps the same table."""
+    mapped = {each.artifact for each in variants if each.reader == "mmap"}
+    if any(each.cache == "cold" and each.artifact in mapped for each in variants):
+        raise RequestError(
+            "--cache cold cannot be measured beside the reader 'mmap': pages that are mapped "
+            "stay in the page cache. Measure them in two runs."
+        )

@@ -1,0 +1,107 @@
+"""Records of a prompt, chunk by chunk: the next chunk is read while the present one computes.
+
+Two buffers and one thread, made when a prompt first needs them; memory does not grow with the
+prompt. Knows ids and buffers; nothing of runtimes, logits or text.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Generator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass
+from time import perf_counter
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.records import RecordBuffer
+from edge_memllm.statistics import StepCosts
+from edge_memllm.table import Table
+
+Ids = NDArray[np.int64]
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """Tokens whose records have been read: token t stands in slot `index[0, t]` of `buffer`."""
+
+    buffer: RecordBuffer
+    distinct: int  # records, in the first slots
+    index: Ids  # [1, T]
+
+
+class ChunkReader:
+    """Reads chunks of tokens, each distinct token once. Close it: it may own a thread."""
+
+    def __init__(self, table: Table, costs: StepCosts) -> None:
+        self._table = table
+        self._costs = costs
+        self._buffers: dict[int, RecordBuffer] = {}
+        self._helper: ThreadPoolExecutor | None = None
+
+    def read(self, tokens: Sequence[int], place: int = 0) -> Chunk:
+        """Read the records of one chunk into the buffer number `place`, waiting for them."""
+        start = perf_counter()
+        chunk, reads = self._fetch(tokens, place)
+        self._costs.wait_seconds += perf_counter() - start
+        self._count(chunk, reads)
+        return chunk
+
+    def chunks(self, tokens: Sequence[int], size: int) -> Generator[Chunk, None, None]:
+        """Yield the chunks of `tokens` in order; while one is in use, the next is being read.
+
+        A chunk is valid until the next is asked for. What goes wrong in reading a chunk is raised
+        when it is its turn. Close the generator: afterwards nothing is being read any more.
+        """
+        parts = [tokens[begin : begin + size] for begin in range(0, len(tokens), size)]
+        if not parts:
+            return
+        chunk = self.read(parts[0])
+        for number, part in enumerate(parts[1:], 1):
+            coming = self._thread().submit(self._fetch, part, number % 2)
+            try:
+                yield chunk
+            finally:
+                self._wait_for(coming)
+            chunk, reads = coming.result()
+            self._count(chunk, reads)
+        yield chunk
+
+    def drop_buffers(self) -> None:
+        """Give up the memory of the buffers; reading again takes it again."""
+        self._buffers.clear()
+
+    def close(self) -> None:
+        """Wait for the thread to end, if there is one."""
+        if self._helper is not None:
+            self._helper.shutdown(cancel_futures=True)
+            self._helper = None
+
+    def _fetch(self, tokens: Sequence[int], place: int) -> tuple[Chunk, int]:
+        distinct, index = number_distinct(tokens)
+        buffer = self._buffers.get(place)
+        if buffer is None or buffer.capacity < len(distinct):
+            buffer = self._buffers[place] = RecordBuffer(self._table.layout, len(distinct))
+        reads = self._table.fetch(distinct, buffer)
+        return Chunk(buffer, len(distinct), index), reads
+
+    def _wait_for(self, coming: Future[tuple[Chunk, int]]) -> None:
+        start = perf_counter()
+        wait([coming])
+        self._costs.wait_seconds += perf_counter() - start
+
+    def _count(self, chunk: Chunk, reads: int) -> None:
+        self._costs.records_read += chunk.distinct
+        self._costs.reads += reads
+
+    def _thread(self) -> ThreadPoolExecutor:
+        if self._helper is None:
+            self._helper = ThreadPoolExecutor(1, thread_name_prefix="edge-memllm-records")
+        return self._helper
+
+
+def number_distinct(tokens: Sequence[int]) -> tuple[Ids, Ids]:
+    """Return the distinct ids [U] and, as [1, T], which of them stands at each position."""
+    slots: dict[int, int] = {}
+    index = [slots.setdefault(token, len(slots)) for token in tokens]
+    return np.array(list(slots), np.int64), np.array([index], np.int64)

@@ -1,0 +1,36 @@
+"""What may be asked of a runtime besides its device: one object instead of many arguments.
+
+Plain data with its checks; knows no library that computes.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from edge_memllm.errors import RequestError
+
+
+@dataclass(frozen=True, slots=True)
+class RuntimeOptions:
+    """How a graph is to be computed. None stands for the runtime's own choice."""
+
+    threads: int | None = None  # of a CPU; None takes one per physical core
+    kv_bytes: int | None = None  # keys and values of all generations together
+    score_bytes: int = 0  # part of `kv_bytes` that a position takes of attention, once per batch
+    packed_cache: Path | None = None  # CPU only: where repacked weights are kept between loads
+    arena_bytes: int | None = None  # CUDA only: weights and what steps work on
+    cuda_graph: bool = False  # CUDA only: record a decode step once, then replay it
+
+    def check_device(self, device: str) -> None:
+        """Raise `RequestError` for an option that `device`, "cpu" or "cuda", does not have."""
+        if device == "cpu" and (self.cuda_graph or self.arena_bytes is not None):
+            name = "cuda_graph" if self.cuda_graph else "vram_limit"
+            raise RequestError(
+                f"{name} is for CUDA, the device is 'cpu'. Leave it out or use device 'cuda'."
+            )
+        if device == "cuda" and self.packed_cache is not None:
+            raise RequestError(
+                "packed_cache is for a CPU, the device is 'cuda', which does not repack weights "
+                "in memory. Leave it out or use device 'cpu'."
+            )
