@@ -48,7 +48,9 @@ def test_gains_of_a_step_replace_those_of_the_artifact(
             cache = runtime.new_cache(1)
             return runtime.step(buffer, 3, index, cache, wanted, **gains).copy()
 
+        before = logits(model.runtime)
         changed = logits(model.runtime, memory_gain=gain)
+        np.testing.assert_array_equal(logits(model.runtime), before)
         closely(changed, logits(judge))
         assert np.abs(changed - logits(model.runtime)).max() > 0.1
         with pytest.raises(RequestError, match="takes its gains from the checkpoint"):

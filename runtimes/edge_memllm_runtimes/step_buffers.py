@@ -58,6 +58,7 @@ class HostBuffers:
 
     def __init__(self, graph: GraphShape, step: StepShape, buffer: RecordBuffer) -> None:
         self._gain = graph.memory_gain
+        self._own_gain = True  # the manifest's gains are in place
         self._inputs = {
             **_small_inputs(graph, step),
             "total_sequence_length": np.zeros((), np.int32),
@@ -73,8 +74,11 @@ class HostBuffers:
 
     def write(self, binding: Any, buffer: RecordBuffer, values: StepValues) -> None:
         """Write in place."""
-        for name, value in _small_values(values, self._gain):
+        own_gain = values.memory_gain is None
+        gain = () if own_gain and self._own_gain else self._gain
+        for name, value in _small_values(values, gain):
             self._inputs[name][:] = value
+        self._own_gain = own_gain
         self._inputs["total_sequence_length"][()] = values.total
 
     def logits(self) -> Array:
