@@ -48,13 +48,26 @@ def test_gains_of_a_step_replace_those_of_the_artifact(
             cache = runtime.new_cache(1)
             return runtime.step(buffer, 3, index, cache, wanted, **gains).copy()
 
-        before = logits(model.runtime)
         changed = logits(model.runtime, memory_gain=gain)
-        np.testing.assert_array_equal(logits(model.runtime), before)
         closely(changed, logits(judge))
         assert np.abs(changed - logits(model.runtime)).max() > 0.1
         with pytest.raises(RequestError, match="takes its gains from the checkpoint"):
             logits(judge, memory_gain=gain)
+
+
+def test_gains_of_a_step_do_not_stay(make_artifact: MakeArtifact) -> None:
+    with load(make_artifact(**ARTIFACTS["fp32"]), threads=1) as model:
+        buffer = RecordBuffer(model.table.layout, 1)
+        model.table.fetch(np.array([1]), buffer)
+        first, cache = np.array([[0]]), model.runtime.new_cache(1)
+
+        def logits(gain: np.ndarray | None) -> np.ndarray:
+            cache.truncate(0, 0)
+            return model.runtime.step(buffer, 1, first, cache, first, memory_gain=gain).copy()
+
+        before, changed = logits(None), logits(np.zeros(LAYERS, np.float32))
+        assert np.abs(changed - before).max() > 0.1
+        np.testing.assert_array_equal(logits(None), before)
 
 
 def test_the_fake_tells_gains_apart(make_artifact: MakeArtifact) -> None:
