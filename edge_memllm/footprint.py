@@ -12,8 +12,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from edge_memllm.manifest import CHECKSUM_BYTES, Manifest
-from edge_memllm.records import EMBEDDING_DTYPES
+from edge_memllm.manifest import Manifest
+from edge_memllm.records import CHECKSUM_BYTES, EMBEDDING_DTYPES
 
 # Tokens of one prefill step: more is a little faster and takes memory in proportion.
 PREFILL_CHUNKS = {"cpu": 128, "cuda": 1024}
@@ -111,13 +111,14 @@ def memory_items(
     """
     tokenizer = manifest.files.get("tokenizer.json")
     records = min(choices.prefill_chunk, manifest.model.vocab_size)
-    staging = _STAGING_BUFFERS * records * manifest.table.record_bytes
+    staging = _STAGING_BUFFERS * records * manifest.layout.buffer_bytes
     work = choices.prefill_chunk * _work_bytes(manifest)
     items = [
         Item("interpreter and libraries", base_bytes),
         *([_graph_item(manifest, packed=choices.packed)] if graph else []),
         Item("tokenizer", tokenizer.bytes * _TOKENIZER_FACTOR if tokenizer else 0),
         Item("checksums of the table's records", manifest.model.vocab_size * CHECKSUM_BYTES),
+        Item("parameters of the table's codec, widened", 2 * manifest.layout.parameters_bytes),
         Item("table in memory", _records_bytes(manifest) if choices.reader == "ram" else 0),
         Item("record cache", choices.record_cache, at_load=False),
         Item(f"records of {_STAGING_BUFFERS} x {records} tokens of a prompt", staging, False),

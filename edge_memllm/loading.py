@@ -40,6 +40,7 @@ def load(
     reader: str = "auto",
     threads: int | None = None,
     prefill_chunk: int | None = None,
+    table_quality: str = "full",
     record_cache: int = 0,
     hot_text: str | None = None,
     memory_limit: int | None = None,
@@ -52,7 +53,8 @@ def load(
     `device` is "cpu", "cuda" or "auto" (CUDA where it really works); `reader` is one of
     `edge_memllm.readers.reader_names()`, of which "auto" takes the one that suits the storage.
     `threads` of the graph on a CPU, None for one per physical core; `prefill_chunk` tokens of a
-    prompt are computed at a time, None chooses by device.
+    prompt are computed at a time, None chooses by device. `table_quality` "coarse" reads only the
+    front part of each record, where the table's codec has one: fewer bytes, less exact.
 
     `record_cache` bytes keep records that were read; those of the most frequent tokens of
     `hot_text` for good, in at most half of it. `memory_limit` bounds the anonymous memory of the
@@ -92,6 +94,7 @@ def load(
             reader,
             record_cache_bytes=record_cache,
             hot_tokens=() if hot_text is None else frequent_tokens(tokenizer, hot_text),
+            quality=table_quality,
         )
         opened.callback(table.close)
         model = Model(

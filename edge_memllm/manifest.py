@@ -11,7 +11,7 @@ import re
 from dataclasses import asdict, dataclass, fields
 from typing import get_args
 
-from edge_memllm.codecs import codec_ids, get_codec
+from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.codec import Wire
 from edge_memllm.errors import ArtifactError
 from edge_memllm.records import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
@@ -20,12 +20,12 @@ from edge_memllm.strict_json import Fields, parse_json_object
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
 FORMAT_VERSION = 2
-CHECKSUM_BYTES = 8
 GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
 KV_DTYPES = ("float16", "float32", "int8")
 
 _IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_CODEC = re.compile(r"[a-z0-9-]{1,100}")
 _PRODUCER = re.compile(r"[ -~]{1,200}")
 # A plain file name on every system: no separator, drive, NUL, leading or trailing dot.
 _FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
@@ -74,6 +74,7 @@ class TableSpec:
     alignment: int
     records_offset: int
     checksums_sha256: str
+    parameters_sha256: str | None  # of the codec's parameters, if it has some
 
 
 @dataclass(frozen=True, slots=True)
@@ -164,10 +165,12 @@ def _check_version(content: dict[str, object], where: str) -> int:
 
 
 def _complete_version_1(content: dict[str, object]) -> None:
-    """Add what version 1 left unsaid: keys and values were in the compute dtype."""
-    graph = content.get("graph")
+    """Add what version 1 left unsaid: keys and values in the compute dtype, no parameters."""
+    graph, table = content.get("graph"), content.get("table")
     if isinstance(graph, dict) and "kv_dtype" not in graph and "compute_dtype" in graph:
         content["graph"] = {**graph, "kv_dtype": graph["compute_dtype"]}
+    if isinstance(table, dict) and "parameters_sha256" not in table:
+        content["table"] = {**table, "parameters_sha256": None}
 
 
 def _parse_model(value: object, where: str) -> ModelSpec:
@@ -193,13 +196,14 @@ def _parse_table(value: object, where: str) -> TableSpec:
     table = Fields(value, where, _names(TableSpec))
     return TableSpec(
         file=table.text("file", _FILE_NAME, _A_FILE_NAME),
-        codec=table.choice("codec", codec_ids()),
+        codec=table.text("codec", _CODEC, "a codec id"),
         embedding_dtype=table.choice("embedding_dtype", EMBEDDING_DTYPES),
         record_bytes=table.integer("record_bytes", 1, _MAX_FILE_BYTES),
         stride=table.integer("stride", 1, _MAX_FILE_BYTES),
         alignment=table.integer("alignment", ALIGNMENTS[0], ALIGNMENTS[-1]),
         records_offset=table.integer("records_offset", 1, _MAX_FILE_BYTES),
         checksums_sha256=table.text("checksums_sha256", _DIGEST, "64 hex digits"),
+        parameters_sha256=table.optional_text("parameters_sha256", _DIGEST, "64 hex digits"),
     )
 
 
@@ -251,8 +255,13 @@ def _check_table(manifest: Manifest, where: str) -> None:
     table = manifest.table
     try:
         layout = manifest.layout
-    except ValueError as error:
+    except (ArtifactError, ValueError) as error:
         raise ArtifactError(f"{where}: {error}") from None
+    if (table.parameters_sha256 is None) != (layout.parameters_bytes == 0):
+        raise ArtifactError(
+            f"{where}: parameters_sha256 is {table.parameters_sha256!r}, codec {table.codec} has "
+            f"{layout.parameters_bytes} bytes of parameters. Export the model again."
+        )
     _expect_equal(where, "record_bytes", table.record_bytes, layout.record_bytes)
     _expect_equal(where, "stride", table.stride, layout.stride)
     page = max(4096, table.alignment)
@@ -260,7 +269,7 @@ def _check_table(manifest: Manifest, where: str) -> None:
         raise ArtifactError(
             f"{where}: records_offset is {table.records_offset}, expected a multiple of {page}."
         )
-    size = table.records_offset + manifest.model.vocab_size * (table.stride + CHECKSUM_BYTES)
+    size = table.records_offset + layout.table_bytes(manifest.model.vocab_size)
     found = _listed(manifest, table.file, where).bytes
     _expect_equal(where, f"the size of {table.file}", found, size)
 

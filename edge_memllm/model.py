@@ -179,7 +179,7 @@ class Model:
             "vocabulary": model.vocab_size,
             "context": model.max_position_embeddings,
             "codec": self.manifest.table.codec,
-            "record_bytes": self.manifest.table.record_bytes,
+            "record_bytes": self.table.layout.record_bytes,
             "graph_weights": graph.weights,
             "compute_dtype": graph.compute_dtype,
             "runtime": self.runtime.name,

@@ -7,6 +7,7 @@ stride. Works over any runtime; knows nothing of devices or files.
 from __future__ import annotations
 
 import math
+from array import array
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -16,11 +17,14 @@ from numpy.typing import NDArray
 
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import Feeder, Logits
+from edge_memllm.long_text import long_text_tokens
 from edge_memllm.model import Model
-from edge_memllm.request import check_tokens, start_token
+from edge_memllm.request import start_token
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import require_finite
 from edge_memllm.table import Table
+
+Progress = Callable[[int, int], None]
 
 _CHUNK = 64  # positions whose logits are alive at once
 _LARGEST_EXPONENT = 700.0  # e to this is about the largest float
@@ -31,20 +35,66 @@ class Perplexity:
     """How well a text was predicted; `nll` is the negative log-likelihood in nats.
 
     Each token was predicted from at least `context - stride` tokens before it, or from all.
+    Figures per byte and per word are comparable between tokenizers, those per token are not.
     """
 
-    perplexity: float
-    nll_per_token: float
-    nll_per_byte: float  # comparable between tokenizers
-    bits_per_byte: float
+    nll: float  # of the whole text
     tokens: int  # predicted ones
     bytes: int  # of their text in UTF-8
+    words: int  # of their text, as whitespace separates them
     context: int
     stride: int
 
+    @property
+    def nll_per_token(self) -> float:
+        """Nats per token."""
+        return self.nll / self.tokens
+
+    @property
+    def perplexity(self) -> float:
+        """How many tokens the model hesitates between, as a geometric mean."""
+        return exponential(self.nll_per_token)
+
+    @property
+    def nll_per_byte(self) -> float:
+        """Nats per byte of UTF-8."""
+        return self.nll / max(1, self.bytes)
+
+    @property
+    def bits_per_byte(self) -> float:
+        """The same in bits."""
+        return self.nll_per_byte / math.log(2)
+
+    @property
+    def byte_perplexity(self) -> float:
+        """Perplexity if bytes were the tokens."""
+        return exponential(self.nll_per_byte)
+
+    @property
+    def word_perplexity(self) -> float:
+        """Perplexity if words were the tokens."""
+        return exponential(self.nll / max(1, self.words))
+
     def as_dict(self) -> dict[str, Any]:
-        """Return the fields as a dict for JSON."""
-        return asdict(self)
+        """Return all figures as a dict for JSON."""
+        return {
+            "perplexity": self.perplexity,
+            "nll_per_token": self.nll_per_token,
+            "nll_per_byte": self.nll_per_byte,
+            "bits_per_byte": self.bits_per_byte,
+            "byte_perplexity": self.byte_perplexity,
+            "word_perplexity": self.word_perplexity,
+            **asdict(self),
+        }
+
+
+@dataclass(frozen=True, slots=True)
+class TextTokens:
+    """A text as a model is fed it: `fed[1:]` are the tokens to predict, each from those before."""
+
+    fed: Sequence[int]
+    bytes: int  # of the text of the tokens to predict
+    words: int
 
 
 def measure_perplexity(
@@ -53,7 +103,7 @@ def measure_perplexity(
     *,
     context: int | None = None,
     stride: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Progress | None = None,
 ) -> Perplexity:
     """Measure a model on a text, in windows of `context` tokens that advance by `stride`.
 
@@ -62,27 +112,47 @@ def measure_perplexity(
     `progress(done, total)` is called with tokens. Raises `RequestError` for a text with nothing
     to predict, or windows that cannot be.
     """
+    context, stride = check_windows(context, stride, model.manifest.model.max_position_embeddings)
+    tokens = text_tokens(model, text)
+    total, done = 0.0, 0
+    for part in token_losses(
+        model.runtime, model.table, tokens.fed, context=context, stride=stride
+    ):
+        total += math.fsum(part.tolist())
+        done += len(part)
+        if progress is not None:
+            progress(done, len(tokens.fed) - 1)
+    return Perplexity(total, done, tokens.bytes, tokens.words, context, stride)
+
+
+def combine(parts: Sequence[Perplexity]) -> Perplexity:
+    """Return the figures of several texts together: every token counts once."""
+    first = parts[0]
+    return Perplexity(
+        nll=math.fsum(part.nll for part in parts),
+        tokens=sum(part.tokens for part in parts),
+        bytes=sum(part.bytes for part in parts),
+        words=sum(part.words for part in parts),
+        context=first.context,
+        stride=first.stride,
+    )
+
+
+def text_tokens(model: Model, text: str) -> TextTokens:
+    """Return a text as tokens behind the one that starts a text, if the model has one.
+
+    Raises `RequestError` for a text with nothing to predict.
+    """
     spec = model.manifest.model
-    context = spec.max_position_embeddings if context is None else context
-    stride = max(1, context // 2) if stride is None else stride
-    _check_windows(context, stride, spec.max_position_embeddings)
-    tokens = check_tokens(model.tokenizer.encode(text, special=False), spec.vocab_size)
+    tokens = long_text_tokens(model.tokenizer, text, spec.vocab_size)
     start = start_token(spec)
-    predicted, predicted_text = tokens, text
-    if start is None:
-        predicted = tokens[1:]
-        predicted_text = model.detokenize(predicted)
-    if not predicted:
+    fed = tokens if start is None else array("i", [start]) + tokens
+    if len(fed) < 2:
         raise RequestError(
             f"The text has {len(tokens)} tokens and none can be predicted. Give more text."
         )
-    fed = tokens if start is None else [start, *tokens]
-    losses: list[float] = []
-    for part in token_losses(model.runtime, model.table, fed, context=context, stride=stride):
-        losses.extend(part.tolist())
-        if progress is not None:
-            progress(len(losses), len(predicted))
-    return _summarize(losses, len(predicted_text.encode()), context, stride)
+    predicted = text if start is not None else model.detokenize(tokens[1:])
+    return TextTokens(fed, len(predicted.encode()), len(predicted.split()))
 
 
 def token_losses(
@@ -93,6 +163,17 @@ def token_losses(
     Windows of `context` tokens begin every `stride` tokens (at most `context`); each predicts
     what the one before did not reach.
     """
+    for logits, targets in predictions(runtime, table, tokens, context=context, stride=stride):
+        yield next_token_losses(logits, targets)
+
+
+def predictions(
+    runtime: Runtime, table: Table, tokens: Sequence[int], *, context: int, stride: int
+) -> Iterator[tuple[Logits, Sequence[int]]]:
+    """Yield logits [T, V] and the tokens that came [T], in the windows of `token_losses`.
+
+    The logits are valid until the next are asked for.
+    """
     with Feeder(runtime, table, 1, _CHUNK) as feeder:
         reached = 0  # tokens[reached] has been predicted, or is the first
         for begin in range(0, len(tokens) - 1, stride):
@@ -101,8 +182,7 @@ def token_losses(
             feeder.skip(0, tokens[begin:reached])
             for chunk in range(reached, end, _CHUNK):
                 upto = min(chunk + _CHUNK, end)
-                logits = feeder.score(0, tokens[chunk:upto])
-                yield next_token_losses(logits, tokens[chunk + 1 : upto + 1])
+                yield feeder.score(0, tokens[chunk:upto]), tokens[chunk + 1 : upto + 1]
             reached = end
             if reached == len(tokens) - 1:
                 return
@@ -117,23 +197,20 @@ def next_token_losses(logits: Logits, targets: Sequence[int]) -> NDArray[np.floa
     return losses
 
 
-def _check_windows(context: int, stride: int, most: int) -> None:
+def check_windows(context: int | None, stride: int | None, most: int) -> tuple[int, int]:
+    """Return context and stride, None replaced: all of `most`, and half of the context.
+
+    Raises `RequestError` for windows that cannot be.
+    """
+    context = most if context is None else context
     if not 1 <= context <= most:
         raise RequestError(f"context is {context}, expected 1 to the model's {most}.")
+    stride = max(1, context // 2) if stride is None else stride
     if not 1 <= stride <= context:
         raise RequestError(f"stride is {stride}, expected 1 to the context, {context}.")
+    return context, stride
 
 
-def _summarize(losses: Sequence[float], size: int, context: int, stride: int) -> Perplexity:
-    total = math.fsum(losses)
-    per_token, per_byte = total / len(losses), total / max(1, size)
-    return Perplexity(
-        perplexity=math.exp(min(per_token, _LARGEST_EXPONENT)),
-        nll_per_token=per_token,
-        nll_per_byte=per_byte,
-        bits_per_byte=per_byte / math.log(2),
-        tokens=len(losses),
-        bytes=size,
-        context=context,
-        stride=stride,
-    )
+def exponential(nats: float) -> float:
+    """Return e to the power of `nats`, or the largest figure JSON can hold."""
+    return math.exp(min(nats, _LARGEST_EXPONENT))

@@ -2,13 +2,14 @@
 
     embedding of D values | scales of all layers | codes of all layers | zeros up to the stride
 
-Knows codecs and numpy; knows nothing of files, manifests or models.
+A codec with a coarse part has it in front: its record is the start of the whole one. Knows codecs
+and numpy; knows nothing of files, manifests or models.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -21,6 +22,7 @@ EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
+CHECKSUM_BYTES = 8
 ALIGNMENTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 WireArrays = dict[str, NDArray[Any]]
@@ -80,11 +82,50 @@ class RecordLayout:
         """Bytes from one record to the next."""
         return -(-self.record_bytes // self.alignment) * self.alignment
 
+    @property
+    def coarse(self) -> RecordLayout | None:
+        """The layout of the front part that can be read alone, if there is one."""
+        codec = self.codec.coarse
+        return None if codec is None else replace(self, codec=codec)
+
+    @property
+    def checksums(self) -> int:
+        """Checksums per record: one of the whole, before it one of the part read alone."""
+        return 1 if self.codec.coarse is None else 2
+
+    @property
+    def parameters_bytes(self) -> int:
+        """Bytes of the codec's parameters, once per table."""
+        return self.codec.parameters_bytes(self.layers, self.width)
+
+    @property
+    def buffer_bytes(self) -> int:
+        """Bytes that a buffer takes per record: as stored, and as the graph is fed if that differs.
+
+        The embedding is fed as it is stored.
+        """
+        if not self.codec.transcodes:
+            return self.record_bytes
+        fed = self.codec.wire_sizes(self.layers, self.width)
+        return self.record_bytes + fed.scales_bytes + fed.codes_bytes
+
+    def table_bytes(self, vocab_size: int) -> int:
+        """Bytes of a table file from the first record on: records, checksums, parameters."""
+        each = self.stride + self.checksums * CHECKSUM_BYTES
+        return vocab_size * each + self.parameters_bytes
+
+    def with_parameters(self, parameters: bytes) -> RecordLayout:
+        """Return this layout with its codec's parameters. Raises `ValueError` for wrong ones."""
+        codec = self.codec.with_parameters(parameters, self.layers, self.width)
+        return replace(self, codec=codec)
+
 
 class RecordBuffer:
     """Room for `capacity` records, allocated once; reads scatter into it without a copy.
 
-    The views it returns share its memory: they are valid until the next read into the buffer.
+    Where the stored form is not what the graph is fed, there is room for both, and `transcode`
+    fills one from the other. The views it returns share its memory: they are valid until the next
+    read into the buffer.
     """
 
     def __init__(self, layout: RecordLayout, capacity: int) -> None:
@@ -93,6 +134,11 @@ class RecordBuffer:
         self._embedding = np.zeros((capacity, layout.embedding_bytes), np.uint8)
         self._scales = np.zeros((capacity, layout.scales_bytes), np.uint8)
         self._codes = np.zeros((capacity, layout.codes_bytes), np.uint8)
+        self._wire_scales, self._wire_codes = self._scales, self._codes
+        if layout.codec.transcodes:
+            fed = layout.codec.wire_sizes(layout.layers, layout.width)
+            self._wire_scales = np.zeros((capacity, fed.scales_bytes), np.uint8)
+            self._wire_codes = np.zeros((capacity, fed.codes_bytes), np.uint8)
         used = [part for part in (self._embedding, self._scales, self._codes) if part.shape[1]]
         self._parts = [[part[slot].data for part in used] for slot in range(capacity)]
 
@@ -100,13 +146,23 @@ class RecordBuffer:
         """Return the writable byte ranges of one record, in record order."""
         return self._parts[slot]
 
+    def transcode(self, count: int) -> None:
+        """Bring the first `count` records into the form the graph is fed, if they are not in it."""
+        if self.layout.codec.transcodes:
+            self.layout.codec.transcode(
+                self._scales[:count],
+                self._codes[:count],
+                self._wire_scales[:count],
+                self._wire_codes[:count],
+            )
+
     def embedding(self, count: int) -> NDArray[Any]:
         """Return the embeddings of the first `count` records, [count, D] in their stored dtype."""
         return self._embedding[:count].view(EMBEDDING_DTYPES[self.layout.embedding_dtype])
 
     def wire(self, count: int) -> WireArrays:
         """Return what the graph is fed for the first `count` records, by graph input name."""
-        codes, scales = self._codes[:count], self._scales[:count]
+        codes, scales = self._wire_codes[:count], self._wire_scales[:count]
         match self.layout.codec.wire:
             case "none":
                 return {}

@@ -17,13 +17,21 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.codecs.codec import Floats
-from edge_memllm.errors import CorruptionError, RequestError, StorageError
-from edge_memllm.manifest import CHECKSUM_BYTES, Manifest
+from edge_memllm.errors import ArtifactError, CorruptionError, RequestError, StorageError
+from edge_memllm.manifest import Manifest
 from edge_memllm.readers import Reader, Region, open_reader
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.record_cache import RecordCache
-from edge_memllm.records import RecordBuffer, checksum_seed, record_checksum
+from edge_memllm.records import (
+    CHECKSUM_BYTES,
+    RecordBuffer,
+    RecordLayout,
+    checksum_seed,
+    record_checksum,
+)
 from edge_memllm.table_header import LENGTH, check_header, header_length
+
+QUALITIES = ("full", "coarse")
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,18 +52,19 @@ class Table:
         self,
         manifest: Manifest,
         where: str,
+        layout: RecordLayout,
         checksums: NDArray[Any],
         reader: Reader,
         cache: RecordCache | None = None,
     ) -> None:
-        self.layout = manifest.layout
+        self.layout = layout  # of what is read: of the front part of records for coarse quality
         self.reader_name = reader.name
         self.reader_reason = reader.reason  # "asked for", or why "auto" chose it
         self._where = where
         self._vocab_size = manifest.model.vocab_size
         self._start = manifest.table.records_offset
         self._stride = manifest.table.stride
-        self._record_bytes = manifest.table.record_bytes
+        self._record_bytes = layout.record_bytes
         self._seed = checksum_seed(manifest.model.identity)
         self._checksums = checksums.data
         self._reader = reader
@@ -74,28 +83,31 @@ class Table:
         *,
         record_cache_bytes: int = 0,
         hot_tokens: Sequence[int] = (),
+        quality: str = "full",
     ) -> Self:
         """Open the table that the manifest names, and check its header and its checksums.
 
-        With `record_cache_bytes`, records once read are kept in that much memory, those of
+        `quality` "coarse" reads only the front part of records, where the codec has one. With
+        `record_cache_bytes`, records once read are kept in that much memory, those of
         `hot_tokens` (the most frequent first) for good in up to half of it.
 
         Raises `ArtifactError` when it belongs to another model or export, `CorruptionError` when
-        it is damaged, and `RequestError` for a reader that does not exist or does not work here
-        and for a cache too small for one record.
+        it is damaged, and `RequestError` for a reader that does not exist or does not work here,
+        for a quality that the table does not have and for a cache too small for one record.
         """
         manifest, table = artifact.manifest, artifact.manifest.table
         where = str(artifact.path / table.file)
+        size = _layout_of(manifest.layout, quality).record_bytes
         cache = None
         if record_cache_bytes:
-            cache = RecordCache(record_cache_bytes, table.record_bytes, hot_tokens)
-        checksums = _read_checked(artifact.open_file(table.file), manifest, where)
-        region = Region(
-            table.records_offset, table.stride, table.record_bytes, manifest.model.vocab_size
-        )
+            cache = RecordCache(record_cache_bytes, size, hot_tokens)
+        whole, checksums = _read_checked(artifact.open_file(table.file), manifest, where)
+        layout = _layout_of(whole, quality)
+        column = 0 if quality == "coarse" else -1
+        region = Region(table.records_offset, table.stride, size, manifest.model.vocab_size)
         file = artifact.open_file(table.file)
         opened = open_reader(reader, file, where, region, cached=cache is not None)
-        return cls(manifest, where, checksums, opened, cache)
+        return cls(manifest, where, layout, checksums[:, column].copy(), opened, cache)
 
     @property
     def statistics(self) -> TableStatistics:
@@ -125,10 +137,11 @@ class Table:
     def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> int:
         """Put the record of `ids[i]` into slot i of `buffer`: from the cache, or read and verified.
 
-        `ids` is [U], distinct. Returns the number of reads from storage. Raises `RequestError`
-        for an id that is not in the vocabulary or more ids than the buffer holds,
-        `CorruptionError` for a damaged record and `StorageError` when reading fails; the buffer's
-        content is then undefined.
+        What the graph is fed is made from it here, on the thread that reads. `ids` is [U],
+        distinct. Returns the number of reads from storage. Raises `RequestError` for an id that
+        is not in the vocabulary or more ids than the buffer holds, `CorruptionError` for a
+        damaged record and `StorageError` when reading fails; the buffer's content is then
+        undefined.
         """
         tokens: list[int] = ids.tolist()
         self._check(tokens, buffer)
@@ -140,6 +153,7 @@ class Table:
             reads = self._reader.read(offsets, [buffer.parts(slot) for slot in missing])
         for slot in missing:
             self._take_in(tokens[slot], buffer.parts(slot))
+        buffer.transcode(len(tokens))
         with self._lock:
             self._records_read += len(missing)
             self._reads += reads
@@ -205,29 +219,59 @@ class Table:
         )
 
 
-def _read_checked(file: int, manifest: Manifest, where: str) -> NDArray[np.uint64]:
-    """Check the header, and return the checksums [V] once their digest is right."""
-    model, table = manifest.model, manifest.table
+def _layout_of(layout: RecordLayout, quality: str) -> RecordLayout:
+    """Return the layout of what is read of each record."""
+    if quality not in QUALITIES:
+        raise RequestError(f"table_quality is {quality!r}, expected {' or '.join(QUALITIES)}.")
+    if quality == "full":
+        return layout
+    if layout.coarse is None:
+        raise RequestError(
+            f"table_quality is 'coarse', codec {layout.codec.id} has no coarse part. Use 'full', "
+            "or a table whose codec is nested8."
+        )
+    return layout.coarse
+
+
+def _read_checked(
+    file: int, manifest: Manifest, where: str
+) -> tuple[RecordLayout, NDArray[np.uint64]]:
+    """Check the header; return layout and checksums [V, n] once digests are right."""
+    model, table, layout = manifest.model, manifest.table, manifest.layout
     records_end = table.records_offset + model.vocab_size * table.stride
+    size = model.vocab_size * layout.checksums * CHECKSUM_BYTES
     storage = PreadReader(file, where)
     try:
         first = _read_range(storage, 0, LENGTH.size)
         length = header_length(first, table.records_offset, where)
         header = _read_range(storage, LENGTH.size, length)
-        check_header(header, manifest.layout, model.vocab_size, model.identity, where)
-        checksums = _read_range(storage, records_end, model.vocab_size * CHECKSUM_BYTES)
+        check_header(header, layout, model.vocab_size, model.identity, where)
+        checksums = _read_range(storage, records_end, size)
+        parameters = _read_range(storage, records_end + size, layout.parameters_bytes)
     finally:
         storage.close()
-    digest = hashlib.sha256(checksums).hexdigest()
-    if digest != table.checksums_sha256:
+    _check_digest("checksums", checksums, table.checksums_sha256, where)
+    if table.parameters_sha256 is not None:
+        _check_digest("parameters", parameters, table.parameters_sha256, where)
+    try:
+        layout = layout.with_parameters(parameters)
+    except ValueError as error:
+        raise ArtifactError(f"{where}: {error} Export the model again.") from error
+    columns = np.frombuffer(checksums, "<u8").astype(np.uint64)
+    return layout, columns.reshape(model.vocab_size, layout.checksums)
+
+
+def _check_digest(what: str, data: bytes, expected: str, where: str) -> None:
+    digest = hashlib.sha256(data).hexdigest()
+    if digest != expected:
         raise CorruptionError(
-            f"{where}: sha256 of the checksums is {digest[:12]}, the manifest says "
-            f"{table.checksums_sha256[:12]}. The file is damaged; copy the folder again."
+            f"{where}: sha256 of the {what} is {digest[:12]}, the manifest says "
+            f"{expected[:12]}. The file is damaged; copy the folder again."
         )
-    return np.frombuffer(checksums, "<u8").astype(np.uint64)
 
 
 def _read_range(storage: PreadReader, offset: int, size: int) -> bytes:
     data = bytearray(size)
-    storage.read([offset], [[memoryview(data)]])
+    if size:
+        storage.read([offset], [[memoryview(data)]])
     return bytes(data)

@@ -10,8 +10,7 @@ import json
 import struct
 
 from edge_memllm.errors import ArtifactError, CorruptionError
-from edge_memllm.manifest import CHECKSUM_BYTES
-from edge_memllm.records import RecordLayout
+from edge_memllm.records import CHECKSUM_BYTES, RecordLayout
 from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
 
 FORMAT = "edge-memllm-table"
@@ -66,13 +65,15 @@ def check_header(
         )
     for key, value in expected["__metadata__"].items():
         _compare(found[key], value, key, where)
-    for name in ("records", "checksums"):
+    for name in sorted(expected.keys() - {"__metadata__"}, reverse=True):  # records first
         _compare(header[name], expected[name], f"tensor '{name}'", where)
 
 
 def _content(layout: RecordLayout, vocab_size: int, identity: str) -> dict[str, dict[str, object]]:
+    columns, size = layout.checksums, layout.parameters_bytes
     records = vocab_size * layout.stride
-    return {
+    checksums = records + vocab_size * columns * CHECKSUM_BYTES
+    content: dict[str, dict[str, object]] = {
         "__metadata__": {
             "format": FORMAT,
             "format_version": FORMAT_VERSION,
@@ -83,17 +84,18 @@ def _content(layout: RecordLayout, vocab_size: int, identity: str) -> dict[str, 
             "width": str(layout.width),
             "alignment": str(layout.alignment),
         },
-        "records": {
-            "dtype": "U8",
-            "shape": [vocab_size, layout.stride],
-            "data_offsets": [0, records],
-        },
-        "checksums": {
-            "dtype": "U64",
-            "shape": [vocab_size],
-            "data_offsets": [records, records + vocab_size * CHECKSUM_BYTES],
-        },
+        "records": _tensor("U8", [vocab_size, layout.stride], 0, records),
+        "checksums": _tensor(
+            "U64", [vocab_size] if columns == 1 else [vocab_size, columns], records, checksums
+        ),
     }
+    if size:
+        content["parameters"] = _tensor("U8", [size], checksums, checksums + size)
+    return content
+
+
+def _tensor(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
+    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
 def _shortened(identity: object) -> str:

@@ -20,7 +20,7 @@ from xxhash import xxh3_64_intdigest
 from edge_memllm.codecs import UnencodableRowError, get_codec
 from edge_memllm.codecs.codec import Bytes, Floats
 from edge_memllm.errors import ExportError
-from edge_memllm.manifest import CHECKSUM_BYTES, FileSpec, TableSpec
+from edge_memllm.manifest import FileSpec, TableSpec
 from edge_memllm.records import RecordLayout, checksum_seed
 from edge_memllm.table_header import build_header
 
@@ -35,20 +35,34 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 class TableWriter:
     """Writes the records of tokens 0, 1, 2, ... in order: `append` until done, then `finish`.
 
-    Use it in a with-statement, which removes a file that was not finished. Raises `ExportError`
-    when `path` exists or the file does not fit on the disk.
+    The codec of `layout` has its parameters already, if it needs some; with `search` it looks for
+    the best scales (see `Codec.encode`). Use it in a with-statement, which removes a file that
+    was not finished. Raises `ExportError` when `path` exists or the file does not fit on the disk.
     """
 
-    def __init__(self, path: Path, layout: RecordLayout, vocab_size: int, identity: str) -> None:
+    def __init__(
+        self,
+        path: Path,
+        layout: RecordLayout,
+        vocab_size: int,
+        identity: str,
+        *,
+        search: bool = False,
+    ) -> None:
         self._path = path
         self._layout = layout
         self._header = build_header(layout, vocab_size, identity)
         self._seed = checksum_seed(identity)
-        self._checksums = np.zeros(vocab_size, "<u8")
+        self._search = search
+        coarse = layout.coarse
+        self._checked = [layout.record_bytes]  # bytes from the start that have a checksum
+        if coarse is not None:
+            self._checked.insert(0, coarse.record_bytes)
+        self._checksums = np.zeros((vocab_size, len(self._checked)), "<u8")
         self._count = 0
         self._finished = False
         self._digest = hashlib.sha256()
-        self._size = len(self._header) + vocab_size * (layout.stride + CHECKSUM_BYTES)
+        self._size = len(self._header) + layout.table_bytes(vocab_size)
         try:
             self._file = os.open(path, _FLAGS, 0o666)
         except OSError as error:
@@ -68,13 +82,15 @@ class TableWriter:
         """
         self._check_shapes(embedding, rows)
         records = self._encode(embedding, rows)
-        for token, record in enumerate(records[:, : self._layout.record_bytes], self._count):
-            self._checksums[token] = xxh3_64_intdigest(record, seed=self._seed ^ token)
+        for column, size in enumerate(self._checked):
+            for token, record in enumerate(records[:, :size], self._count):
+                checksum = xxh3_64_intdigest(record, seed=self._seed ^ token)
+                self._checksums[token, column] = checksum
         self._write(records.reshape(-1).data)
         self._count += len(records)
 
     def finish(self) -> tuple[TableSpec, FileSpec]:
-        """Write the checksums, force everything to the disk, and describe the file.
+        """Write checksums and parameters, force everything to the disk, and describe the file.
 
         Raises `ExportError` unless every token has its record.
         """
@@ -83,6 +99,7 @@ class TableWriter:
                 f"{self._path}: {self._count} records written, expected {len(self._checksums)}."
             )
         self._write(self._checksums.view(np.uint8).data)
+        self._write(self._layout.codec.parameters)
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -135,7 +152,7 @@ class TableWriter:
         except UnencodableRowError as error:
             raise self._unencodable(error, "embedding") from error
         try:
-            scales, codes = layout.codec.encode(rows)
+            scales, codes = layout.codec.encode(rows, search=self._search)
         except UnencodableRowError as error:
             raise self._unencodable(error, f"memory row of layer {error.layer}") from error
         padding = np.zeros((len(rows), layout.stride - layout.record_bytes), np.uint8)
@@ -151,7 +168,7 @@ class TableWriter:
             raise self._failure(error) from error
 
     def _table_spec(self) -> TableSpec:
-        layout = self._layout
+        layout, parameters = self._layout, self._layout.codec.parameters
         return TableSpec(
             file=self._path.name,
             codec=layout.codec.id,
@@ -161,6 +178,7 @@ class TableWriter:
             alignment=layout.alignment,
             records_offset=len(self._header),
             checksums_sha256=hashlib.sha256(self._checksums.data).hexdigest(),
+            parameters_sha256=hashlib.sha256(parameters).hexdigest() if parameters else None,
         )
 
     def _abandon(self) -> None:

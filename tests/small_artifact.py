@@ -58,6 +58,10 @@ def write_artifact(
     random = np.random.default_rng(seed)
     embedding = random.standard_normal((vocab_size, width)).astype(np.float32)
     rows = random.standard_normal((vocab_size, layout.layers, width)).astype(np.float32)
+    if layout.parameters_bytes:
+        fit = layout.codec.fit(layout.layers, width)
+        fit.add(rows)
+        layout = layout.with_parameters(fit.parameters())
     with TableWriter(path / "table.safetensors", layout, vocab_size, identity) as writer:
         writer.append(embedding, rows)
         table, table_file = writer.finish()

@@ -15,7 +15,18 @@ from edge_memllm.cli.main import COMMANDS, main
 from edge_memllm.cli.text import byte_count, number, table
 from edge_memllm.errors import CorruptionError, missing_extra
 
-NAMES = ("demo", "train", "export", "verify", "run", "inspect", "eval", "bench")
+NAMES = (
+    "demo",
+    "train",
+    "export",
+    "requantize",
+    "sweep",
+    "verify",
+    "run",
+    "inspect",
+    "eval",
+    "bench",
+)
 
 
 def run_in_process(*words: str, **options: object) -> subprocess.Popen[bytes]:

@@ -1,9 +1,8 @@
-"""export, verify, inspect, eval and demo, from the command line to their figures."""
+"""export, verify, inspect and demo, from the command line to their figures."""
 
 from __future__ import annotations
 
 import json
-import math
 import shutil
 from pathlib import Path
 from typing import Any
@@ -13,10 +12,8 @@ from conftest import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.cli import demo
-from edge_memllm.cli.evaluation import summary
 from edge_memllm.cli.main import main
 from edge_memllm.footprint import footprint
-from edge_memllm.perplexity import Perplexity
 
 
 @pytest.fixture
@@ -178,45 +175,6 @@ def test_inspect_reads_the_manifest_alone(artifact: Path, tmp_path: Path, report
 def test_inspect_beyond_the_context(artifact: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = failing(capsys, "inspect", artifact, "--tokens", CONTEXT + 1)
     assert f"--tokens is {CONTEXT + 1}, the model's context holds {CONTEXT}" in message
-
-
-# eval
-
-
-def test_eval_of_several_texts(artifact: Path, text: Path, tmp_path: Path, report: Any) -> None:
-    other = tmp_path / "other.txt"
-    other.write_text("Something else.", encoding="utf-8")
-    found = report("eval", artifact, "--text", text, other, "--context", 64, "--stride", 16)
-    alone = report("eval", artifact, "--text", other, "--context", 64, "--stride", 16)
-    assert found["tasks"] == {}
-    assert found["texts"][str(other)]["nll_per_token"] == pytest.approx(alone["nll_per_token"])
-    assert found["tokens"] == sum(part["tokens"] for part in found["texts"].values())
-    assert found["perplexity"] == pytest.approx(math.exp(found["nll_per_token"]))
-    assert (found["context"], found["stride"]) == (64, 16)
-
-
-def test_every_token_counts_once() -> None:
-    parts = [Perplexity(1, 2.0, 0, 0, 10, 40, 8, 4), Perplexity(1, 5.0, 0, 0, 30, 80, 8, 4)]
-    found = summary(parts)
-    assert found["nll_per_token"] == (2.0 * 10 + 5.0 * 30) / 40
-    assert found["bits_per_byte"] == pytest.approx(170 / 120 / math.log(2))
-
-
-def test_eval_for_people(artifact: Path, text: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["eval", str(artifact), "--text", str(text), str(Path(__file__))]) == 0
-    shown = capsys.readouterr().out
-    assert "bits per byte" in shown
-    assert "\nall " in shown
-    assert f"windows of {CONTEXT} tokens" in shown
-
-
-def test_eval_of_what_is_no_text(
-    artifact: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    (tmp_path / "image").write_bytes(b"abc\xff")
-    message = failing(capsys, "eval", artifact, "--text", tmp_path / "image")
-    assert "byte 3 is not UTF-8 text" in message
-    assert "No such file" in failing(capsys, "eval", artifact, "--text", tmp_path / "none")
 
 
 # demo

@@ -9,9 +9,16 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm.cli.options import READERS, add_loading, byte_size, loading_keywords
+from edge_memllm.cli.options import (
+    READERS,
+    TABLE_QUALITIES,
+    add_loading,
+    byte_size,
+    loading_keywords,
+)
 from edge_memllm.errors import RequestError
 from edge_memllm.readers import reader_names
+from edge_memllm.table import QUALITIES
 
 
 @pytest.mark.parametrize(
@@ -60,13 +67,14 @@ def test_every_option_reaches_load(tmp_path: Path) -> None:
         *("--device", "cuda", "--reader", "direct", "--threads", "3", "--prefill-chunk", "64"),
         *("--record-cache", "64MB", "--hot-text", str(tmp_path / "text")),
         *("--memory-limit", "1GiB", "--vram-limit", "2GB", "--cuda-graph"),
-        *("--packed-cache", "cache"),
+        *("--packed-cache", "cache", "--table-quality", "coarse"),
     )
     assert loading_keywords(given) == {
         "device": "cuda",
         "reader": "direct",
         "threads": 3,
         "prefill_chunk": 64,
+        "table_quality": "coarse",
         "record_cache": 64_000_000,
         "hot_text": "hot words",
         "memory_limit": 1 << 30,
@@ -84,3 +92,7 @@ def test_a_hot_text_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 def test_the_readers_are_those_there_are() -> None:
     assert reader_names() == READERS
+
+
+def test_the_qualities_are_those_there_are() -> None:
+    assert QUALITIES == TABLE_QUALITIES

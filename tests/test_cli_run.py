@@ -131,7 +131,13 @@ def test_a_template_makes_a_message_of_the_prompt(run: Any) -> None:
 def test_loading_options_arrive(run: Any, loaded: dict[str, Any]) -> None:
     options = ("--device", "cpu", "--reader", "ram", "--threads", "3", "--prefill-chunk", "9")
     run("plain", "--prompt", "a", *options)
-    expected = {"device": "cpu", "reader": "ram", "threads": 3, "prefill_chunk": 9}
+    expected = {
+        "device": "cpu",
+        "reader": "ram",
+        "threads": 3,
+        "prefill_chunk": 9,
+        "table_quality": "full",
+    }
     assert expected.items() <= loaded.items()
     assert not any(loaded[name] for name in loaded.keys() - expected.keys())  # the rest is left
 

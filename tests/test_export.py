@@ -155,7 +155,7 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         ),
         ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights int4 compute in"),
         ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),
-        ({"table_codec": "zip"}, r"table codec 'zip', expected one of f16, f32, int4"),
+        ({"table_codec": "zip"}, r"table codec 'zip', expected one of f32, f16, bf16"),
         ({"table_codec": "none"}, r"table codec none is for dense models"),
         ({"table_codec": "int8-g128"}, r"width 64 is not a multiple of the group size 128"),
         ({"alignment": 100}, r"alignment 100, expected a power of two"),
@@ -164,8 +164,8 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         ({"chunk": 0}, r"chunk is 0, expected at least one token"),
         ({"quality_text": ""}, r"The quality text gives 0 tokens, at least 2 are needed"),
         (
-            {"graph_weights": "int4", "table_codec": "int4", "quality_text": TEXT},
-            r"Graph weights int4 and table codec int4-g32 cost .* of perplexity and a mean KL",
+            {"graph_weights": "int4", "table_codec": "int2", "quality_text": TEXT},
+            r"Graph weights int4 and table codec int2-g32 cost .* of perplexity and a mean KL",
         ),
     ],
 )
@@ -196,7 +196,7 @@ def test_quality_loss_can_be_accepted(checkpoint: Path, tmp_path: Path) -> None:
     report = export_model(
         checkpoint,
         tmp_path / "out",
-        table_codec="int4",
+        table_codec="int2",
         quality_text=TEXT,
         accept_quality_loss=True,
     )

@@ -115,6 +115,7 @@ def test_what_was_chosen_reaches_runtime_and_table(
             "reader": "pread",
             "record_cache_bytes": 100_000,
             "hot_tokens": model.tokenize("cba"),
+            "quality": "full",
         }
         memory = model.describe()["memory"]
     assert fake[0].packed_cache == tmp_path / "cache"

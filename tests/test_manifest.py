@@ -64,6 +64,7 @@ CANONICAL = """\
     "codec": "int8-g32",
     "embedding_dtype": "float16",
     "file": "table.safetensors",
+    "parameters_sha256": null,
     "record_bytes": 264,
     "records_offset": 4096,
     "stride": 512
@@ -85,6 +86,7 @@ def manifest() -> Manifest:
             alignment=512,
             records_offset=4096,
             checksums_sha256="1" * 64,
+            parameters_sha256=None,
         ),
         graph=GraphSpec("graph.onnx", None, "int4", "float16", "float16", "q8", 23),
         files={
@@ -183,7 +185,7 @@ def test_writing_is_as_strict_as_reading() -> None:
             "memory_gain has 1 values, expected one for",
         ),
         (put("model", "memory_gain", [1, "1"]), "model: memory_gain is '1', expected a number"),
-        (put("table", "codec", "int2"), "table: codec is 'int2', expected one of f32, f16"),
+        (put("table", "codec", "int2"), "table: Unknown codec 'int2', this version knows f32, f16"),
         (put("table", "codec", "none"), "table: codec none: stores no memory rows"),
         (put("table", "codec", "int8-g128"), "width 64 is not a multiple of the group size 128"),
         (
@@ -196,6 +198,16 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("table", "alignment", 768), "table: alignment 768, expected a power of two from 512"),
         (put("table", "records_offset", 512), "records_offset is 512, expected a multiple of 4096"),
         (put("table", "checksums_sha256", "1" * 63), "table: checksums_sha256 is '111"),
+        (put("table", "codec", "INT8"), "table: codec is 'INT8', expected a codec id"),
+        (put("table", "parameters_sha256", "1"), "parameters_sha256 is '1', expected 64 hex"),
+        (
+            put("table", "parameters_sha256", "1" * 64),
+            r"codec int8-g32 has 0 bytes of parameters",
+        ),
+        (
+            put("table", "codec", "codebook4-g32"),
+            r"parameters_sha256 is None, codec codebook4-g32 has 32 bytes of parameters",
+        ),
         (put("table", "file", "graph.onnx"), "table: the size of graph.onnx is 5, expected 5656"),
         (put("table", "file", "rows.bin"), "table: 'rows.bin' is not listed under files"),
         (put("graph", "file", "other.onnx"), "graph: 'other.onnx' is not listed under files"),

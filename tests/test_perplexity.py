@@ -16,7 +16,13 @@ import edge_memllm
 from edge_memllm import Model, RequestError
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.feeding import Feeder
-from edge_memllm.perplexity import measure_perplexity, next_token_losses, token_losses
+from edge_memllm.perplexity import (
+    Perplexity,
+    combine,
+    measure_perplexity,
+    next_token_losses,
+    token_losses,
+)
 from edge_memllm_runtimes.fake import FakeRuntime
 
 TEXT = "It was a dark and stormy night; the rain fell in torrents — except at intervals."
@@ -79,10 +85,25 @@ def test_the_figures_fit_together(model: Model) -> None:
     assert found.tokens == len(ids) == found.bytes == len(TEXT.encode())
     assert found.nll_per_token == pytest.approx(total / len(ids))
     assert found.perplexity == pytest.approx(math.exp(total / len(ids)))
+    assert found.words == len(TEXT.split()) == 16
+    assert found.nll_per_byte == pytest.approx(total / found.bytes)
     assert found.bits_per_byte == pytest.approx(found.nll_per_byte / math.log(2))
+    assert found.byte_perplexity == pytest.approx(2**found.bits_per_byte)
+    assert found.word_perplexity == pytest.approx(math.exp(total / 16))
     assert (found.context, found.stride) == (20, 10)
     assert seen[-1] == (len(ids), len(ids))
     assert found.as_dict()["tokens"] == found.tokens
+    assert found.as_dict()["word_perplexity"] == found.word_perplexity
+
+
+def test_of_several_texts_every_token_counts_once() -> None:
+    found = combine([Perplexity(20.0, 10, 40, 8, 8, 4), Perplexity(150.0, 30, 80, 12, 8, 4)])
+    assert found == Perplexity(170.0, 40, 120, 20, 8, 4)
+    assert found.nll_per_token == 170 / 40
+
+
+def test_a_figure_too_large_for_a_float_stays_one() -> None:
+    assert math.isfinite(Perplexity(1e5, 1, 0, 0, 8, 4).word_perplexity)
 
 
 def test_whole_context_and_half_as_stride_are_the_default(model: Model) -> None:

@@ -5,10 +5,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+from ready_codecs import IDS, ready
 from small_artifact import IDENTITY
 from xxhash import xxh3_64_intdigest
 
-from edge_memllm.codecs import codec_ids, get_codec
+from edge_memllm.codecs import get_codec
 from edge_memllm.records import RecordBuffer, RecordLayout, checksum_seed, record_checksum
 
 CHECKSUM_OF_EDGE = 0x49BBD64FFBBFE33A  # xxh3-64 of b"edge" with seed 2^63 + 5
@@ -48,10 +49,11 @@ def test_layout_refuses(change: dict[str, Any], message: str) -> None:
 
 
 def layout_of(codec_id: str) -> RecordLayout:
-    return RecordLayout(0 if codec_id == "none" else 2, 128, get_codec(codec_id), "float16")
+    layers = 0 if codec_id == "none" else 2
+    return RecordLayout(layers, 128, ready(codec_id, layers, 128), "float16")
 
 
-@pytest.mark.parametrize("codec_id", codec_ids())
+@pytest.mark.parametrize("codec_id", IDS)
 def test_buffer_shows_what_was_read_into_it(codec_id: str, random: np.random.Generator) -> None:
     layout = layout_of(codec_id)
     embedding = random.standard_normal((3, 128)).astype(np.float16)
@@ -70,6 +72,15 @@ def test_buffer_shows_what_was_read_into_it(codec_id: str, random: np.random.Gen
     )
     assert not buffer.embedding(4)[3].any()
 
+    buffer.transcode(3)
+    fed = buffer.wire(3)
+    if "memory_rows" in fed:
+        decoded = fed["memory_rows"].astype(np.float32).reshape(rows.shape)
+        np.testing.assert_array_equal(decoded, buffer.rows(3))
+    assert not any(array[3].any() for array in buffer.wire(4).values())
+    wire = sum(array[0].nbytes for array in fed.values())
+    assert layout.buffer_bytes == layout.record_bytes + (wire if layout.codec.transcodes else 0)
+
 
 @pytest.mark.parametrize(
     ("codec_id", "expected"),
@@ -79,6 +90,9 @@ def test_buffer_shows_what_was_read_into_it(codec_id: str, random: np.random.Gen
         ("f16", {"memory_rows": ("float16", 256)}),
         ("int8-g64", {"memory_codes": ("uint8", 256), "memory_scales": ("float16", 4)}),
         ("int4-g32", {"memory_codes": ("uint8", 128), "memory_scales": ("float16", 8)}),
+        ("int3-g32", {"memory_codes": ("uint8", 256), "memory_scales": ("float16", 8)}),
+        ("nested8-g64", {"memory_codes": ("uint8", 256), "memory_scales": ("float16", 4)}),
+        ("bf16", {"memory_rows": ("float16", 256)}),
     ],
 )
 def test_wire_arrays_are_views_in_the_form_of_the_graph(
@@ -92,7 +106,25 @@ def test_wire_arrays_are_views_in_the_form_of_the_graph(
     assert all(array.flags.c_contiguous and array.base is not None for array in wire.values())
     for part in buffer.parts(1):
         part[:] = b"\x3c" * len(part)
+    if layout_of(codec_id).codec.transcodes:
+        return  # what is fed is not what was read
     assert all(array[1].all() and not array[0].any() for array in wire.values())
+
+
+def test_the_coarse_part_is_the_front_of_the_record() -> None:
+    layout = RecordLayout(3, 128, get_codec("nested8-g32"), "float16")
+    coarse = layout.coarse
+    assert coarse is not None
+    assert (layout.checksums, coarse.checksums, coarse.coarse) == (2, 1, None)
+    assert layout.record_bytes == 256 + 24 + 384
+    assert coarse.record_bytes == 256 + 24 + 192
+    assert (LAYOUT.checksums, LAYOUT.coarse) == (1, None)
+
+
+def test_a_table_is_records_checksums_and_parameters() -> None:
+    assert LAYOUT.table_bytes(10) == 10 * (512 + 8)
+    assert layout_of("nested8-g32").table_bytes(10) == 10 * (1024 + 16)
+    assert layout_of("lowrank-r64-f16").table_bytes(10) == 10 * (512 + 8) + 2 * 64 * 128 * 2
 
 
 def test_seed_is_the_head_of_the_identity() -> None:

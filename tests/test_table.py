@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
+from ready_codecs import LOW_RANK
 from small_artifact import SmallArtifact, write_artifact
 
 from edge_memllm.artifact import Artifact
@@ -56,7 +57,7 @@ def ids(*tokens: int) -> np.ndarray:
 # --- reading ---------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("codec_id", codec_ids())
+@pytest.mark.parametrize("codec_id", [*codec_ids(), *LOW_RANK])
 @pytest.mark.parametrize("embedding_dtype", ["float16", "float32"])
 def test_what_was_written_is_read(
     tmp_path: Path, codec_id: str, embedding_dtype: str, reader: str
@@ -68,7 +69,9 @@ def test_what_was_written_is_read(
         table = Table.open(artifact, reader)
     wanted = ids(5, 0, 23, 7)
     codec, layers = table.layout.codec, table.layout.layers
-    expected = codec.decode(*codec.encode(small.rows[wanted]), layers, 128)
+    assert codec.parameters_bytes(layers, 128) == len(codec.parameters)
+    scales, codes = codec.encode(small.rows)
+    expected = codec.decode(scales[wanted], codes[wanted], layers, 128)
     np.testing.assert_array_equal(table.rows(wanted), expected)
     np.testing.assert_array_equal(
         table.embeddings(wanted), small.embedding[wanted].astype(embedding_dtype)

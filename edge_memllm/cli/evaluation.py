@@ -1,9 +1,10 @@
-"""``edge-memllm eval``: how well an artifact predicts text."""
+"""``edge-memllm eval``: how well an artifact predicts text, and what it scores on tasks."""
 
 from __future__ import annotations
 
 import argparse
-import math
+from contextlib import ExitStack
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -15,24 +16,44 @@ from edge_memllm.cli.options import (
     loading_keywords,
     positive_int,
 )
-from edge_memllm.cli.text import number, table, write_json
+from edge_memllm.cli.text import write_json
+from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edge_memllm.cli.options import Commands
+    from edge_memllm.evaluation import Divergence, Perplexity, Task, TaskResult
     from edge_memllm.model import Model
-    from edge_memllm.perplexity import Perplexity
 
 _DESCRIPTION = """\
-Measure perplexity: the artifact predicts every token of a text from those before it, in windows
-of --context tokens that advance by --stride, so that each token has at least their difference
-before it. Several files count as separate texts and are summed up. Perplexity depends on the
-tokenizer; bits per byte do not."""
+With --text, measure perplexity: the artifact predicts every token of a text from those before it,
+in windows of --context tokens that advance by --stride, so that each token has at least their
+difference before it. Several files count as separate texts and are summed up. Figures per token
+depend on the tokenizer; those per byte and per word do not.
+
+With --reference, also measure how far the predictions are from those of another artifact with the
+same tokenizer: KL divergence in nats, and how often both hold the same token for the likeliest.
+
+With --task, score items of JSON-lines files: multiple choice, minimal pairs, or the right
+continuation. docs/evaluation.md lists the accepted forms and defines the figures."""
 
 _EXAMPLES = """\
   edge-memllm eval artifact --text valid.txt
-  edge-memllm eval artifact --text wiki.txt novel.txt --context 512 --json"""
+  edge-memllm eval artifact --text wiki.txt novel.txt --context 512 --json
+  edge-memllm eval artifact --text valid.txt --reference artifact-f32
+  edge-memllm eval artifact --task blimp --limit 100
+  edge-memllm eval artifact --task arc_easy.jsonl boolq.jsonl --delimiter '\\nAnswer: '"""
+
+
+@dataclass(frozen=True, slots=True)
+class Findings:
+    """All that one call measured; by the name of the text, and of the task or its group."""
+
+    texts: dict[str, Perplexity]
+    divergences: dict[str, Divergence]
+    tasks: dict[str, TaskResult]
+    groups: dict[str, TaskResult]
 
 
 def add_parser(commands: Commands) -> None:
@@ -41,82 +62,179 @@ def add_parser(commands: Commands) -> None:
         commands,
         "eval",
         execute,
-        summary="measure perplexity on text",
+        summary="measure perplexity on text, and scores on tasks",
         description=_DESCRIPTION,
         examples=_EXAMPLES,
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an exported model")
-    parser.add_argument(
-        "--text", type=Path, nargs="+", required=True, metavar="FILE", help="UTF-8 text files"
-    )
-    parser.add_argument(
+    _add_texts(parser.add_argument_group("texts"))
+    _add_tasks(parser.add_argument_group("tasks"))
+    add_json(parser)
+    add_loading(parser)
+
+
+def _add_texts(group: argparse._ArgumentGroup) -> None:
+    group.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+    group.add_argument(
         "--context",
         type=positive_int,
         metavar="N",
         help="tokens in a window (default: the model's whole context)",
     )
-    parser.add_argument(
+    group.add_argument(
         "--stride", type=positive_int, metavar="N", help="tokens from window to window (half of it)"
     )
-    add_json(parser)
-    add_loading(parser)
+    group.add_argument(
+        "--reference",
+        type=Path,
+        metavar="ARTIFACT",
+        help="compare the predictions with this artifact's; it is loaded with the same options, "
+        "its table always in full",
+    )
+
+
+def _add_tasks(group: argparse._ArgumentGroup) -> None:
+    group.add_argument(
+        "--task",
+        type=Path,
+        nargs="+",
+        metavar="FILE",
+        help="JSON-lines files, or folders of .jsonl files, whose mean is shown as well",
+    )
+    group.add_argument(
+        "--limit", type=positive_int, metavar="N", help="only the first N items of each file"
+    )
+    group.add_argument(
+        "--delimiter",
+        type=_unescaped,
+        metavar="TEXT",
+        help="what stands between a context and what follows it, with \\n for a line break "
+        "(default: one space, or nothing where there is white space already)",
+    )
 
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    texts = {str(path): read_text(path) for path in arguments.text}
+    _check(arguments)
+    texts = {str(path): read_text(path) for path in arguments.text or ()}
 
     import edge_memllm
+    from edge_memllm.evaluation import read_tasks
 
-    with edge_memllm.load(arguments.artifact, **loading_keywords(arguments)) as model:
-        parts = {
-            name: _measure(model, text, arguments.context, arguments.stride)
-            for name, text in texts.items()
-        }
+    tasks = read_tasks(arguments.task or (), limit=arguments.limit, delimiter=arguments.delimiter)
+    keywords = loading_keywords(arguments)
+    with ExitStack() as opened:
+        model = opened.enter_context(edge_memllm.load(arguments.artifact, **keywords))
+        reference = arguments.reference
+        if reference is not None:
+            # A coarse table is what is measured, never what it is measured against.
+            keywords["table_quality"] = "full"
+            reference = opened.enter_context(edge_memllm.load(reference, **keywords))
+        windows = {"context": arguments.context, "stride": arguments.stride}
+        findings = _measure(model, reference, texts, windows, tasks)
     if arguments.json:
-        each = {name: part.as_dict() for name, part in parts.items()}
-        write_json({**summary(list(parts.values())), "texts": each, "tasks": {}})
+        write_json(report(findings))
     else:
-        print(_page(parts))
+        from edge_memllm.cli.evaluation_page import page
+
+        print(page(findings))
     return 0
 
 
-def _measure(model: Model, text: str, context: int | None, stride: int | None) -> Perplexity:
+def _check(arguments: argparse.Namespace) -> None:
+    """Refuse options that would have no effect."""
+    if not arguments.text and not arguments.task:
+        raise RequestError("There is nothing to measure. Give --text FILE or --task FILE.")
+    for needed, names in (
+        ("text", ("context", "stride", "reference")),
+        ("task", ("limit", "delimiter")),
+    ):
+        for name in names:
+            if getattr(arguments, name) is not None and not getattr(arguments, needed):
+                raise RequestError(f"--{name} has no effect without --{needed}. Give --{needed}.")
+
+
+def _measure(
+    model: Model,
+    reference: Model | None,
+    texts: dict[str, str],
+    windows: dict[str, int | None],
+    tasks: Sequence[Task],
+) -> Findings:
     from edge_memllm.cli.progress import StageBars
-    from edge_memllm.perplexity import measure_perplexity
+    from edge_memllm.evaluation import measure_divergence, measure_perplexity
 
+    perplexities: dict[str, Perplexity] = {}
+    divergences: dict[str, Divergence] = {}
+    for name, text in texts.items():
+        with StageBars() as bars:
+
+            def progress(done: int, total: int, bars: StageBars = bars) -> None:
+                bars("tokens", done, total)
+
+            if reference is None:
+                perplexities[name] = measure_perplexity(model, text, **windows, progress=progress)
+            else:
+                found = measure_divergence(model, reference, text, **windows, progress=progress)
+                divergences[name], perplexities[name] = found, found.model
+    results = _scores(model, tasks)
+    return Findings(perplexities, divergences, results, _groups(results))
+
+
+def _scores(model: Model, tasks: Sequence[Task]) -> dict[str, TaskResult]:
+    from edge_memllm.cli.progress import StageBars
+    from edge_memllm.evaluation import measure_task
+
+    results: dict[str, TaskResult] = {}
+    total, before = sum(len(task.items) for task in tasks), 0
     with StageBars() as bars:
-        return measure_perplexity(
-            model,
-            text,
-            context=context,
-            stride=stride,
-            progress=lambda done, total: bars("tokens", done, total),
-        )
+        for task in tasks:
+
+            def progress(done: int, _: int, before: int = before) -> None:
+                bars("items", before + done, total)
+
+            results[task.name] = measure_task(model, task, progress)
+            before += len(task.items)
+    return results
 
 
-def summary(parts: Sequence[Perplexity]) -> dict[str, Any]:
-    """Figures over all texts together: every token counts once."""
-    tokens = sum(part.tokens for part in parts)
-    size = sum(part.bytes for part in parts)
-    total = math.fsum(part.nll_per_token * part.tokens for part in parts)
+def _groups(results: dict[str, TaskResult]) -> dict[str, TaskResult]:
+    from edge_memllm.evaluation import mean_result
+
+    names = dict.fromkeys(result.group for result in results.values())
     return {
-        "perplexity": math.exp(min(total / tokens, 700.0)),
-        "nll_per_token": total / tokens,
-        "bits_per_byte": total / max(1, size) / math.log(2),
-        "tokens": tokens,
-        "context": parts[0].context,
-        "stride": parts[0].stride,
+        name: mean_result(name, [each for each in results.values() if each.group == name])
+        for name in names
+        if name is not None
     }
 
 
-def _page(parts: dict[str, Perplexity]) -> str:
-    rows = [("text", "tokens", "perplexity", "nats per token", "bits per byte")]
-    figures = {name: part.as_dict() for name, part in parts.items()}
-    if len(parts) > 1:
-        figures["all"] = summary(list(parts.values()))
-    for name, part in figures.items():
-        losses = (f"{part['nll_per_token']:.4f}", f"{part['bits_per_byte']:.4f}")
-        rows.append((name, number(part["tokens"]), f"{part['perplexity']:.3f}", *losses))
-    first = next(iter(parts.values()))
-    return f"{table(rows)}\n\nwindows of {first.context} tokens, every {first.stride}"
+def report(findings: Findings) -> dict[str, Any]:
+    """Return everything as one JSON object; the figures at the top are of all texts together."""
+    from edge_memllm.evaluation import combine, combine_divergences
+
+    if findings.texts:
+        found = combine(list(findings.texts.values())).as_dict()
+    else:
+        found = {"perplexity": None, "nll_per_token": None, "tokens": 0}
+    if findings.divergences:
+        found["divergence"] = combine_divergences(list(findings.divergences.values())).as_dict()
+    return {
+        **found,
+        "texts": {
+            name: text.as_dict() | _divergence(findings, name)
+            for name, text in findings.texts.items()
+        },
+        "tasks": {name: result.as_dict() for name, result in findings.tasks.items()},
+        "groups": {name: result.as_dict() for name, result in findings.groups.items()},
+    }
+
+
+def _divergence(findings: Findings, text: str) -> dict[str, Any]:
+    found = findings.divergences.get(text)
+    return {} if found is None else {"divergence": found.as_dict()}
+
+
+def _unescaped(text: str) -> str:
+    """An argparse type: text in which a backslash and n stand for a line break, t for a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")

@@ -19,8 +19,12 @@ if TYPE_CHECKING:
     from edge_memllm_export import ExportReport, Quality, Rung
 
 GRAPH_WEIGHTS = ("fp32", "fp16", "int8", "int4")
+TABLE_CODECS = (
+    *("f32", "f16", "bf16", "fp8", "int8", "nested8", "int4", "int4a", "nf4", "codebook4"),
+    *("int3", "codebook3", "int2", "codebook2", "lowrank-50"),
+)
+GRAPH_METHODS = ("rtn", "gptq")
 KV_DTYPES = ("float16", "float32", "int8")
-TABLE_CODECS = ("f32", "f16", "int8", "int4", "int4-g64")
 
 _DESCRIPTION = """\
 Export a checkpoint (a folder with config.json, model.safetensors and tokenizer.json) as an
@@ -33,6 +37,8 @@ _EXAMPLES = """\
   edge-memllm export checkpoint artifact
   edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
   edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
+  edge-memllm export checkpoint smaller --table-codec codebook3 --accept-quality-loss
+  edge-memllm export checkpoint better --matrix-weights lm_head=int8
   edge-memllm export checkpoint long --kv-dtype int8
   edge-memllm export checkpoint artifact --overwrite --json > report.json"""
 
@@ -56,10 +62,18 @@ def add_parser(commands: Commands) -> None:
         help="how the graph stores its matrices (default: int4)",
     )
     parser.add_argument(
+        "--matrix-weights",
+        type=_matrix_weights,
+        metavar="NAME=FORM,...",
+        help="store some matrices of an int4 or int8 graph in the other form, such as "
+        "lm_head=int8: qkv_proj, o_proj, gate_up_proj, down_proj, projections, lm_head",
+    )
+    parser.add_argument(
         "--table-codec",
-        choices=TABLE_CODECS,
         default="int8",
-        help="how the table stores its rows; int8 has groups of 64, int4 of 32 (default: int8)",
+        metavar="CODEC",
+        help=f"how the table stores its rows: {', '.join(TABLE_CODECS)} or another share of the "
+        "rank, or an id with a group size such as int4-g64 (default: int8)",
     )
     parser.add_argument(
         "--graph-block",
@@ -83,8 +97,57 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact in OUT")
     add_json(parser)
+    _add_rounding(parser)
+    _add_table(parser)
     _add_rows(parser)
     _add_judgement(parser)
+
+
+def _add_rounding(parser: argparse.ArgumentParser) -> None:
+    rounding = parser.add_argument_group("rounding the graph's matrices")
+    rounding.add_argument(
+        "--graph-method",
+        choices=GRAPH_METHODS,
+        help="rtn rounds every weight to nearest; gptq makes up for the error by what the model "
+        "feeds the matrix on a text (default: gptq for int4, rtn for int8)",
+    )
+    rounding.add_argument(
+        "--calibration-text",
+        type=Path,
+        metavar="FILE",
+        help="text for gptq, best one like those the model is for (default: prose that comes "
+        "along)",
+    )
+
+
+def _matrix_weights(text: str) -> dict[str, str]:
+    """Parse "lm_head=int8,o_proj=int8"."""
+    forms: dict[str, str] = {}
+    for part in text.split(","):
+        name, equals, form = part.partition("=")
+        if not (name and equals and form):
+            raise argparse.ArgumentTypeError(f"{part!r} is not of the form lm_head=int8")
+        if name in forms:
+            raise argparse.ArgumentTypeError(f"{name} is there twice")
+        forms[name] = form
+    return forms
+
+
+def _add_table(parser: argparse.ArgumentParser) -> None:
+    stored = parser.add_argument_group("storing the table")
+    stored.add_argument(
+        "--table-search",
+        action="store_true",
+        help="try several scales for each group and keep the one with the smallest squared error; "
+        "for codecs of 4 bits or less, takes longer",
+    )
+    stored.add_argument(
+        "--table-text",
+        type=Path,
+        metavar="FILE",
+        help="codecs that learn from all rows (codebook, lowrank) count each token as often as "
+        "this text has it (default: all tokens once)",
+    )
 
 
 def _add_rows(parser: argparse.ArgumentParser) -> None:
@@ -134,15 +197,21 @@ def execute(arguments: argparse.Namespace) -> int:
         raise missing_extra(error.name or "torch", "export") from error
     from edge_memllm.cli.progress import StageBars
 
-    text = arguments.quality_text
+    text, counted = arguments.quality_text, arguments.table_text
+    calibrated = arguments.calibration_text
     with StageBars() as bars:
         report = export_model(
             arguments.checkpoint,
             arguments.out,
             graph_weights=arguments.graph_weights,
             table_codec=arguments.table_codec,
+            table_search=arguments.table_search,
+            table_text=read_text(counted) if counted else None,
             device=arguments.device,
             graph_block=arguments.graph_block,
+            graph_method=arguments.graph_method,
+            matrix_weights=arguments.matrix_weights,
+            calibration_text=read_text(calibrated) if calibrated else None,
             kv_dtype=arguments.kv_dtype,
             alignment=arguments.alignment,
             compute_dtype=arguments.compute_dtype,

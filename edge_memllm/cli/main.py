@@ -13,11 +13,22 @@ import sys
 from collections.abc import Sequence
 
 from edge_memllm import __version__
-from edge_memllm.cli import bench, demo, evaluation, export, inspection, run, train, verify
+from edge_memllm.cli import (
+    bench,
+    demo,
+    evaluation,
+    export,
+    inspection,
+    requantize,
+    run,
+    sweep,
+    train,
+    verify,
+)
 from edge_memllm.cli.options import HelpFormatter
 from edge_memllm.errors import EdgeMemLLMError
 
-COMMANDS = (demo, train, export, verify, run, inspection, evaluation, bench)
+COMMANDS = (demo, train, export, requantize, sweep, verify, run, inspection, evaluation, bench)
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEVICES = ("auto", "cpu", "cuda")
+TABLE_QUALITIES = ("full", "coarse")
 READERS = ("auto", "pread", "direct", "uring", "mmap", "ram")
 _HELP_WIDTH = 100
 _LOADING = (
@@ -27,6 +28,7 @@ _LOADING = (
     "reader",
     "threads",
     "prefill_chunk",
+    "table_quality",
     "record_cache",
     "hot_text",
     "memory_limit",
@@ -111,6 +113,13 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         metavar="N",
         help="read the prompt N tokens at a time: less takes less memory (default: 256, "
         "on CUDA 1024)",
+    )
+    group.add_argument(
+        "--table-quality",
+        choices=TABLE_QUALITIES,
+        default="full",
+        help="coarse reads only the front half of the records of a nested8 table: less to read, "
+        "values of about 4 bits (default: full)",
     )
     group.add_argument(
         "--record-cache",

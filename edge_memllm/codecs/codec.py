@@ -1,44 +1,34 @@
 """The codec contract: how the memory rows of one token become bytes of a record, and back.
 
 A codec turns float rows [N, L, D] into two byte arrays per record: `scales` (empty for codecs
-without groups) and `codes`. The bytes are exactly what the graph is fed (the wire form), so a
-record read from storage needs no conversion. Everything that changes the bytes is in the id.
-Numbers are little-endian; groups of G values run along D, so they never cross a layer.
+without groups) and `codes`. The graph is fed a wire form (see `wire`). Where the stored bytes are
+not the wire form already, the codec transcodes them after reading; decoding is by definition
+transcoding and then what the graph does with the wire form. Everything that decoding depends on
+is in the id, or in parameters that are stored once for all tokens.
 A codec knows nothing of records, files or models.
-
-Wire forms, as arrays over U records:
-    none    nothing
-    f32     codes are float32 [U, L*D]
-    f16     codes are float16 [U, L*D]
-    q8      codes are uint8 [U, L*D]; value = (code - 128) * scale
-    q4      codes are uint8 [U, L*D/2], low nibble first; value = (nibble - 8) * scale
-    with    scales as float16 [U, L*D/G] for q8 and q4, one per group
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from dataclasses import dataclass
-from typing import Literal
+from typing import Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
-Wire = Literal["none", "f32", "f16", "q8", "q4"]
-Bytes = NDArray[np.uint8]
-Floats = NDArray[np.float32]
+from edge_memllm.codecs.wire import (
+    Bytes,
+    CodecSizes,
+    Floats,
+    Wire,
+    decode_wire,
+    wire_sizes,
+)
+
+__all__ = ["Bytes", "Codec", "CodecSizes", "Fit", "Floats", "UnencodableRowError", "Wire"]
 
 # Rows are encoded in blocks of about this many values: temporaries stay in the cache, and memory
 # beyond input and output stays at a few MB however large the chunk is.
 _BLOCK_VALUES = 1 << 18
-
-
-@dataclass(frozen=True, slots=True)
-class CodecSizes:
-    """Bytes that one record spends on scales and on codes."""
-
-    scales_bytes: int
-    codes_bytes: int
 
 
 class UnencodableRowError(ValueError):
@@ -51,39 +41,83 @@ class UnencodableRowError(ValueError):
         self.reason = reason
 
 
+class Fit(Protocol):
+    """Parameters being found: shown all rows once, in chunks, it holds statistics of them only."""
+
+    def add(self, rows: Floats, weights: Floats | None = None) -> None:
+        """Take in rows [N, L, D]; `weights` [N] says how often each token occurs, None equally."""
+
+    def parameters(self) -> bytes:
+        """Return the parameters that suit the rows seen."""
+
+
 class Codec(ABC):
     """One way to store rows. Instances are immutable and shared; see the module docstring."""
 
     id: str
     wire: Wire
-    group: int | None = None
+    group: int | None = None  # values to a scale, where there are scales
     limit: float  # the largest magnitude that can be encoded
-
-    @abstractmethod
-    def sizes(self, layers: int, width: int) -> CodecSizes:
-        """Return the bytes per record. Raises `ValueError` for a shape this codec cannot store."""
+    transcodes: bool = False  # whether the stored bytes differ from the wire form
+    searches: bool = False  # whether encoding can search for better scales
 
     @abstractmethod
     def bound(self, rows: Floats) -> Floats:
         """Return the largest error allowed for each value of `rows`, broadcastable to its shape.
 
-        `abs(decode(encode(rows)) - rows) <= bound(rows)` always holds.
+        `abs(decode(encode(rows)) - rows) <= bound(rows)` always holds, with and without search.
         """
 
     @abstractmethod
-    def _encode(self, rows: Floats) -> tuple[Bytes, Bytes]:
+    def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         """Encode contiguous rows [n, L, D] whose magnitudes are within the limit."""
 
-    @abstractmethod
-    def _decode(self, scales: Bytes, codes: Bytes, layers: int, width: int) -> Floats:
-        """Decode contiguous arrays whose shapes are already checked."""
+    @property
+    def parameters(self) -> bytes:
+        """What all tokens share; empty for most codecs, and where it is not known yet."""
+        return b""
 
-    def encode(self, rows: Floats) -> tuple[Bytes, Bytes]:
+    @property
+    def coarse(self) -> Codec | None:
+        """The codec that reads the front part of the bytes alone, if there is such a part."""
+        return None
+
+    def sizes(self, layers: int, width: int) -> CodecSizes:
+        """Return the bytes per record. Raises `ValueError` for a shape this codec cannot store."""
+        return self.wire_sizes(layers, width)
+
+    def wire_sizes(self, layers: int, width: int) -> CodecSizes:
+        """Return the bytes per record in the wire form."""
+        return wire_sizes(self.wire, layers * width, self.group)
+
+    def parameters_bytes(self, layers: int, width: int) -> int:
+        """Return the bytes of the parameters shared by all tokens; 0 for most codecs."""
+        return 0
+
+    def with_parameters(self, parameters: bytes, layers: int, width: int) -> Codec:
+        """Return this codec with its parameters. Raises `ValueError` for bytes that cannot be."""
+        self._check_parameters(parameters, layers, width)
+        return self
+
+    def fit(self, layers: int, width: int) -> Fit:
+        """Begin to find parameters. Only for codecs that have some."""
+        raise NotImplementedError(f"codec {self.id} has no parameters")
+
+    def transcode(self, scales: Bytes, codes: Bytes, out_scales: Bytes, out_codes: Bytes) -> None:
+        """Write stored bytes [N, ...] of checked shapes as the wire form, [N, ...] of its sizes."""
+        out_scales[:] = scales
+        out_codes[:] = codes
+
+    def encode(self, rows: Floats, *, search: bool = False) -> tuple[Bytes, Bytes]:
         """Encode rows [N, L, D] as scales [N, scales_bytes] and codes [N, codes_bytes].
 
+        With `search`, several scales are tried for each group and the one with the smallest
+        squared error is taken; codecs that cannot say so in `searches` and raise `ValueError`.
         Raises `UnencodableRowError` (a `ValueError`) for NaN, infinite and too large values,
         naming row and layer.
         """
+        if search and not self.searches:
+            raise ValueError(f"codec {self.id}: there are no scales to search for.")
         count, layers, width = rows.shape
         sizes = self.sizes(layers, width)
         scales = np.empty((count, sizes.scales_bytes), np.uint8)
@@ -93,24 +127,44 @@ class Codec(ABC):
             part = slice(start, start + step)
             block = np.ascontiguousarray(rows[part], np.float32)
             self._check_magnitudes(block, start)
-            scales[part], codes[part] = self._encode(block)
+            scales[part], codes[part] = self._encode(block, search)
         return scales, codes
 
     def decode(self, scales: Bytes, codes: Bytes, layers: int, width: int) -> Floats:
         """Decode scales [N, scales_bytes] and codes [N, codes_bytes] to float32 [N, L, D].
 
-        Raises `ValueError` when the arrays do not have these sizes.
+        Exactly what a graph that computes in float32 makes of the wire form. Raises `ValueError`
+        when the arrays do not have these sizes.
         """
-        sizes = self.sizes(layers, width)
-        expected = ((len(codes), sizes.scales_bytes), (len(codes), sizes.codes_bytes))
+        sizes, count = self.sizes(layers, width), len(codes)
+        expected = ((count, sizes.scales_bytes), (count, sizes.codes_bytes))
         if (scales.shape, codes.shape) != expected:
             raise ValueError(
                 f"codec {self.id}: scales {scales.shape} and codes {codes.shape}, "
                 f"expected {expected[0]} and {expected[1]} for {layers} layers of {width}."
             )
-        return self._decode(
-            np.ascontiguousarray(scales), np.ascontiguousarray(codes), layers, width
-        )
+        scales, codes = np.ascontiguousarray(scales), np.ascontiguousarray(codes)
+        if self.transcodes:
+            fed = self.wire_sizes(layers, width)
+            wire_scales = np.empty((count, fed.scales_bytes), np.uint8)
+            wire_codes = np.empty((count, fed.codes_bytes), np.uint8)
+            self.transcode(scales, codes, wire_scales, wire_codes)
+            scales, codes = wire_scales, wire_codes
+        return decode_wire(self.wire, scales, codes, self.group).reshape(count, layers, width)
+
+    def _check_group(self, width: int) -> None:
+        if self.group is not None and width % self.group:
+            raise ValueError(
+                f"codec {self.id}: width {width} is not a multiple of the group size {self.group}."
+            )
+
+    def _check_parameters(self, parameters: bytes, layers: int, width: int) -> None:
+        expected = self.parameters_bytes(layers, width)
+        if len(parameters) != expected:
+            raise ValueError(
+                f"codec {self.id}: {len(parameters)} bytes of parameters, expected {expected} "
+                f"for {layers} layers of {width}."
+            )
 
     def _check_magnitudes(self, rows: Floats, start: int) -> None:
         storable = np.abs(rows) <= self.limit  # False for NaN

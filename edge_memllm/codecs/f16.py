@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
+from edge_memllm.codecs.codec import Bytes, Codec, Floats, Wire
 
 
 class Float16Codec(Codec):
@@ -14,17 +14,10 @@ class Float16Codec(Codec):
     wire: Wire = "f16"
     limit = 65504.0
 
-    def sizes(self, layers: int, width: int) -> CodecSizes:
-        """Return the bytes per record."""
-        return CodecSizes(scales_bytes=0, codes_bytes=layers * width * 2)
-
     def bound(self, rows: Floats) -> Floats:
         """Return half a unit in the last place: abs(x) * 2^-11, or 2^-25 for subnormals."""
         return np.maximum(np.abs(rows) * np.float32(2.0**-11), np.float32(2.0**-25))
 
-    def _encode(self, rows: Floats) -> tuple[Bytes, Bytes]:
+    def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         codes = rows.astype("<f2").view(np.uint8).reshape(len(rows), -1)
         return np.empty((len(rows), 0), np.uint8), codes
-
-    def _decode(self, scales: Bytes, codes: Bytes, layers: int, width: int) -> Floats:
-        return codes.view("<f2").astype(np.float32).reshape(len(codes), layers, width)

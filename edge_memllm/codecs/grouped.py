@@ -1,7 +1,7 @@
-"""What int8 and int4 share: groups of G values, one float16 scale per group, rounded to codes.
+"""What codecs with a float16 scale per group of G values share: scales, bound, search for scales.
 
-The scale is rounded up to float16, so that no value of the group is clipped and every value is
-at most half a step away from its code.
+A value is level * scale, where a codec's levels are whole numbers ("steps"). The scale is rounded
+up to float16, so that the largest value of a group is at most the outermost level away from zero.
 """
 
 from __future__ import annotations
@@ -11,81 +11,102 @@ from abc import abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats
+from edge_memllm.codecs.codec import Bytes, Codec, Floats
 
 FLOAT16_MAX = 65504.0
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16
+Halves = NDArray[np.float16]
 
 
 class GroupedCodec(Codec):
-    """A codec with `bits` per value around a zero point, and a float16 scale per group."""
+    """A codec with `bits` per value and a float16 scale per group."""
 
     bits: int
-    largest_code: int  # values are never further than largest_code steps from zero on both sides
+    largest_level: int  # a scale is at most m / largest_level, m the largest magnitude of a group
+    miss: float  # how far a value may be from its level, in such steps
+    factors: tuple[float, ...] = ()  # what a search multiplies scales with; within the bound
 
-    def __init__(self, group: int) -> None:
+    def __init__(self, name: str, group: int) -> None:
         self.group: int = group
-        self.id = f"int{self.bits}-g{group}"
-        self.limit = FLOAT16_MAX * self.largest_code
-
-    def sizes(self, layers: int, width: int) -> CodecSizes:
-        """Return the bytes per record. Raises `ValueError` when the group does not divide width."""
-        if width % self.group:
-            raise ValueError(
-                f"codec {self.id}: width {width} is not a multiple of the group size {self.group}."
-            )
-        values = layers * width
-        return CodecSizes(
-            scales_bytes=values // self.group * 2, codes_bytes=values * self.bits // 8
-        )
+        self.id = f"{name}-g{group}"
+        self.limit = FLOAT16_MAX * self.largest_level
+        self.searches = bool(self.factors)
 
     def bound(self, rows: Floats) -> Floats:
-        """Return half a step per value: (1/2 + 2^-14) * s for s = m/c * (1 + 2^-10) + 2^-24.
+        """Return (miss + 2^-14) * s for s = m/c * (1 + 2^-10) + 2^-24 for every value.
 
-        Here m is the largest magnitude of the group and c is 127 for int8 and 7 for int4. The two
-        terms of s allow for rounding the scale up, to a normal or to a subnormal float16; 2^-14
-        allows for rounding the quotient in float32.
+        Here m is the largest magnitude of the group, c the largest level. The two terms of s
+        allow for rounding the scale up, to a normal or to a subnormal float16; 2^-14 allows for
+        computing in float32.
         """
         groups = self._groups(rows)
         largest = np.abs(groups).max(axis=1, initial=0.0)
-        step = largest / self.largest_code * (1 + 2.0**-10) + SMALLEST_SCALE
-        spread = np.repeat((0.5 + 2.0**-14) * step, self.group)
+        step = largest / self.largest_level * (1 + 2.0**-10) + SMALLEST_SCALE
+        spread = np.repeat((self.miss + 2.0**-14) * step, self.group)
         return spread.astype(np.float32).reshape(rows.shape)
 
     @abstractmethod
     def _steps(self, groups: Floats) -> Floats:
-        """Return the exact step [n] for groups [n, G]; negative to turn the code range around."""
+        """Return the exact step [n] for groups [n, G]; negative to turn the range around."""
 
     @abstractmethod
-    def _pack(self, codes: NDArray[np.uint8], count: int) -> Bytes:
-        """Pack codes, one per byte and already around the zero point, to [count, codes_bytes]."""
+    def _codes(self, groups: Floats, scales: Halves, clip: bool) -> Bytes:
+        """Return the codes [n, G], one per byte, of the levels nearest to groups / scales.
+
+        Without `clip`, no value lies further out than the outermost levels.
+        """
 
     @abstractmethod
-    def _unpack(self, codes: Bytes) -> Floats:
-        """Return packed codes [N, codes_bytes] as floats [N, L*D] around 0."""
+    def _levels_of(self, codes: Bytes) -> Floats:
+        """Return the levels that codes stand for."""
 
-    def _encode(self, rows: Floats) -> tuple[Bytes, Bytes]:
+    @abstractmethod
+    def _pack(self, codes: Bytes) -> Bytes:
+        """Pack codes [N, L*D], one per byte, to [N, codes_bytes]."""
+
+    def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         groups = self._groups(rows)
-        scales = _round_away_from_zero(self._steps(groups))
-        steps = scales.astype(np.float32)
-        inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
-        codes = groups * inverse[:, None]
-        codes += 0.5 + (1 << (self.bits - 1))  # the zero point; +0.5 and truncation round
-        packed = self._pack(codes.astype(np.uint8), len(rows))
-        return scales.astype("<f2").view(np.uint8).reshape(len(rows), -1), packed
+        steps = self._steps(groups)
+        scales = round_away_from_zero(steps)
+        if search:
+            scales = self._search(groups, steps, scales)
+        codes = self._codes(groups, scales, search).reshape(len(rows), -1)
+        return scales.astype("<f2").view(np.uint8).reshape(len(rows), -1), self._pack(codes)
 
-    def _decode(self, scales: Bytes, codes: Bytes, layers: int, width: int) -> Floats:
-        values = self._unpack(codes).reshape(len(codes), layers * width // self.group, self.group)
-        values *= scales.view("<f2").astype(np.float32)[:, :, None]
-        return values.reshape(len(codes), layers, width)
+    def _search(self, groups: Floats, steps: Floats, scales: Halves) -> Halves:
+        """Return those scales, the given ones among them, whose squared error is smallest.
+
+        Every other one is rounded up as well: it must not clip more than the bound allows.
+        """
+        least = self._squared_error(groups, scales)
+        for factor in self.factors:
+            tried = round_away_from_zero(steps * np.float32(factor))
+            error = self._squared_error(groups, tried)
+            better = error < least
+            least[better], scales[better] = error[better], tried[better]
+        return scales
+
+    def _squared_error(self, groups: Floats, scales: Halves) -> Floats:
+        error = self._levels_of(self._codes(groups, scales, True))
+        error *= scales.astype(np.float32)[:, None]
+        error -= groups
+        squared: Floats = np.einsum("ng,ng->n", error, error)
+        return squared
 
     def _groups(self, rows: Floats) -> Floats:
         return rows.reshape(-1, self.group)
 
 
-def _round_away_from_zero(steps: Floats) -> NDArray[np.float16]:
+def round_away_from_zero(steps: Floats) -> Halves:
     """Return the nearest float16 that is not smaller in magnitude; only 0 becomes 0."""
     rounded = steps.astype(np.float16)
     short = np.abs(rounded) < np.abs(steps)
     outward = np.copysign(np.float16(np.inf), rounded)
     return np.nextafter(rounded, outward, out=rounded, where=short)
+
+
+def in_steps(groups: Floats, scales: Halves) -> Floats:
+    """Return groups [n, G] divided by their scales [n]; zero where the scale is zero."""
+    steps = scales.astype(np.float32)
+    inverse = np.divide(1, steps, out=np.zeros_like(steps), where=steps != 0)
+    return groups * inverse[:, None]

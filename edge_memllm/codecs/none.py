@@ -24,9 +24,6 @@ class NoneCodec(Codec):
         """Return zero: there is nothing to get wrong."""
         return np.zeros_like(rows)
 
-    def _encode(self, rows: Floats) -> tuple[Bytes, Bytes]:
+    def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         nothing = np.empty((len(rows), 0), np.uint8)
         return nothing, nothing
-
-    def _decode(self, scales: Bytes, codes: Bytes, layers: int, width: int) -> Floats:
-        return np.empty((len(codes), layers, width), np.float32)

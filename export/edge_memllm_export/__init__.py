@@ -1,12 +1,42 @@
 """The exporter: a trained checkpoint becomes an artifact, judged against the checkpoint.
 
 Needs the `export` extra (torch, onnx-ir). Nothing that runs an artifact imports this package.
+Names are imported when they are used, so that changing an artifact's codec loads no torch.
 """
 
 from __future__ import annotations
 
-from edge_memllm_export.exporter import ExportReport, export_model
-from edge_memllm_export.ladder import Rung, verify_against
-from edge_memllm_export.quality import Quality
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
 
-__all__ = ["ExportReport", "Quality", "Rung", "export_model", "verify_against"]
+if TYPE_CHECKING:
+    from edge_memllm_export.exporter import ExportReport, export_model
+    from edge_memllm_export.ladder import Rung, verify_against
+    from edge_memllm_export.quality import Quality
+    from edge_memllm_export.requantizer import RequantizeReport, requantize
+
+__all__ = [
+    "ExportReport",
+    "Quality",
+    "RequantizeReport",
+    "Rung",
+    "export_model",
+    "requantize",
+    "verify_against",
+]
+
+_HOMES = {
+    "ExportReport": "exporter",
+    "Quality": "quality",
+    "RequantizeReport": "requantizer",
+    "Rung": "ladder",
+    "export_model": "exporter",
+    "requantize": "requantizer",
+    "verify_against": "ladder",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

@@ -1,5 +1,7 @@
 """Calibration of int8 keys and values: one step per channel, from what a network makes of text.
 
+The tokens of a calibration text are made here for the matrices' calibration too.
+
 A key is cached after the rotary embedding, which turns the pair (i, i + d/2) of a head by an angle
 that depends on the position. The length of the pair bounds both at every position, so that is what
 is measured; values are measured as they are.
@@ -13,6 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
+from edge_memllm.errors import ExportError
 from edge_memllm.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph_attention import KVScales
@@ -39,22 +42,35 @@ def kv_scales(source: Checkpoint, text: str) -> list[KVScales]:
         layer.self_attn.k_proj.register_forward_hook(keep_key)
         layer.self_attn.v_proj.register_forward_hook(partial(_keep_largest, values, number))
     with torch.inference_mode():
-        network.model(torch.tensor([_tokens(source, text)]), use_cache=False)
+        most = min(_TOKENS, source.config.max_position_embeddings)
+        tokens = text_tokens(source, None, text, most)
+        network.model(torch.tensor([tokens]), use_cache=False)
     return [
         KVScales(*(_steps(largest[number], heads) for largest in (keys, values)))
         for number in range(len(keys))
     ]
 
 
-def _tokens(source: Checkpoint, text: str) -> list[int]:
-    config = source.config
-    most = min(_TOKENS, config.max_position_embeddings)
+def text_tokens(source: Checkpoint, text: str | None, otherwise: str, most: int) -> list[int]:
+    """The first tokens of `text`, or where that is None of `otherwise`; at most `most`.
+
+    Random tokens take the place of `otherwise` where the model has no tokenizer or not its own.
+    With a `text` that is an ExportError, and so is a text without tokens.
+    """
+    vocabulary = source.config.vocab_size
     file = source.path / "tokenizer.json"
+    ids: list[int] = []
     if file.is_file():
-        ids = Tokenizer(file.read_bytes()).encode(text)[:most]
-        if ids and max(ids) < config.vocab_size:
-            return ids
-    return np.random.default_rng(0).integers(0, config.vocab_size, most).tolist()
+        ids = Tokenizer(file.read_bytes()).encode(otherwise if text is None else text)[:most]
+    if ids and max(ids) < vocabulary:
+        return ids
+    if text is not None:
+        raise ExportError(
+            f"{file}: gives {len(ids)} tokens of the calibration text, the largest "
+            f"{max(ids, default=None)}; expected some of the model's {vocabulary}. Give a text "
+            "and the model's own tokenizer, or calibrate without a text."
+        )
+    return np.random.default_rng(0).integers(0, vocabulary, most).tolist()
 
 
 def _keep_largest(

@@ -12,7 +12,7 @@ import hashlib
 import logging
 import os
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -27,10 +27,8 @@ from edge_memllm.manifest import (
     GraphSpec,
     Manifest,
     ModelSpec,
-    TableSpec,
 )
-from edge_memllm.records import RecordLayout
-from edge_memllm.table_writer import TableWriter
+from edge_memllm_export.calibrated_weights import matrix_quantizer
 from edge_memllm_export.calibration import kv_scales
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph import (
@@ -43,12 +41,14 @@ from edge_memllm_export.graph import (
     save_graph,
 )
 from edge_memllm_export.graph_attention import AttentionShape
-from edge_memllm_export.graph_tape import WEIGHT_FORMS
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.ladder import Rung, climb
+from edge_memllm_export.matrix_forms import WEIGHT_FORMS
 from edge_memllm_export.options import (
     COMPUTE_DTYPES,
+    check_calibration,
     check_computation,
+    check_table_options,
     graph_form,
     record_layout,
 )
@@ -62,7 +62,7 @@ from edge_memllm_export.quality import (
     token_budget,
 )
 from edge_memllm_export.staging import Staging
-from edge_memllm_export.table_rows import table_rows
+from edge_memllm_export.table_export import TableForm, token_weights, write_table
 
 TABLE_FILE = "table.safetensors"
 TOKENIZER_FILES = (
@@ -94,8 +94,13 @@ def export_model(
     *,
     graph_weights: str = "int4",
     table_codec: str = "int8",
+    table_search: bool = False,
+    table_text: str | None = None,
     device: str = "cpu",
     graph_block: int | None = None,
+    graph_method: str | None = None,
+    matrix_weights: Mapping[str, str] | None = None,
+    calibration_text: str | None = None,
     kv_dtype: str | None = None,
     alignment: int = 512,
     compute_dtype: str = "float32",
@@ -108,11 +113,16 @@ def export_model(
 ) -> ExportReport:
     """Export a checkpoint folder as an artifact folder.
 
-    `graph_weights` is int4, int8, fp16 or fp32; `table_codec` f32, f16, int8, int4 or a codec id
-    (a dense model has no memory rows and always gets the codec `none`). `graph_block` weights of
+    `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
+    dense model has no memory rows and always gets the codec `none`). `table_search` tries several
+    scales for each group of values. A codec with parameters learns them from all rows, each as
+    often as its token stands in `table_text` (None: all once). `graph_block` weights of
     an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None takes 128 for matrices of 1,024
-    columns or more and 32 below. `kv_dtype` of keys and values is the graph's own float or "int8",
-    whose steps are calibrated on `quality_text`. `device` (cpu or cuda),
+    columns or more and 32 below. `graph_method` is "rtn" or "gptq" (calibrated on
+    `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights` stores kinds
+    of matrices in another form, {"lm_head": "int8"}: see docs/graph-weights.md. `kv_dtype` of
+    keys and values is the graph's own float or "int8", whose steps are calibrated on
+    `quality_text`. `device` (cpu or cuda),
     `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
     computed. `verify` climbs the parity ladder and measures the loss of quality on
     `quality_text` (None: a text that ships with the package); a loss beyond the bounds of
@@ -122,16 +132,23 @@ def export_model(
     left behind then, and an artifact that was in OUT is untouched.
     """
     source = Checkpoint.open(Path(checkpoint))
-    form = graph_form(source, graph_weights, table_codec, graph_block, kv_dtype)
-    layout = record_layout(source, form, alignment)
+    form = graph_form(
+        source, graph_weights, table_codec, graph_block, kv_dtype, graph_method, matrix_weights
+    )
+    check_calibration(form, calibration_text)
     check_computation(device, compute_dtype, chunk)
+    layout = record_layout(source, form, alignment)
+    check_table_options(layout, search=table_search, text=table_text)
+    weights = None if table_text is None else token_weights(source, table_text)
+    dtype = COMPUTE_DTYPES[compute_dtype]
+    table_form = TableForm(layout, device, dtype, chunk, table_search, weights)
     report = progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(out))
     try:
         with Staging(out, overwrite=overwrite) as staging:
-            export = _Export(source, form, layout, staging.path, report)
+            export = _Export(source, form, table_form, staging.path, report)
             text = quality_text if quality_text is not None else default_text()
-            manifest = export.write(device, COMPUTE_DTYPES[compute_dtype], chunk, text)
+            manifest = export.write(text, calibration_text)
             rungs: tuple[Rung, ...] = ()
             quality = None
             if verify:
@@ -151,25 +168,30 @@ class _Export:
         self,
         source: Checkpoint,
         form: GraphForm,
-        layout: RecordLayout,
+        table: TableForm,
         path: Path,
         progress: Progress,
     ) -> None:
         self._source = source
         self._form = form
-        self._layout = layout
+        self._table = table
         self._path = path
         self._progress = progress
         self._files: dict[str, FileSpec] = {}
 
-    def write(self, device: str, dtype: torch.dtype, chunk: int | None, text: str) -> Manifest:
-        """Write all files, the manifest last, and force them to the disk; calibrate on `text`."""
+    def write(self, text: str, calibration_text: str | None) -> Manifest:
+        """Write all files, the manifest last, and force them to the disk.
+
+        Keys and values are calibrated on `text`, matrices on `calibration_text`.
+        """
         self._progress("identity", 0, 1)
         identity = self._source.identity()
         self._progress("identity", 1, 1)
         self._copy_tokenizer()
-        graph = self._write_graph(identity, text)
-        table = self._write_table(identity, device, dtype, chunk)
+        graph = self._write_graph(identity, text, calibration_text)
+        table, self._files[TABLE_FILE] = write_table(
+            self._source, self._table, self._path / TABLE_FILE, identity, self._progress
+        )
         manifest = Manifest(
             model=_model_spec(self._source, identity),
             table=table,
@@ -231,20 +253,26 @@ class _Export:
                 shutil.copyfile(self._source.path / name, self._path / name)
                 self._files[name] = _seal(self._path / name)
 
-    def _write_graph(self, identity: str, text: str) -> GraphSpec:
-        self._progress("graph", 0, 1)
+    def _write_graph(self, identity: str, text: str, calibration_text: str | None) -> GraphSpec:
+        steps = self._source.config.num_hidden_layers + 1
+        self._progress("graph", 0, steps)
         rotary = rotary_tables(self._source)
         scales = kv_scales(self._source, text) if self._form.int8_cache else None
-        model = build_graph(
-            self._source.config, self._source.array, rotary, self._form, identity, scales
+        quantize = matrix_quantizer(
+            self._source,
+            self._form.method,
+            calibration_text,
+            lambda layers: self._progress("graph", layers, steps),
         )
+        config, read = self._source.config, self._source.array
+        model = build_graph(config, read, rotary, self._form, identity, scales, quantize)
         names = save_graph(model, self._path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.
         del model
         gc.collect()
         for name in names:
             self._files[name] = _seal(self._path / name)
-        self._progress("graph", 1, 1)
+        self._progress("graph", steps, steps)
         compute_dtype = WEIGHT_FORMS[self._form.weights][0]
         return GraphSpec(
             file=GRAPH_FILE,
@@ -255,21 +283,6 @@ class _Export:
             wire=self._form.codec.wire,
             opset=OPSET,
         )
-
-    def _write_table(
-        self, identity: str, device: str, dtype: torch.dtype, chunk: int | None
-    ) -> TableSpec:
-        network = self._source.network(device, dtype)
-        vocabulary = self._source.config.vocab_size
-        with TableWriter(self._path / TABLE_FILE, self._layout, vocabulary, identity) as writer:
-            for embedding, rows in table_rows(
-                network,
-                chunk=chunk,
-                progress=lambda done, total: self._progress("table", done, total),
-            ):
-                writer.append(embedding, rows)
-            spec, self._files[TABLE_FILE] = writer.finish()
-        return spec
 
 
 def rotary_tables(source: Checkpoint) -> Rotary:

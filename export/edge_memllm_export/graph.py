@@ -18,8 +18,8 @@ Nothing here knows files of checkpoints or torch: weights arrive as arrays.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -37,6 +37,8 @@ from edge_memllm_export.graph_attention import (
 from edge_memllm_export.graph_feed_forward import linear_compute, swiglu
 from edge_memllm_export.graph_rows import TokenInputs, layer_memory, token_inputs
 from edge_memllm_export.graph_tape import DATA_TYPES, GraphTape
+from edge_memllm_export.matrix_forms import QuantizeMatrix
+from edge_memllm_export.quantizer import quantize as round_to_nearest
 
 OPSET = 23
 GRAPH_FILE = "graph.onnx"
@@ -53,11 +55,13 @@ ReadWeight = Callable[[str], np.ndarray]
 class GraphForm:
     """How numbers are stored and computed: the export's choices, not the network's."""
 
-    weights: str  # a key of graph_tape.WEIGHT_FORMS
+    weights: str  # a key of matrix_forms.WEIGHT_FORMS
     codec: Codec
     embedding_dtype: str  # "float16" | "float32", that of the table's records
     block: int | None = None  # weights to a scale in a matrix; None chooses by its size
     int8_cache: bool = False  # keys and values; else they are in the compute dtype
+    matrices: Mapping[str, str] = field(default_factory=dict)  # kinds in another form than weights
+    method: str | None = None  # one of matrix_forms.METHODS; None where nothing is quantised
 
 
 @dataclass(frozen=True)
@@ -83,14 +87,15 @@ def build_graph(
     form: GraphForm,
     identity: str,
     kv_scales: Sequence[KVScales] | None = None,
+    quantize: QuantizeMatrix = round_to_nearest,
 ) -> ir.Model:
     """The graph of the network that ``config`` (a MemoryLLMConfig) describes.
 
     ``read`` gives a weight by its name in the checkpoint. ``kv_scales``, one per layer, are for
-    keys and values in int8. Inputs and outputs are listed in
-    docs/format.md. Raises ExportError for weights that the form cannot hold.
+    keys and values in int8; ``quantize`` is called layer by layer, the head last. Inputs and
+    outputs are listed in docs/format.md. Raises ExportError for weights that the form cannot hold.
     """
-    tape = GraphTape(form.weights, form.block, config.rms_norm_eps)
+    tape = GraphTape(form.weights, form.matrices, form.block, quantize, config.rms_norm_eps)
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     tokens = token_inputs(
         tape, config.num_hidden_layers, config.hidden_size, form.codec, form.embedding_dtype

@@ -44,13 +44,23 @@ def token_inputs(
     if codec.wire == "none":
         return TokenInputs(inputs, x, None)
     gain = _input("memory_gain", tape.compute_dtype, [layers])
+    wire, memory = memory_rows(tape, layers, width, codec, gain, index)
+    return TokenInputs([*inputs, *wire, gain], x, memory)
+
+
+def memory_rows(
+    tape: GraphTape, layers: int, width: int, codec: Codec, gain: ir.Value, index: ir.Value
+) -> tuple[list[ir.Value], ir.Value]:
+    """The inputs of the codec's wire form, and the memory [B,T,L,D] made from them.
+
+    All nodes are named ``/model/memory/...``, all initialisers ``model.memory...``.
+    """
     if codec.wire in _WIRE_BITS:
         wire, rows = _quantised_rows(tape, layers, width, codec, gain, index)
     else:
         wire, rows = _float_rows(tape, layers, width, codec, gain, index)
     shape = tape.constant("model.memory.shape", np.array([0, 0, layers, width]))
-    memory = tape.op("/model/memory/Reshape", "Reshape", [rows, shape])
-    return TokenInputs([*inputs, *wire, gain], x, memory)
+    return wire, tape.op("/model/memory/Reshape", "Reshape", [rows, shape])
 
 
 def layer_memory(tape: GraphTape, memory: ir.Value, layer: int) -> ir.Value:

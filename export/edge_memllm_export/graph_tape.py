@@ -13,7 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_memllm.errors import ExportError
-from edge_memllm_export.quantizer import CHUNK_WEIGHTS, block_for, quantize
+from edge_memllm_export.matrix_forms import WEIGHT_FORMS, QuantizeMatrix, kind_of
+from edge_memllm_export.quantizer import CHUNK_WEIGHTS, block_for
 
 CONTRIB = "com.microsoft"
 DATA_TYPES = {
@@ -24,24 +25,30 @@ DATA_TYPES = {
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
 }
-# Graph weights -> (dtype of all activations, bits of a quantised matrix or None).
-# float16 activations are the one form that runs on CPU and CUDA alike.
-WEIGHT_FORMS: dict[str, tuple[str, int | None]] = {
-    "int4": ("float16", 4),
-    "int8": ("float16", 8),
-    "fp16": ("float16", None),
-    "fp32": ("float32", None),
-}
 # 4: MatMulNBits may round its input to int8 by blocks, which is what makes it fast on a CPU.
 _ACCURACY_LEVEL = 4
 
 
 class GraphTape:
-    """Nodes and initialisers of one graph, in the order they are made."""
+    """Nodes and initialisers of one graph, in the order they are made.
 
-    def __init__(self, weights: str, block: int | None, epsilon: float) -> None:
-        self.compute_dtype, self._bits = WEIGHT_FORMS[weights]
-        self._block = block  # weights to a scale; None chooses by the matrix
+    ``weights`` is the form of its matrices but for those kinds that ``matrices`` gives another;
+    ``block`` weights share a scale, None chooses by the matrix. ``quantize`` makes codes of them.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        matrices: Mapping[str, str],
+        block: int | None,
+        quantize: QuantizeMatrix,
+        epsilon: float,
+    ) -> None:
+        self.compute_dtype, _ = WEIGHT_FORMS[weights]
+        self._weights = weights
+        self._matrices = matrices
+        self._block = block
+        self._quantize = quantize
         self._epsilon = epsilon
         self._tape = ir.tape.Tape()
 
@@ -92,6 +99,10 @@ class GraphTape:
             name="edge_memllm",
         )
 
+    def recorded(self) -> tuple[list[ir.Node], list[ir.Value]]:
+        """Nodes and initialisers so far, for a graph that exists already."""
+        return list(self._tape.nodes), list(self._tape.initializers)
+
     def constant(self, name: str, array: np.ndarray) -> ir.Value:
         """An initialiser, stored as it is."""
         return self._tape.initializer(ir.tensor(array, name=name))
@@ -102,14 +113,15 @@ class GraphTape:
         return self.constant(name, array.astype(self.compute_dtype))
 
     def linear(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
-        """``x [..., K] @ weight [N, K].T``, the weight stored in the graph's weight form."""
-        if self._bits is None:
+        """``x [..., K] @ weight [N, K].T``, the weight stored in the form of its kind."""
+        _, bits = WEIGHT_FORMS[self._matrices.get(kind_of(path), self._weights)]
+        if bits is None:
             return self._float_linear(path, x, weight)
         N, K = weight.shape
         name = f"{path[1:].replace('/', '.')}.weight"
         block = block_for(K, self._block)
-        codes, scales = quantize(weight, self._bits, block, np.dtype(self.compute_dtype), name)
-        attributes = {"K": K, "N": N, "bits": self._bits, "block_size": block}
+        codes, scales = self._quantize(weight, bits, block, np.dtype(self.compute_dtype), name)
+        attributes = {"K": K, "N": N, "bits": bits, "block_size": block}
         return self.op(
             f"{path}/MatMulNBits",
             "MatMulNBits",

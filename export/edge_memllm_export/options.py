@@ -2,18 +2,23 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import torch
 
-from edge_memllm.codecs import codec_ids, get_codec
+from edge_memllm.codecs import get_codec
+from edge_memllm.codecs.words import codec_id
 from edge_memllm.errors import ExportError, RuntimeUnavailableError
 from edge_memllm.records import RecordLayout
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph import GraphForm
-from edge_memllm_export.graph_tape import WEIGHT_FORMS
+from edge_memllm_export.matrix_forms import (
+    WEIGHT_FORMS,
+    check_matrix_forms,
+    quantisation_method,
+)
 from edge_memllm_export.quantizer import BLOCKS
 
-# What people say, besides codec ids.
-CODEC_WORDS = {"f32": "f32", "f16": "f16", "int8": "int8-g64", "int4": "int4-g32"}
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
@@ -23,19 +28,21 @@ def graph_form(
     table_codec: str,
     graph_block: int | None = None,
     kv_dtype: str | None = None,
+    graph_method: str | None = None,
+    matrix_weights: Mapping[str, str] | None = None,
 ) -> GraphForm:
     """The form of graph and rows that these name, or an ExportError that lists what there is."""
     if graph_weights not in WEIGHT_FORMS:
         raise ExportError(
             f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
         )
-    codec_id = CODEC_WORDS.get(table_codec, table_codec)
-    if codec_id not in codec_ids():
-        known = sorted({*CODEC_WORDS, *codec_ids()})
-        raise ExportError(f"table codec {table_codec!r}, expected one of {', '.join(known)}.")
+    try:
+        chosen = codec_id(table_codec, source.config.hidden_size)
+    except ValueError as error:
+        raise ExportError(str(error)) from error
     if not source.config.has_memory:
-        codec_id = "none"
-    elif codec_id == "none":
+        chosen = "none"
+    elif chosen == "none":
         raise ExportError(
             f"table codec none is for dense models (beta 8), {source.path} has beta "
             f"{source.config.beta}. Choose a codec that stores rows."
@@ -43,9 +50,26 @@ def graph_form(
     dtype, bits = WEIGHT_FORMS[graph_weights]
     _check_block(graph_weights, bits, graph_block)
     _check_kv_dtype(graph_weights, dtype, kv_dtype)
+    matrices = dict(matrix_weights or {})
+    check_matrix_forms(matrices, graph_weights, source.config)
     return GraphForm(
-        graph_weights, get_codec(codec_id), dtype, graph_block, int8_cache=kv_dtype == "int8"
+        graph_weights,
+        get_codec(chosen),
+        dtype,
+        graph_block,
+        int8_cache=kv_dtype == "int8",
+        matrices=matrices,
+        method=quantisation_method(graph_method, graph_weights),
     )
+
+
+def check_calibration(form: GraphForm, text: str | None) -> None:
+    """Refuse a calibration text that nothing would read."""
+    if text is not None and form.method != "gptq":
+        raise ExportError(
+            f"calibration text: graph weights {form.weights} by the method {form.method or 'none'} "
+            "are not calibrated. Leave it out, or choose the graph method gptq."
+        )
 
 
 def _check_block(graph_weights: str, bits: int | None, block: int | None) -> None:
@@ -87,6 +111,21 @@ def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> Record
         )
     except ValueError as error:
         raise ExportError(f"{source.path}: {error}") from error
+
+
+def check_table_options(layout: RecordLayout, *, search: bool, text: str | None) -> None:
+    """Refuse options that would change nothing with this codec."""
+    codec = layout.codec
+    if search and not codec.searches:
+        raise ExportError(
+            f"table search: codec {codec.id} has no scales to search for. Leave it out, or choose "
+            "a codec of 4 bits or less."
+        )
+    if text is not None and not layout.parameters_bytes:
+        raise ExportError(
+            f"table text: codec {codec.id} learns nothing from a text. Leave it out, or choose "
+            "codebook or lowrank."
+        )
 
 
 def check_computation(device: str, compute_dtype: str, chunk: int | None) -> None:

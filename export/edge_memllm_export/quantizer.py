@@ -1,4 +1,4 @@
-"""Round-to-nearest blocks for MatMulNBits: a weight matrix in 4 or 8 bits, one scale a block.
+"""Blocks for MatMulNBits: a weight matrix in 4 or 8 bits, one scale a block.
 
 Layout (that of ``com.microsoft.MatMulNBits`` without zero points): for a matrix ``[N, K]`` in
 blocks of G weights, codes are ``uint8 [N, blocks, G * bits / 8]`` with ``blocks = ceil(K / G)``,
@@ -8,6 +8,8 @@ It knows numpy and nothing of graphs.
 """
 
 from __future__ import annotations
+
+from collections.abc import Callable
 
 import numpy as np
 
@@ -20,6 +22,11 @@ _WIDE_BLOCK, _NARROW_BLOCK, _WIDE_FROM = 128, 32, 1024
 # code beyond -8 clips the extreme a little. Against plain -8 this takes a tenth off the error.
 _EXTREME_CODES = {4: (-8.5, -8.0, -7.5, -7.0, -6.5, -6.0), 8: (-128.0, -127.0)}
 CHUNK_WEIGHTS = 1 << 20  # weights worked on at a time: the temporaries stay in the cache
+_CHOICE_CHUNKS = 4  # chunks at once for a choice of codes, which is products of matrices
+
+# weight [n, blocks * G], its nearest signed codes and scales [n, blocks] -> codes to take instead.
+# All float32, K filled up with zeros to whole blocks.
+ChooseCodes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 
 def block_for(columns: int, block: int | None) -> int:
@@ -28,18 +35,23 @@ def block_for(columns: int, block: int | None) -> int:
 
 
 def quantize(
-    weight: np.ndarray, bits: int, block: int, scale_dtype: np.dtype, name: str
+    weight: np.ndarray,
+    bits: int,
+    block: int,
+    scale_dtype: np.dtype,
+    name: str,
+    choose: ChooseCodes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``weight`` [N, K] of any float dtype -> codes uint8 and scales, laid out as above.
 
-    Raises ExportError naming the weight when a value is not finite or a scale leaves the range
-    of ``scale_dtype``.
+    Without ``choose``, every weight takes the nearest code. Raises ExportError naming the weight
+    when a value is not finite or a scale leaves the range of ``scale_dtype``.
     """
     N, K = weight.shape
     blocks = -(-K // block)
     codes = np.empty((N, blocks, block * bits // 8), np.uint8)
     scales = np.empty((N, blocks), scale_dtype)
-    step = max(1, CHUNK_WEIGHTS // (blocks * block))
+    step = max(1, CHUNK_WEIGHTS * (_CHOICE_CHUNKS if choose else 1) // (blocks * block))
     for start in range(0, N, step):
         stop = min(start + step, N)
         chunk = np.zeros((stop - start, blocks * block), np.float32)
@@ -51,8 +63,11 @@ def quantize(
                 f"{np.dtype(scale_dtype).name} scales. Mend the checkpoint, or export with "
                 "graph weights fp32."
             )
-        codes[start:stop] = _pack(signed, bits).reshape(stop - start, blocks, -1)
         scales[start:stop] = scale.reshape(stop - start, blocks)
+        if choose is not None:
+            steps = scales[start:stop].astype(np.float32)
+            signed = choose(chunk, signed.reshape(chunk.shape), steps).reshape(-1, block)
+        codes[start:stop] = _pack(signed, bits).reshape(stop - start, blocks, -1)
     return codes, scales
 
 

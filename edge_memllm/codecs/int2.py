@@ -1,0 +1,16 @@
+"""int2: four levels for values of a normal distribution, four codes to a byte."""
+
+from __future__ import annotations
+
+from edge_memllm.codecs.levels import LevelsCodec
+
+# What the fit of `codebook` finds for groups of 64 normally distributed values. The one farthest
+# from zero is stored exactly.
+LEVELS = (-61, -7, 44, 127)
+
+
+class Int2Codec(LevelsCodec):
+    """value = level * scale; the value farthest from zero is at 127, so the scale has its sign."""
+
+    def __init__(self, group: int) -> None:
+        super().__init__("int2", group, LEVELS, smallest_factor=0.85)

@@ -1,0 +1,207 @@
+"""One codec of a sweep: its artifact is made, everything is measured on it, it is removed.
+
+Returns plain data for JSON; knows nothing of where results are kept.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from time import perf_counter
+from typing import Any
+
+import numpy as np
+
+from edge_memllm.benchmark.environment import environment
+from edge_memllm.benchmark.trial import run_trial
+from edge_memllm.codecs import get_codec
+from edge_memllm.evaluation import (
+    Divergence,
+    combine_divergences,
+    mean_result,
+    measure_divergence,
+    measure_task,
+)
+from edge_memllm.loading import load
+from edge_memllm.model import Model
+from edge_memllm.perplexity import text_tokens
+from edge_memllm.sweep.plan import Plan, SweepRequest
+from edge_memllm.sweep.rows import measure_rows
+
+Progress = Callable[[str, int, int], None]
+
+_ARTIFACTS = "artifacts"
+_PROMPT, _NEW, _TRIALS = 32, 64, 5
+
+
+class Bench:
+    """What all codecs are measured against, opened once: source, reference, the texts' tokens."""
+
+    def __init__(self, plan: Plan, source: Model, reference: Model, progress: Progress) -> None:
+        self._plan = plan
+        self._source = source
+        self._reference = reference
+        self._progress = progress
+        self._vocabulary = source.manifest.model.vocab_size
+        self._counts = self._count_tokens() if plan.request.texts else None
+
+    def measure(self, codec: str) -> dict[str, Any]:
+        """Return the result of one codec, without its settings. Raises `ExportError`."""
+        start = perf_counter()
+        with self._model(codec) as model:
+            found = {
+                "codec": codec,
+                "table": table_figures(model),
+                "rows": asdict(self._rows(codec, model)),
+                **self._texts(codec, model),
+                **self._tasks(codec, model),
+                "decode": self._decode(codec, model),
+                "environment": {"device": model.device, **environment()},
+            }
+        return {**found, "seconds": round(perf_counter() - start, 1)}
+
+    @contextmanager
+    def _model(self, codec: str) -> Iterator[Model]:
+        """The artifact with this codec, loaded; the source itself where it is stored so."""
+        if codec == self._plan.source_codec:
+            yield self._source
+            return
+        from edge_memllm_export import requantize
+
+        request, path = self._plan.request, artifact_path(self._plan, codec)
+        requantize(
+            self._plan.source,
+            path,
+            table_codec=codec,
+            table_search=request.search and get_codec(codec).searches,
+            overwrite=True,
+            progress=lambda stage, done, total: self._report(codec, stage, done, total),
+        )
+        try:
+            with open_model(path, request) as model:
+                yield model
+        finally:
+            if not request.keep:
+                remove_artifact(path)
+
+    def _rows(self, codec: str, model: Model) -> Any:
+        return measure_rows(
+            self._source.table,
+            model.table,
+            self._vocabulary,
+            self._counts,
+            lambda done, total: self._report(codec, "rows", done, total),
+        )
+
+    def _texts(self, codec: str, model: Model) -> dict[str, Any]:
+        parts: dict[str, Divergence] = {}
+        for name, text in self._plan.request.texts.items():
+
+            def progress(done: int, total: int, name: str = name) -> None:
+                self._report(codec, name, done, total)
+
+            windows = self._plan.windows
+            parts[name] = measure_divergence(
+                model, self._reference, text, **windows, progress=progress
+            )
+        if not parts:
+            return {"text": None, "texts": {}}
+        every = combine_divergences(list(parts.values()))
+        return {
+            "text": _text_figures(every),
+            "texts": {name: _text_figures(found) for name, found in parts.items()},
+        }
+
+    def _tasks(self, codec: str, model: Model) -> dict[str, Any]:
+        results = []
+        for task in self._plan.request.tasks:
+
+            def progress(done: int, total: int, name: str = task.name) -> None:
+                self._report(codec, name, done, total)
+
+            results.append(measure_task(model, task, progress))
+        groups = dict.fromkeys(result.group for result in results if result.group is not None)
+        means = [
+            mean_result(name, [each for each in results if each.group == name]) for name in groups
+        ]
+        return {
+            "tasks": {each.name: each.as_dict() for each in results},
+            "groups": {each.name: each.as_dict() for each in means},
+        }
+
+    def _decode(self, codec: str, model: Model) -> dict[str, Any]:
+        """Speed of a few short greedy texts behind one prompt, records in the page cache."""
+        spec = model.manifest.model
+        length = min(_PROMPT, spec.vocab_size, spec.max_position_embeddings // 4)
+        new = max(2, min(_NEW, spec.max_position_embeddings // 2))
+        prompt = np.random.default_rng(0).choice(spec.vocab_size, length, replace=False).tolist()
+        speeds = []
+        for number in range(_TRIALS + 1):  # the first one warms up
+            trial = run_trial(model, prompt, new, lambda: None)
+            speeds.append(trial.decode_tokens_per_second)
+            self._report(codec, "decode", number + 1, _TRIALS + 1)
+        kept = speeds[1:]
+        return {
+            "tokens_per_second": float(np.median(kept)),
+            "lowest": min(kept),
+            "highest": max(kept),
+            "trials": len(kept),
+            "new_tokens": new,
+        }
+
+    def _count_tokens(self) -> np.ndarray[Any, np.dtype[np.int64]]:
+        counts = np.zeros(self._vocabulary, np.int64)
+        for text in self._plan.request.texts.values():
+            fed = np.asarray(text_tokens(self._source, text).fed, np.int64)
+            counts += np.bincount(fed, minlength=self._vocabulary)
+        return counts
+
+    def _report(self, codec: str, stage: str, done: int, total: int) -> None:
+        self._progress(f"{codec}: {stage}", done, total)
+
+
+def open_model(path: Path, request: SweepRequest) -> Model:
+    """Load an artifact as all of a sweep are."""
+    # A reader of its own choice would measure the storage each time, and might choose otherwise.
+    return load(path, device=request.device, reader="pread", threads=request.threads)
+
+
+def table_figures(model: Model) -> dict[str, Any]:
+    """Return the sizes of a model's table.
+
+    `payload_bytes` is what the codec needs: records without padding, and the parameters all share.
+    """
+    spec, layout = model.manifest.table, model.manifest.layout
+    vocabulary = model.manifest.model.vocab_size
+    payload = vocabulary * spec.record_bytes + layout.parameters_bytes
+    rows = vocabulary * layout.layers * layout.width
+    return {
+        "file_bytes": model.manifest.files[spec.file].bytes,
+        "payload_bytes": payload,
+        "parameters_bytes": layout.parameters_bytes,
+        "bytes_per_token": spec.record_bytes,
+        "stride": spec.stride,
+        "bits_per_value": 8 * (payload - vocabulary * layout.embedding_bytes) / rows,
+    }
+
+
+def artifact_path(plan: Plan, codec: str) -> Path:
+    """Return where a codec's artifact is made."""
+    return plan.request.out / _ARTIFACTS / codec
+
+
+def remove_artifact(path: Path) -> None:
+    """Remove an artifact that the sweep made, if it is there, and its folder when it is empty."""
+    if path.is_dir():
+        shutil.rmtree(path)
+    if path.parent.is_dir() and not any(path.parent.iterdir()):
+        path.parent.rmdir()
+
+
+def _text_figures(found: Divergence) -> dict[str, Any]:
+    figures = found.as_dict()
+    del figures["tokens"]
+    return {**found.model.as_dict(), **figures}

@@ -1,0 +1,122 @@
+"""What a sweep is to measure, checked before anything is made; and the settings of a result.
+
+Two results belong on one page only if they were measured alike: `Plan.settings` holds all that
+their figures depend on, files by their digests.
+"""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import edge_memllm
+from edge_memllm.artifact import Artifact
+from edge_memllm.codecs import get_codec
+from edge_memllm.codecs.words import codec_id
+from edge_memllm.errors import RequestError
+from edge_memllm.evaluation import Task
+from edge_memllm.manifest import Manifest
+from edge_memllm.perplexity import check_windows
+
+# Codecs whose rows are as good as the network's.
+FAITHFUL = ("f32", "f16", "bf16")
+
+
+@dataclass(frozen=True)
+class SweepRequest:
+    """What is asked for. `source` is an artifact, or a checkpoint that is exported first."""
+
+    source: Path
+    out: Path
+    codecs: tuple[str, ...]  # words or ids of docs/codecs.md
+    texts: Mapping[str, str] = field(default_factory=dict)  # by name
+    tasks: tuple[Task, ...] = ()
+    reference: Path | None = None  # an artifact; None is the source
+    context: int | None = None
+    stride: int | None = None
+    search: bool = False  # try several scales for each group, for codecs that can
+    graph_weights: str | None = None  # of the artifact made of a checkpoint; None is int8
+    device: str = "cpu"
+    threads: int | None = None
+    keep: bool = False  # the artifacts
+    redo: bool = False  # measure again what was measured with other settings
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A request whose parts exist and fit together. `codecs` are ids, each once."""
+
+    request: SweepRequest
+    source: Path  # an artifact
+    reference: Path  # an artifact
+    codecs: tuple[str, ...]
+    source_codec: str
+    settings: dict[str, Any]
+
+    @property
+    def windows(self) -> dict[str, int]:
+        """The windows of perplexity, as keywords."""
+        return {name: self.settings[name] for name in ("context", "stride")}
+
+
+def make_plan(request: SweepRequest, source: Path) -> Plan:
+    """Check a request whose source is, or has become, the artifact `source`.
+
+    Raises `RequestError` for codecs that do not exist, do not fit or are named twice, a dense
+    model, a source that is quantised already, or windows that cannot be.
+    """
+    reference = source if request.reference is None else request.reference
+    manifest, digest = _manifest(source)
+    codecs = _codecs(request.codecs, manifest)
+    most = manifest.model.max_position_embeddings
+    context, stride = check_windows(request.context, request.stride, most)
+    settings = {
+        "version": edge_memllm.__version__,
+        "source": digest,
+        "reference": _manifest(reference)[1],
+        "texts": {name: _digest(text.encode()) for name, text in request.texts.items()},
+        "tasks": {task.name: _digest(repr(task).encode()) for task in request.tasks},
+        "context": context,
+        "stride": stride,
+        "search": request.search,
+        "device": request.device,
+        "threads": request.threads,
+    }
+    return Plan(request, source, reference, codecs, manifest.table.codec, settings)
+
+
+def _manifest(path: Path) -> tuple[Manifest, str]:
+    """Return an artifact's manifest and a digest of it, which covers every file."""
+    with Artifact.open(path) as artifact:
+        return artifact.manifest, _digest(artifact.manifest.to_json())
+
+
+def _codecs(words: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
+    layout, found = manifest.layout, manifest.table.codec
+    if layout.layers == 0:
+        raise RequestError("A dense model (beta 8) has no memory rows: there is nothing to sweep.")
+    if found not in FAITHFUL:
+        raise RequestError(
+            f"The source's table is stored as {found}: its error would be in every codec's rows. "
+            "Give an artifact with an f16 or f32 table, or the checkpoint."
+        )
+    ids: list[str] = []
+    for word in words:
+        try:
+            chosen = codec_id(word, layout.width)
+            replace(layout, codec=get_codec(chosen))  # says whether it fits
+        except ValueError as error:
+            raise RequestError(f"{error}") from error
+        if chosen in ids:
+            raise RequestError(f"Codec {chosen} is named twice. Name it once.")
+        ids.append(chosen)
+    if not ids:
+        raise RequestError("There is no codec to measure. Name at least one.")
+    return tuple(ids)
+
+
+def _digest(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

@@ -1,0 +1,79 @@
+"""GPTQ: codes that make up for each other's rounding, judged by what a matrix is fed.
+
+Rounding to nearest keeps every weight close. What counts is the output, and the error that one
+column makes there can be taken back by the columns rounded after it. With M = X^T X / n of a
+matrix's inputs X, the error of a row w is (w - v) M (w - v)^T, v being the row that codes and
+scales stand for. Frantar et al., GPTQ (ICLR 2023), round the columns one by one, the largest inputs
+first, each after the errors so far have been carried over to it. The carrying is written here as
+feedback through a factor of M, which is the same (Chee et al., QuIP, 2023, theorem 6) and needs
+no inverse. Scales are those of rounding to nearest. It knows numpy, no networks and no graphs.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+
+# A share of the mean square input is added to all: calibration text does not hold all there is.
+_DAMPING = 0.01
+_STRIDE = 64  # columns whose errors are carried among themselves before they are to all others
+
+
+class Feedback:
+    """Chooses the codes of matrices that read the same inputs; a ``quantizer.ChooseCodes``.
+
+    ``moment`` is M, float32 [K, K], symmetric.
+    """
+
+    def __init__(self, moment: np.ndarray, bits: int, block: int) -> None:
+        self._limit = 2 ** (bits - 1)
+        self._block = block
+        moment = _widened(damped(moment), block)
+        self._order = np.argsort(-moment.diagonal(), kind="stable")
+        # M = U D U^T with U unit upper triangular, out of the lower factor of M turned around.
+        turned = self._order[::-1]
+        factor = np.linalg.cholesky(moment[turned[:, None], turned])[::-1, ::-1]
+        self._powers = np.square(factor.diagonal())[:, None]  # D [K, 1]
+        # U^T: row k takes the errors of the columns before k.
+        self._carry = np.ascontiguousarray((factor / factor.diagonal()).T)
+
+    def __call__(self, weight: np.ndarray, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Signed codes [n, K]; a row whose error would not shrink keeps its nearest codes."""
+        # Transposed: a column of the matrix is worked on as one run of memory.
+        columns, rounded = weight.T[self._order], nearest.T[self._order]
+        steps = scales.T[self._order // self._block]
+        codes, error = self._round(columns, steps)
+        carried = self._carry @ (columns - rounded * steps)
+        before = (self._powers * np.square(carried)).sum(axis=0)
+        chosen = np.empty_like(codes)
+        chosen[self._order] = np.where(error < before, codes, rounded)
+        return chosen.T
+
+    def _round(self, columns: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [K, n] of columns [K, n] with their steps, and the error of each row [n]."""
+        # The inverse of a subnormal step would be infinite; such a block is zero.
+        usable = np.abs(steps) >= np.finfo(np.float32).tiny
+        inverse = np.divide(1, steps, out=np.zeros_like(steps), where=usable)
+        codes, missed, wanted = np.empty_like(columns), np.empty_like(columns), columns.copy()
+        for start in range(0, len(columns), _STRIDE):
+            stop = min(start + _STRIDE, len(columns))
+            wanted[start:stop] += self._carry[start:stop, :start] @ missed[:start]
+            for k in range(start, stop):
+                np.rint(wanted[k] * inverse[k], out=codes[k])
+                np.clip(codes[k], -self._limit, self._limit - 1, out=codes[k])
+                np.subtract(columns[k], codes[k] * steps[k], out=missed[k])
+                wanted[k + 1 : stop] += self._carry[k + 1 : stop, k, None] * missed[k]
+        return codes, (self._powers * np.square(wanted - codes * steps)).sum(axis=0)
+
+
+def damped(moment: np.ndarray) -> np.ndarray:
+    """M as errors are judged by: with a little of every input, and one for those always zero."""
+    power = moment.diagonal()
+    return moment + np.diag(np.where(power > 0, _DAMPING * power.mean(), np.float32(1)))
+
+
+def _widened(moment: np.ndarray, block: int) -> np.ndarray:
+    """M with inputs added up to a whole number of blocks; their weights are zero."""
+    width = len(moment)
+    wide = np.eye(-(-width // block) * block, dtype=np.float32)
+    wide[:width, :width] = moment
+    return wide
