@@ -3,8 +3,8 @@ r"""What each form of the graph's matrices costs: size, export, KL divergence an
 Every artifact has an f16 table, so the graph is the only difference to the checkpoint. Lines are
 appended to OUT as they come and are not measured twice.
 
-    python benchmarks/graph_weights.py examples/tiny-english weights.jsonl --text wiki.txt novels.txt \
-        --blocks 32 128 --methods rtn gptq
+    python benchmarks/graph_weights.py examples/tiny-english weights.jsonl \
+        --text wiki.txt novels.txt --blocks 32 128 --methods rtn gptq
 """
 
 from __future__ import annotations
