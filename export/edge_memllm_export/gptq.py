@@ -27,14 +27,19 @@ class Feedback:
     def __init__(self, moment: np.ndarray, bits: int, block: int) -> None:
         self._limit = 2 ** (bits - 1)
         self._block = block
-        moment = _widened(damped(moment), block)
-        self._order = np.argsort(-moment.diagonal(), kind="stable")
+        wide = _widened(damped(moment), block)
+        self._order = np.argsort(-wide.diagonal(), kind="stable")
         # M = U D U^T with U unit upper triangular, out of the lower factor of M turned around.
+        # Each of these is as large as M, so none is kept longer than needed.
         turned = self._order[::-1]
-        factor = np.linalg.cholesky(moment[turned[:, None], turned])[::-1, ::-1]
-        self._powers = np.square(factor.diagonal())[:, None]  # D [K, 1]
+        wide = wide[turned[:, None], turned]
+        factor = np.linalg.cholesky(wide)
+        del wide
+        roots = factor.diagonal().copy()
+        factor /= roots
+        self._powers = np.square(roots[::-1, None])  # D [K, 1]
         # U^T: row k takes the errors of the columns before k.
-        self._carry = np.ascontiguousarray((factor / factor.diagonal()).T)
+        self._carry = np.ascontiguousarray(factor[::-1, ::-1].T)
 
     def __call__(self, weight: np.ndarray, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
         """Signed codes [n, K]; a row whose error would not shrink keeps its nearest codes."""
@@ -68,12 +73,16 @@ class Feedback:
 def damped(moment: np.ndarray) -> np.ndarray:
     """M as errors are judged by: with a little of every input, and one for those always zero."""
     power = moment.diagonal()
-    return moment + np.diag(np.where(power > 0, _DAMPING * power.mean(), np.float32(1)))
+    out = moment.copy()
+    np.fill_diagonal(out, power + np.where(power > 0, _DAMPING * power.mean(), np.float32(1)))
+    return out
 
 
 def _widened(moment: np.ndarray, block: int) -> np.ndarray:
     """M with inputs added up to a whole number of blocks; their weights are zero."""
     width = len(moment)
+    if width % block == 0:
+        return moment
     wide = np.eye(-(-width // block) * block, dtype=np.float32)
     wide[:width, :width] = moment
     return wide
