@@ -45,6 +45,7 @@ check: setup  ## format, lint, types, generated documents
 	$(BIN)/mypy
 	$(BIN)/python docs/cli_reference.py --check
 	$(BIN)/python docs/roofline.py --check
+	$(BIN)/python -m benchmarks.paper page --check
 
 # One arithmetic thread per worker: several pools on few cores only wait for each other.
 pytest: setup  ## the tests alone

@@ -18,7 +18,7 @@ import torch
 
 from edge_memllm.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.quality import default_text
+from edge_memllm_export.texts import default_text
 
 _RESCORED = 64  # the most promising rows are finished first: their best logit is the bar
 

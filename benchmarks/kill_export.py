@@ -116,7 +116,7 @@ def main() -> int:
     parser.add_argument("--kills", type=int, default=50)
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    SPAWN.set_forkserver_preload(["edge_memllm_export"])
+    SPAWN.set_forkserver_preload(["edge_memllm_export.exporter"])
     with tempfile.TemporaryDirectory() as work:
         counts = kill_exports(arguments.checkpoint, Path(work), arguments.kills, arguments.seed)
     print(json.dumps(counts))

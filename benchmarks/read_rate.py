@@ -29,6 +29,7 @@ from typing import Any
 from edge_memllm.artifact import Artifact
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.readers import Region, open_reader
+from edge_memllm.record_places import record_region
 from edge_memllm.records import RecordBuffer, RecordLayout
 
 BATCHES = (64, 512)
@@ -48,8 +49,8 @@ class Storage:
         manifest = artifact.manifest
         table = manifest.table
         self.layout: RecordLayout = manifest.layout
-        self.region = Region(
-            table.records_offset, table.stride, table.record_bytes, manifest.model.vocab_size
+        self.region = record_region(
+            self.layout, manifest.model.vocab_size, table.records_offset, table.record_bytes
         )
         self._folder = folder
         # fio's list of reads has no way to quote, so the path must be a simple one.

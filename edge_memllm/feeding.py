@@ -122,10 +122,9 @@ class Feeder:
         if self._buffer.capacity < len(distinct):
             self._buffer = RecordBuffer(self._table.layout, len(distinct))
         start = perf_counter()
-        reads = self._table.fetch(distinct, self._buffer)
+        fetched = self._table.fetch(distinct, self._buffer)
         self.costs.wait_seconds += perf_counter() - start
-        self.costs.reads += reads
-        self.costs.records_read += len(distinct)
+        self.costs.note_records(len(distinct), fetched)
         logits = self._runtime.step(
             self._buffer, len(distinct), index.reshape(shape), self.cache, wanted
         )

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_memllm.manifest import Manifest
+from edge_memllm.record_places import PLACE_BYTES
 from edge_memllm.records import CHECKSUM_BYTES, EMBEDDING_DTYPES
 
 # Tokens of one prefill step: more is a little faster and takes memory in proportion.
@@ -110,14 +111,17 @@ def memory_items(
     on lie elsewhere, on a device.
     """
     tokenizer = manifest.files.get("tokenizer.json")
-    records = min(choices.prefill_chunk, manifest.model.vocab_size)
+    vocabulary = manifest.model.vocab_size
+    places = 0 if manifest.table.classes is None else vocabulary * PLACE_BYTES
+    records = min(choices.prefill_chunk, vocabulary)
     staging = _STAGING_BUFFERS * records * manifest.layout.buffer_bytes
     work = choices.prefill_chunk * _work_bytes(manifest)
     items = [
         Item("interpreter and libraries", base_bytes),
         *([_graph_item(manifest, packed=choices.packed)] if graph else []),
         Item("tokenizer", tokenizer.bytes * _TOKENIZER_FACTOR if tokenizer else 0),
-        Item("checksums of the table's records", manifest.model.vocab_size * CHECKSUM_BYTES),
+        Item("checksums of the table's records", vocabulary * CHECKSUM_BYTES),
+        Item("places of the table's records", places),
         Item("parameters of the table's codec, widened", 2 * manifest.layout.parameters_bytes),
         Item("table in memory", _records_bytes(manifest) if choices.reader == "ram" else 0),
         Item("record cache", choices.record_cache, at_load=False),
@@ -175,13 +179,14 @@ def _graph_item(manifest: Manifest, *, packed: bool) -> Item:
 
 
 def _work_bytes(manifest: Manifest) -> int:
-    """Bytes that a step works on, for each of its tokens."""
+    """Bytes that a step works on, for each of its tokens: every layer's memory, and the rest."""
     model = manifest.model
-    return (model.memory_layers + _WORK_FACTOR) * model.hidden_size * _value_bytes(manifest)
+    memories = model.num_hidden_layers if model.memory_layers else 0
+    return (memories + _WORK_FACTOR) * model.hidden_size * _value_bytes(manifest)
 
 
 def _records_bytes(manifest: Manifest) -> int:
-    return manifest.model.vocab_size * manifest.table.stride
+    return manifest.layout.records_bytes(manifest.model.vocab_size)
 
 
 def _value_bytes(manifest: Manifest) -> int:

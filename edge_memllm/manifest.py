@@ -12,6 +12,7 @@ from dataclasses import asdict, dataclass, fields
 from typing import get_args
 
 from edge_memllm.codecs import get_codec
+from edge_memllm.codecs.allocation import MOST_CLASSES, TokenClass
 from edge_memllm.codecs.codec import Wire
 from edge_memllm.errors import ArtifactError
 from edge_memllm.records import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
@@ -55,11 +56,7 @@ class ModelSpec:
     bos_token_id: int | None
     eos_token_ids: tuple[int, ...]
     memory_gain: tuple[float, ...]  # one per layer
-
-    @property
-    def memory_layers(self) -> int:
-        """Layers that have memory rows: all, or none for the dense model (beta 8)."""
-        return 0 if self.beta == 8 else self.num_hidden_layers
+    memory_layers: int  # rows of a token: one per layer, one for all, none for beta 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,6 +72,7 @@ class TableSpec:
     records_offset: int
     checksums_sha256: str
     parameters_sha256: str | None  # of the codec's parameters, if it has some
+    classes: tuple[TokenClass, ...] | None  # whose records differ in form, if any do
 
 
 @dataclass(frozen=True, slots=True)
@@ -111,10 +109,13 @@ class Manifest:
     @property
     def layout(self) -> RecordLayout:
         """The layout of the table's records."""
+        codec = get_codec(self.table.codec)
+        if self.table.classes is not None:
+            codec = codec.with_classes(self.table.classes)
         return RecordLayout(
             layers=self.model.memory_layers,
             width=self.model.hidden_size,
-            codec=get_codec(self.table.codec),
+            codec=codec,
             embedding_dtype=self.table.embedding_dtype,
             alignment=self.table.alignment,
         )
@@ -165,12 +166,15 @@ def _check_version(content: dict[str, object], where: str) -> int:
 
 
 def _complete_version_1(content: dict[str, object]) -> None:
-    """Add what version 1 left unsaid: keys and values in the compute dtype, no parameters."""
-    graph, table = content.get("graph"), content.get("table")
+    """Add what version 1 left unsaid: keys and values in the compute dtype, nothing shared."""
+    model, graph, table = (content.get(part) for part in ("model", "graph", "table"))
+    if isinstance(model, dict) and "num_hidden_layers" in model:
+        rows = 0 if model.get("beta") == 8 else model["num_hidden_layers"]
+        content["model"] = {"memory_layers": rows, **model}
     if isinstance(graph, dict) and "kv_dtype" not in graph and "compute_dtype" in graph:
         content["graph"] = {**graph, "kv_dtype": graph["compute_dtype"]}
-    if isinstance(table, dict) and "parameters_sha256" not in table:
-        content["table"] = {**table, "parameters_sha256": None}
+    if isinstance(table, dict):
+        content["table"] = {"parameters_sha256": None, "classes": None, **table}
 
 
 def _parse_model(value: object, where: str) -> ModelSpec:
@@ -189,6 +193,7 @@ def _parse_model(value: object, where: str) -> ModelSpec:
         bos_token_id=model.optional_integer("bos_token_id", 0, vocab_size - 1),
         eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
         memory_gain=model.numbers("memory_gain", 1e6),
+        memory_layers=model.integer("memory_layers", 0, _MAX_LAYERS),
     )
 
 
@@ -204,6 +209,20 @@ def _parse_table(value: object, where: str) -> TableSpec:
         records_offset=table.integer("records_offset", 1, _MAX_FILE_BYTES),
         checksums_sha256=table.text("checksums_sha256", _DIGEST, "64 hex digits"),
         parameters_sha256=table.optional_text("parameters_sha256", _DIGEST, "64 hex digits"),
+        classes=_parse_classes(table.optional_items("classes", MOST_CLASSES), f"{where}: classes"),
+    )
+
+
+def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, ...] | None:
+    if items is None:
+        return None
+    classes = [Fields(item, where, _names(TokenClass)) for item in items]
+    return tuple(
+        TokenClass(
+            tokens=each.integer("tokens", 1, _MAX_VOCABULARY),
+            layers=each.texts("layers", _CODEC, "a codec id"),
+        )
+        for each in classes
     )
 
 
@@ -249,6 +268,12 @@ def _check_model(model: ModelSpec, where: str) -> None:
             f"{where}: memory_gain has {len(model.memory_gain)} values, expected one for each "
             f"of {model.num_hidden_layers} layers."
         )
+    counts = (0,) if model.beta == 8 else (model.num_hidden_layers, 1)
+    if model.memory_layers not in counts:
+        raise ArtifactError(
+            f"{where}: memory_layers is {model.memory_layers}, expected "
+            f"{' or '.join(map(str, counts))} for beta {model.beta}."
+        )
 
 
 def _check_table(manifest: Manifest, where: str) -> None:
@@ -257,6 +282,9 @@ def _check_table(manifest: Manifest, where: str) -> None:
         layout = manifest.layout
     except (ArtifactError, ValueError) as error:
         raise ArtifactError(f"{where}: {error}") from None
+    if table.classes is not None:
+        tokens = sum(each.tokens for each in table.classes)
+        _expect_equal(where, "the number of tokens", tokens, manifest.model.vocab_size)
     if (table.parameters_sha256 is None) != (layout.parameters_bytes == 0):
         raise ArtifactError(
             f"{where}: parameters_sha256 is {table.parameters_sha256!r}, codec {table.codec} has "

@@ -86,7 +86,7 @@ def plan_memory(
         host = memory_items(manifest, choices, base, graph=False)
         _left("memory_limit", memory_limit, host, [], _CUDA_ADVICE)
         fixed = cuda_items(manifest, choices.prefill_chunk)
-        records = choices.prefill_chunk * manifest.table.record_bytes * _CUDA_ROUNDING
+        records = choices.prefill_chunk * manifest.layout.fed_bytes * _CUDA_ROUNDING
         beside = [Item("records of a prefill step", records)]
         doubled = Item(f"{first.what}, twice: rounded up", first.bytes * _CUDA_ROUNDING)
         left = _left("vram_limit", vram_limit, [*fixed, *beside], [doubled], _CUDA_ADVICE)

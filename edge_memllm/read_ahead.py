@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.records import RecordBuffer
 from edge_memllm.statistics import StepCosts
-from edge_memllm.table import Table
+from edge_memllm.table import Fetched, Table
 
 Ids = NDArray[np.int64]
 
@@ -42,9 +42,9 @@ class ChunkReader:
     def read(self, tokens: Sequence[int], place: int = 0) -> Chunk:
         """Read the records of one chunk into the buffer number `place`, waiting for them."""
         start = perf_counter()
-        chunk, reads = self._fetch(tokens, place)
+        chunk, fetched = self._fetch(tokens, place)
         self._costs.wait_seconds += perf_counter() - start
-        self._count(chunk, reads)
+        self._costs.note_records(chunk.distinct, fetched)
         return chunk
 
     def chunks(self, tokens: Sequence[int], size: int) -> Generator[Chunk, None, None]:
@@ -63,8 +63,8 @@ class ChunkReader:
                 yield chunk
             finally:
                 self._wait_for(coming)
-            chunk, reads = coming.result()
-            self._count(chunk, reads)
+            chunk, fetched = coming.result()
+            self._costs.note_records(chunk.distinct, fetched)
         yield chunk
 
     def drop_buffers(self) -> None:
@@ -77,22 +77,18 @@ class ChunkReader:
             self._helper.shutdown(cancel_futures=True)
             self._helper = None
 
-    def _fetch(self, tokens: Sequence[int], place: int) -> tuple[Chunk, int]:
+    def _fetch(self, tokens: Sequence[int], place: int) -> tuple[Chunk, Fetched]:
         distinct, index = number_distinct(tokens)
         buffer = self._buffers.get(place)
         if buffer is None or buffer.capacity < len(distinct):
             buffer = self._buffers[place] = RecordBuffer(self._table.layout, len(distinct))
-        reads = self._table.fetch(distinct, buffer)
-        return Chunk(buffer, len(distinct), index), reads
+        fetched = self._table.fetch(distinct, buffer)
+        return Chunk(buffer, len(distinct), index), fetched
 
-    def _wait_for(self, coming: Future[tuple[Chunk, int]]) -> None:
+    def _wait_for(self, coming: Future[tuple[Chunk, Fetched]]) -> None:
         start = perf_counter()
         wait([coming])
         self._costs.wait_seconds += perf_counter() - start
-
-    def _count(self, chunk: Chunk, reads: int) -> None:
-        self._costs.records_read += chunk.distinct
-        self._costs.reads += reads
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._helper is None:

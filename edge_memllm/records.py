@@ -2,13 +2,14 @@
 
     embedding of D values | scales of all layers | codes of all layers | zeros up to the stride
 
-A codec with a coarse part has it in front: its record is the start of the whole one. Knows codecs
+A codec with a coarse part has it in front: its record is the start of the whole one. Where classes
+of tokens differ, records of one class are alike and lie together, class after class. Knows codecs
 and numpy; knows nothing of files, manifests or models.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64
 
 from edge_memllm.codecs.codec import Codec, Floats
+from edge_memllm.codecs.wire import decode_wire
 
 EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
@@ -30,7 +32,7 @@ WireArrays = dict[str, NDArray[Any]]
 
 @dataclass(frozen=True, slots=True)
 class RecordLayout:
-    """The byte layout shared by all records of a table.
+    """The byte layout shared by all records of a table, or the largest of several `variants`.
 
     `layers` counts the layers that have memory rows: 0 for the dense model, whose codec is "none".
     Raises `ValueError` for values that do not fit together.
@@ -83,6 +85,25 @@ class RecordLayout:
         return -(-self.record_bytes // self.alignment) * self.alignment
 
     @property
+    def variants(self) -> tuple[RecordLayout, ...]:
+        """The layout of each class of tokens; this one alone where all records are alike."""
+        if self.codec.classes is None:
+            return (self,)
+        return tuple(replace(self, codec=codec) for codec in self.codec.variants)
+
+    def counts(self, vocab_size: int) -> tuple[int, ...]:
+        """Return how many tokens each variant has."""
+        classes = self.codec.classes
+        return (vocab_size,) if classes is None else tuple(each.tokens for each in classes)
+
+    def stored_order(self, vocab_size: int) -> NDArray[np.int64]:
+        """Return all token ids in the order of their records: class by class, then by id."""
+        class_of = self.codec.class_of
+        if class_of is None:
+            return np.arange(vocab_size)
+        return np.argsort(class_of, kind="stable")
+
+    @property
     def coarse(self) -> RecordLayout | None:
         """The layout of the front part that can be read alone, if there is one."""
         codec = self.codec.coarse
@@ -104,15 +125,36 @@ class RecordLayout:
 
         The embedding is fed as it is stored.
         """
-        if not self.codec.transcodes:
-            return self.record_bytes
+        stored = self.embedding_bytes + sum(self.widest)
+        return stored + self.fed_bytes - self.embedding_bytes if self.codec.transcodes else stored
+
+    @property
+    def fed_bytes(self) -> int:
+        """Bytes that the graph is fed per record."""
         fed = self.codec.wire_sizes(self.layers, self.width)
-        return self.record_bytes + fed.scales_bytes + fed.codes_bytes
+        return self.embedding_bytes + fed.scales_bytes + fed.codes_bytes
+
+    @property
+    def widest(self) -> tuple[int, int]:
+        """The most bytes of scales, and the most bytes of codes, that any record has."""
+        sizes = [each.codec.sizes(self.layers, self.width) for each in self.variants]
+        return max(each.scales_bytes for each in sizes), max(each.codes_bytes for each in sizes)
+
+    def records_bytes(self, vocab_size: int) -> int:
+        """Bytes of all records, padding included."""
+        counts = self.counts(vocab_size)
+        return sum(count * each.stride for count, each in zip(counts, self.variants, strict=True))
+
+    def payload_bytes(self, vocab_size: int) -> int:
+        """Bytes of what the codec needs: records without padding, and the parameters."""
+        counts = self.counts(vocab_size)
+        records = zip(counts, self.variants, strict=True)
+        return sum(count * each.record_bytes for count, each in records) + self.parameters_bytes
 
     def table_bytes(self, vocab_size: int) -> int:
         """Bytes of a table file from the first record on: records, checksums, parameters."""
-        each = self.stride + self.checksums * CHECKSUM_BYTES
-        return vocab_size * each + self.parameters_bytes
+        checksums = vocab_size * self.checksums * CHECKSUM_BYTES
+        return self.records_bytes(vocab_size) + checksums + self.parameters_bytes
 
     def with_parameters(self, parameters: bytes) -> RecordLayout:
         """Return this layout with its codec's parameters. Raises `ValueError` for wrong ones."""
@@ -124,37 +166,45 @@ class RecordBuffer:
     """Room for `capacity` records, allocated once; reads scatter into it without a copy.
 
     Where the stored form is not what the graph is fed, there is room for both, and `transcode`
-    fills one from the other. The views it returns share its memory: they are valid until the next
-    read into the buffer.
+    fills one from the other; decoding starts from what the graph is fed as well. The views it
+    returns share its memory: they are valid until the next read into the buffer.
     """
 
     def __init__(self, layout: RecordLayout, capacity: int) -> None:
         self.layout = layout
         self.capacity = capacity
+        scales_bytes, codes_bytes = layout.widest
         self._embedding = np.zeros((capacity, layout.embedding_bytes), np.uint8)
-        self._scales = np.zeros((capacity, layout.scales_bytes), np.uint8)
-        self._codes = np.zeros((capacity, layout.codes_bytes), np.uint8)
+        self._scales = np.zeros((capacity, scales_bytes), np.uint8)
+        self._codes = np.zeros((capacity, codes_bytes), np.uint8)
         self._wire_scales, self._wire_codes = self._scales, self._codes
         if layout.codec.transcodes:
             fed = layout.codec.wire_sizes(layout.layers, layout.width)
             self._wire_scales = np.zeros((capacity, fed.scales_bytes), np.uint8)
             self._wire_codes = np.zeros((capacity, fed.codes_bytes), np.uint8)
-        used = [part for part in (self._embedding, self._scales, self._codes) if part.shape[1]]
-        self._parts = [[part[slot].data for part in used] for slot in range(capacity)]
+        variants = layout.variants
+        self._codecs = [each.codec for each in variants]
+        self._sizes = [(each.scales_bytes, each.codes_bytes) for each in variants]
+        self._parts = [self._parts_of(*sizes) for sizes in self._sizes]
 
-    def parts(self, slot: int) -> list[memoryview]:
-        """Return the writable byte ranges of one record, in record order."""
-        return self._parts[slot]
+    def parts(self, slot: int, variant: int = 0) -> list[memoryview]:
+        """Return the writable byte ranges of one record of a variant, in record order."""
+        return self._parts[variant][slot]
 
-    def transcode(self, count: int) -> None:
-        """Bring the first `count` records into the form the graph is fed, if they are not in it."""
-        if self.layout.codec.transcodes:
-            self.layout.codec.transcode(
-                self._scales[:count],
-                self._codes[:count],
-                self._wire_scales[:count],
-                self._wire_codes[:count],
-            )
+    def transcode(self, count: int, variants: Sequence[int] | None = None) -> None:
+        """Bring the first `count` records into the form the graph is fed, if they are not in it.
+
+        In slot i is a record of the variant `variants[i]`; None where there is only one.
+        """
+        if not self.layout.codec.transcodes:
+            return
+        found = [0] if variants is None else sorted(set(variants))
+        if len(found) == 1:
+            self._transcode(slice(count), found[0])
+            return
+        each = np.array(variants)
+        for variant in found:
+            self._transcode(np.flatnonzero(each == variant), variant)
 
     def embedding(self, count: int) -> NDArray[Any]:
         """Return the embeddings of the first `count` records, [count, D] in their stored dtype."""
@@ -176,8 +226,27 @@ class RecordBuffer:
     def rows(self, count: int) -> Floats:
         """Return the decoded rows of the first `count` records, float32 [count, L, D]."""
         layout = self.layout
-        scales, codes = self._scales[:count], self._codes[:count]
-        return layout.codec.decode(scales, codes, layout.layers, layout.width)
+        scales, codes = self._wire_scales[:count], self._wire_codes[:count]
+        rows = decode_wire(layout.codec.wire, scales, codes, layout.codec.group)
+        return rows.reshape(count, layout.layers, layout.width)
+
+    def _parts_of(self, scales_bytes: int, codes_bytes: int) -> list[list[memoryview]]:
+        """Return the parts of every slot, for a variant with that much in them."""
+        room = (self._embedding, self._scales[:, :scales_bytes], self._codes[:, :codes_bytes])
+        used = [part for part in room if part.shape[1]]
+        return [[part[slot].data for part in used] for slot in range(self.capacity)]
+
+    def _transcode(self, slots: slice | NDArray[np.int64], variant: int) -> None:
+        scales_bytes, codes_bytes = self._sizes[variant]
+        wire_scales, wire_codes = self._wire_scales[slots], self._wire_codes[slots]
+        self._codecs[variant].transcode(
+            self._scales[slots, :scales_bytes],
+            self._codes[slots, :codes_bytes],
+            wire_scales,
+            wire_codes,
+        )
+        if not isinstance(slots, slice):  # scattered slots were copied
+            self._wire_scales[slots], self._wire_codes[slots] = wire_scales, wire_codes
 
 
 def checksum_seed(identity: str) -> int:

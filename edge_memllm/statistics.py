@@ -12,7 +12,7 @@ from time import perf_counter
 from typing import Any
 
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.table import Table
+from edge_memllm.table import Fetched, Table
 
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_bytes"}
@@ -68,7 +68,14 @@ class StepCosts:
     accepted_tokens: int = 0
     records_read: int = 0  # fetched, some perhaps from a record cache
     reads: int = 0
+    bytes_read: int = 0  # of records that were not in the record cache
     kv_bytes: int = 0
+
+    def note_records(self, count: int, fetched: Fetched) -> None:
+        """Count records that were fetched."""
+        self.records_read += count
+        self.reads += fetched.reads
+        self.bytes_read += fetched.bytes
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,15 +127,14 @@ class Meter:
         """Return what was measured so far."""
         costs, memory = self.costs, process_memory()
         fed = costs.prefill_tokens + costs.decode_tokens
-        bytes_read = self._records_read() * self._table.layout.record_bytes
         return GenerationStatistics(
             prompt_tokens=costs.prefill_tokens,
             completion_tokens=self._tokens,
             time_to_first_token_seconds=self._first_token_seconds,
             prefill_tokens_per_second=rate(costs.prefill_tokens, costs.prefill_seconds),
             decode_tokens_per_second=rate(costs.decode_tokens, costs.decode_seconds),
-            table_bytes_read=bytes_read,
-            table_bytes_read_per_token=bytes_read / max(1, fed),
+            table_bytes_read=costs.bytes_read,
+            table_bytes_read_per_token=costs.bytes_read / max(1, fed),
             reads_per_token=costs.reads / max(1, fed),
             record_wait_seconds=costs.wait_seconds,
             draft_tokens=costs.draft_tokens,
@@ -140,12 +146,6 @@ class Meter:
             device=self._runtime.device,
             reader=self._table.reader_name,
         )
-
-    def _records_read(self) -> int:
-        """Return how many records were read: with a record cache, at least one read for each."""
-        costs, table = self.costs, self._table.statistics
-        cached = table.cache_hits or table.cache_misses
-        return min(costs.records_read, costs.reads) if cached else costs.records_read
 
 
 def rate(count: int, seconds: float) -> float | None:

@@ -98,12 +98,22 @@ class Fields:
         """Return a list of finite numbers no larger than `limit` in magnitude, as floats."""
         return tuple(self._number(key, item, limit) for item in self._list(key))
 
+    def texts(self, key: str, pattern: Pattern[str], meaning: str) -> tuple[str, ...]:
+        """Return a list of strings, each as `text` returns one."""
+        return tuple(self._text(key, item, pattern, meaning) for item in self._list(key))
+
+    def optional_items(self, key: str, most: int) -> list[object] | None:
+        """Return a list of at most `most` values that the caller checks, or None for null."""
+        if self._value[key] is None:
+            return None
+        items = self._list(key)
+        if len(items) > most:
+            self._refuse(key, items, f"null or a list of at most {most}")
+        return items
+
     def text(self, key: str, pattern: Pattern[str], meaning: str) -> str:
         """Return a string that `pattern` matches whole; `meaning` says in words what it is."""
-        value = self._value[key]
-        if not isinstance(value, str) or not pattern.fullmatch(value):
-            self._refuse(key, value, meaning)
-        return value
+        return self._text(key, self._value[key], pattern, meaning)
 
     def optional_text(self, key: str, pattern: Pattern[str], meaning: str) -> str | None:
         """Return a string as `text` does, or None for null."""
@@ -132,6 +142,11 @@ class Fields:
     def _integer(self, key: str, value: object, low: int, high: int) -> int:
         if type(value) is not int or not low <= value <= high:
             self._refuse(key, value, f"an integer from {low} to {high}")
+        return value
+
+    def _text(self, key: str, value: object, pattern: Pattern[str], meaning: str) -> str:
+        if not isinstance(value, str) or not pattern.fullmatch(value):
+            self._refuse(key, value, meaning)
         return value
 
     def _number(self, key: str, value: object, limit: float) -> float:

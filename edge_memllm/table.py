@@ -10,7 +10,7 @@ import hashlib
 import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, NamedTuple, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,10 @@ from edge_memllm.artifact import Artifact
 from edge_memllm.codecs.codec import Floats
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError, StorageError
 from edge_memllm.manifest import Manifest
-from edge_memllm.readers import Reader, Region, open_reader
+from edge_memllm.readers import Reader, open_reader
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.record_cache import RecordCache
+from edge_memllm.record_places import Places, record_places, record_region
 from edge_memllm.records import (
     CHECKSUM_BYTES,
     RecordBuffer,
@@ -45,6 +46,13 @@ class TableStatistics:
     cache_misses: int = 0
 
 
+class Fetched(NamedTuple):
+    """What one fetch took."""
+
+    reads: int  # of storage, as the system was asked for them
+    bytes: int  # of the records that were not in the record cache
+
+
 class Table:
     """The open table of an artifact. Thread-safe, as long as each thread has its own buffer."""
 
@@ -53,6 +61,7 @@ class Table:
         manifest: Manifest,
         where: str,
         layout: RecordLayout,
+        places: Places,
         checksums: NDArray[Any],
         reader: Reader,
         cache: RecordCache | None = None,
@@ -62,9 +71,8 @@ class Table:
         self.reader_reason = reader.reason  # "asked for", or why "auto" chose it
         self._where = where
         self._vocab_size = manifest.model.vocab_size
-        self._start = manifest.table.records_offset
-        self._stride = manifest.table.stride
-        self._record_bytes = layout.record_bytes
+        self._places = places
+        self._record_bytes = [each.record_bytes for each in layout.variants]
         self._seed = checksum_seed(manifest.model.identity)
         self._checksums = checksums.data
         self._reader = reader
@@ -72,6 +80,7 @@ class Table:
         self._closed = False
         self._lock = threading.Lock()
         self._records_read = 0
+        self._bytes_read = 0
         self._reads = 0
         self._hits = 0
 
@@ -104,23 +113,28 @@ class Table:
         whole, checksums = _read_checked(artifact.open_file(table.file), manifest, where)
         layout = _layout_of(whole, quality)
         column = 0 if quality == "coarse" else -1
-        region = Region(table.records_offset, table.stride, size, manifest.model.vocab_size)
+        vocabulary, start = manifest.model.vocab_size, table.records_offset
+        places = record_places(whole, vocabulary, start)
+        region = record_region(whole, vocabulary, start, layout.record_bytes)
         file = artifact.open_file(table.file)
         opened = open_reader(reader, file, where, region, cached=cache is not None)
-        return cls(manifest, where, layout, checksums[:, column].copy(), opened, cache)
+        return cls(manifest, where, layout, places, checksums[:, column].copy(), opened, cache)
 
     @property
     def statistics(self) -> TableStatistics:
         """What was read so far."""
         with self._lock:
             records = self._records_read
-            return TableStatistics(
-                records,
-                records * self._record_bytes,
-                self._reads,
-                self._hits,
-                0 if self._cache is None else records,
-            )
+            misses = 0 if self._cache is None else records
+            return TableStatistics(records, self._bytes_read, self._reads, self._hits, misses)
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """Return where the record of a token of the vocabulary begins in the file, and its bytes.
+
+        For coarse quality, the bytes of its front part.
+        """
+        (offset,), (variant,) = self._places([token])
+        return offset, self._record_bytes[variant]
 
     def announce(self, ids: Iterable[int]) -> None:
         """Say that the records of `ids` will be fetched soon.
@@ -132,33 +146,41 @@ class Table:
             return
         known = () if self._cache is None else self._cache
         wanted = [each for each in ids if 0 <= each < self._vocab_size and each not in known]
-        self._reader.announce([self._offset(each) for each in wanted], self._record_bytes)
+        offsets: dict[int, list[int]] = {}
+        for offset, size in map(self.locate, wanted):
+            offsets.setdefault(size, []).append(offset)
+        for size, places in offsets.items():
+            self._reader.announce(places, size)
 
-    def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> int:
+    def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> Fetched:
         """Put the record of `ids[i]` into slot i of `buffer`: from the cache, or read and verified.
 
         What the graph is fed is made from it here, on the thread that reads. `ids` is [U],
-        distinct. Returns the number of reads from storage. Raises `RequestError` for an id that
+        distinct. Returns how much was read from storage. Raises `RequestError` for an id that
         is not in the vocabulary or more ids than the buffer holds, `CorruptionError` for a
         damaged record and `StorageError` when reading fails; the buffer's content is then
         undefined.
         """
         tokens: list[int] = ids.tolist()
         self._check(tokens, buffer)
-        missing = list(range(len(tokens))) if self._cache is None else self._load(tokens, buffer)
-        missing.sort(key=tokens.__getitem__)  # the order on storage
+        offsets, variants = self._places(tokens)
+        parts = [buffer.parts(slot, variant) for slot, variant in enumerate(variants)]
+        missing = list(range(len(tokens))) if self._cache is None else self._load(tokens, parts)
+        missing.sort(key=offsets.__getitem__)  # the order on storage
         reads = 0
         if missing:
-            offsets = [self._offset(tokens[slot]) for slot in missing]
-            reads = self._reader.read(offsets, [buffer.parts(slot) for slot in missing])
+            targets = [parts[slot] for slot in missing]
+            reads = self._reader.read([offsets[slot] for slot in missing], targets)
         for slot in missing:
-            self._take_in(tokens[slot], buffer.parts(slot))
-        buffer.transcode(len(tokens))
+            self._take_in(tokens[slot], parts[slot])
+        buffer.transcode(len(tokens), variants)
+        fetched = Fetched(reads, sum([self._record_bytes[variants[slot]] for slot in missing]))
         with self._lock:
             self._records_read += len(missing)
+            self._bytes_read += fetched.bytes
             self._reads += reads
             self._hits += len(tokens) - len(missing)
-        return reads
+        return fetched
 
     def rows(self, ids: NDArray[np.int64]) -> Floats:
         """Return the decoded memory rows of `ids` [U] as float32 [U, L, D]. Raises as `fetch`."""
@@ -175,14 +197,11 @@ class Table:
         if self._cache is not None:
             self._cache.clear()
 
-    def _offset(self, token: int) -> int:
-        return self._start + token * self._stride
-
-    def _load(self, tokens: Sequence[int], buffer: RecordBuffer) -> list[int]:
+    def _load(self, tokens: Sequence[int], parts: Sequence[list[memoryview]]) -> list[int]:
         """Fill what slots the cache can; return the others."""
         assert self._cache is not None
         load = self._cache.load
-        return [slot for slot, token in enumerate(tokens) if not load(token, buffer.parts(slot))]
+        return [slot for slot, token in enumerate(tokens) if not load(token, parts[slot])]
 
     def _take_in(self, token: int, parts: list[memoryview]) -> None:
         """Verify a record that was read, and keep a copy if there is a cache."""
@@ -214,7 +233,7 @@ class Table:
     def _corrupt(self, token: int) -> CorruptionError:
         return CorruptionError(
             f"{self._where}: the record of token {token} at byte "
-            f"{self._offset(token)} does not match its checksum. "
+            f"{self.locate(token)[0]} does not match its checksum. "
             "The file is damaged; copy the folder again."
         )
 
@@ -238,7 +257,7 @@ def _read_checked(
 ) -> tuple[RecordLayout, NDArray[np.uint64]]:
     """Check the header; return layout and checksums [V, n] once digests are right."""
     model, table, layout = manifest.model, manifest.table, manifest.layout
-    records_end = table.records_offset + model.vocab_size * table.stride
+    records_end = table.records_offset + layout.records_bytes(model.vocab_size)
     size = model.vocab_size * layout.checksums * CHECKSUM_BYTES
     storage = PreadReader(file, where)
     try:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import struct
+from dataclasses import asdict
 
 from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.records import CHECKSUM_BYTES, RecordLayout
@@ -21,9 +22,7 @@ LENGTH = struct.Struct("<Q")  # what a safetensors file starts with: the bytes o
 
 def build_header(layout: RecordLayout, vocab_size: int, identity: str) -> bytes:
     """Return the bytes in front of the first record: length, JSON and padding."""
-    content = json.dumps(
-        _content(layout, vocab_size, identity), sort_keys=True, separators=(",", ":")
-    ).encode("ascii")
+    content = _compact(_content(layout, vocab_size, identity)).encode("ascii")
     page = max(PAGE, layout.alignment)
     total = -(-(LENGTH.size + len(content)) // page) * page
     return LENGTH.pack(total - LENGTH.size) + content.ljust(total - LENGTH.size)
@@ -65,33 +64,49 @@ def check_header(
         )
     for key, value in expected["__metadata__"].items():
         _compare(found[key], value, key, where)
-    for name in sorted(expected.keys() - {"__metadata__"}, reverse=True):  # records first
-        _compare(header[name], expected[name], f"tensor '{name}'", where)
+    for name, tensor in expected.items():
+        if name != "__metadata__":
+            _compare(header[name], tensor, f"tensor '{name}'", where)
 
 
 def _content(layout: RecordLayout, vocab_size: int, identity: str) -> dict[str, dict[str, object]]:
-    columns, size = layout.checksums, layout.parameters_bytes
-    records = vocab_size * layout.stride
-    checksums = records + vocab_size * columns * CHECKSUM_BYTES
-    content: dict[str, dict[str, object]] = {
-        "__metadata__": {
-            "format": FORMAT,
-            "format_version": FORMAT_VERSION,
-            "identity": identity,
-            "codec": layout.codec.id,
-            "embedding_dtype": layout.embedding_dtype,
-            "layers": str(layout.layers),
-            "width": str(layout.width),
-            "alignment": str(layout.alignment),
-        },
-        "records": _tensor("U8", [vocab_size, layout.stride], 0, records),
-        "checksums": _tensor(
-            "U64", [vocab_size] if columns == 1 else [vocab_size, columns], records, checksums
-        ),
-    }
-    if size:
-        content["parameters"] = _tensor("U8", [size], checksums, checksums + size)
+    """Return metadata and tensors, these in the order of the file."""
+    columns = layout.checksums
+    content: dict[str, dict[str, object]] = {"__metadata__": _metadata(layout, identity)}
+    position = 0
+    counts = layout.counts(vocab_size)
+    for number, (variant, count) in enumerate(zip(layout.variants, counts, strict=True)):
+        name = "records" if layout.codec.classes is None else f"records.{number}"
+        end = position + count * variant.stride
+        content[name] = _tensor("U8", [count, variant.stride], position, end)
+        position = end
+    end = position + vocab_size * columns * CHECKSUM_BYTES
+    shape = [vocab_size] if columns == 1 else [vocab_size, columns]
+    content["checksums"] = _tensor("U64", shape, position, end)
+    if size := layout.parameters_bytes:
+        content["parameters"] = _tensor("U8", [size], end, end + size)
     return content
+
+
+def _metadata(layout: RecordLayout, identity: str) -> dict[str, object]:
+    metadata: dict[str, object] = {
+        "format": FORMAT,
+        "format_version": FORMAT_VERSION,
+        "identity": identity,
+        "codec": layout.codec.id,
+        "embedding_dtype": layout.embedding_dtype,
+        "layers": str(layout.layers),
+        "width": str(layout.width),
+        "alignment": str(layout.alignment),
+    }
+    classes = layout.codec.classes
+    if classes is not None:  # as text, since metadata of safetensors is nothing else
+        metadata["classes"] = _compact([asdict(each) for each in classes])
+    return metadata
+
+
+def _compact(value: object) -> str:
+    return json.dumps(value, sort_keys=True, separators=(",", ":"))
 
 
 def _tensor(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
@@ -107,6 +122,6 @@ def _compare(found: object, expected: object, what: str, where: str) -> None:
     shown, wanted = json.dumps(found, sort_keys=True), json.dumps(expected, sort_keys=True)
     if shown != wanted:
         raise ArtifactError(
-            f"{where}: {what} is {shown:.200}, the manifest says {wanted}. "
+            f"{where}: {what} is {shown:.200}, the manifest says {wanted:.200}. "
             "The table is from another export; copy the folder again."
         )

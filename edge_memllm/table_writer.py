@@ -21,6 +21,7 @@ from edge_memllm.codecs import UnencodableRowError, get_codec
 from edge_memllm.codecs.codec import Bytes, Floats
 from edge_memllm.errors import ExportError
 from edge_memllm.manifest import FileSpec, TableSpec
+from edge_memllm.record_places import sections
 from edge_memllm.records import RecordLayout, checksum_seed
 from edge_memllm.table_header import build_header
 
@@ -33,11 +34,14 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
 
 class TableWriter:
-    """Writes the records of tokens 0, 1, 2, ... in order: `append` until done, then `finish`.
+    """Writes the records of all tokens in their stored order: `append` until done, then `finish`.
+
+    That order is `layout.stored_order`: 0, 1, 2, ... unless there are classes of tokens.
 
     The codec of `layout` has its parameters already, if it needs some; with `search` it looks for
     the best scales (see `Codec.encode`). Use it in a with-statement, which removes a file that
-    was not finished. Raises `ExportError` when `path` exists or the file does not fit on the disk.
+    was not finished. Raises `ExportError` when `path` exists, the file does not fit on the disk or
+    there is nothing to search for.
     """
 
     def __init__(
@@ -49,16 +53,16 @@ class TableWriter:
         *,
         search: bool = False,
     ) -> None:
+        if search and not layout.codec.searches:
+            raise ExportError(f"{path}: codec {layout.codec.id} has no scales to search for.")
         self._path = path
         self._layout = layout
         self._header = build_header(layout, vocab_size, identity)
         self._seed = checksum_seed(identity)
         self._search = search
-        coarse = layout.coarse
-        self._checked = [layout.record_bytes]  # bytes from the start that have a checksum
-        if coarse is not None:
-            self._checked.insert(0, coarse.record_bytes)
-        self._checksums = np.zeros((vocab_size, len(self._checked)), "<u8")
+        self._tokens = layout.stored_order(vocab_size)
+        self._sections = list(sections(layout, vocab_size, len(self._header)))
+        self._checksums = np.zeros((vocab_size, layout.checksums), "<u8")
         self._count = 0
         self._finished = False
         self._digest = hashlib.sha256()
@@ -81,13 +85,12 @@ class TableWriter:
         and when the disk is full.
         """
         self._check_shapes(embedding, rows)
-        records = self._encode(embedding, rows)
-        for column, size in enumerate(self._checked):
-            for token, record in enumerate(records[:, :size], self._count):
-                checksum = xxh3_64_intdigest(record, seed=self._seed ^ token)
-                self._checksums[token, column] = checksum
-        self._write(records.reshape(-1).data)
-        self._count += len(records)
+        start = 0
+        while start < len(rows):
+            section = next(each for each in self._sections if self._count < each.first + each.count)
+            end = start + section.first + section.count - self._count
+            self._append(section.layout, embedding[start:end], rows[start:end])
+            start = end
 
     def finish(self) -> tuple[TableSpec, FileSpec]:
         """Write checksums and parameters, force everything to the disk, and describe the file.
@@ -121,6 +124,17 @@ class TableWriter:
         else:
             self._abandon()
 
+    def _append(self, layout: RecordLayout, embedding: Floats, rows: Floats) -> None:
+        """Write records that are alike."""
+        records = self._encode(layout, embedding, rows)
+        tokens = self._tokens[self._count : self._count + len(records)].tolist()
+        for column, size in enumerate(_checked(layout)):
+            for token, record in zip(tokens, records[:, :size], strict=True):
+                checksum = xxh3_64_intdigest(record, seed=self._seed ^ token)
+                self._checksums[token, column] = checksum
+        self._write(records.reshape(-1).data)
+        self._count += len(records)
+
     def _claim_space(self) -> None:
         if not hasattr(os, "posix_fallocate"):
             return
@@ -143,16 +157,16 @@ class TableWriter:
                 f"{self._path}: {self._count + count} records, expected {len(self._checksums)}."
             )
 
-    def _encode(self, embedding: Floats, rows: Floats) -> Bytes:
+    def _encode(self, layout: RecordLayout, embedding: Floats, rows: Floats) -> Bytes:
         """Return whole records [N, stride], padding included."""
-        layout = self._layout
         plain = get_codec({"float16": "f16", "float32": "f32"}[layout.embedding_dtype])
         try:
             _, embedding_codes = plain.encode(embedding[:, None, :])
         except UnencodableRowError as error:
             raise self._unencodable(error, "embedding") from error
         try:
-            scales, codes = layout.codec.encode(rows, search=self._search)
+            search = self._search and layout.codec.searches  # a class may have none
+            scales, codes = layout.codec.encode(rows, search=search)
         except UnencodableRowError as error:
             raise self._unencodable(error, f"memory row of layer {error.layer}") from error
         padding = np.zeros((len(rows), layout.stride - layout.record_bytes), np.uint8)
@@ -179,6 +193,7 @@ class TableWriter:
             records_offset=len(self._header),
             checksums_sha256=hashlib.sha256(self._checksums.data).hexdigest(),
             parameters_sha256=hashlib.sha256(parameters).hexdigest() if parameters else None,
+            classes=layout.codec.classes,
         )
 
     def _abandon(self) -> None:
@@ -187,7 +202,7 @@ class TableWriter:
 
     def _unencodable(self, error: UnencodableRowError, what: str) -> ExportError:
         return ExportError(
-            f"{self._path}: token {self._count + error.row}, {what}: {error.reason}. "
+            f"{self._path}: token {self._tokens[self._count + error.row]}, {what}: {error.reason}. "
             "Check the checkpoint, or choose another codec."
         )
 
@@ -199,3 +214,9 @@ class TableWriter:
                 f"{free} are free. Free some space or export to another disk."
             )
         return ExportError(f"{self._path}: writing failed ({error.strerror}).")
+
+
+def _checked(layout: RecordLayout) -> tuple[int, ...]:
+    """Return how many bytes from the start of a record each of its checksums covers."""
+    coarse = layout.coarse
+    return (layout.record_bytes,) if coarse is None else (coarse.record_bytes, layout.record_bytes)

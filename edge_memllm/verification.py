@@ -7,12 +7,15 @@ parity ladder to say.
 from __future__ import annotations
 
 from collections.abc import Callable
+from contextlib import closing
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.errors import CorruptionError
 from edge_memllm.readers.pread import PreadReader
+from edge_memllm.record_places import Section, sections
 from edge_memllm.records import RecordBuffer
 from edge_memllm.table import Table
 
@@ -23,7 +26,7 @@ _CHUNK_BYTES = 8 << 20
 
 
 def verify_artifact(artifact: Artifact, progress: Progress) -> None:
-    """Check every file's digest, every record's checksum, and that all padding is zero.
+    """Check every file's digest, every record's checksums, and that all padding is zero.
 
     `progress(stage, done, total)` is called on the way. Raises `ArtifactError`,
     `CorruptionError` or `StorageError` for the first thing that is wrong.
@@ -31,46 +34,57 @@ def verify_artifact(artifact: Artifact, progress: Progress) -> None:
     progress("digests", 0, 1)
     artifact.verify_digests()
     progress("digests", 1, 1)
-    _check_records(artifact, progress)
-    _check_padding(artifact, progress)
+    if artifact.manifest.layout.coarse is not None:
+        with closing(Table.open(artifact, "pread", quality="coarse")) as table:
+            _check_records(table, artifact, "coarse parts", progress)
+    with closing(Table.open(artifact, "pread")) as table:
+        _check_records(table, artifact, "records", progress)
+        _check_padding(table, artifact, progress)
 
 
-def _check_records(artifact: Artifact, progress: Progress) -> None:
-    """Read every record as a generation would."""
-    total = artifact.manifest.model.vocab_size
+def _check_records(table: Table, artifact: Artifact, stage: str, progress: Progress) -> None:
+    """Read every record as a generation would, in the order of the file."""
+    order = _order(table, artifact)
     chunk = _records_at_once(artifact)
-    table = Table.open(artifact, "pread")
-    try:
-        buffer = RecordBuffer(table.layout, min(chunk, total))
-        for start in range(0, total, chunk):
-            end = min(start + chunk, total)
-            table.fetch(np.arange(start, end, dtype=np.int64), buffer)
-            progress("records", end, total)
-    finally:
-        table.close()
+    buffer = RecordBuffer(table.layout, min(chunk, len(order)))
+    for start in range(0, len(order), chunk):
+        ids = order[start : start + chunk]
+        table.fetch(ids, buffer)
+        progress(stage, start + len(ids), len(order))
 
 
-def _check_padding(artifact: Artifact, progress: Progress) -> None:
+def _check_padding(table: Table, artifact: Artifact, progress: Progress) -> None:
     """Read the bytes behind each record, which no checksum covers; they must be zero."""
-    table, total = artifact.manifest.table, artifact.manifest.model.vocab_size
+    spec, order = artifact.manifest.table, _order(table, artifact)
     chunk = _records_at_once(artifact)
-    where = str(artifact.path / table.file)
-    storage = PreadReader(artifact.open_file(table.file), where)
-    try:
-        for start in range(0, total, chunk):
-            count = min(chunk, total - start)
-            data = bytearray(count * table.stride)
-            storage.read([table.records_offset + start * table.stride], [[memoryview(data)]])
-            records = np.frombuffer(data, np.uint8).reshape(count, table.stride)
-            wrong = records[:, table.record_bytes :].any(axis=1)
-            if wrong.any():
-                raise CorruptionError(
-                    f"{where}: the padding behind the record of token {start + wrong.argmax()} is "
-                    "not zero. The file is damaged or is not ours; export the model again."
-                )
-            progress("padding", start + count, total)
-    finally:
-        storage.close()
+    where = str(artifact.path / spec.file)
+    with closing(PreadReader(artifact.open_file(spec.file), where)) as storage:
+        for section in sections(table.layout, len(order), spec.records_offset):
+            for start in range(0, section.count, chunk):
+                records = _read_records(storage, section, start, chunk)
+                wrong = records[:, section.layout.record_bytes :].any(axis=1)
+                if wrong.any():
+                    token = order[section.first + start + wrong.argmax()]
+                    raise CorruptionError(
+                        f"{where}: the padding behind the record of token {token} is not zero. "
+                        "The file is damaged or is not ours; export the model again."
+                    )
+                progress("padding", section.first + start + len(records), len(order))
+
+
+def _read_records(
+    storage: PreadReader, section: Section, start: int, most: int
+) -> NDArray[np.uint8]:
+    """Return records [n, stride] of a section, padding included."""
+    stride = section.layout.stride
+    count = min(most, section.count - start)
+    data = bytearray(count * stride)
+    storage.read([section.start + start * stride], [[memoryview(data)]])
+    return np.frombuffer(data, np.uint8).reshape(count, stride)
+
+
+def _order(table: Table, artifact: Artifact) -> NDArray[np.int64]:
+    return table.layout.stored_order(artifact.manifest.model.vocab_size)
 
 
 def _records_at_once(artifact: Artifact) -> int:

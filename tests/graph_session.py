@@ -29,7 +29,7 @@ class GraphSession:
         embedding_dtype = "float32" if weights == "fp32" else "float16"
         self.dtype = np.dtype(embedding_dtype)
         self.layout = RecordLayout(
-            config.num_hidden_layers if config.has_memory else 0,
+            config.memory_layers,
             config.hidden_size,
             get_codec(codec),
             embedding_dtype,

@@ -7,10 +7,39 @@ from functools import cache
 import numpy as np
 
 from edge_memllm.codecs import Codec, codec_ids, get_codec
+from edge_memllm.codecs.allocation import Allocation
+from edge_memllm.codecs.mixed import MixedCodec
 
 LOW_RANK = ("lowrank-r64-f16", "lowrank-r128-int8-g32", "lowrank-r32-int4-g32")
 IDS = (*codec_ids(), *LOW_RANK)
 WITH_ROWS = tuple(each for each in IDS if each != "none")
+
+
+# Two layers; the group of the wire form is 32.
+MIXED = (
+    ("int8-g64", "codebook4-g32"),
+    ("codebook3-g64", "int4-g128"),
+    ("int5-g64", "int5-g64"),
+    ("codebook2-g128", "codebook2-g128"),
+    ("int6-g128", "int2-g32"),
+    ("int3-g32", "int8-g128"),
+)
+
+
+def mixed(vocab_size: int, classes: tuple[tuple[str, ...], ...] = MIXED) -> Codec:
+    """A mixed codec with tokens of every class, in no order; its levels are not learned yet."""
+    class_of = np.random.default_rng(3).integers(0, len(classes), vocab_size, dtype=np.uint8)
+    class_of[: len(classes)] = np.arange(len(classes))[::-1]
+    return MixedCodec.of(Allocation(classes, class_of))
+
+
+@cache
+def ready_mixed(width: int) -> Codec:
+    """A mixed codec with its levels, for 600 tokens."""
+    codec = mixed(600)
+    fit = codec.fit(2, width)
+    fit.add(np.random.default_rng(5).standard_normal((600, 2, width)).astype(np.float32))
+    return codec.with_parameters(fit.parameters(), 2, width)
 
 
 @cache

@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.codecs import get_codec
+from edge_memllm.codecs import Codec, get_codec
 from edge_memllm.manifest import FileSpec, GraphSpec, Manifest, ModelSpec
 from edge_memllm.records import RecordLayout
 from edge_memllm.table_writer import TableWriter
@@ -40,7 +40,7 @@ class SmallArtifact:
 def write_artifact(
     path: Path,
     *,
-    codec: str = "int8-g32",
+    codec: str | Codec = "int8-g32",
     vocab_size: int = 24,
     layers: int = 2,
     width: int = 64,
@@ -51,19 +51,19 @@ def write_artifact(
 ) -> SmallArtifact:
     """Write an artifact into the new folder `path`."""
     path.mkdir(parents=True)
-    beta = 8 if codec == "none" else 0
-    layout = RecordLayout(
-        0 if beta == 8 else layers, width, get_codec(codec), embedding_dtype, alignment
-    )
+    codec = get_codec(codec) if isinstance(codec, str) else codec
+    beta = 8 if codec.id == "none" else 0
+    layout = RecordLayout(0 if beta == 8 else layers, width, codec, embedding_dtype, alignment)
     random = np.random.default_rng(seed)
     embedding = random.standard_normal((vocab_size, width)).astype(np.float32)
     rows = random.standard_normal((vocab_size, layout.layers, width)).astype(np.float32)
     if layout.parameters_bytes:
         fit = layout.codec.fit(layout.layers, width)
-        fit.add(rows)
+        fit.add(rows[layout.stored_order(vocab_size)])
         layout = layout.with_parameters(fit.parameters())
+    order = layout.stored_order(vocab_size)
     with TableWriter(path / "table.safetensors", layout, vocab_size, identity) as writer:
-        writer.append(embedding, rows)
+        writer.append(embedding[order], rows[order])
         table, table_file = writer.finish()
     for name, content in OTHER_FILES.items():
         (path / name).write_bytes(content)
@@ -99,6 +99,7 @@ def model_spec(identity: str, beta: int, layers: int, width: int, vocab_size: in
         bos_token_id=1,
         eos_token_ids=(2, 3),
         memory_gain=(1.0,) * layers,
+        memory_layers=0 if beta == 8 else layers,
     )
 
 

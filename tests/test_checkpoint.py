@@ -127,9 +127,9 @@ WRONG_CHECKPOINTS: list[tuple[Callable[[Path], Any], str]] = [
     (lambda c: change_config(c, hidden_size="64"), r"config\.json: describes no network: .* str"),
     (
         lambda c: change_config(
-            c, rope_parameters={"rope_type": "linear", "factor": 2.0, "rope_theta": 1e4}
+            c, rope_parameters={"rope_type": "yarn", "factor": 2.0, "rope_theta": 1e4}
         ),
-        r"rope_type is 'linear'; only 'default'",
+        r"rope_type is 'yarn'; use one of default, linear, llama3",
     ),
     (drop("model.safetensors"), r"found no weights, expected model\.safetensors or"),
     (as_pickle, r"found pytorch_model\.bin but no model\.safetensors\. Pickled weights are not"),

@@ -18,6 +18,7 @@ from edge_memllm.errors import CorruptionError, missing_extra
 NAMES = (
     "demo",
     "train",
+    "convert",
     "export",
     "requantize",
     "sweep",

@@ -12,7 +12,7 @@ from ready_codecs import WITH_ROWS, ready
 
 from edge_memllm.codecs import Codec
 from edge_memllm.records import RecordBuffer, RecordLayout
-from edge_memllm_export.graph_rows import token_inputs
+from edge_memllm_export.graph_rows import MemoryShape, token_inputs
 from edge_memllm_export.graph_tape import GraphTape
 
 LAYERS, WIDTH, TOKENS = 2, 128, 5
@@ -25,7 +25,7 @@ def no_matrix(*_: object) -> NoReturn:
 def rows_graph(codec: Codec) -> onnxruntime.InferenceSession:
     """A graph that gives the memory rows [1, T, L, D] of the tokens it is fed, in float32."""
     tape = GraphTape("fp32", {}, None, no_matrix, 1e-6)
-    tokens = token_inputs(tape, LAYERS, WIDTH, codec, "float32")
+    tokens = token_inputs(tape, MemoryShape(LAYERS, LAYERS, WIDTH), codec, "float32")
     assert tokens.memory is not None
     tokens.memory.shape = ir.Shape(["B", "T", LAYERS, WIDTH])
     tokens.embedding.shape = ir.Shape(["B", "T", WIDTH])

@@ -266,7 +266,7 @@ def test_unknown_codec(codec_id: str) -> None:
 
 def test_ids_are_the_documented_ones() -> None:
     grouped = (
-        "fp8", "int8", "nested8", "int4", "int4a", "nf4", "int3", "int2",
+        "fp8", "int8", "nested8", "int6", "int5", "int4", "int4a", "nf4", "int3", "int2",
         "codebook4", "codebook3", "codebook2",
     )  # fmt: skip
     with_groups = [f"{name}-g{group}" for name in grouped for group in (32, 64, 128)]

@@ -32,6 +32,10 @@ SHAPES: list[dict[str, Any]] = [
     {"beta": 3, "num_key_value_heads": 2},
     {"beta": 3, "compute_form": "linear", "compute_placement": "parallel"},
     {"beta": 3, "compute_form": "linear", "head_dim": 60, "num_attention_heads": 2},
+    {"beta": 0, "memory_norm": "shared"},
+    {"beta": 0, "memory_source": "table"},
+    {"beta": 3, "memory_source": "both", "memory_sharing": "all_layers"},
+    {"beta": 0, "memory_sharing": "all_layers", "memory_gain": [0.5, -1.5]},
 ]
 DENSE: list[dict[str, Any]] = [
     {"beta": 8},

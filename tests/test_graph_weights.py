@@ -21,8 +21,9 @@ from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph_attention import AttentionShape, widen_heads
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.matrix_forms import METHODS
-from edge_memllm_export.quality import default_text, mean_kl
+from edge_memllm_export.quality import mean_kl
 from edge_memllm_export.quantizer import dequantize
+from edge_memllm_export.texts import default_text
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
 QUICK = {"verify": False, "calibration_text": TEXT, "graph_method": "gptq"}

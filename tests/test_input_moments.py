@@ -23,6 +23,8 @@ SHAPES: list[dict[str, Any]] = [
     {"beta": 2, "compute_placement": "parallel", "tie_word_embeddings": True},
     {"beta": 3, "num_key_value_heads": 2},
     {"beta": 3, "compute_form": "linear", "compute_placement": "parallel"},
+    {"beta": 1, "memory_source": "both", "memory_norm": "shared"},
+    {"beta": 2, "memory_sharing": "all_layers", "memory_source": "both"},
     {"beta": 8},
 ]
 TOKENS = [(7 * i * i + 3 * i) % 300 for i in range(10 * 256 + 9)]

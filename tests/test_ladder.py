@@ -17,13 +17,8 @@ from edge_memllm_export import Quality, export_model, ladder, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.ladder import Rung, climb
-from edge_memllm_export.quality import (
-    default_text,
-    mean_kl,
-    measure_quality,
-    text_tokens,
-    token_budget,
-)
+from edge_memllm_export.quality import mean_kl, measure_quality, text_tokens, token_budget
+from edge_memllm_export.texts import default_text
 
 FORMS = [
     ("fp32", "f32", {"beta": 0}),
@@ -33,6 +28,8 @@ FORMS = [
     ("int4", "int8", {"beta": 0, "dtype": "float16"}),
     ("int4", "int4-g64", {"beta": 3, "compute_form": "linear", "head_dim": 12}),
     ("int4", "int8", {"beta": 8}),
+    ("int4", "int8", {"beta": 2, "memory_source": "both", "memory_norm": "shared"}),
+    ("fp32", "int4", {"beta": 0, "memory_source": "table", "memory_sharing": "all_layers"}),
     ("fp32", "f32", {"beta": 0, "max_position_embeddings": 16}),
 ]
 

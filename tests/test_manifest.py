@@ -52,6 +52,7 @@ CANONICAL = """\
       1.0,
       0.5
     ],
+    "memory_layers": 2,
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
     "num_key_value_heads": 2,
@@ -61,6 +62,7 @@ CANONICAL = """\
   "table": {
     "alignment": 512,
     "checksums_sha256": "1111111111111111111111111111111111111111111111111111111111111111",
+    "classes": null,
     "codec": "int8-g32",
     "embedding_dtype": "float16",
     "file": "table.safetensors",
@@ -87,6 +89,7 @@ def manifest() -> Manifest:
             records_offset=4096,
             checksums_sha256="1" * 64,
             parameters_sha256=None,
+            classes=None,
         ),
         graph=GraphSpec("graph.onnx", None, "int4", "float16", "float16", "q8", 23),
         files={
@@ -188,10 +191,9 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("table", "codec", "int2"), "table: Unknown codec 'int2', this version knows f32, f16"),
         (put("table", "codec", "none"), "table: codec none: stores no memory rows"),
         (put("table", "codec", "int8-g128"), "width 64 is not a multiple of the group size 128"),
-        (
-            put("model", "beta", 8),
-            "table: codec int8-g32 without memory layers",
-        ),
+        (put("model", "beta", 8), "memory_layers is 2, expected 0 for beta 8"),
+        (put("model", "memory_layers", 0), "memory_layers is 0, expected 2 or 1 for beta 3"),
+        (put("model", "memory_layers", 3), "memory_layers is 3, expected 2 or 1 for beta 3"),
         (put("table", "codec", "int8-g64"), "table: record_bytes is 264, expected 260"),
         (put("table", "embedding_dtype", "bfloat16"), "table: embedding_dtype is 'bfloat16'"),
         (put("table", "stride", 1024), "table: stride is 1024, expected 512"),

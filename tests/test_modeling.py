@@ -19,6 +19,7 @@ from edge_memllm.modeling import (
     preset_config,
 )
 from edge_memllm.modeling.loss import next_token_loss
+from edge_memllm.modeling.trainer import LanguageModelTrainer
 
 # Active parameters in millions: Table 5 of the paper, its column mended (the Flex rows are printed
 # in reverse order) and rounded down as printed.
@@ -42,6 +43,12 @@ FAMILY: list[dict[str, Any]] = [
     {"beta": 3, "tie_word_embeddings": True},
     {"beta": 3, "compute_form": "linear"},
     {"beta": 8, "num_key_value_heads": 1},
+    {"beta": 0, "memory_norm": "shared"},
+    {"beta": 0, "memory_source": "table"},
+    {"beta": 3, "memory_source": "both", "memory_norm": "shared"},
+    {"beta": 0, "memory_sharing": "all_layers", "memory_gain": [1.0, 0.5]},
+    {"beta": 2, "memory_sharing": "all_layers", "memory_source": "table"},
+    {"beta": 1, "memory_sharing": "all_layers", "memory_source": "both"},
 ]
 
 
@@ -81,7 +88,8 @@ def test_memory_widths_are_those_of_the_paper() -> None:
 @pytest.mark.parametrize("fields", FAMILY, ids=str)
 def test_counts_equal_the_real_network(make_checkpoint: MakeCheckpoint, fields: Any) -> None:
     model = load(make_checkpoint, **fields)
-    matrices = sum(p.numel() for p in model.model.layers.parameters() if p.dim() == 2)
+    parts = (model.model.layers, model.model.token_memory)
+    matrices = sum(p.numel() for part in parts for p in part.parameters() if p.dim() == 2)
     assert parameter_counts(model.config)["total"] == matrices
 
 
@@ -147,6 +155,47 @@ def test_gain_scales_the_memory(make_checkpoint: MakeCheckpoint) -> None:
     assert (plain - muted).abs().max() > 1e-2
 
 
+@pytest.mark.parametrize("source", ["ffn", "table", "both"])
+def test_one_memory_for_all_layers_differs_by_its_gain(
+    make_checkpoint: MakeCheckpoint, source: str
+) -> None:
+    """One row a token, fed to two layers, is what two layers with that row each compute."""
+    model = load(make_checkpoint, beta=0, memory_sharing="all_layers", memory_source=source)
+    ids = torch.arange(12)[None]
+    with torch.no_grad():
+        live = model(ids).logits
+        rows = model.model.memory_rows(ids[0])
+        embedding = model.model.embed_tokens(ids[0])
+        gains = model.model.token_memory.gain.clone()
+        model.model.token_memory.gain.fill_(1.0)
+        each = rows * gains[:, None]
+        fed = model(token_rows=TokenRows(ids, embedding, each)).logits
+    assert rows.shape == (12, 1, 64)
+    assert gains[0] != gains[1]
+    torch.testing.assert_close(fed, live, rtol=0, atol=1e-5)
+
+
+def test_trained_rows_start_as_nothing() -> None:
+    """With rows beside an FFN-M, the network starts as the same one without them."""
+    shape = {"num_hidden_layers": 2, "hidden_size": 32, "vocab_size": 50}
+    both = MemoryLLMForCausalLM(MemoryLLMConfig(**shape, memory_source="both"))
+    plain = MemoryLLMForCausalLM(MemoryLLMConfig(**shape))
+    plain.load_state_dict(both.state_dict(), strict=False)
+    ids = torch.arange(9)[None]
+    assert not both.model.token_memory.rows.weight.any()
+    torch.testing.assert_close(both(ids).logits, plain(ids).logits)
+
+
+def test_rows_and_gains_are_not_decayed() -> None:
+    fields = {"memory_source": "both", "memory_sharing": "all_layers", "num_hidden_layers": 2}
+    model = MemoryLLMForCausalLM(MemoryLLMConfig(**fields, hidden_size=32, vocab_size=50))
+    trainer = object.__new__(LanguageModelTrainer)  # it needs nothing of a run for this
+    decayed = trainer.get_decay_parameter_names(model)
+    inside = [name for name in decayed if "token_memory" in name]
+    matrices = ("gate_proj", "up_proj", "down_proj")
+    assert inside == [f"model.token_memory.network.{name}.weight" for name in matrices]
+
+
 @pytest.mark.parametrize("fields", FAMILY, ids=str)
 def test_generate_with_and_without_cache_agree(
     make_checkpoint: MakeCheckpoint, fields: Any
@@ -192,6 +241,13 @@ def test_tied_embeddings_share_one_tensor(make_checkpoint: MakeCheckpoint) -> No
         ({"beta": 9}, "beta is 9"),
         ({"compute_form": "conv"}, "compute_form is 'conv'"),
         ({"compute_placement": "late"}, "compute_placement is 'late'"),
+        ({"memory_norm": "none"}, "memory_norm is 'none'; use one of per_layer, shared"),
+        ({"memory_source": "file"}, "memory_source is 'file'; use one of ffn, table, both"),
+        ({"memory_sharing": "some"}, "memory_sharing is 'some'; use one of per_layer, all_"),
+        ({"beta": 8, "memory_norm": "shared"}, "memory_norm is 'shared', but .* no memory"),
+        ({"beta": 8, "memory_source": "both"}, "memory_source is 'both', but .* no memory"),
+        ({"beta": 8, "memory_sharing": "all_layers"}, "memory_sharing is .* no memory"),
+        ({"memory_source": "table", "memory_norm": "shared"}, "'shared', but .* no FFN-M"),
         ({"num_key_value_heads": 3}, "not a multiple of num_key_value_heads"),
         ({"memory_gain": [1.0]}, "memory_gain has 1 numbers for 6 layers"),
         ({"hidden_act": "gelu"}, "SiLU and no biases"),
@@ -204,7 +260,7 @@ def test_impossible_shapes_are_refused(fields: dict[str, Any], message: str) -> 
 
 
 def test_unknown_preset() -> None:
-    with pytest.raises(ValueError, match="There is no preset '7b'; use one of tiny"):
+    with pytest.raises(ValueError, match="There is no preset '7b'; use one of micro"):
         preset_config("7b")
 
 

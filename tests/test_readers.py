@@ -20,7 +20,7 @@ from edge_memllm.readers import open_file as open_file_module
 from edge_memllm.readers.pread import PreadReader
 
 # In the middle of a file of 6000 bytes, and aligned to nothing.
-REGION = Region(start=100, stride=1000, record_bytes=1000, count=5)
+REGION = Region(start=100, size=5000, record_bytes=1000, stride=1000)
 START, SIZE = REGION.start, REGION.size
 KINDS = ("pread", "seek", "direct", "uring", "mmap", "ram")
 Open = Callable[[], Reader]

@@ -18,7 +18,7 @@ from edge_memllm.readers.memory import available_memory
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.readers.uring import UringReader
 
-REGION = Region(start=4096, stride=4096, record_bytes=4000, count=50)
+REGION = Region(start=4096, size=50 * 4096, record_bytes=4000, stride=4096)
 SIZE = r"0\.2 MB"
 Open = Callable[..., Reader]
 

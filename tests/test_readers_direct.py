@@ -24,7 +24,7 @@ from edge_memllm.readers.direct import DirectReader
 from edge_memllm.readers.ring import Ring
 from edge_memllm.readers.uring import UringReader
 
-REGION = Region(start=4096, stride=2560, record_bytes=2500, count=300)
+REGION = Region(start=4096, size=300 * 2560, record_bytes=2500, stride=2560)
 OFFSETS = [REGION.start + i * REGION.stride for i in range(REGION.count)]
 
 
@@ -84,7 +84,7 @@ def test_a_span_is_the_smallest_aligned_range_around(offset: int, size: int, pow
 @pytest.mark.parametrize("alignment", [512, 4096])
 @pytest.mark.parametrize("record_bytes", [1, 511, 512, 2500, 4096, 54784])
 def test_every_record_fits_a_slot_at_any_place(alignment: int, record_bytes: int) -> None:
-    arena = Arena(3, Region(0, record_bytes, record_bytes, 1), alignment)
+    arena = Arena(3, Region(0, record_bytes, record_bytes, record_bytes), alignment)
     assert all(address % 4096 == 0 for address in arena.addresses)
     worst = Span.around(alignment - 1, record_bytes, alignment)
     assert all(len(slot) >= worst.length for slot in arena.slots)

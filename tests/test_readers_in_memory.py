@@ -41,7 +41,7 @@ def test_ram_names_what_it_needs(path: Path) -> None:
     file = os.open(path, os.O_RDONLY)
     size = 1 << 62
     with pytest.raises(StorageError, match=f"the records need {size} bytes.* Use the reader 'pre"):
-        open_reader("ram", file, str(path), Region(0, 1 << 31, 1 << 31, 1 << 31))
+        open_reader("ram", file, str(path), Region(0, 1 << 62, 1 << 31, 1 << 31))
     assert is_closed(file)
 
 
@@ -83,7 +83,7 @@ def test_mmap_cannot_survive_a_cut_that_it_did_not_notice(path: Path) -> None:
         "import os, sys\n"
         "from edge_memllm.readers import Region, open_reader\n"
         "file = os.open(sys.argv[1], os.O_RDONLY)\n"
-        "reader = open_reader('mmap', file, 'table', Region(0, 4096, 4096, 4))\n"
+        "reader = open_reader('mmap', file, 'table', Region(0, 4 * 4096, 4096, 4096))\n"
         "os.truncate(sys.argv[1], 4096)\n"
         "reader._check_size = lambda: None\n"
         "reader.read([8192], [[memoryview(bytearray(16))]])\n"

@@ -66,13 +66,12 @@ def test_buffer_shows_what_was_read_into_it(codec_id: str, random: np.random.Gen
         for part in buffer.parts(slot):
             part[:], record = record[: len(part)], record[len(part) :]
 
+    buffer.transcode(3)
     np.testing.assert_array_equal(buffer.embedding(3), embedding)
     np.testing.assert_array_equal(
         buffer.rows(2), layout.codec.decode(scales[:2], codes[:2], layout.layers, 128)
     )
     assert not buffer.embedding(4)[3].any()
-
-    buffer.transcode(3)
     fed = buffer.wire(3)
     if "memory_rows" in fed:
         decoded = fed["memory_rows"].astype(np.float32).reshape(rows.shape)

@@ -22,6 +22,7 @@ from edge_memllm.feeding import Feeder
 from edge_memllm_export import requantize
 from edge_memllm_export import requantizer as module
 from edge_memllm_export.graph_rewire import rewire_graph
+from edge_memllm_export.graph_rows import MemoryShape
 
 IDS = [1, 5, 9, 200, 5, 77, 42]
 
@@ -65,6 +66,15 @@ def test_another_group_of_the_same_form_is_another_graph(
     assert report.mean_kl < 0.01
 
 
+def test_a_memory_that_all_layers_share(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    source = make_artifact(
+        beta=0, memory_sharing="all_layers", graph_weights="fp32", table_codec="f32"
+    )
+    report = requantize(source, tmp_path / "out", table_codec="int8")
+    assert report.manifest.model.memory_layers == 1
+    assert report.mean_kl < 0.01
+
+
 def test_weights_beside_the_graph_stay_as_they_are(
     make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
@@ -73,7 +83,9 @@ def test_weights_beside_the_graph_stay_as_they_are(
     ir.save(model, tmp_path / "graph.onnx", external_data="graph.onnx.data")
     before = (tmp_path / "graph.onnx.data").read_bytes()
     codec = edge_memllm.codecs.get_codec("int8-g64")
-    rewire_graph(tmp_path / "graph.onnx", tmp_path / "new.onnx", "fp32", 2, 64, codec)
+    rewire_graph(
+        tmp_path / "graph.onnx", tmp_path / "new.onnx", "fp32", MemoryShape(2, 2, 64), codec
+    )
     assert (tmp_path / "graph.onnx.data").read_bytes() == before
     assert (tmp_path / "new.onnx").stat().st_size < len(before) / 4
     names = {value.name for value in ir.load(tmp_path / "new.onnx").graph.inputs}
@@ -101,7 +113,7 @@ def test_twice_gives_the_same_bytes(make_artifact: MakeArtifact, tmp_path: Path)
         ({"table_codec": "zip"}, {}, "table codec 'zip', expected one of"),
         ({"table_codec": "int8-g128"}, {}, "width 64 is not a multiple of the group size 128"),
         ({"table_codec": "none"}, {}, "codec none: stores no memory rows, but there are 2 layers"),
-        ({"table_codec": "f16", "table_search": True}, {}, "Codec f16 has no scales to search"),
+        ({"table_codec": "f16", "table_search": True}, {}, "codec f16 has no scales to search"),
         ({"table_codec": "int8"}, {"beta": 8}, r"A dense model \(beta 8\) has no memory rows"),
     ],
 )
@@ -146,7 +158,7 @@ def test_a_foreign_graph_is_refused(tmp_path: Path, make_artifact: MakeArtifact)
     dense = make_artifact(beta=8) / "graph.onnx"
     codec = edge_memllm.codecs.get_codec("int8-g64")
     with pytest.raises(ArtifactError, match="the part that takes in the table's rows was not"):
-        rewire_graph(dense, tmp_path / "new.onnx", "int4", 2, 64, codec)
+        rewire_graph(dense, tmp_path / "new.onnx", "int4", MemoryShape(2, 2, 64), codec)
 
 
 def test_no_torch_is_loaded(make_artifact: MakeArtifact, tmp_path: Path) -> None:

@@ -15,7 +15,7 @@ from edge_memllm.statistics import (
     process_memory,
     rate,
 )
-from edge_memllm.table import TableStatistics
+from edge_memllm.table import Fetched
 from edge_memllm_runtimes.fake import FakeRuntime
 
 STATUS = """\
@@ -73,28 +73,14 @@ def test_a_rate_needs_something_to_measure() -> None:
     assert rate(10, 0.0) is None
 
 
-@pytest.mark.parametrize(
-    ("looked_up", "reads", "expected"),
-    [
-        ((0, 0), 9, 10),  # no record cache
-        ((0, 0), 0, 10),  # none, and a table in memory
-        ((7, 3), 3, 3),
-        ((0, 10), 12, 10),  # some reads were short and done again
-        ((10, 0), 0, 0),
-    ],
-)
-def test_records_from_a_record_cache_were_not_read(
-    looked_up: tuple[int, int], reads: int, expected: int
-) -> None:
-    class FewRecords:
-        reader_name = "pread"
-        statistics = TableStatistics(cache_hits=looked_up[0], cache_misses=looked_up[1])
-        layout = SimpleNamespace(record_bytes=100)
-
-    meter = Meter(FakeRuntime(300), FewRecords(), 0)  # type: ignore[arg-type]
-    meter.costs.records_read, meter.costs.reads = 10, reads
+def test_bytes_are_those_that_were_read() -> None:
+    table = SimpleNamespace(reader_name="pread")
+    meter = Meter(FakeRuntime(300), table, 0)  # type: ignore[arg-type]
+    meter.costs.note_records(10, Fetched(reads=3, bytes=700))
+    meter.costs.note_records(4, Fetched(reads=0, bytes=0))  # all were in the record cache
     meter.costs.prefill_tokens, meter.costs.wait_seconds = 4, 0.5
     found = meter.statistics()
-    assert found.table_bytes_read == 100 * expected
-    assert found.table_bytes_read_per_token == 25 * expected
+    assert meter.costs.records_read == 14
+    assert (found.table_bytes_read, found.table_bytes_read_per_token) == (700, 175)
+    assert found.reads_per_token == 0.75
     assert found.record_wait_seconds == 0.5

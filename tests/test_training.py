@@ -11,18 +11,15 @@ import time
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_memllm.errors import RecipeError
-from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
-from edge_memllm.modeling.recipe import DataRecipe, Recipe
-from edge_memllm.modeling.tokenizer_training import END_OF_TEXT, byte_tokenizer, train_tokenizer
+from edge_memllm.modeling import training
+from edge_memllm.modeling.corpus import TokenWindows
+from edge_memllm.modeling.recipe import Recipe
 from edge_memllm.modeling.training import train
 
 SENTENCES = [
@@ -71,6 +68,26 @@ class TestTrain:
         saved = json.loads((tmp_path / "out/training.json").read_text())
         assert saved["recipe"]["training"]["steps"] == 30
         assert [p.name for p in (tmp_path / "out").glob("*.bin")] == []
+
+    @pytest.mark.parametrize(
+        "fields",
+        [
+            {"memory_norm": "shared"},
+            {"memory_source": "table"},
+            {"memory_source": "both"},
+            {"memory_sharing": "all_layers"},
+        ],
+        ids=str,
+    )
+    def test_every_memory_learns(self, text: str, tmp_path: Path, fields: dict[str, str]) -> None:
+        recipe = recipe_for(text, steps=30, learning_rate=5e-3)
+        recipe.update("model", fields, where="test")
+        record = train(recipe, tmp_path / "out")
+        losses = [entry["loss"] for entry in record["history"] if "loss" in entry]
+        assert losses[-1] < 0.7 * losses[0]
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+        for name, weight in model.model.token_memory.named_parameters():
+            assert weight.std() > 0, name
 
     def test_same_seed_same_weights(self, text: str, tmp_path: Path) -> None:
         files = []
@@ -123,6 +140,64 @@ class TestTrain:
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
         assert saved.exists()
+
+    def test_a_family_shares_its_tokens(
+        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """The second run makes neither tokenizer nor tokens, and ends as one without a cache."""
+        recipe = recipe_for(text, precision="fp32", steps=2)
+        train(recipe, tmp_path / "plain")
+        recipe.data.cache = str(tmp_path / "cache")
+        train(recipe, tmp_path / "first")
+        assert len(list((tmp_path / "cache").iterdir())) == 2  # train and valid are one file here
+        for name in ("train_tokenizer", "write_tokens"):
+            monkeypatch.delattr(training, name)
+        train(recipe, tmp_path / "second")
+        plain, *others = (
+            (tmp_path / name / "model.safetensors").read_bytes()
+            for name in ("plain", "first", "second")
+        )
+        assert others == [plain, plain]
+
+    def test_other_text_is_not_taken_from_the_cache(self, text: str, tmp_path: Path) -> None:
+        recipe = recipe_for(text, steps=1)
+        recipe.data.cache = str(tmp_path / "cache")
+        train(recipe, tmp_path / "first")
+        with open(text, "a", encoding="utf-8") as file:
+            file.write("= more =\nOne more document.\n")
+        train(recipe, tmp_path / "second")
+        assert len(list((tmp_path / "cache").iterdir())) == 4
+
+    def test_unwritable_cache(self, text: str, tmp_path: Path) -> None:
+        recipe = recipe_for(text)
+        recipe.data.cache = str(tmp_path / "text.txt")  # a file where the folder should be
+        with pytest.raises(RecipeError, match="cannot be written"):
+            train(recipe, tmp_path / "out")
+
+    def test_every_network_sees_the_same_sequences(
+        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        """At one seed all variants, whatever random numbers their weights took, go one way."""
+        seen: list[int] = []
+        read = TokenWindows.__getitem__
+        monkeypatch.setattr(
+            TokenWindows, "__getitem__", lambda self, n: seen.append(n) or read(self, n)
+        )
+        orders = {}
+        for seed, fields in [
+            (5, {"beta": 0}),
+            (5, {"beta": 3, "memory_source": "both"}),
+            (5, {"beta": 8, "num_hidden_layers": 1, "intermediate_size": 48}),
+            (6, {"beta": 0}),
+        ]:
+            recipe = recipe_for(text, steps=3, seed=seed)
+            recipe.update("model", fields, where="test")
+            recipe.data.valid = []
+            seen.clear()
+            train(recipe, tmp_path / f"out{len(orders)}")
+            orders[len(orders)] = seen[:12]  # the loader reads one batch ahead
+        assert len(set(orders[0])) == 12
+        assert orders[0] == orders[1] == orders[2] != orders[3]
 
     def test_a_finished_model_is_not_overwritten(self, text: str, tmp_path: Path) -> None:
         train(recipe_for(text, steps=0), tmp_path / "out")
@@ -188,132 +263,3 @@ class TestTrain:
         recipe.trainer["no_such_thing"] = 1
         with pytest.raises(RecipeError, match=r"\[trainer\].*no_such_thing"):
             train(recipe, tmp_path / "out")
-
-
-class TestRecipe:
-    def test_toml_and_overrides(self, tmp_path: Path) -> None:
-        path = tmp_path / "recipe.toml"
-        path.write_text('[training]\nsteps = 7\nlearning_rate = 1\n[model]\npreset = "1b"\n')
-        recipe = Recipe.load(path)
-        assert (recipe.training.steps, recipe.training.learning_rate) == (7, 1.0)
-        recipe.override("training.save_dtype=float16")
-        recipe.override('trainer.fsdp="full_shard"')
-        assert recipe.training.save_dtype == "float16"
-        assert recipe.trainer == {"fsdp": "full_shard"}
-
-    def test_the_shipped_recipe_is_valid(self) -> None:
-        path = Path(__file__).parent.parent / "examples/recipes/tiny-english.toml"
-        recipe = Recipe.load(path)
-        recipe.data.train = ["text.txt"]
-        recipe.validate()
-
-    @pytest.mark.parametrize(
-        ("content", "message"),
-        [
-            ("[training]\nstep = 1", r"unknown key 'step'; known are steps"),
-            ("[traning]\nsteps = 1", r"unknown section \[traning\]"),
-            ("[training]\nsteps = true", "steps is True; expected int"),
-            ('[data]\ntrain = "a.txt"', r"train is 'a.txt'; expected list\[str\]"),
-            ("[training", "not a TOML file"),
-        ],
-    )
-    def test_wrong_files(self, tmp_path: Path, content: str, message: str) -> None:
-        path = tmp_path / "recipe.toml"
-        path.write_text(content)
-        with pytest.raises(RecipeError, match=message):
-            Recipe.load(path)
-
-    def test_missing_file(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match="cannot be read"):
-            Recipe.load(tmp_path / "none.toml")
-
-    @pytest.mark.parametrize(
-        ("assignment", "message"),
-        [
-            ("training.batch_size=0", "batch_size is 0; use 1 or more"),
-            ("training.steps=-1", "steps is -1"),
-            ("training.precision=fp8", "precision is 'fp8'"),
-            ("training.save_dtype=int8", "save_dtype is 'int8'"),
-            ("training.min_learning_rate=1.0", "above learning_rate"),
-            ("data.sequence_length=1", "sequence_length is 1"),
-            ("training.steps=1", "train is empty"),
-        ],
-    )
-    def test_impossible_values(self, assignment: str, message: str) -> None:
-        recipe = Recipe()
-        recipe.override(assignment)
-        with pytest.raises(RecipeError, match=message):
-            recipe.validate()
-
-    @pytest.mark.parametrize("assignment", ["training", "training.steps", "steps=3"])
-    def test_malformed_override(self, assignment: str) -> None:
-        with pytest.raises(RecipeError, match=r"expected section\.key=value"):
-            Recipe().override(assignment)
-
-
-class TestCorpus:
-    def test_documents_of_plain_text(self, text: str) -> None:
-        whole = list(documents([text], DataRecipe()))
-        split = list(documents([text], DataRecipe(document_start="^= .+ =$")))
-        assert whole == ["".join(SENTENCES)]
-        assert split == SENTENCES
-
-    def test_documents_of_json_lines(self, tmp_path: Path) -> None:
-        path = tmp_path / "a.jsonl"
-        path.write_text('{"text": "one"}\n\n{"text": "two", "id": 3}\n')
-        assert list(documents([str(path)], DataRecipe())) == ["one", "two"]
-
-    @pytest.mark.parametrize(
-        ("line", "message"),
-        [
-            ("{", "line 1: expected a JSON object"),
-            ('{"body": "x"}', "line 1: expected a JSON object with a 'text' field"),
-            ('{"text": 3}', "line 1: 'text' is not a string"),
-        ],
-    )
-    def test_bad_json_lines(self, tmp_path: Path, line: str, message: str) -> None:
-        path = tmp_path / "a.jsonl"
-        path.write_text(line + "\n")
-        with pytest.raises(RecipeError, match=message):
-            list(documents([str(path)], DataRecipe()))
-
-    def test_unreadable_files(self, tmp_path: Path) -> None:
-        with pytest.raises(RecipeError, match=r"none\.txt: cannot be read"):
-            list(documents([str(tmp_path / "none.txt")], DataRecipe()))
-        (tmp_path / "latin.txt").write_bytes(b"caf\xe9")
-        with pytest.raises(RecipeError, match="not UTF-8"):
-            list(documents([str(tmp_path / "latin.txt")], DataRecipe()))
-
-    def test_windows_tile_the_packed_documents(self, tmp_path: Path) -> None:
-        tokenizer = byte_tokenizer(300)
-        path = tmp_path / "tokens.npy"
-        count = write_tokens(["abc", "defgh"], tokenizer, 0, path)
-        tokens = np.load(path)
-        assert count == len(tokens) == 10
-        assert tokens[0] == tokens[4] == 0
-        windows = TokenWindows(path, 4)
-        assert len(windows) == 2
-        joined = torch.cat([windows[i]["input_ids"] for i in range(2)])
-        assert joined.tolist() == tokens[:8].tolist()
-
-
-class TestTokenizer:
-    @settings(max_examples=60, deadline=None)
-    @given(st.text(max_size=60))
-    def test_any_text_round_trips(self, text: str) -> None:
-        for tokenizer in (TRAINED, byte_tokenizer(300)):
-            ids = tokenizer.encode(text, add_special_tokens=False).ids
-            assert tokenizer.decode(ids, skip_special_tokens=False) == text
-
-    def test_end_of_text_is_token_zero(self) -> None:
-        assert TRAINED.token_to_id(END_OF_TEXT) == 0
-        assert TRAINED.get_vocab_size() == 400
-
-    def test_too_small_vocabulary(self) -> None:
-        with pytest.raises(RecipeError, match="vocab_size is 256; a byte-level"):
-            train_tokenizer(SENTENCES, 256)
-        with pytest.raises(RecipeError, match="vocab_size is 256; a byte vocabulary"):
-            byte_tokenizer(256)
-
-
-TRAINED: Tokenizer = train_tokenizer(SENTENCES, 400)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+import hashlib
 from pathlib import Path
 
 import pytest
@@ -10,6 +12,7 @@ from small_artifact import SmallArtifact, file_spec, write_artifact
 from edge_memllm import verification
 from edge_memllm.artifact import Artifact
 from edge_memllm.errors import CorruptionError
+from edge_memllm.table import Table
 from edge_memllm.verification import verify_artifact
 
 
@@ -63,6 +66,25 @@ def test_a_changed_record_is_found_by_its_checksum(small: SmallArtifact) -> None
     overwrite(small, token=17, offset=3)
     forget_digest(small)
     with pytest.raises(CorruptionError, match=r"record of token 17 .* does not match its checksum"):
+        verify(small)
+
+
+def test_coarse_checksums_are_checked_too(tmp_path: Path) -> None:
+    """Whoever reads the front part alone would have found this one."""
+    small = write_artifact(tmp_path / "nested", codec="nested8-g32")
+    assert [stage for stage, *_ in verify(small)].count("coarse parts") == 1
+    content = bytearray(small.table.read_bytes())
+    place = len(content) - small.manifest.layout.checksums * 8 * (24 - 5)
+    content[place] ^= 1
+    small.table.write_bytes(content)
+    checksums = hashlib.sha256(content[-24 * 16 :]).hexdigest()
+    table = dataclasses.replace(small.manifest.table, checksums_sha256=checksums)
+    small.rewrite_manifest(
+        table=table, files=small.manifest.files | {table.file: file_spec(bytes(content))}
+    )
+    with Artifact.open(small.path) as artifact:
+        Table.open(artifact).close()
+    with pytest.raises(CorruptionError, match=r"record of token 5 .* does not match its checksum"):
         verify(small)
 
 

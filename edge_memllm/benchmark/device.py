@@ -41,12 +41,12 @@ class DeviceProbe:
 
     def __init__(self, artifact: Artifact) -> None:
         table = artifact.manifest.table
-        self._start, self._stride = table.records_offset, table.stride
-        self._bytes = table.record_bytes
+        self._largest = table.record_bytes
         self._opened = ExitStack()
         try:
             self._file = self._open_direct(artifact, table.file)
-            self._alignment = self._found_alignment(table.alignment)
+            self._alignment = self._found_alignment(table.alignment, table.records_offset)
+            self._locate = self._open_table(artifact, "pread").locate
             path = artifact.path / table.file
             self._evict = self._opened.enter_context(evictor(path))
             self._pool = self._opened.enter_context(ThreadPoolExecutor(_THREADS))
@@ -82,7 +82,8 @@ class DeviceProbe:
         self._evict()
         start = perf_counter()
         self._ways[way](ids)
-        return len(ids) * self._bytes / (perf_counter() - start)
+        seconds = perf_counter() - start
+        return sum(self._locate(token)[1] for token in ids) / seconds
 
     def _open_direct(self, artifact: Artifact, name: str) -> int:
         if not hasattr(os, "O_DIRECT"):
@@ -98,11 +99,11 @@ class DeviceProbe:
         self._opened.callback(os.close, file)
         return file
 
-    def _found_alignment(self, alignment: int) -> int:
+    def _found_alignment(self, alignment: int, offset: int) -> int:
         """The smallest unit the device takes: that of the records, or a page."""
         for self._alignment in (alignment, max(alignment, _PAGE)):
             try:
-                self._read(0, self._buffer())
+                self._read(offset, self._largest, self._buffer())
             except OSError:
                 continue
             return self._alignment
@@ -113,12 +114,16 @@ class DeviceProbe:
         ways: dict[str, Batch] = {}
         for name in _READERS:
             try:
-                table = Table.open(artifact, name)
+                table = self._open_table(artifact, name)
             except (RequestError, RuntimeUnavailableError, StorageError):
                 continue
-            self._opened.callback(table.close)
             ways[f"reader {name}"] = partial(_fetch, table)
         return ways
+
+    def _open_table(self, artifact: Artifact, reader: str) -> Table:
+        table = Table.open(artifact, reader)
+        self._opened.callback(table.close)
+        return table
 
     def _by_threads(self, ids: Sequence[int]) -> None:
         shares = [ids[number::_THREADS] for number in range(_THREADS)]
@@ -127,26 +132,28 @@ class DeviceProbe:
     def _read_all(self, ids: Sequence[int]) -> None:
         buffer = self._buffer()
         for token in ids:
-            self._read(token, buffer)
+            self._read(*self._locate(token), buffer)
 
     def _timed_read(self, token: int, buffer: mmap.mmap) -> float:
+        offset, record_bytes = self._locate(token)
         start = perf_counter()
-        self._read(token, buffer)
+        self._read(offset, record_bytes, buffer)
         return perf_counter() - start
 
-    def _read(self, token: int, buffer: mmap.mmap) -> None:
-        offset = self._start + token * self._stride
+    def _read(self, offset: int, record_bytes: int, buffer: mmap.mmap) -> None:
         aligned = offset // self._alignment * self._alignment
-        wanted = offset + self._bytes - aligned
+        wanted = offset + record_bytes - aligned
         size = -(-wanted // self._alignment) * self._alignment
         with memoryview(buffer)[:size] as target:
             count = os.preadv(self._file, [target], aligned)
         if count < wanted:
-            raise StorageError(f"The table ends at byte {aligned + count}, within record {token}.")
+            raise StorageError(
+                f"The table ends at byte {aligned + count}, within the record at {offset}."
+            )
 
     def _buffer(self) -> mmap.mmap:
         """Memory that starts on a page, as direct reads want, and holds any record."""
-        return mmap.mmap(-1, self._bytes + 2 * self._alignment)
+        return mmap.mmap(-1, self._largest + 2 * self._alignment)
 
 
 def _fetch(table: Table, ids: Sequence[int]) -> None:

@@ -164,7 +164,8 @@ def time_reads(
     _fetch(model, batch[:1], room, before_read)  # the first call after a rest is slow
     seconds = [_fetch(model, [token], room, before_read) for token in singles]
     took = _fetch(model, batch, room, before_read)
-    return ReadTimes(seconds, took, len(batch) * model.table.layout.record_bytes)
+    size = sum(model.table.locate(token)[1] for token in batch)
+    return ReadTimes(seconds, took, size)
 
 
 def _fetch(

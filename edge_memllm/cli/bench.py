@@ -97,7 +97,7 @@ def _add_trials(parser: argparse.ArgumentParser) -> None:
 
 def _add_synthetic(parser: argparse.ArgumentParser) -> None:
     group = parser.add_argument_group("an artifact with random weights")
-    group.add_argument("--synthetic", metavar="PRESET", help="tiny, small, 250m, 750m or 1b")
+    group.add_argument("--synthetic", metavar="PRESET", help="micro, tiny, small, 250m, 750m or 1b")
     group.add_argument(
         "--beta", type=int, metavar="N", help="0 MemoryLLM, 1-3 Flex, 8 dense (default: 0)"
     )

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.files import read_text
-from edge_memllm.cli.options import add_command, add_json, positive_int
+from edge_memllm.cli.options import add_command, add_json, add_targets, positive_int, target
 from edge_memllm.cli.text import byte_count, number, table, write_json
 from edge_memllm.errors import missing_extra
 
@@ -16,12 +16,14 @@ if TYPE_CHECKING:
     from collections.abc import Sequence
 
     from edge_memllm.cli.options import Commands
+    from edge_memllm.manifest import TableSpec
     from edge_memllm_export import ExportReport, Quality, Rung
+    from edge_memllm_export.table_export import MixedFigures
 
 GRAPH_WEIGHTS = ("fp32", "fp16", "int8", "int4")
 TABLE_CODECS = (
-    *("f32", "f16", "bf16", "fp8", "int8", "nested8", "int4", "int4a", "nf4", "codebook4"),
-    *("int3", "codebook3", "int2", "codebook2", "lowrank-50"),
+    *("f32", "f16", "bf16", "fp8", "int8", "nested8", "int6", "int5", "int4", "int4a"),
+    *("nf4", "codebook4", "int3", "codebook3", "int2", "codebook2", "lowrank-50"),
 )
 GRAPH_METHODS = ("rtn", "gptq")
 KV_DTYPES = ("float16", "float32", "int8")
@@ -38,6 +40,7 @@ _EXAMPLES = """\
   edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
   edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
   edge-memllm export checkpoint smaller --table-codec codebook3 --accept-quality-loss
+  edge-memllm export checkpoint fitting --bits 4.5 --table-text texts.txt
   edge-memllm export checkpoint better --matrix-weights lm_head=int8
   edge-memllm export checkpoint long --kv-dtype int8
   edge-memllm export checkpoint artifact --overwrite --json > report.json"""
@@ -68,13 +71,14 @@ def add_parser(commands: Commands) -> None:
         help="store some matrices of an int4 or int8 graph in the other form, such as "
         "lm_head=int8: qkv_proj, o_proj, gate_up_proj, down_proj, projections, lm_head",
     )
-    parser.add_argument(
+    stored = parser.add_mutually_exclusive_group()
+    stored.add_argument(
         "--table-codec",
-        default="int8",
         metavar="CODEC",
         help=f"how the table stores its rows: {', '.join(TABLE_CODECS)} or another share of the "
         "rank, or an id with a group size such as int4-g64 (default: int8)",
     )
+    add_targets(stored)
     parser.add_argument(
         "--graph-block",
         type=positive_int,
@@ -146,7 +150,8 @@ def _add_table(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="codecs that learn from all rows (codebook, lowrank) count each token as often as "
-        "this text has it (default: all tokens once)",
+        "this text has it (default: all tokens once); for --bits and --target-size, a text like "
+        "those the model is for (default: prose that comes along)",
     )
 
 
@@ -205,6 +210,7 @@ def execute(arguments: argparse.Namespace) -> int:
             arguments.out,
             graph_weights=arguments.graph_weights,
             table_codec=arguments.table_codec,
+            table_target=target(arguments),
             table_search=arguments.table_search,
             table_text=read_text(counted) if counted else None,
             device=arguments.device,
@@ -236,6 +242,7 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
         "verified": bool(report.rungs),
         "rungs": [asdict(rung) | {"ok": rung.ok} for rung in report.rungs],
         "quality": quality_dict(report.quality),
+        "mixed": None if report.mixed is None else asdict(report.mixed),
         "manifest": asdict(report.manifest),
     }
 
@@ -250,8 +257,10 @@ def page(report: ExportReport) -> str:
     rows = [
         ("artifact", str(report.path)),
         ("graph", f"{graph.weights}, {byte_count(graph_file_bytes(manifest))}"),
-        ("table", f"{table_size}, {byte_count(stored.record_bytes)} per token"),
+        ("table", f"{table_size}, {record_size(stored)} per token"),
     ]
+    if report.mixed is not None:
+        rows.append(("mixed", mixed_line(report.mixed)))
     parts = [table(rows)]
     if report.rungs:
         parts.append(rung_table(report.rungs))
@@ -260,6 +269,21 @@ def page(report: ExportReport) -> str:
     if report.quality is not None:
         parts.append(quality_line(report.quality))
     return "\n\n".join(parts)
+
+
+def record_size(stored: TableSpec) -> str:
+    """The bytes of a record as people read them."""
+    most = "" if stored.classes is None else "up to "
+    return f"{most}{byte_count(stored.record_bytes)}"
+
+
+def mixed_line(mixed: MixedFigures) -> str:
+    """What mixed precision came to, in one line."""
+    return (
+        f"{mixed.taken} (target: {mixed.target}); of the table alone, mean KL divergence "
+        f"{mixed.measured_kl:.2g} nats (expected: {mixed.predicted_kl:.2g}) over "
+        f"{number(mixed.compared_tokens)} tokens of {mixed.text}"
+    )
 
 
 def rung_table(rungs: Sequence[Rung]) -> str:

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import argparse
 import os
+from collections.abc import Sequence
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,6 +18,7 @@ if TYPE_CHECKING:
     from edge_memllm.cli.options import Commands
     from edge_memllm.footprint import Footprint
     from edge_memllm.manifest import Manifest, ModelSpec
+    from edge_memllm.records import RecordLayout
 
 _DESCRIPTION = """\
 Show what is in an artifact and what it will need: memory while running, disk, and bytes read
@@ -101,7 +104,8 @@ def parameters(model: ModelSpec) -> dict[str, int]:
 def _page(manifest: Manifest, needs: Footprint) -> str:
     model, stored = manifest.model, manifest.table
     weights = f"{manifest.graph.weights} weights, {manifest.graph.compute_dtype}"
-    records = f"{number(model.vocab_size)} records of {byte_count(stored.record_bytes)}"
+    most = "" if stored.classes is None else "up to "
+    records = f"{number(model.vocab_size)} records of {most}{byte_count(stored.record_bytes)}"
     kv_part = f"of which keys and values {byte_count(needs.kv_bytes)}"
     whole = f"about {byte_count(needs.resident_bytes_with_table)} with the table in it"
     rows = [
@@ -112,17 +116,44 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
         ("graph", f"{weights}: {byte_count(needs.graph_bytes)}"),
         ("", _computed(parameters(model))),
         ("table", f"{stored.codec}: {byte_count(needs.table_bytes)}"),
-        ("", f"{records}, one every {byte_count(stored.stride)}"),
+        ("", f"{records}, one every {most}{byte_count(stored.stride)}"),
         ("made by", manifest.producer),
         ("", ""),
         ("needs", f"for a text of {number(needs.tokens)} tokens"),
         ("disk", byte_count(needs.disk_bytes)),
         ("memory", f"about {byte_count(needs.resident_bytes)}, {kv_part}"),
         ("", f"{whole} (--reader ram)"),
-        ("reads", f"{byte_count(needs.record_bytes)} from the table per generated token"),
+        ("reads", f"{most}{byte_count(needs.record_bytes)} from the table per generated token"),
     ]
     files = [(name, byte_count(spec.bytes)) for name, spec in sorted(manifest.files.items())]
-    return f"{table(rows)}\n\n{table([('file', 'size'), *files])}"
+    classes = _class_rows(manifest.layout)
+    parts: list[list[tuple[str, ...]]] = [[*rows], classes, [("file", "size"), *files]]
+    return "\n\n".join(table(part) for part in parts if part)
+
+
+def _class_rows(layout: RecordLayout) -> list[tuple[str, ...]]:
+    """Who gets how many bits, where classes of tokens differ."""
+    classes = layout.codec.classes
+    if classes is None:
+        return []
+    values = layout.layers * layout.width
+    rows: list[tuple[str, ...]] = [("class", "tokens", "record", "bits", "codec of each layer")]
+    for place, (each, variant) in enumerate(zip(classes, layout.variants, strict=True)):
+        stored = variant.record_bytes - variant.embedding_bytes
+        record, bits = byte_count(variant.record_bytes), f"{8 * stored / values:.2f}"
+        rows.append((str(place), number(each.tokens), record, bits, _layer_ranges(each.layers)))
+    return rows
+
+
+def _layer_ranges(layers: Sequence[str]) -> str:
+    """Neighbours of one codec together: ``0-3 int8-g64, 4 int5-g64``."""
+    found: list[str] = []
+    first = 0
+    for codec, same in groupby(layers):
+        last = first + len(list(same)) - 1
+        found.append(f"{first}-{last} {codec}" if last > first else f"{first} {codec}")
+        first = last + 1
+    return ", ".join(found)
 
 
 def _family(beta: int) -> str:

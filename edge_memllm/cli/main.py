@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from edge_memllm import __version__
 from edge_memllm.cli import (
     bench,
+    convert,
     demo,
     evaluation,
     export,
@@ -28,7 +29,19 @@ from edge_memllm.cli import (
 from edge_memllm.cli.options import HelpFormatter
 from edge_memllm.errors import EdgeMemLLMError
 
-COMMANDS = (demo, train, export, requantize, sweep, verify, run, inspection, evaluation, bench)
+COMMANDS = (
+    demo,
+    train,
+    convert,
+    export,
+    requantize,
+    sweep,
+    verify,
+    run,
+    inspection,
+    evaluation,
+    bench,
+)
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
 EXIT_CLOSED_PIPE = 141

@@ -17,6 +17,8 @@ from edge_memllm.cli.files import read_text
 if TYPE_CHECKING:
     from typing import TypeAlias
 
+    from edge_memllm.mixed_precision import Target
+
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
 
 DEVICES = ("auto", "cpu", "cuda")
@@ -205,6 +207,43 @@ def add_sampling(parser: argparse.ArgumentParser) -> None:
         metavar="N",
         help="same seed, same text (default: drawn, and shown with the statistics)",
     )
+
+
+def add_targets(group: argparse._MutuallyExclusiveGroup) -> None:
+    """``--bits`` and ``--target-size``; ``target`` makes of them what the library takes."""
+    group.add_argument(
+        "--bits",
+        type=positive_number,
+        metavar="BITS",
+        help="mixed precision: choose the bits of each layer and class of tokens so that memory "
+        "values take this many on average, scales and levels included, such as 4.5",
+    )
+    group.add_argument(
+        "--target-size",
+        type=byte_size,
+        metavar="SIZE",
+        help="mixed precision: the same for a size of the table file, such as 1.5GB",
+    )
+
+
+def target(arguments: argparse.Namespace) -> Target | None:
+    """What mixed precision is to come to, if it was asked for."""
+    from edge_memllm.mixed_precision import Target
+
+    if arguments.bits is None and arguments.target_size is None:
+        return None
+    return Target(arguments.bits, arguments.target_size)
+
+
+def positive_number(text: str) -> float:
+    """An argparse type: a finite number above zero."""
+    try:
+        value = float(text)
+    except ValueError:
+        value = 0.0
+    if not 0 < value < float("inf"):
+        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
+    return value
 
 
 def positive_int(text: str) -> int:

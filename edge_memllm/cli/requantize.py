@@ -7,7 +7,9 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.cli.options import add_command, add_json
+from edge_memllm.cli.export import mixed_line, record_size
+from edge_memllm.cli.files import read_text
+from edge_memllm.cli.options import add_command, add_json, add_targets, target
 from edge_memllm.cli.text import byte_count, table, write_json
 from edge_memllm.errors import missing_extra
 
@@ -23,7 +25,8 @@ another form. The result is compared with the source before it appears."""
 
 _EXAMPLES = """\
   edge-memllm requantize artifact small --table-codec int4
-  edge-memllm requantize artifact smaller --table-codec int3 --table-search"""
+  edge-memllm requantize artifact smaller --table-codec int3 --table-search
+  edge-memllm requantize artifact fitting --target-size 1.5GB --table-text texts.txt"""
 
 
 def add_parser(commands: Commands) -> None:
@@ -38,16 +41,25 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an exported model")
     parser.add_argument("out", type=Path, metavar="OUT", help="the artifact to make")
-    parser.add_argument(
+    stored = parser.add_mutually_exclusive_group(required=True)
+    stored.add_argument(
         "--table-codec",
-        required=True,
         metavar="CODEC",
         help="how the new table stores its rows; docs/codecs.md lists them",
     )
+    add_targets(stored)
     parser.add_argument(
         "--table-search",
         action="store_true",
         help="try several scales for each group of values: slower, a little more exact",
+    )
+    parser.add_argument(
+        "--table-text",
+        type=Path,
+        metavar="FILE",
+        help="codecs that learn (codebook, lowrank) count each token as often as this text has it "
+        "(default: all tokens once); for --bits and --target-size, a text like those the model is "
+        "for (default: prose that comes along)",
     )
     parser.add_argument("--overwrite", action="store_true", help="replace the artifact in OUT")
     add_json(parser)
@@ -61,12 +73,15 @@ def execute(arguments: argparse.Namespace) -> int:
         raise missing_extra(error.name or "onnx_ir", "export") from error
     from edge_memllm.cli.progress import StageBars
 
+    text = arguments.table_text
     with StageBars() as bars:
         report = requantize(
             arguments.artifact,
             arguments.out,
             table_codec=arguments.table_codec,
+            table_target=target(arguments),
             table_search=arguments.table_search,
+            table_text=None if text is None else read_text(text),
             overwrite=arguments.overwrite,
             progress=bars,
         )
@@ -88,7 +103,7 @@ def page(report: RequantizeReport) -> str:
     size = byte_count(report.manifest.files[stored.file].bytes)
     rows = [
         ("artifact", str(report.path)),
-        ("table", f"{stored.codec}, {size}, {byte_count(stored.record_bytes)} per token"),
+        ("table", f"{stored.codec}, {size}, {record_size(stored)} per token"),
         ("graph", "rows taken in another way" if report.graph_rewired else "as it was"),
         (
             "compared",
@@ -98,6 +113,8 @@ def page(report: RequantizeReport) -> str:
             ),
         ),
     ]
+    if report.mixed is not None:
+        rows.append(("mixed", mixed_line(report.mixed)))
     if not report.faithful_source:
         rows.append(
             ("note", f"made from {report.source_codec}: the error of that codec stays in the rows")

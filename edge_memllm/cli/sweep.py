@@ -33,6 +33,7 @@ other settings are refused, or with --redo measured again."""
 _EXAMPLES = """\
   edge-memllm sweep checkpoint --out sweep --codecs f16,int8,int4,nf4,int3 --text valid.txt
   edge-memllm sweep full --out sweep --codecs int8,int4 --text valid.txt --task blimp --limit 50
+  edge-memllm sweep full --out mixed --codecs int4,mixed-4.5 --table-text train.txt --text valid.txt
   edge-memllm sweep full --out searched --codecs int4,int3,int2 --search --text valid.txt --keep"""
 
 
@@ -55,12 +56,20 @@ def add_parser(commands: Commands) -> None:
         type=_names,
         required=True,
         metavar="CODEC[,...]",
-        help="the table codecs to compare; docs/codecs.md lists them",
+        help="the table codecs to compare; docs/codecs.md lists them, and mixed-4.5 is mixed "
+        "precision with that many bits per value",
     )
     parser.add_argument(
         "--search",
         action="store_true",
         help="try several scales for each group of values, with codecs that can",
+    )
+    parser.add_argument(
+        "--table-text",
+        type=Path,
+        metavar="FILE",
+        help="text that codecs which learn count tokens in and mixed precision is tuned on; not "
+        "one of --text (default: all tokens once; for mixed precision, prose that comes along)",
     )
     parser.add_argument(
         "--graph-weights",
@@ -133,6 +142,7 @@ def execute(arguments: argparse.Namespace) -> int:
         context=arguments.context,
         stride=arguments.stride,
         search=arguments.search,
+        table_text=None if arguments.table_text is None else read_text(arguments.table_text),
         graph_weights=arguments.graph_weights,
         device=arguments.device,
         threads=arguments.threads,

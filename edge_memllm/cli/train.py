@@ -43,7 +43,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint")
     parser.add_argument("--data", nargs="+", metavar="FILE", help="text or .jsonl to train on")
     parser.add_argument("--valid", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on")
-    parser.add_argument("--preset", metavar="P", help="tiny, small, 250m, 750m or 1b")
+    parser.add_argument("--preset", metavar="P", help="micro, tiny, small, 250m, 750m or 1b")
     parser.add_argument("--beta", type=int, metavar="N", help="0 MemoryLLM, 1-3 Flex, 8 dense")
     parser.add_argument(
         "--steps", type=int, metavar="N", help="optimiser steps; 0 writes the initial network"
@@ -72,14 +72,18 @@ def execute(arguments: argparse.Namespace) -> int:
         raise missing_extra(error.name or "torch", "train") from error
     recipe = _recipe(arguments, Recipe)
     record = train(recipe, arguments.out, resume=arguments.resume)
-    if not is_main_process():
-        return 0
-    summary = {"checkpoint": str(arguments.out), **_summary(record)}
-    if arguments.json:
+    if is_main_process():
+        print_record(arguments.out, record, as_json=arguments.json)
+    return 0
+
+
+def print_record(out: Path, record: dict[str, Any], *, as_json: bool) -> None:
+    """Print where a trained checkpoint is and what was reached."""
+    summary = {"checkpoint": str(out), **_summary(record)}
+    if as_json:
         write_json(summary)
     else:
         print("\n".join(f"{key.replace('_', ' ')}: {_shown(v)}" for key, v in summary.items()))
-    return 0
 
 
 def _recipe(arguments: argparse.Namespace, recipe_class: type[Recipe]) -> Recipe:

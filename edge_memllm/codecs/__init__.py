@@ -15,8 +15,11 @@ from edge_memllm.codecs.int2 import Int2Codec
 from edge_memllm.codecs.int3 import Int3Codec
 from edge_memllm.codecs.int4 import Int4Codec
 from edge_memllm.codecs.int4a import AsymmetricInt4Codec
+from edge_memllm.codecs.int5 import Int5Codec
+from edge_memllm.codecs.int6 import Int6Codec
 from edge_memllm.codecs.int8 import Int8Codec
 from edge_memllm.codecs.lowrank import LowRankCodec
+from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.codecs.nested8 import Nested8Codec
 from edge_memllm.codecs.nf4 import NormalFloat4Codec
 from edge_memllm.codecs.none import NoneCodec
@@ -34,6 +37,8 @@ _CODECS: dict[str, Codec] = {
         *(Float8Codec(group) for group in _GROUPS),
         *(Int8Codec(group) for group in _GROUPS),
         *(Nested8Codec(group) for group in _GROUPS),
+        *(Int6Codec(group) for group in _GROUPS),
+        *(Int5Codec(group) for group in _GROUPS),
         *(Int4Codec(group) for group in _GROUPS),
         *(AsymmetricInt4Codec(group) for group in _GROUPS),
         *(NormalFloat4Codec(group) for group in _GROUPS),
@@ -43,21 +48,26 @@ _CODECS: dict[str, Codec] = {
         NoneCodec(),
     )
 }
+_MIXED = {codec.id: codec for codec in map(MixedCodec, _GROUPS)}
 _LOWRANK = re.compile(r"lowrank-r([1-9]\d{0,5})-(.+)")
 _LOWRANK_INNER = ("f16", "int8-g32", "int4-g32")
 
 
 def codec_ids() -> tuple[str, ...]:
-    """Return the ids of all codecs but `lowrank-r<rank>-<id>`, of which there is one per rank."""
+    """Return the ids of all codecs that say everything by themselves.
+
+    Left out are `lowrank-r<rank>-<id>`, of which there is one per rank, and `mixed-g<group>`,
+    which need an allocation.
+    """
     return tuple(_CODECS)
 
 
 def get_codec(codec_id: str) -> Codec:
     """Return the codec with this id. Raises `ArtifactError` for an id this version lacks."""
-    codec = _CODECS.get(codec_id) or _low_rank(codec_id)
+    codec = _CODECS.get(codec_id) or _MIXED.get(codec_id) or _low_rank(codec_id)
     if codec is None:
         raise ArtifactError(
-            f"Unknown codec '{codec_id}', this version knows {', '.join(_CODECS)} and "
+            f"Unknown codec '{codec_id}', this version knows {', '.join([*_CODECS, *_MIXED])} and "
             f"lowrank-r<rank>-<{'|'.join(_LOWRANK_INNER)}>. Upgrade edge-memllm or export the "
             "model again."
         )

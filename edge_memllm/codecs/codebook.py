@@ -12,8 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
-from edge_memllm.codecs.grouped import FLOAT16_MAX
+from edge_memllm.codecs.grouped import FLOAT16_MAX, extremes
 from edge_memllm.codecs.levels import LevelsCodec
+from edge_memllm.codecs.packing import unpack
 
 _FARTHEST = 127
 _SMALLEST_FACTOR = 0.85
@@ -76,11 +77,12 @@ class CodebookCodec(Codec):
     def transcode(self, scales: Bytes, codes: Bytes, out_scales: Bytes, out_codes: Bytes) -> None:
         """Look the levels of each layer up."""
         out_scales[:] = scales
-        count = len(self._made())
-        nothing = scales[:, :0]
-        for layer, codec in enumerate(self._layers):
-            stored, fed = (_part(array, layer, count) for array in (codes, out_codes))
-            codec.transcode(nothing, stored, nothing, fed)
+        layers = self._made()
+        unpacked = unpack(codes, self.bits)  # of all layers at once: far fewer steps
+        width = out_codes.shape[1] // len(layers)
+        for number, layer in enumerate(layers):
+            part = slice(number * width, (number + 1) * width)
+            layer.look_up(unpacked[:, part], out_codes[:, part])
 
     def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         layers = enumerate(self._made(rows))
@@ -114,8 +116,9 @@ class CodebookFit:
         """Count rows [N, L, D]."""
         for layer, histogram in enumerate(self._histograms):
             groups = rows[:, layer].reshape(-1, self._group)
-            farthest = np.maximum(groups.max(axis=1), -groups.min(axis=1))
-            signed = np.where(groups.max(axis=1) == farthest, farthest, -farthest)
+            top, bottom = extremes(groups)
+            farthest = np.maximum(top, -bottom)
+            signed = np.where(top == farthest, farthest, -farthest)
             used = farthest > 0
             parts = groups[used] / signed[used, None]
             squares = np.square(signed[used], dtype=np.float64)
@@ -149,9 +152,3 @@ def _levels(histogram: NDArray[np.float64], count: int) -> NDArray[np.int8]:
         whole[place] = np.clip(whole[place], place - _FARTHEST, whole[place + 1] - 1)
     found: NDArray[np.int8] = whole.astype(np.int8)
     return found
-
-
-def _part(array: Bytes, layer: int, layers: int) -> Bytes:
-    """Return the part of one layer of codes [N, bytes of all layers]."""
-    size = array.shape[1] // layers
-    return array[:, layer * size : (layer + 1) * size]

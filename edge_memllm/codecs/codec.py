@@ -10,11 +10,15 @@ A codec knows nothing of records, files or models.
 
 from __future__ import annotations
 
+import os
 from abc import ABC, abstractmethod
+from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
+from edge_memllm.codecs.allocation import TokenClass
 from edge_memllm.codecs.wire import (
     Bytes,
     CodecSizes,
@@ -42,7 +46,10 @@ class UnencodableRowError(ValueError):
 
 
 class Fit(Protocol):
-    """Parameters being found: shown all rows once, in chunks, it holds statistics of them only."""
+    """Parameters being found: shown all rows once, in chunks, it holds statistics of them only.
+
+    Rows come in the order in which a table stores them; see `RecordLayout.stored_order`.
+    """
 
     def add(self, rows: Floats, weights: Floats | None = None) -> None:
         """Take in rows [N, L, D]; `weights` [N] says how often each token occurs, None equally."""
@@ -82,8 +89,30 @@ class Codec(ABC):
         """The codec that reads the front part of the bytes alone, if there is such a part."""
         return None
 
+    @property
+    def classes(self) -> tuple[TokenClass, ...] | None:
+        """The classes of tokens whose records differ in form; None where all are alike."""
+        return None
+
+    @property
+    def class_of(self) -> NDArray[np.uint8] | None:
+        """The class of every token [V], None where there are no classes, or not yet."""
+        return None
+
+    @property
+    def variants(self) -> tuple[Codec, ...]:
+        """The codec of each class; where all records are alike, this one alone."""
+        return (self,)
+
+    def with_classes(self, classes: tuple[TokenClass, ...]) -> Codec:
+        """Return this codec for these classes. Raises `ValueError` for a codec without any."""
+        raise ValueError(f"codec {self.id}: has no classes of tokens, found {len(classes)}.")
+
     def sizes(self, layers: int, width: int) -> CodecSizes:
-        """Return the bytes per record. Raises `ValueError` for a shape this codec cannot store."""
+        """Return the bytes per record, of the largest where classes of tokens differ.
+
+        Raises `ValueError` for a shape this codec cannot store.
+        """
         return self.wire_sizes(layers, width)
 
     def wire_sizes(self, layers: int, width: int) -> CodecSizes:
@@ -123,11 +152,20 @@ class Codec(ABC):
         scales = np.empty((count, sizes.scales_bytes), np.uint8)
         codes = np.empty((count, sizes.codes_bytes), np.uint8)
         step = max(1, _BLOCK_VALUES // max(1, layers * width))
-        for start in range(0, count, step):
+
+        def encode_from(start: int) -> None:
             part = slice(start, start + step)
             block = np.ascontiguousarray(rows[part], np.float32)
             self._check_magnitudes(block, start)
             scales[part], codes[part] = self._encode(block, search)
+
+        starts = range(0, count, step)
+        if len(starts) == 1:
+            encode_from(0)
+        else:
+            with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets them run together
+                for _ in threads.map(encode_from, starts):
+                    pass  # the first block that cannot be encoded says so here
         return scales, codes
 
     def decode(self, scales: Bytes, codes: Bytes, layers: int, width: int) -> Floats:

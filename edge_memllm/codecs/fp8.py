@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
-from edge_memllm.codecs.grouped import SMALLEST_SCALE, in_steps, round_away_from_zero
+from edge_memllm.codecs.grouped import SMALLEST_SCALE, extremes, in_steps, round_away_from_zero
 from edge_memllm.codecs.small_floats import E4M3_LARGEST, e4m3_values, encode_e4m3
 from edge_memllm.codecs.wire import wire_sizes
 
@@ -51,7 +51,9 @@ class Float8Codec(Codec):
 
     def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         groups = rows.reshape(-1, self.group)
-        steps = np.maximum(groups.max(axis=1), -groups.min(axis=1)) / np.float32(E4M3_LARGEST)
+        top, bottom = extremes(groups)
+        largest: Floats = np.maximum(top, -bottom)
+        steps = largest / np.float32(E4M3_LARGEST)
         scales = round_away_from_zero(steps)
         codes = encode_e4m3(in_steps(groups, scales))
         packed = scales.astype("<f2").view(np.uint8)

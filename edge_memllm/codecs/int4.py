@@ -6,9 +6,8 @@ side, which makes the step up to an eighth smaller than m/7.
 
 from __future__ import annotations
 
-import numpy as np
-
 from edge_memllm.codecs.codec import Bytes, Floats, Wire
+from edge_memllm.codecs.grouped import steps_around
 from edge_memllm.codecs.uniform import UniformCodec
 from edge_memllm.codecs.wire import pack_nibbles
 
@@ -31,17 +30,3 @@ class Int4Codec(UniformCodec):
 
     def _pack(self, codes: Bytes) -> Bytes:
         return pack_nibbles(codes)
-
-
-def steps_around(groups: Floats, long: int, short: int) -> Floats:
-    """Return steps [n] that keep groups [n, G] within `long` on one side, `short` on the other.
-
-    They are negative where it is the largest value, not the smallest, that needs the long side:
-    codes reach further below zero than above.
-    """
-    above = np.maximum(groups.max(axis=1), 0)
-    below = np.maximum(-groups.min(axis=1), 0)
-    far, near = np.maximum(above, below), np.minimum(above, below)
-    step = np.maximum(far / np.float32(long), near / np.float32(short))
-    signed: Floats = np.where(above > below, -step, step)
-    return signed

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
-from edge_memllm.codecs.grouped import SMALLEST_SCALE, Halves, round_away_from_zero
+from edge_memllm.codecs.grouped import SMALLEST_SCALE, Halves, extremes, round_away_from_zero
 from edge_memllm.codecs.wire import pack_nibbles, unpack_nibbles
 
 _STEPS = 15
@@ -56,9 +56,11 @@ class AsymmetricInt4Codec(Codec):
 
     def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         groups = rows.reshape(-1, self.group)
-        minima = _round_down(groups.min(axis=1))
-        above = groups - minima.astype(np.float32)[:, None]
-        steps = round_away_from_zero(above.max(axis=1) / np.float32(_STEPS))
+        top, bottom = extremes(groups)
+        minima = _round_down(bottom)
+        floor = minima.astype(np.float32)
+        above = groups - floor[:, None]
+        steps = round_away_from_zero((top - floor) / np.float32(_STEPS))
         wide = steps.astype(np.float32)
         above *= np.divide(1, wide, out=np.zeros_like(wide), where=wide != 0)[:, None]
         above += 0.5  # truncation then rounds

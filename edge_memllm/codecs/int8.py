@@ -5,6 +5,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_memllm.codecs.codec import Bytes, Floats, Wire
+from edge_memllm.codecs.grouped import extremes
 from edge_memllm.codecs.uniform import UniformCodec
 
 
@@ -16,7 +17,8 @@ class Int8Codec(UniformCodec):
     largest_level = 127
 
     def _steps(self, groups: Floats) -> Floats:
-        largest: Floats = np.maximum(groups.max(axis=1), -groups.min(axis=1))
+        top, bottom = extremes(groups)
+        largest: Floats = np.maximum(top, -bottom)
         return largest / np.float32(127)
 
     def _pack(self, codes: Bytes) -> Bytes:

@@ -11,7 +11,7 @@ from itertools import pairwise
 import numpy as np
 
 from edge_memllm.codecs.codec import Bytes, CodecSizes, Floats, Wire
-from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps
+from edge_memllm.codecs.grouped import GroupedCodec, Halves, extremes, in_steps
 from edge_memllm.codecs.packing import pack, unpack
 
 _ZERO = 128  # of the wire form
@@ -56,10 +56,14 @@ class LevelsCodec(GroupedCodec):
     def transcode(self, scales: Bytes, codes: Bytes, out_scales: Bytes, out_codes: Bytes) -> None:
         """Look the levels up."""
         out_scales[:] = scales
-        np.take(self._wire_codes, unpack(codes, self.bits), out=out_codes)
+        self.look_up(unpack(codes, self.bits), out_codes)
+
+    def look_up(self, codes: Bytes, out: Bytes) -> None:
+        """Write the wire form of codes, one per byte."""
+        np.take(self._wire_codes, codes, out=out)
 
     def _steps(self, groups: Floats) -> Floats:
-        top, bottom = groups.max(axis=1), groups.min(axis=1)
+        top, bottom = extremes(groups)
         step = np.maximum(top, -bottom) / np.float32(self.largest_level)
         if self._side:
             step = np.where(top > -bottom, self._side, -self._side) * step

@@ -9,8 +9,7 @@ from __future__ import annotations
 import numpy as np
 
 from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
-from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps
-from edge_memllm.codecs.int4 import steps_around
+from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps, steps_around
 from edge_memllm.codecs.wire import pack_nibbles, unpack_nibbles
 
 _LONG, _SHORT = 128, 119  # codes reach from -128 to 119 = 16 * 7 + 7

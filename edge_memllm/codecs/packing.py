@@ -1,4 +1,4 @@
-"""Codes of two, three and four bits, one per byte or packed; the first in the lowest bits."""
+"""Codes of two to six bits, one per byte or packed; the first in the lowest bits."""
 
 from __future__ import annotations
 
@@ -9,12 +9,24 @@ from edge_memllm.codecs.wire import Bytes, pack_nibbles, unpack_nibbles
 
 def pack(codes: Bytes, bits: int) -> Bytes:
     """Pack codes [N, n], one per byte, to [N, n*bits/8]; n is a multiple of 8."""
-    return {2: _pack_pairs, 3: _pack_triples, 4: pack_nibbles}[bits](codes)
+    match bits:
+        case 2:
+            return _pack_pairs(codes)
+        case 4:
+            return pack_nibbles(codes)
+        case _:
+            return _pack_across_bytes(codes, bits)
 
 
 def unpack(packed: Bytes, bits: int) -> Bytes:
     """Unpack [N, n*bits/8] to codes [N, n], one per byte."""
-    return {2: _unpack_pairs, 3: _unpack_triples, 4: unpack_nibbles}[bits](packed)
+    match bits:
+        case 2:
+            return _unpack_pairs(packed)
+        case 4:
+            return unpack_nibbles(packed)
+        case _:
+            return _unpack_across_bytes(packed, bits)
 
 
 def _pack_pairs(codes: Bytes) -> Bytes:
@@ -33,21 +45,27 @@ def _unpack_pairs(packed: Bytes) -> Bytes:
     return codes.reshape(len(packed), packed.shape[1] * 4)
 
 
-def _pack_triples(codes: Bytes) -> Bytes:
-    """Eight codes of three bits to a little-endian number of three bytes."""
-    numbers = codes[:, 0::8].astype("<u4")
-    for place in range(1, 8):
-        numbers |= codes[:, place::8].astype("<u4") << np.uint32(3 * place)
-    wide = numbers.view(np.uint8).reshape(*numbers.shape, 4)
-    return wide[:, :, :3].reshape(len(codes), numbers.shape[1] * 3)
+def _pack_across_bytes(codes: Bytes, bits: int) -> Bytes:
+    """Eight codes to a little-endian number of `bits` bytes."""
+    packed = np.zeros((len(codes), codes.shape[1] // 8, bits), np.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        part = codes[:, place::8]
+        packed[:, :, byte] |= part << np.uint8(shift)
+        if shift + bits > 8:
+            packed[:, :, byte + 1] |= part >> np.uint8(8 - shift)
+    return packed.reshape(len(codes), codes.shape[1] // 8 * bits)
 
 
-def _unpack_triples(packed: Bytes) -> Bytes:
-    groups = packed.shape[1] // 3
-    wide = np.zeros((len(packed), groups, 4), np.uint8)
-    wide[:, :, :3] = packed.reshape(len(packed), groups, 3)
-    numbers = wide.view("<u4")  # [N, n/8, 1]
-    shifts = np.arange(0, 24, 3, dtype=np.uint32)
-    codes = (numbers >> shifts).astype(np.uint8)
-    codes &= np.uint8(7)
-    return codes.reshape(len(packed), groups * 8)
+def _unpack_across_bytes(packed: Bytes, bits: int) -> Bytes:
+    count = packed.shape[1] // bits
+    numbers = packed.reshape(len(packed), count, bits)
+    codes = np.empty((len(packed), count, 8), np.uint8)
+    for place in range(8):
+        byte, shift = divmod(place * bits, 8)
+        part = codes[:, :, place]
+        np.right_shift(numbers[:, :, byte], np.uint8(shift), out=part)
+        if shift + bits > 8:
+            part |= numbers[:, :, byte + 1] << np.uint8(8 - shift)
+    codes &= np.uint8((1 << bits) - 1)
+    return codes.reshape(len(packed), count * 8)

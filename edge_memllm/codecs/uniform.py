@@ -1,11 +1,14 @@
-"""What int8 and int4 share: whole numbers around a zero point, fed to the graph as stored."""
+"""What int8, int6, int5 and int4 share: whole numbers around a zero point."""
 
 from __future__ import annotations
 
 import numpy as np
 
-from edge_memllm.codecs.codec import Bytes, CodecSizes, Floats
-from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps
+from edge_memllm.codecs.codec import Bytes, CodecSizes, Floats, Wire
+from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps, steps_around
+from edge_memllm.codecs.packing import pack, unpack
+
+_WIRE_ZERO = 128
 
 
 class UniformCodec(GroupedCodec):
@@ -33,3 +36,30 @@ class UniformCodec(GroupedCodec):
         levels = codes.astype(np.float32)
         levels -= self._zero
         return levels
+
+
+class PackedUniformCodec(UniformCodec):
+    """Codes that the graph is not fed as they are stored: packed, and around a zero of their own.
+
+    They reach a step further below zero than above, so the scale may be negative, as in `int4`.
+    """
+
+    wire: Wire = "q8"
+    transcodes = True
+
+    def sizes(self, layers: int, width: int) -> CodecSizes:
+        """Return the bytes per record. Raises `ValueError` when the group does not divide width."""
+        self._check_group(width)
+        fed = self.wire_sizes(layers, width)
+        return CodecSizes(fed.scales_bytes, fed.codes_bytes * self.bits // 8)
+
+    def transcode(self, scales: Bytes, codes: Bytes, out_scales: Bytes, out_codes: Bytes) -> None:
+        """Unpack the codes and move their zero."""
+        out_scales[:] = scales
+        np.add(unpack(codes, self.bits), np.uint8(_WIRE_ZERO - self._zero), out=out_codes)
+
+    def _steps(self, groups: Floats) -> Floats:
+        return steps_around(groups, self._zero, self._zero - 1)
+
+    def _pack(self, codes: Bytes) -> Bytes:
+        return pack(codes, self.bits)

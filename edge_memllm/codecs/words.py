@@ -14,6 +14,8 @@ CODEC_WORDS = {
     "fp8": "fp8-g64",
     "int8": "int8-g64",
     "nested8": "nested8-g64",
+    "int6": "int6-g64",
+    "int5": "int5-g64",
     "int4": "int4-g32",
     "int4a": "int4a-g64",
     "nf4": "nf4-g64",

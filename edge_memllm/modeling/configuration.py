@@ -13,8 +13,15 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
 DENSE_BETA = 8
-COMPUTE_FORMS = ("swiglu", "linear")
-COMPUTE_PLACEMENTS = ("sequential", "parallel")
+CHOICES = {
+    "compute_form": ("swiglu", "linear"),
+    "compute_placement": ("sequential", "parallel"),
+    "memory_norm": ("per_layer", "shared"),
+    "memory_source": ("ffn", "table", "both"),
+    "memory_sharing": ("per_layer", "all_layers"),
+}
+# Frequencies that do not change with the length of the text: the graph holds them as tables.
+ROPE_TYPES = ("default", "linear", "llama3")
 
 
 def compute_width(hidden_size: int, beta: int, form: str = "swiglu") -> int:
@@ -42,7 +49,13 @@ class MemoryLLMConfig(PreTrainedConfig):
     ``beta`` when left out. ``compute_form`` and ``compute_placement`` choose between the two
     readings of the paper, which draws the Flex block but never prints its equation.
     ``memory_gain`` multiplies each layer's memory (one number per layer, all ones when None):
-    the alpha of the paper's Table 1.
+    the alpha of the paper's Table 1. ``attention_bias`` gives query, key and value a bias, and
+    ``qk_norm`` norms query and key by head: what converted networks bring along.
+
+    Three fields go beyond the paper. ``memory_norm`` "shared" has one norm in front of all FFN-M.
+    ``memory_source`` says whether rows are computed by FFN-M ("ffn"), are parameters themselves
+    ("table") or the sum of "both". ``memory_sharing`` "all_layers" has one memory for all layers,
+    with one norm and a learned gain for each layer; a token's record then holds one row.
     """
 
     model_type = "edge_memllm"
@@ -60,6 +73,9 @@ class MemoryLLMConfig(PreTrainedConfig):
     compute_form: str = "swiglu"
     compute_placement: str = "sequential"
     memory_gain: list[float] | None = None
+    memory_norm: str = "per_layer"
+    memory_source: str = "ffn"
+    memory_sharing: str = "per_layer"
     max_position_embeddings: int = 2048
     initializer_range: float = 0.02
     rms_norm_eps: float = 1e-6
@@ -71,6 +87,7 @@ class MemoryLLMConfig(PreTrainedConfig):
     rope_parameters: dict[str, Any] | None = None
     hidden_act: str = "silu"
     attention_bias: bool = False
+    qk_norm: bool = False
     attention_dropout: float = 0.0
     mlp_bias: bool = False
 
@@ -92,15 +109,12 @@ class MemoryLLMConfig(PreTrainedConfig):
         """Refuse shapes that no network of the family has (called by the config itself)."""
         if not 0 <= self.beta <= DENSE_BETA:
             raise ValueError(f"beta is {self.beta}; the family has 0 (MemoryLLM) to 8 (dense).")
-        if self.compute_form not in COMPUTE_FORMS:
-            raise ValueError(
-                f"compute_form is {self.compute_form!r}; use one of {', '.join(COMPUTE_FORMS)}."
-            )
-        if self.compute_placement not in COMPUTE_PLACEMENTS:
-            raise ValueError(
-                f"compute_placement is {self.compute_placement!r}; "
-                f"use one of {', '.join(COMPUTE_PLACEMENTS)}."
-            )
+        for name, choices in CHOICES.items():
+            if getattr(self, name) not in choices:
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}; use one of {', '.join(choices)}."
+                )
+        self._validate_memory()
         if self.num_attention_heads % self.num_key_value_heads:
             raise ValueError(
                 f"num_attention_heads ({self.num_attention_heads}) is not a multiple of "
@@ -111,12 +125,28 @@ class MemoryLLMConfig(PreTrainedConfig):
                 f"memory_gain has {len(self.memory_gain)} numbers for "
                 f"{self.num_hidden_layers} layers; give one per layer."
             )
-        if self.rope_parameters.get("rope_type", "default") != "default":
+        if self.rope_parameters.get("rope_type", "default") not in ROPE_TYPES:
             raise ValueError(
-                f"rope_type is {self.rope_parameters['rope_type']!r}; only 'default' is supported."
+                f"rope_type is {self.rope_parameters['rope_type']!r}; "
+                f"use one of {', '.join(ROPE_TYPES)}."
             )
-        if self.hidden_act != "silu" or self.attention_bias or self.mlp_bias:
-            raise ValueError("The family uses SiLU and no biases (paper, Table 3 and eq. 2.3).")
+        if self.hidden_act != "silu" or self.mlp_bias:
+            raise ValueError(
+                "The family uses SiLU and no biases in its feed-forward networks (paper, Table 3 "
+                "and eq. 2.3)."
+            )
+
+    def _validate_memory(self) -> None:
+        """Refuse choices about a part that the network does not have."""
+        choices = {"memory_norm": self.has_memory_network}
+        choices |= dict.fromkeys(("memory_source", "memory_sharing"), self.has_memory)
+        for name, applies in choices.items():
+            if not applies and getattr(self, name) != CHOICES[name][0]:
+                part = "FFN-M" if self.has_memory else "memory"
+                raise ValueError(
+                    f"{name} is {getattr(self, name)!r}, but this network has no {part} "
+                    f"(beta {self.beta}, memory_source {self.memory_source!r}). Leave it out."
+                )
 
     @property
     def rope_theta(self) -> float:
@@ -125,8 +155,25 @@ class MemoryLLMConfig(PreTrainedConfig):
 
     @property
     def has_memory(self) -> bool:
-        """Whether the layers own an FFN-M (all but the dense baseline)."""
+        """Whether tokens have memory rows (all but the dense baseline)."""
         return self.beta < DENSE_BETA
+
+    @property
+    def has_memory_network(self) -> bool:
+        """Whether an FFN-M computes the rows, or a part of them."""
+        return self.has_memory and self.memory_source != "table"
+
+    @property
+    def has_trained_rows(self) -> bool:
+        """Whether the rows, or a part of them, are parameters."""
+        return self.has_memory and self.memory_source != "ffn"
+
+    @property
+    def memory_layers(self) -> int:
+        """Memory rows of a token: one per layer, one for all of them, or none."""
+        if not self.has_memory:
+            return 0
+        return 1 if self.memory_sharing == "all_layers" else self.num_hidden_layers
 
     @property
     def has_compute(self) -> bool:

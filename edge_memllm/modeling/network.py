@@ -1,8 +1,9 @@
 """The one definition of the network: attention on the residual stream, memory on the token.
 
 ``x_{l+1} = x_l + Attn_l(norm(x_l)) [+ FFN-C_l(norm(.))] + gain_l * M_l[t]`` with
-``M_l[t] = FFN-M_l(norm_l(E[t]))`` and ``x_0 = E[t]`` (paper, eq. 2.4-2.6). The memory may be
-computed here or fed as ready rows: training and export do the first, judging a table the second.
+``M_l[t] = FFN-M_l(norm_l(E[t]))`` and ``x_0 = E[t]`` (paper, eq. 2.4-2.6; ``token_memory`` has
+the variants). The memory may be computed here or fed as ready rows: training and export do the
+first, judging a table the second.
 """
 
 from __future__ import annotations
@@ -14,24 +15,27 @@ import torch
 from torch import nn
 from torch.nn import functional
 from transformers import GenerationMixin, PreTrainedModel
+from transformers import initialization as init
 from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
-    LlamaAttention,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
 
+from edge_memllm.modeling.attention import build_attention
 from edge_memllm.modeling.configuration import MemoryLLMConfig
 from edge_memllm.modeling.feed_forward import SwiGLU, build_compute
+from edge_memllm.modeling.token_memory import TokenMemory, TrainedRows, rows_of_layer
 
 
 @dataclass(frozen=True)
 class TokenRows:
     """Everything token-dependent, ready made: what a table holds for the tokens of one step.
 
-    ``index`` LongTensor [B, T] points into ``embedding`` [U, D] and ``memory`` [U, L, D].
+    ``index`` LongTensor [B, T] points into ``embedding`` [U, D] and ``memory`` [U, M, D] with
+    ``config.memory_layers`` rows.
     """
 
     index: torch.Tensor
@@ -46,30 +50,49 @@ class DecoderLayer(nn.Module):
         super().__init__()
         self.parallel = config.compute_placement == "parallel"
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
-        self.self_attn = LlamaAttention(config, layer)
+        self.self_attn = build_attention(config, layer)
         if config.has_compute:
             self.post_attention_layernorm = LlamaRMSNorm(
                 config.hidden_size, eps=config.rms_norm_eps
             )
             self.mlp = build_compute(config)
-        if config.has_memory:
-            self.memory_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+        self.memory: nn.Module | None = None
+        if config.has_memory_network and config.memory_sharing == "per_layer":
+            shared = config.memory_norm == "shared"
+            norm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
+            self.memory_layernorm = nn.Identity() if shared else norm
             self.memory = SwiGLU(config.hidden_size, config.memory_intermediate_size)
 
-    def recall(self, embedding: torch.Tensor) -> torch.Tensor:
-        """This layer's memory rows for token embeddings: [..., D] -> [..., D], without gain."""
-        return self.memory(self.memory_layernorm(embedding))
+    def recall(self, source: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+        """This layer's memory rows [U, D] without gain; None for the dense baseline.
+
+        Its FFN-M of ``source`` [U, D], unless that is None, and ready ``rows`` [U, D].
+        """
+        if self.memory is None or source is None:
+            return rows
+        computed = self.memory(self.memory_layernorm(source))
+        return computed if rows is None else computed + rows
 
     def forward(
-        self, x: torch.Tensor, memory: torch.Tensor | None, **attention: Any
+        self,
+        x: torch.Tensor,
+        index: torch.Tensor,
+        source: torch.Tensor | None,
+        rows: torch.Tensor | None,
+        gain: torch.Tensor | float,
+        **attention: Any,
     ) -> torch.Tensor:
-        """``x`` [B, T, D]; ``memory`` [B, T, D] with its gain, or None for the dense baseline."""
+        """``x`` [B, T, D]; ``index`` [B, T] points into what ``recall`` makes of the others."""
         attended = x + self.self_attn(self.input_layernorm(x), **attention)[0]
         out = attended
         if hasattr(self, "mlp"):
-            source = x if self.parallel else attended
-            out = out + self.mlp(self.post_attention_layernorm(source))
-        return out if memory is None else out + memory
+            stream = x if self.parallel else attended
+            out = out + self.mlp(self.post_attention_layernorm(stream))
+        memory = self.recall(source, rows)
+        if memory is None:
+            return out
+        # In the stream's dtype: a frequent token's gradient is summed over many positions.
+        return out + functional.embedding(index, (memory * gain).to(x.dtype))
 
 
 class MemoryLLMPreTrainedModel(PreTrainedModel):
@@ -86,18 +109,28 @@ class MemoryLLMPreTrainedModel(PreTrainedModel):
     _supports_flex_attn = True
     _supports_attention_backend = True
 
+    @torch.no_grad()
+    def _init_weights(self, module: nn.Module) -> None:
+        if isinstance(module, TrainedRows):
+            init.zeros_(module.weight)
+        elif isinstance(module, TokenMemory) and module.gain is not None:
+            init.ones_(module.gain)
+        else:
+            super()._init_weights(module)
+
 
 class MemoryLLMModel(MemoryLLMPreTrainedModel):
     """Token ids (or ready token rows) to final hidden states.
 
-    ``distinct_tokens``: evaluate FFN-M once per distinct token of the batch and gather, which
-    gives the same loss and gradients for less work. False evaluates it at every position.
+    ``distinct_tokens``: make the memory once per distinct token of the batch and gather, which
+    gives the same loss and gradients for less work. False makes it at every position.
     """
 
     def __init__(self, config: MemoryLLMConfig) -> None:
         super().__init__(config)
         self.distinct_tokens = True
         self.embed_tokens = nn.Embedding(config.vocab_size, config.hidden_size, config.pad_token_id)
+        self.token_memory = TokenMemory(config)
         self.layers = nn.ModuleList(
             DecoderLayer(config, layer) for layer in range(config.num_hidden_layers)
         )
@@ -106,14 +139,23 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         self.post_init()
 
     def memory_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
-        """Live FFN-M outputs without gain: LongTensor [N] -> float32 [N, L, D] (eq. 2.9).
+        """Live memory rows without gain: LongTensor [N] -> float32 [N, M, D] (eq. 2.9).
 
-        The dense baseline has no memory: its result is [N, 0, D].
+        M is ``config.memory_layers``, 0 for the dense baseline.
         """
         embedding = self.embed_tokens(token_ids)
-        if not self.config.has_memory:
+        source, rows = self.token_memory(token_ids, embedding)
+        layers = self.layers[: self.config.memory_layers]
+        memory = [layer.recall(source, rows_of_layer(rows, n)) for n, layer in enumerate(layers)]
+        if not memory:
             return embedding.new_empty(len(token_ids), 0, embedding.shape[-1]).float()
-        return torch.stack([layer.recall(embedding).float() for layer in self.layers], dim=1)
+        return torch.stack([part.float() for part in memory], dim=1)
+
+    def memory_gain(self, layer: int) -> torch.Tensor | float:
+        """What the memory of a layer is multiplied by: as configured, times what was learned."""
+        given, learned = self.config.memory_gain, self.token_memory.gain
+        gain = 1.0 if given is None else given[layer]
+        return gain if learned is None else gain * learned[layer]
 
     def forward(
         self,
@@ -128,7 +170,13 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         """``input_ids`` [B, T] or ``token_rows``, never both: hidden states [B, T, D]."""
         if (input_ids is None) == (token_rows is None):
             raise ValueError("Give either input_ids or token_rows.")
-        index, embedding = self._distinct(input_ids, token_rows)
+        if token_rows is None:
+            distinct, index = self._distinct(input_ids)
+            embedding = self.embed_tokens(distinct)
+            source, rows = self.token_memory(distinct, embedding)
+        else:
+            index, embedding = token_rows.index, token_rows.embedding
+            source, rows = None, token_rows.memory
         x = functional.embedding(index, embedding)
         use_cache = self.config.use_cache if use_cache is None else use_cache
         if use_cache and past_key_values is None:
@@ -148,36 +196,18 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             "past_key_values": past_key_values,
         }
         for number, layer in enumerate(self.layers):
-            x = layer(x, self._memory(number, index, embedding, token_rows), **attention, **kwargs)
+            recalled = source, rows_of_layer(rows, number), self.memory_gain(number)
+            x = layer(x, index, *recalled, **attention, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values
         )
 
-    def _distinct(
-        self, input_ids: torch.Tensor | None, token_rows: TokenRows | None
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Index [B, T] and the embeddings [U, D] it points into."""
-        if token_rows is not None:
-            return token_rows.index, token_rows.embedding
+    def _distinct(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Token ids [U] and the index [B, T] into them."""
         if self.distinct_tokens:
-            distinct, index = torch.unique(input_ids, return_inverse=True)
-        else:
-            distinct = input_ids.reshape(-1)
-            index = torch.arange(distinct.numel(), device=distinct.device).view_as(input_ids)
-        return index, self.embed_tokens(distinct)
-
-    def _memory(
-        self, number: int, index: torch.Tensor, embedding: torch.Tensor, fed: TokenRows | None
-    ) -> torch.Tensor | None:
-        """Memory of one layer at every position [B, T, D], gain applied."""
-        if not self.config.has_memory:
-            return None
-        rows = self.layers[number].recall(embedding) if fed is None else fed.memory[:, number]
-        gain = self.config.memory_gain
-        if gain is not None:
-            rows = rows * gain[number]
-        # In the stream's dtype: a frequent token's gradient is summed over many positions.
-        return functional.embedding(index, rows.to(embedding.dtype))
+            return torch.unique(input_ids, return_inverse=True)
+        every = input_ids.reshape(-1)
+        return every, torch.arange(every.numel(), device=every.device).view_as(input_ids)
 
 
 class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):

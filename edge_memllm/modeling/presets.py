@@ -28,6 +28,7 @@ class Preset:
 _LLAMA3_VOCABULARY = 128_256
 
 PRESETS: dict[str, Preset] = {
+    "micro": Preset(128, 6, 4, 4096, 512, True, {}),
     "tiny": Preset(256, 6, 4, 8192, 512, True, {}),
     "small": Preset(512, 8, 8, 16384, 1024, True, {}),
     "250m": Preset(
@@ -67,8 +68,9 @@ def preset_config(name: str, beta: int = 0, **overrides: Any) -> MemoryLLMConfig
 def parameter_counts(config: MemoryLLMConfig) -> dict[str, int]:
     """Parameters of the matrices in the layers, as the paper counts them (section 2.2).
 
-    ``active`` is attention and FFN-C, ``memory`` FFN-M, ``total`` their sum; embedding, head and
-    norms are left out of all three. ``embedding`` is one copy of the embedding.
+    ``active`` is attention and FFN-C, ``memory`` FFN-M and rows that are parameters, ``total``
+    their sum; embedding, head and norms are left out of all three. ``embedding`` is one copy of
+    the embedding.
     """
     width = config.hidden_size
     query = config.num_attention_heads * config.head_dim
@@ -76,11 +78,13 @@ def parameter_counts(config: MemoryLLMConfig) -> dict[str, int]:
     attention = 2 * width * query + 2 * width * key_value
     matrices = 3 if config.compute_form == "swiglu" else min(config.beta, 2)
     compute = matrices * width * config.intermediate_size if config.has_compute else 0
-    memory = 3 * width * config.memory_intermediate_size if config.has_memory else 0
+    memory = 3 * width * config.memory_intermediate_size if config.has_memory_network else 0
+    memory += config.vocab_size * width if config.has_trained_rows else 0
     layers = config.num_hidden_layers
+    active, memory = layers * (attention + compute), config.memory_layers * memory
     return {
-        "active": layers * (attention + compute),
-        "memory": layers * memory,
-        "total": layers * (attention + compute + memory),
+        "active": active,
+        "memory": memory,
+        "total": active + memory,
         "embedding": config.vocab_size * width,
     }

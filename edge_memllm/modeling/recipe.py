@@ -9,7 +9,7 @@ import dataclasses
 import tomllib
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from edge_memllm.errors import RecipeError
 
@@ -29,7 +29,8 @@ class TokenizerRecipe:
 class DataRecipe:
     """Text files (one document each, or split at lines matching ``document_start``) or .jsonl.
 
-    ``text_field`` names the field of a JSON line that holds its document.
+    ``text_field`` names the field of a JSON line that holds its document. ``cache`` is a folder
+    where tokens, and a tokenizer trained on the data, are kept for other runs on the same text.
     """
 
     train: list[str] = field(default_factory=list)
@@ -37,6 +38,7 @@ class DataRecipe:
     document_start: str | None = None
     text_field: str = "text"
     sequence_length: int = 512
+    cache: str | None = None
 
 
 @dataclass
@@ -81,18 +83,23 @@ class Recipe:
     trainer: dict[str, Any] = field(default_factory=dict)
 
     @classmethod
-    def load(cls, path: Path) -> Recipe:
-        """Read a TOML file; relative data paths count from the working directory."""
-        try:
-            document = tomllib.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
-        except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-            raise RecipeError(f"{path}: not a TOML file ({error}).") from error
+    def load(cls, path: Path) -> Self:
+        """Read a TOML file; relative data paths count from the working directory.
+
+        A first line ``include = "other.toml"`` names a recipe in the same folder, whose values
+        hold where this one says nothing. That one may not include another.
+        """
+        document = _parse(path)
         recipe = cls()
-        for section, values in document.items():
-            recipe.update(section, values, where=str(path))
+        included = document.pop("include", None)
+        if included is not None:
+            recipe._update_all(_parse(_beside(path, included)), path.parent / included)
+        recipe._update_all(document, path)
         return recipe
+
+    def _update_all(self, document: dict[str, Any], path: Path) -> None:
+        for section, values in document.items():
+            self.update(section, values, where=str(path))
 
     def update(self, section: str, values: Any, where: str) -> None:
         """Replace the given keys of one section; unknown names and wrong types are errors."""
@@ -151,6 +158,21 @@ class Recipe:
     def as_dict(self) -> dict[str, Any]:
         """Plain data, for the record kept beside the trained weights."""
         return dataclasses.asdict(self)
+
+
+def _parse(path: Path) -> dict[str, Any]:
+    try:
+        return tomllib.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise RecipeError(f"{path}: not a TOML file ({error}).") from error
+
+
+def _beside(path: Path, name: Any) -> Path:
+    if not isinstance(name, str) or Path(name).name != name:
+        raise RecipeError(f"{path}: include is {name!r}; expected the name of a file beside it.")
+    return path.parent / name
 
 
 def _assign(target: Any, key: str, value: Any, where: str) -> None:

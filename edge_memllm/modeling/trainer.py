@@ -13,6 +13,7 @@ from transformers import Trainer, TrainingArguments
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.loss import next_token_loss
 from edge_memllm.modeling.recipe import Recipe
+from edge_memllm.modeling.token_memory import UNDECAYED
 
 
 class LanguageModelTrainer(Trainer):
@@ -23,6 +24,11 @@ class LanguageModelTrainer(Trainer):
         self.z_loss = z_loss
         # All sequences are equally long, so the mean of micro-batch means is the batch's mean.
         self.model_accepts_loss_kwargs = False
+
+    def get_decay_parameter_names(self, model: torch.nn.Module) -> list[str]:
+        """The names that weight decay applies to: matrices that every step uses."""
+        names: list[str] = super().get_decay_parameter_names(model)
+        return [name for name in names if not name.endswith(UNDECAYED)]
 
     def compute_loss(
         self,
@@ -68,6 +74,7 @@ def training_arguments(recipe: Recipe, folder: Path) -> TrainingArguments:
         "save_total_limit": 2,
         "prediction_loss_only": True,
         "dataloader_drop_last": True,
+        "ddp_find_unused_parameters": False,  # every step uses all of them
         "remove_unused_columns": False,
         "report_to": [],
         "disable_tqdm": True,

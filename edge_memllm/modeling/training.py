@@ -6,7 +6,8 @@ One process, several GPUs and FSDP are the same call: ``accelerate launch`` star
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,10 +21,12 @@ from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.configuration import MemoryLLMConfig
 from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
+from edge_memllm.modeling.gathering import whole_network
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.presets import preset_config
 from edge_memllm.modeling.progress import TrainingProgress
-from edge_memllm.modeling.recipe import Recipe
+from edge_memllm.modeling.recipe import DataRecipe, Recipe
+from edge_memllm.modeling.token_cache import content_key, link_or_copy, made_once
 from edge_memllm.modeling.tokenizer_training import (
     END_OF_TEXT,
     byte_tokenizer,
@@ -49,37 +52,43 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
     """
     recipe.validate()
     config = model_config(recipe)
-    _check_target(out, resume)
+    check_target(out, resume)
     out.mkdir(parents=True, exist_ok=True)
-    state = _state()
+    state = process_state()
     with state.main_process_first():
         tokenizer = _tokenizer(recipe, config, out)
     _fit(config, tokenizer, recipe)
     torch.manual_seed(recipe.training.seed)
     model = MemoryLLMForCausalLM(config)
-    record: dict[str, Any] = {"recipe": recipe.as_dict(), "parameters": _count(model)}
+    record: dict[str, Any] = {"recipe": recipe.as_dict(), "parameters": count_parameters(model)}
     if recipe.training.steps:
         with state.main_process_first():
-            _prepare_tokens(recipe, tokenizer, out)
-        record |= _run(recipe, model, out, resume)
-    if state.is_main_process:
-        _save(recipe, model, tokenizer, record, out)
-    state.wait_for_everyone()
+            prepare_tokens(recipe, tokenizer, config.bos_token_id, out)
+        record |= run(recipe, model, out, resume)
+    model.generation_config = GenerationConfig(
+        bos_token_id=config.bos_token_id,
+        eos_token_id=config.eos_token_id,
+        do_sample=True,
+        temperature=0.8,
+        top_p=0.95,
+    )
+    save(recipe, model, record, out)
     return record
 
 
 def is_main_process() -> bool:
     """Whether this process speaks for all that train together."""
-    return bool(_state().is_main_process)
+    return bool(process_state().is_main_process)
 
 
-def _state() -> PartialState:
+def process_state() -> PartialState:
+    """This process among those that train together."""
     return PartialState(cpu=not torch.cuda.is_available())
 
 
-def _check_target(out: Path, resume: bool) -> None:
-    started = any((out / _CHECKPOINTS).glob("checkpoint-*"))
-    if started and not resume:
+def check_target(out: Path, resume: bool) -> None:
+    """Refuse a folder that holds a finished model, or without ``resume`` a started run."""
+    if has_checkpoint(out) and not resume:
         raise RecipeError(
             f"{out}: holds the checkpoints of an unfinished run. "
             "Continue it with --resume, or choose another folder."
@@ -117,12 +126,25 @@ def _tokenizer(recipe: Recipe, config: MemoryLLMConfig, out: Path) -> Tokenizer:
     if recipe.tokenizer.path is not None:
         tokenizer = read_tokenizer(recipe.tokenizer.path)
     elif recipe.data.train:
-        texts = documents(recipe.data.train, recipe.data)
-        tokenizer = train_tokenizer(texts, recipe.tokenizer.vocab_size)
+        tokenizer = _learned_tokenizer(recipe)
     else:
         tokenizer = byte_tokenizer(config.vocab_size)
     save_tokenizer(tokenizer, out, config.max_position_embeddings)
     return tokenizer
+
+
+def _learned_tokenizer(recipe: Recipe) -> Tokenizer:
+    data, size = recipe.data, recipe.tokenizer.vocab_size
+
+    def learn() -> Tokenizer:
+        return train_tokenizer(documents(data.train, data), size)
+
+    if data.cache is None:
+        return learn()
+    key = content_key(data.train, data.document_start, data.text_field, size)
+    path = Path(data.cache) / f"tokenizer-{key}.json"
+    made_once(path, lambda path: learn().save(str(path)))
+    return Tokenizer.from_file(str(path))
 
 
 def _fit(config: MemoryLLMConfig, tokenizer: Tokenizer, recipe: Recipe) -> None:
@@ -139,20 +161,54 @@ def _fit(config: MemoryLLMConfig, tokenizer: Tokenizer, recipe: Recipe) -> None:
         )
 
 
-def _prepare_tokens(recipe: Recipe, tokenizer: Tokenizer, out: Path) -> None:
-    boundary = tokenizer.token_to_id(END_OF_TEXT)
+def prepare_tokens(recipe: Recipe, tokenizer: Tokenizer, boundary: int, out: Path) -> None:
+    """Write the token files of both splits under ``out``, unless they are there.
+
+    ``boundary`` is the token in front of each document.
+    """
     for split, paths in (("train", recipe.data.train), ("valid", recipe.data.valid)):
-        target = out / _CHECKPOINTS / f"{split}.npy"
-        if paths and not target.exists():
-            target.parent.mkdir(parents=True, exist_ok=True)
-            write_tokens(documents(paths, recipe.data), tokenizer, boundary, target)
+        if paths:
+            write = partial(_write_split, recipe.data, paths, tokenizer, boundary)
+            made_once(token_file(out, split), write)
 
 
-def _run(recipe: Recipe, model: MemoryLLMForCausalLM, out: Path, resume: bool) -> dict[str, Any]:
+def token_file(out: Path, split: str) -> Path:
+    """Where the tokens of the split "train" or "valid" are, while a run lasts."""
+    return out / _CHECKPOINTS / f"{split}.npy"
+
+
+def _write_split(
+    data: DataRecipe, paths: Sequence[str], tokenizer: Tokenizer, boundary: int, path: Path
+) -> None:
+    """The tokens of one split, written anew or taken from the cache."""
+
+    def write(path: Path) -> None:
+        write_tokens(documents(paths, data), tokenizer, boundary, path)
+
+    if data.cache is None:
+        write(path)
+        return
+    key = content_key(paths, data.document_start, data.text_field, tokenizer.to_str(), boundary)
+    link_or_copy(made_once(Path(data.cache) / f"tokens-{key}.npy", write), path)
+
+
+def has_checkpoint(out: Path) -> bool:
+    """Whether a run in the folder ``out`` has saved something to continue from."""
+    return any((out / _CHECKPOINTS).glob("checkpoint-*"))
+
+
+def run(
+    recipe: Recipe,
+    model: MemoryLLMForCausalLM,
+    out: Path,
+    resume: bool,
+    make_trainer: Callable[..., LanguageModelTrainer] = LanguageModelTrainer,
+) -> dict[str, Any]:
+    """Train ``model`` on the token files under ``out``; what was reached, as plain data."""
     training, folder = recipe.training, out / _CHECKPOINTS
     length = recipe.data.sequence_length
-    windows = TokenWindows(folder / "train.npy", length)
-    valid = TokenWindows(folder / "valid.npy", length) if recipe.data.valid else None
+    windows = TokenWindows(token_file(out, "train"), length)
+    valid = TokenWindows(token_file(out, "valid"), length) if recipe.data.valid else None
     arguments = training_arguments(recipe, folder)
     if arguments.device.type == "cpu":
         keep_freed_memory()
@@ -160,7 +216,7 @@ def _run(recipe: Recipe, model: MemoryLLMForCausalLM, out: Path, resume: bool) -
         length * training.batch_size * training.gradient_accumulation_steps * arguments.world_size
     )
     progress = TrainingProgress(tokens_per_step)
-    trainer = LanguageModelTrainer(
+    trainer = make_trainer(
         model=model,
         args=arguments,
         train_dataset=windows,
@@ -170,8 +226,7 @@ def _run(recipe: Recipe, model: MemoryLLMForCausalLM, out: Path, resume: bool) -
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    has_checkpoint = any(folder.glob("checkpoint-*"))
-    trainer.train(resume_from_checkpoint=resume and has_checkpoint)
+    trainer.train(resume_from_checkpoint=resume and has_checkpoint(out))
     history = _history(trainer.state.log_history, tokens_per_step)
     if valid is not None and not (history and "valid_loss" in history[-1]):
         trainer.evaluate()
@@ -200,25 +255,17 @@ def _history(log: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, 
     ]
 
 
-def _save(
-    recipe: Recipe,
-    model: MemoryLLMForCausalLM,
-    tokenizer: Tokenizer,
-    record: dict[str, Any],
-    out: Path,
-) -> None:
-    model.to(getattr(torch, recipe.training.save_dtype))
-    _check_finite(model)
-    model.config.use_cache = True  # Trainer turns it off, and it would stay off in config.json
-    model.generation_config = GenerationConfig(
-        bos_token_id=model.config.bos_token_id,
-        eos_token_id=model.config.eos_token_id,
-        do_sample=True,
-        temperature=0.8,
-        top_p=0.95,
-    )
-    (out / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
-    model.save_pretrained(out)
+def save(recipe: Recipe, model: MemoryLLMForCausalLM, record: dict[str, Any], out: Path) -> None:
+    """Write the trained weights and the record of the run; every process has to call it."""
+    model = whole_network(model)
+    state = process_state()
+    if state.is_main_process:
+        model.to(getattr(torch, recipe.training.save_dtype))
+        _check_finite(model)
+        model.config.use_cache = True  # Trainer turns it off, and it would stay off in config.json
+        (out / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        model.save_pretrained(out)
+    state.wait_for_everyone()
 
 
 def _check_finite(model: torch.nn.Module) -> None:
@@ -230,5 +277,6 @@ def _check_finite(model: torch.nn.Module) -> None:
         )
 
 
-def _count(model: torch.nn.Module) -> int:
+def count_parameters(model: torch.nn.Module) -> int:
+    """Numbers in all weights; a shared one counts once."""
     return sum(parameter.numel() for parameter in model.parameters())

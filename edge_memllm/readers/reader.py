@@ -16,17 +16,17 @@ ASKED_FOR = "asked for"
 
 @dataclass(frozen=True, slots=True)
 class Region:
-    """Where the records lie in the file: `count` of them, `stride` bytes apart from `start` on."""
+    """Where the records lie in the file: `size` bytes from `start` on, padding included."""
 
     start: int
-    stride: int
-    record_bytes: int  # without padding, so at most the stride
-    count: int
+    size: int
+    record_bytes: int  # of the largest record, without padding
+    stride: int  # records begin at multiples of it, from the start on
 
     @property
-    def size(self) -> int:
-        """Bytes of all records, padding included."""
-        return self.stride * self.count
+    def count(self) -> int:
+        """The places where a record of the largest size may lie."""
+        return (self.size - self.record_bytes) // self.stride + 1
 
     @property
     def end(self) -> int:

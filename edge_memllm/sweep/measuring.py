@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -26,6 +26,7 @@ from edge_memllm.evaluation import (
     measure_task,
 )
 from edge_memllm.loading import load
+from edge_memllm.mixed_precision import target_of
 from edge_memllm.model import Model
 from edge_memllm.perplexity import text_tokens
 from edge_memllm.sweep.plan import Plan, SweepRequest
@@ -69,23 +70,33 @@ class Bench:
         if codec == self._plan.source_codec:
             yield self._source
             return
-        from edge_memllm_export import requantize
-
         request, path = self._plan.request, artifact_path(self._plan, codec)
-        requantize(
-            self._plan.source,
-            path,
-            table_codec=codec,
-            table_search=request.search and get_codec(codec).searches,
-            overwrite=True,
-            progress=lambda stage, done, total: self._report(codec, stage, done, total),
-        )
+        self._make(codec, path)
         try:
             with open_model(path, request) as model:
                 yield model
         finally:
             if not request.keep:
                 remove_artifact(path)
+
+    def _make(self, codec: str, path: Path) -> None:
+        from edge_memllm_export import requantize
+
+        request, layout = self._plan.request, self._source.manifest.layout
+        target = target_of(codec)
+        if target is None:
+            layout = replace(layout, codec=get_codec(codec))
+        learns = target is not None or layout.parameters_bytes > 0
+        requantize(
+            self._plan.source,
+            path,
+            table_codec=None if target else codec,
+            table_target=target,
+            table_search=request.search and (target is not None or layout.codec.searches),
+            table_text=request.table_text if learns else None,
+            overwrite=True,
+            progress=lambda stage, done, total: self._report(codec, stage, done, total),
+        )
 
     def _rows(self, codec: str, model: Model) -> Any:
         return measure_rows(
@@ -173,17 +184,20 @@ def table_figures(model: Model) -> dict[str, Any]:
     """Return the sizes of a model's table.
 
     `payload_bytes` is what the codec needs: records without padding, and the parameters all share.
+    `bytes_per_token` and `stride` are means where records differ in size.
     """
-    spec, layout = model.manifest.table, model.manifest.layout
-    vocabulary = model.manifest.model.vocab_size
-    payload = vocabulary * spec.record_bytes + layout.parameters_bytes
+    manifest, layout = model.manifest, model.manifest.layout
+    vocabulary = manifest.model.vocab_size
+    counts = layout.counts(vocabulary)
+    records = sum(n * each.record_bytes for n, each in zip(counts, layout.variants, strict=True))
+    payload = records + layout.parameters_bytes
     rows = vocabulary * layout.layers * layout.width
     return {
-        "file_bytes": model.manifest.files[spec.file].bytes,
+        "file_bytes": manifest.files[manifest.table.file].bytes,
         "payload_bytes": payload,
         "parameters_bytes": layout.parameters_bytes,
-        "bytes_per_token": spec.record_bytes,
-        "stride": spec.stride,
+        "bytes_per_token": round(records / vocabulary),
+        "stride": round(layout.records_bytes(vocabulary) / vocabulary),
         "bits_per_value": 8 * (payload - vocabulary * layout.embedding_bytes) / rows,
     }
 

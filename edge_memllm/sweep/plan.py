@@ -16,9 +16,10 @@ import edge_memllm
 from edge_memllm.artifact import Artifact
 from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.words import codec_id
-from edge_memllm.errors import RequestError
+from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.evaluation import Task
 from edge_memllm.manifest import Manifest
+from edge_memllm.mixed_precision import Sizing, target_of
 from edge_memllm.perplexity import check_windows
 
 # Codecs whose rows are as good as the network's.
@@ -31,13 +32,14 @@ class SweepRequest:
 
     source: Path
     out: Path
-    codecs: tuple[str, ...]  # words or ids of docs/codecs.md
+    codecs: tuple[str, ...]  # words or ids of docs/codecs.md, or mixed-<bits>
     texts: Mapping[str, str] = field(default_factory=dict)  # by name
     tasks: tuple[Task, ...] = ()
     reference: Path | None = None  # an artifact; None is the source
     context: int | None = None
     stride: int | None = None
     search: bool = False  # try several scales for each group, for codecs that can
+    table_text: str | None = None  # for codecs that learn how often tokens come
     graph_weights: str | None = None  # of the artifact made of a checkpoint; None is int8
     device: str = "cpu"
     threads: int | None = None
@@ -47,7 +49,7 @@ class SweepRequest:
 
 @dataclass(frozen=True)
 class Plan:
-    """A request whose parts exist and fit together. `codecs` are ids, each once."""
+    """A request whose parts exist and fit together. `codecs` are ids or mixed-<bits>, each once."""
 
     request: SweepRequest
     source: Path  # an artifact
@@ -82,6 +84,7 @@ def make_plan(request: SweepRequest, source: Path) -> Plan:
         "context": context,
         "stride": stride,
         "search": request.search,
+        "table_text": None if request.table_text is None else _digest(request.table_text.encode()),
         "device": request.device,
         "threads": request.threads,
     }
@@ -105,17 +108,29 @@ def _codecs(words: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
         )
     ids: list[str] = []
     for word in words:
-        try:
-            chosen = codec_id(word, layout.width)
-            replace(layout, codec=get_codec(chosen))  # says whether it fits
-        except ValueError as error:
-            raise RequestError(f"{error}") from error
+        chosen = _codec(word, manifest)
         if chosen in ids:
             raise RequestError(f"Codec {chosen} is named twice. Name it once.")
         ids.append(chosen)
     if not ids:
         raise RequestError("There is no codec to measure. Name at least one.")
     return tuple(ids)
+
+
+def _codec(word: str, manifest: Manifest) -> str:
+    layout = manifest.layout
+    if (target := target_of(word)) is not None:
+        try:
+            Sizing(target, layout, manifest.model.vocab_size).check()
+        except ExportError as error:
+            raise RequestError(f"{word}: {error}") from error
+        return f"mixed-{target.bits:g}"
+    try:
+        chosen = codec_id(word, layout.width)
+        replace(layout, codec=get_codec(chosen))  # says whether it fits
+    except ValueError as error:
+        raise RequestError(f"{error}") from error
+    return chosen
 
 
 def _digest(data: bytes) -> str:

@@ -39,8 +39,10 @@ def kv_scales(source: Checkpoint, text: str) -> list[KVScales]:
     heads = config.num_key_value_heads
     for number, layer in enumerate(network.model.layers):
         keep_key = partial(_keep_largest_pair, keys, number, heads)
-        layer.self_attn.k_proj.register_forward_hook(keep_key)
-        layer.self_attn.v_proj.register_forward_hook(partial(_keep_largest, values, number))
+        attention = layer.self_attn
+        keys_from = attention.k_norm if config.qk_norm else attention.k_proj
+        keys_from.register_forward_hook(keep_key)
+        attention.v_proj.register_forward_hook(partial(_keep_largest, values, number))
     with torch.inference_mode():
         most = min(_TOKENS, source.config.max_position_embeddings)
         tokens = text_tokens(source, None, text, most)
@@ -88,8 +90,11 @@ def _keep_largest_pair(
     __: object,
     output: torch.Tensor,
 ) -> None:
-    """Keep, for both channels of a rotated pair, the largest length of the pair."""
-    halves = output.float().unflatten(-1, (heads, 2, -1))
+    """Keep, for both channels of a rotated pair, the largest length of the pair.
+
+    The key is [B, T, Hk * d] or, out of its norm, [B, T, Hk, d].
+    """
+    halves = output.float().flatten(2).unflatten(-1, (heads, 2, -1))
     lengths = halves.norm(dim=-2, keepdim=True).amax((0, 1))
     found[number] = lengths.expand(-1, 2, -1).flatten()
 

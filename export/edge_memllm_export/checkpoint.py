@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import operator
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,6 +25,7 @@ from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
 
 _SINGLE = "model.safetensors"
 _INDEX = "model.safetensors.index.json"
+_LEARNED_GAIN = "model.token_memory.gain"
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The fields that change what the network computes; the rest may differ between equal models.
@@ -68,9 +70,11 @@ class Checkpoint:
 
     @property
     def memory_gain(self) -> tuple[float, ...]:
-        """One factor per layer; all ones where the configuration names none."""
-        gain = self.config.memory_gain
-        return tuple(gain) if gain is not None else (1.0,) * self.config.num_hidden_layers
+        """One factor per layer: the configuration's, all ones if none, times the learned one."""
+        layers = self.config.num_hidden_layers
+        gain = self.config.memory_gain or (1.0,) * layers
+        learned = self._weights.get(_LEARNED_GAIN, torch.ones(layers))
+        return tuple(map(operator.mul, gain, learned.tolist()))
 
     @property
     def parameters(self) -> int:
@@ -91,6 +95,7 @@ class Checkpoint:
         """
         fields = {name: getattr(self.config, name) for name in _IDENTITY_FIELDS}
         fields["memory_gain"] = self.memory_gain
+        fields |= _unusual_attention(self.config)
         digest = hashlib.sha256(json.dumps(fields, sort_keys=True).encode())
         for name in sorted(self._weights):
             weight = self._weights[name]
@@ -129,13 +134,23 @@ class Checkpoint:
         return network
 
 
+def _unusual_attention(config: MemoryLLMConfig) -> dict[str, Any]:
+    """What identity adds where attention is not plain; biases show in the weights' names."""
+    rope: Any = config.rope_parameters
+    fields: dict[str, Any] = {"qk_norm": True} if config.qk_norm else {}
+    plain = rope.get("rope_type", "default") == "default"
+    return fields if plain else {**fields, "rope_parameters": rope}
+
+
 class _ConvertingLinear(nn.Linear):
     """A linear layer that computes in ``compute_dtype``, whatever its weight is stored in."""
 
     compute_dtype: torch.dtype
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return nn.functional.linear(x.to(self.compute_dtype), self.weight.to(self.compute_dtype))
+        dtype = self.compute_dtype
+        bias = None if self.bias is None else self.bias.to(dtype)
+        return nn.functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
 class _FloatEmbedding(nn.Embedding):

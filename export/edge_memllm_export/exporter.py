@@ -8,12 +8,11 @@ threads or chunk may sum a row in another order.
 from __future__ import annotations
 
 import gc
-import hashlib
 import logging
 import os
 import shutil
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +27,7 @@ from edge_memllm.manifest import (
     Manifest,
     ModelSpec,
 )
+from edge_memllm.mixed_precision import Target
 from edge_memllm_export.calibrated_weights import matrix_quantizer
 from edge_memllm_export.calibration import kv_scales
 from edge_memllm_export.checkpoint import Checkpoint
@@ -44,11 +44,12 @@ from edge_memllm_export.graph_attention import AttentionShape
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.ladder import Rung, climb
 from edge_memllm_export.matrix_forms import WEIGHT_FORMS
+from edge_memllm_export.network_rows import NetworkRows, complete_form
 from edge_memllm_export.options import (
     COMPUTE_DTYPES,
     check_calibration,
     check_computation,
-    check_table_options,
+    check_target,
     graph_form,
     record_layout,
 )
@@ -56,13 +57,19 @@ from edge_memllm_export.quality import (
     MAX_MEAN_KL,
     MAX_PERPLEXITY_INCREASE,
     Quality,
-    default_text,
     measure_quality,
     text_tokens,
     token_budget,
 )
+from edge_memllm_export.sealing import seal
 from edge_memllm_export.staging import Staging
-from edge_memllm_export.table_export import TableForm, token_weights, write_table
+from edge_memllm_export.table_export import (
+    MixedFigures,
+    TableForm,
+    check_table_options,
+    write_table,
+)
+from edge_memllm_export.texts import default_text
 
 TABLE_FILE = "table.safetensors"
 TOKENIZER_FILES = (
@@ -86,6 +93,7 @@ class ExportReport:
     manifest: Manifest
     rungs: tuple[Rung, ...]
     quality: Quality | None
+    mixed: MixedFigures | None = None
 
 
 def export_model(
@@ -93,7 +101,8 @@ def export_model(
     out: Path,
     *,
     graph_weights: str = "int4",
-    table_codec: str = "int8",
+    table_codec: str | None = None,
+    table_target: Target | None = None,
     table_search: bool = False,
     table_text: str | None = None,
     device: str = "cpu",
@@ -114,9 +123,11 @@ def export_model(
     """Export a checkpoint folder as an artifact folder.
 
     `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
-    dense model has no memory rows and always gets the codec `none`). `table_search` tries several
-    scales for each group of values. A codec with parameters learns them from all rows, each as
-    often as its token stands in `table_text` (None: all once). `graph_block` weights of
+    dense model has no memory rows and always gets the codec `none`), None takes int8; instead of
+    it, `table_target` has the bits of each layer and class of tokens chosen for a size
+    (docs/mixed-precision.md). `table_search` tries several scales for each group of values. A
+    codec with parameters learns them from all rows, each as often as its token stands in
+    `table_text` (None: all once; a target takes a text that comes along). `graph_block` weights of
     an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None takes 128 for matrices of 1,024
     columns or more and 32 below. `graph_method` is "rtn" or "gptq" (calibrated on
     `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights` stores kinds
@@ -138,15 +149,19 @@ def export_model(
     check_calibration(form, calibration_text)
     check_computation(device, compute_dtype, chunk)
     layout = record_layout(source, form, alignment)
-    check_table_options(layout, search=table_search, text=table_text)
-    weights = None if table_text is None else token_weights(source, table_text)
-    dtype = COMPUTE_DTYPES[compute_dtype]
-    table_form = TableForm(layout, device, dtype, chunk, table_search, weights)
+    if table_target is None:
+        check_table_options(layout, search=table_search, text=table_text)
+    check_target(source, table_codec, table_target)
     report = progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(out))
     try:
         with Staging(out, overwrite=overwrite) as staging:
-            export = _Export(source, form, table_form, staging.path, report)
+            network = source.network(device, COMPUTE_DTYPES[compute_dtype])
+            rows = NetworkRows(network, layout, chunk, report)
+            table = TableForm(layout, source.config.vocab_size, table_search)
+            table = complete_form(source, table, rows, table_target, table_text, report)
+            form = replace(form, codec=table.layout.codec)
+            export = _Export(source, form, table, rows, staging.path, report)
             text = quality_text if quality_text is not None else default_text()
             manifest = export.write(text, calibration_text)
             rungs: tuple[Rung, ...] = ()
@@ -158,7 +173,7 @@ def export_model(
         raise ExportError(
             f"{out}: writing failed ({error.strerror or error}). Check free space and permissions."
         ) from error
-    return ExportReport(out, manifest, rungs, quality)
+    return ExportReport(out, manifest, rungs, quality, table.figures)
 
 
 class _Export:
@@ -169,12 +184,14 @@ class _Export:
         source: Checkpoint,
         form: GraphForm,
         table: TableForm,
+        rows: NetworkRows,
         path: Path,
         progress: Progress,
     ) -> None:
         self._source = source
         self._form = form
         self._table = table
+        self._rows = rows
         self._path = path
         self._progress = progress
         self._files: dict[str, FileSpec] = {}
@@ -190,7 +207,7 @@ class _Export:
         self._copy_tokenizer()
         graph = self._write_graph(identity, text, calibration_text)
         table, self._files[TABLE_FILE] = write_table(
-            self._source, self._table, self._path / TABLE_FILE, identity, self._progress
+            self._table, self._rows, self._path / TABLE_FILE, identity
         )
         manifest = Manifest(
             model=_model_spec(self._source, identity),
@@ -204,7 +221,7 @@ class _Export:
         except ArtifactError as error:
             raise ExportError(f"{self._source.path}: {error}") from error
         (self._path / MANIFEST_NAME).write_bytes(content)
-        _seal(self._path / MANIFEST_NAME)
+        seal(self._path / MANIFEST_NAME)
         return manifest
 
     def judge(
@@ -251,7 +268,7 @@ class _Export:
         for name in TOKENIZER_FILES:
             if (self._source.path / name).is_file():
                 shutil.copyfile(self._source.path / name, self._path / name)
-                self._files[name] = _seal(self._path / name)
+                self._files[name] = seal(self._path / name)
 
     def _write_graph(self, identity: str, text: str, calibration_text: str | None) -> GraphSpec:
         steps = self._source.config.num_hidden_layers + 1
@@ -271,7 +288,7 @@ class _Export:
         del model
         gc.collect()
         for name in names:
-            self._files[name] = _seal(self._path / name)
+            self._files[name] = seal(self._path / name)
         self._progress("graph", steps, steps)
         compute_dtype = WEIGHT_FORMS[self._form.weights][0]
         return GraphSpec(
@@ -311,12 +328,5 @@ def _model_spec(source: Checkpoint, identity: str) -> ModelSpec:
         bos_token_id=config.bos_token_id,
         eos_token_ids=source.eos_token_ids(),
         memory_gain=source.memory_gain,
+        memory_layers=config.memory_layers,
     )
-
-
-def _seal(path: Path) -> FileSpec:
-    """Force a file to the disk; its size and digest."""
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
-        digest = hashlib.file_digest(file, "sha256").hexdigest()
-        return FileSpec(os.fstat(file.fileno()).st_size, digest)

@@ -30,12 +30,18 @@ from edge_memllm.codecs import Codec
 from edge_memllm_export.graph_attention import (
     AttentionInputs,
     AttentionShape,
+    AttentionWeights,
     KVScales,
     attention,
     rotary_inputs,
 )
 from edge_memllm_export.graph_feed_forward import linear_compute, swiglu
-from edge_memllm_export.graph_rows import TokenInputs, layer_memory, token_inputs
+from edge_memllm_export.graph_rows import (
+    MemoryShape,
+    TokenInputs,
+    layer_memory,
+    token_inputs,
+)
 from edge_memllm_export.graph_tape import DATA_TYPES, GraphTape
 from edge_memllm_export.matrix_forms import QuantizeMatrix
 from edge_memllm_export.quantizer import quantize as round_to_nearest
@@ -97,9 +103,8 @@ def build_graph(
     """
     tape = GraphTape(form.weights, form.matrices, form.block, quantize, config.rms_norm_eps)
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    tokens = token_inputs(
-        tape, config.num_hidden_layers, config.hidden_size, form.codec, form.embedding_dtype
-    )
+    memory = MemoryShape(config.num_hidden_layers, config.memory_layers, config.hidden_size)
+    tokens = token_inputs(tape, memory, form.codec, form.embedding_dtype)
     logits_index = ir.val("logits_index", dtype=DATA_TYPES["int64"], shape=["B", "K"])
     seqlens_k = ir.val("seqlens_k", dtype=DATA_TYPES["int32"], shape=["B"])
     total = ir.val("total_sequence_length", dtype=DATA_TYPES["int32"], shape=[])
@@ -158,12 +163,11 @@ class _Block:
         kv_scales: KVScales | None,
     ) -> tuple[_Stream, list[ir.Value]]:
         normed, x = self._norm("input_layernorm", stream.x, stream.pending)
-        names = ("q_proj", "k_proj", "v_proj", "o_proj")
         attended, present = attention(
             self._tape,
             f"{self._path}/self_attn",
             normed,
-            {name: self._weight(f"self_attn.{name}") for name in names},
+            self._attention_weights(),
             shape,
             shared,
             past,
@@ -202,8 +206,19 @@ class _Block:
             return self._tape.norm(f"{self._path}/{name}", x, weight), x
         return self._tape.add_norm(f"{self._path}/{name}", x, pending, weight)
 
-    def _weight(self, name: str) -> np.ndarray:
-        return self._read(f"model.layers.{self._layer}.{name}.weight")
+    def _attention_weights(self) -> AttentionWeights:
+        def read(names: Sequence[str], part: str = "weight") -> dict[str, np.ndarray]:
+            return {name: self._weight(f"self_attn.{name}", part) for name in names}
+
+        queries = ("q_proj", "k_proj", "v_proj")
+        return AttentionWeights(
+            read((*queries, "o_proj")),
+            read(queries, "bias") if self._config.attention_bias else None,
+            read(("q_norm", "k_norm")) if self._config.qk_norm else None,
+        )
+
+    def _weight(self, name: str, part: str = "weight") -> np.ndarray:
+        return self._read(f"model.layers.{self._layer}.{name}.{part}")
 
 
 def _cache_inputs(dtype: str, layer: int, shape: AttentionShape) -> tuple[ir.Value, ir.Value]:

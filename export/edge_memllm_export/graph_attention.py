@@ -1,13 +1,16 @@
 """The attention of one layer: packed projection, GroupQueryAttention, output projection.
 
-x [B,T,D] -- qkv_proj --> GroupQueryAttention --> o_proj --> [B,T,D]
-                           |  past.key/value [B,Hk,C,d]  (in, and out as present)
-                           |  seqlens_k, total_sequence_length
-                           |  cos_cache, sin_cache [P,d/2]
+x [B,T,D] -- qkv_proj [-- + bias] --> GroupQueryAttention --> o_proj --> [B,T,D]
+                                       |  past.key/value [B,Hk,C,d]  (in, and out as present)
+                                       |  seqlens_k, total_sequence_length
+                                       |  cos_cache, sin_cache [P,d/2]
+
+With norms of query and key, the packed projection is split and they are normed head by head.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -18,6 +21,7 @@ from edge_memllm_export.graph_tape import GraphTape
 
 # GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
 _HEAD_MULTIPLE = 16
+_PACKED = ("q_proj", "k_proj", "v_proj")
 _INT8_CACHE = {
     "kv_cache_bit_width": 8,
     "k_quant_type": "PER_CHANNEL",
@@ -46,6 +50,15 @@ class AttentionInputs(NamedTuple):
     total_sequence_length: ir.Value  # int32 scalar
     cosine: ir.Value  # [P, d/2]
     sine: ir.Value
+
+
+@dataclass(frozen=True)
+class AttentionWeights:
+    """Arrays of one layer, as in the network. Biases and norms are None where it has none."""
+
+    projections: Mapping[str, np.ndarray]  # q_proj, k_proj, v_proj [N, D] and o_proj [D, N]
+    biases: Mapping[str, np.ndarray] | None = None  # of q_proj, k_proj, v_proj [N]
+    norms: Mapping[str, np.ndarray] | None = None  # q_norm, k_norm [head_dim]
 
 
 @dataclass(frozen=True)
@@ -85,7 +98,7 @@ def attention(
     tape: GraphTape,
     path: str,
     x: ir.Value,
-    weights: dict[str, np.ndarray],
+    weights: AttentionWeights,
     shape: AttentionShape,
     shared: AttentionInputs,
     past: tuple[ir.Value, ir.Value],
@@ -94,15 +107,14 @@ def attention(
 ) -> tuple[ir.Value, list[ir.Value]]:
     """The attention output [B,T,D] and the present key and value, named as ``present`` says.
 
-    ``weights`` holds q_proj, k_proj, v_proj and o_proj as in the network. With ``kv_scales`` the
-    cache holds int8.
+    With ``kv_scales`` the cache holds int8.
     """
-    packed = np.concatenate(
-        [widen_heads(weights[name], shape) for name in ("q_proj", "k_proj", "v_proj")]
-    )
-    query = tape.linear(f"{path}/qkv_proj", x, packed)
+    packed = _packed_projection(tape, path, x, weights, shape)
+    queries: list[ir.Value | None] = [packed, None, None]
+    if weights.norms is not None:
+        queries = _normed_heads(tape, path, packed, weights.norms, shape)
     name = f"{path}/GroupQueryAttention"
-    inputs: list[ir.Value | None] = [query, None, None, *past, *shared]
+    inputs: list[ir.Value | None] = [*queries, *past, *shared]
     attributes: dict[str, Any] = {
         "num_heads": shape.heads,
         "kv_num_heads": shape.kv_heads,
@@ -121,8 +133,53 @@ def attention(
         attributes,
         dtypes=[tape.compute_dtype, kv_dtype, kv_dtype],
     )
-    output = widen_heads(weights["o_proj"].T, shape).T
+    output = widen_heads(weights.projections["o_proj"].T, shape).T
     return tape.linear(f"{path}/o_proj", attended, output), caches
+
+
+def _packed_projection(
+    tape: GraphTape, path: str, x: ir.Value, weights: AttentionWeights, shape: AttentionShape
+) -> ir.Value:
+    """Query, key and value side by side: [B, T, (H + 2 Hk) * d]."""
+    rows = [widen_heads(weights.projections[name], shape) for name in _PACKED]
+    packed = tape.linear(f"{path}/qkv_proj", x, np.concatenate(rows))
+    if weights.biases is None:
+        return packed
+    parts = [widen_heads(weights.biases[name][:, None], shape)[:, 0] for name in _PACKED]
+    bias = tape.vector(f"{path[1:].replace('/', '.')}.qkv_proj.bias", np.concatenate(parts))
+    return tape.op(f"{path}/qkv_proj/Add", "Add", [packed, bias])
+
+
+def _normed_heads(
+    tape: GraphTape,
+    path: str,
+    packed: ir.Value,
+    norms: Mapping[str, np.ndarray],
+    shape: AttentionShape,
+) -> list[ir.Value | None]:
+    """Query, key and value apart, the first two normed over each head."""
+    name = path[1:].replace("/", ".")
+    width = shape.graph_head_dim
+    sizes = np.array([shape.heads, shape.kv_heads, shape.kv_heads]) * width
+    query, key, value = tape.op_outputs(
+        f"{path}/Split",
+        "Split",
+        [packed, tape.constant(f"{name}.parts", sizes)],
+        [f"{path}/{part}" for part in ("query", "key", "value")],
+        {"axis": -1},
+        domain="",
+    )
+    heads = tape.constant(f"{name}.heads", np.array([0, 0, -1, width]))
+    flat = tape.constant(f"{name}.flat", np.array([0, 0, -1]))
+
+    def normed(part: str, x: ir.Value) -> ir.Value:
+        apart = tape.op(f"{path}/{part}/Heads", "Reshape", [x, heads])
+        # Zeros that widen a head leave its squares' sum as it is, and change their mean.
+        scale = widen_heads(norms[part][:, None], shape)[:, 0]
+        out = tape.norm(f"{path}/{part}", apart, scale, shape.head_dim / width)
+        return tape.op(f"{path}/{part}/Flat", "Reshape", [out, flat])
+
+    return [normed("q_norm", query), normed("k_norm", key), value]
 
 
 def _scale_inputs(

@@ -12,7 +12,7 @@ import onnx_ir as ir
 
 from edge_memllm.codecs import Codec
 from edge_memllm.errors import ArtifactError
-from edge_memllm_export.graph_rows import memory_rows
+from edge_memllm_export.graph_rows import MemoryShape, memory_rows
 from edge_memllm_export.graph_tape import GraphTape
 from edge_memllm_export.quantizer import quantize
 
@@ -21,9 +21,7 @@ _INITIALISERS = "model.memory."
 _WIRE_INPUTS = ("memory_rows", "memory_codes", "memory_scales")
 
 
-def rewire_graph(
-    source: Path, out: Path, weights: str, layers: int, width: int, codec: Codec
-) -> None:
+def rewire_graph(source: Path, out: Path, weights: str, shape: MemoryShape, codec: Codec) -> None:
     """Write the graph at `source` to `out`, fed in the wire form of `codec`.
 
     `weights` is the manifest's word for the graph's matrices. Weights outside of the file stay
@@ -39,9 +37,7 @@ def rewire_graph(
             "by 'edge-memllm export' can be changed; export the model again."
         )
     tape = GraphTape(weights, {}, None, quantize, 0.0)
-    wire, memory = memory_rows(
-        tape, layers, width, codec, inputs["memory_gain"], inputs["token_index"]
-    )
+    wire, memory = memory_rows(tape, shape, codec, inputs["memory_gain"], inputs["token_index"])
     nodes, initialisers = tape.recorded()
     graph.insert_before(old[0], nodes)
     for node, index in list(old[-1].outputs[0].uses()):

@@ -130,10 +130,11 @@ class GraphTape:
             domain=CONTRIB,
         )
 
-    def norm(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
-        """RMSNorm of ``x``."""
-        scale = self.vector(f"{path[1:].replace('/', '.')}.weight", weight)
-        attributes = {"axis": -1, "epsilon": self._epsilon}
+    def norm(self, path: str, x: ir.Value, weight: np.ndarray, filled: float = 1.0) -> ir.Value:
+        """RMSNorm of ``x``, over the part ``filled`` of its last axis; the rest of it is zero."""
+        name = f"{path[1:].replace('/', '.')}.weight"
+        scale = self.vector(name, weight if filled == 1 else weight * filled**0.5)
+        attributes = {"axis": -1, "epsilon": self._epsilon * filled}
         return self.op(f"{path}/RMSNormalization", "RMSNormalization", [x, scale], attributes)
 
     def add_norm(

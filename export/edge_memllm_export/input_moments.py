@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from edge_memllm.errors import ExportError
 from edge_memllm.modeling import MemoryLLMForCausalLM
+from edge_memllm.modeling.token_memory import rows_of_layer
 from edge_memllm_export.graph_attention import AttentionShape, widen_heads
 
 _WINDOW = 256
@@ -75,13 +76,13 @@ def _moments(
     embedding = model.embed_tokens(distinct)
     parts = index.split(_BATCH)
     stream = [functional.embedding(part, embedding) for part in parts]
-    gain = config.memory_gain or [1.0] * config.num_hidden_layers
+    source, shared = model.token_memory(distinct, embedding)
     for number, layer in enumerate(model.layers):
-        rows = _memory(layer, embedding, gain[number]) if config.has_memory else None
+        rows = _memory(layer, source, rows_of_layer(shared, number)) if config.has_memory else None
         found, hooks = _listen(layer)
         for place, (x, part) in enumerate(zip(stream, parts, strict=True)):
-            memory = None if rows is None else functional.embedding(part, rows)
-            stream[place] = layer(x, memory, **_attention(model, config, x))
+            fed = part, None, rows, model.memory_gain(number)
+            stream[place] = layer(x, *fed, **_attention(model, config, x))
         for hook in hooks:
             hook.remove()
         yield _named(found, f"model.layers.{number}", ids.numel(), config)
@@ -106,9 +107,12 @@ def _attention(model: Any, config: Any, x: torch.Tensor) -> dict[str, Any]:
     return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": None}
 
 
-def _memory(layer: Any, embedding: torch.Tensor, gain: float) -> torch.Tensor:
-    """The layer's memory rows [U, D] for embeddings [U, D]."""
-    return torch.cat([layer.recall(part).float() for part in embedding.split(_ROWS)]) * gain
+def _memory(layer: Any, source: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The layer's memory rows [U, D] from what ``TokenMemory`` gives for the tokens."""
+    parts = source.split(_ROWS)
+    ready = [None] * len(parts) if rows is None else rows.split(_ROWS)
+    found = [layer.recall(part, own) for part, own in zip(parts, ready, strict=True)]
+    return torch.cat([memory.float() for memory in found])
 
 
 def _listen(layer: nn.Module) -> tuple[dict[str, torch.Tensor], list[Any]]:

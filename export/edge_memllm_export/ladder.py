@@ -18,10 +18,13 @@ from pathlib import Path
 
 import numpy as np
 
+from edge_memllm.codecs import Codec
 from edge_memllm.errors import ArtifactError
+from edge_memllm.records import RecordLayout
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.judged_artifact import JudgedArtifact
-from edge_memllm_export.quality import default_text, mean_kl, text_tokens
+from edge_memllm_export.quality import mean_kl, text_tokens
+from edge_memllm_export.texts import default_text
 
 _SPREAD_TOKENS = 64
 _SEQUENCE = 48
@@ -73,7 +76,7 @@ def climb(judged: JudgedArtifact, rows_dtype: str) -> Iterator[Rung]:
     sequence = _sequence(judged)
     ids = np.union1d(sequence, _spread(judged))
     embedding, rows = judged.live_rows(ids)
-    yield _codec(judged, rows)
+    yield _codec(judged, ids, rows)
     yield _table(judged, ids, embedding, rows, _ROW_SLACK[rows_dtype])
     used = np.searchsorted(ids, np.unique(sequence))
     yield _feeding(judged, sequence, embedding[used], rows[used])
@@ -99,11 +102,24 @@ def _spread(judged: JudgedArtifact) -> np.ndarray:
     return np.unique(np.linspace(0, last, _SPREAD_TOKENS).astype(np.int64))
 
 
-def _codec(judged: JudgedArtifact, rows: np.ndarray) -> Rung:
-    codec = judged.table.layout.codec
-    decoded = codec.decode(*codec.encode(rows), *rows.shape[1:])
-    measured = _share(np.abs(decoded - rows), codec.bound(rows))
-    return Rung(1, "codec", measured, 1.0, f"largest error of {codec.id}, as a share of its bound")
+def _codec(judged: JudgedArtifact, ids: np.ndarray, rows: np.ndarray) -> Rung:
+    layout = judged.table.layout
+    decoded, bound = np.empty_like(rows), np.empty_like(rows)
+    for codec, part in _codecs(layout, ids):
+        decoded[part] = codec.decode(*codec.encode(rows[part]), *rows.shape[1:])
+        bound[part] = codec.bound(rows[part])
+    measured = _share(np.abs(decoded - rows), bound)
+    note = f"largest error of {layout.codec.id}, as a share of its bound"
+    return Rung(1, "codec", measured, 1.0, note)
+
+
+def _codecs(layout: RecordLayout, ids: np.ndarray) -> Iterator[tuple[Codec, np.ndarray]]:
+    """The codec of each class of tokens, and which of `ids` it is for."""
+    class_of = layout.codec.class_of
+    of_ids = np.zeros(len(ids), np.uint8) if class_of is None else class_of[ids]
+    for number, codec in enumerate(layout.codec.variants):
+        if (part := of_ids == number).any():
+            yield codec, part
 
 
 def _table(
@@ -111,7 +127,9 @@ def _table(
 ) -> Rung:
     layout = judged.table.layout
     largest = np.abs(rows).max(axis=2, keepdims=True, initial=0.0)
-    bound = layout.codec.bound(rows) + slack * largest
+    bound = slack * largest + np.zeros_like(rows)
+    for codec, part in _codecs(layout, ids):
+        bound[part] += codec.bound(rows[part])
     half_unit = 2.0**-11 if layout.embedding_dtype == "float16" else 0.0
     embedding_bound = half_unit * np.maximum(np.abs(embedding), 2.0**-14)
     measured = max(

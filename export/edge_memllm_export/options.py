@@ -9,6 +9,7 @@ import torch
 from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.words import codec_id
 from edge_memllm.errors import ExportError, RuntimeUnavailableError
+from edge_memllm.mixed_precision import Target
 from edge_memllm.records import RecordLayout
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph import GraphForm
@@ -25,7 +26,7 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 def graph_form(
     source: Checkpoint,
     graph_weights: str,
-    table_codec: str,
+    table_codec: str | None,
     graph_block: int | None = None,
     kv_dtype: str | None = None,
     graph_method: str | None = None,
@@ -37,7 +38,7 @@ def graph_form(
             f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
         )
     try:
-        chosen = codec_id(table_codec, source.config.hidden_size)
+        chosen = codec_id(table_codec or "int8", source.config.hidden_size)
     except ValueError as error:
         raise ExportError(str(error)) from error
     if not source.config.has_memory:
@@ -103,7 +104,7 @@ def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> Record
     config = source.config
     try:
         return RecordLayout(
-            layers=config.num_hidden_layers if config.has_memory else 0,
+            layers=config.memory_layers,
             width=config.hidden_size,
             codec=form.codec,
             embedding_dtype=form.embedding_dtype,
@@ -113,18 +114,19 @@ def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> Record
         raise ExportError(f"{source.path}: {error}") from error
 
 
-def check_table_options(layout: RecordLayout, *, search: bool, text: str | None) -> None:
-    """Refuse options that would change nothing with this codec."""
-    codec = layout.codec
-    if search and not codec.searches:
+def check_target(source: Checkpoint, table_codec: str | None, target: Target | None) -> None:
+    """Refuse a target in size where nothing could be chosen for it."""
+    if target is None:
+        return
+    if table_codec is not None:
         raise ExportError(
-            f"table search: codec {codec.id} has no scales to search for. Leave it out, or choose "
-            "a codec of 4 bits or less."
+            f"table codec {table_codec}, target {target}: expected one of the two. Name a codec, "
+            "or a target in bits or bytes."
         )
-    if text is not None and not layout.parameters_bytes:
+    if not source.config.has_memory:
         raise ExportError(
-            f"table text: codec {codec.id} learns nothing from a text. Leave it out, or choose "
-            "codebook or lowrank."
+            f"target {target}: {source.path} is a dense model (beta 8), which has no memory rows. "
+            "Leave the target out."
         )
 
 

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from importlib import resources
 
 import numpy as np
 
@@ -52,11 +51,6 @@ class Quality:
     def acceptable(self) -> bool:
         """Whether both bounds hold. A figure that is not a number does not."""
         return self.mean_kl <= MAX_MEAN_KL and self.perplexity_increase <= MAX_PERPLEXITY_INCREASE
-
-
-def default_text() -> str:
-    """About 20 kB of public-domain English prose that ships with the package."""
-    return resources.files("edge_memllm_export").joinpath("quality_text.txt").read_text("utf-8")
 
 
 def token_budget(parameters: int) -> int:

@@ -1,103 +1,140 @@
-"""From a network to a table file: one pass over its rows, or two.
+"""From rows to a table file: one pass over them, or two.
 
 Codecs that share parameters between all tokens learn them in a first pass, which keeps statistics
-of the rows and not the rows; the second pass writes. Rows are computed anew in each.
+of the rows and not the rows; the second pass writes. Knows rows by what gives them, a network or
+another table.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
-import torch
 
+from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.errors import ExportError
 from edge_memllm.manifest import FileSpec, TableSpec
-from edge_memllm.modeling import MemoryLLMForCausalLM
+from edge_memllm.mixed_precision import RowSource, Sizing, Target, plan_allocation
 from edge_memllm.records import RecordLayout
+from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table_writer import TableWriter
-from edge_memllm.tokenization import Tokenizer
-from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table_rows import table_rows
+from edge_memllm_export.texts import TableText
 
 Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True)
-class TableForm:
-    """How a table is computed and stored."""
+class MixedFigures:
+    """What mixed precision came to. Divergences are those of the table alone, in nats per token.
 
-    layout: RecordLayout  # without the parameters of its codec
-    device: str
-    dtype: torch.dtype  # rows are computed in
-    chunk: int | None  # tokens at a time
+    They are taken on a sample of the table text.
+    """
+
+    target: str
+    taken: str
+    predicted_kl: float
+    measured_kl: float
+    compared_tokens: int
+    text: str  # what frequencies and sensitivity come from
+
+
+@dataclass(frozen=True)
+class TableForm:
+    """How a table is stored."""
+
+    layout: RecordLayout
+    vocab_size: int
     search: bool = False  # for the best scale of each group
-    weights: np.ndarray | None = None  # how often each token occurs [V], for learning parameters
+    figures: MixedFigures | None = None  # where bits are mixed
+
+
+def check_table_options(layout: RecordLayout, *, search: bool, text: str | None) -> None:
+    """Refuse options that would change nothing with the codec of this layout."""
+    codec = layout.codec
+    if search and not codec.searches:
+        raise ExportError(
+            f"table search: codec {codec.id} has no scales to search for. Leave it out, or choose "
+            "a codec of 4 bits or less."
+        )
+    if text is not None and not layout.parameters_bytes:
+        raise ExportError(
+            f"table text: codec {codec.id} learns nothing from a text. Leave it out, or choose "
+            "codebook, lowrank or mixed precision."
+        )
+
+
+def learned(form: TableForm, source: RowSource, text: TableText | None = None) -> TableForm:
+    """Show all rows to the codec, where it learns from them, and return the form with its levels.
+
+    Each row counts as often as its token stands in the text, plus one; without a text all once.
+    Raises ExportError for rows that no codec could learn from.
+    """
+    counts = None if text is None else np.bincount(text.tokens, minlength=form.vocab_size) + 1
+    return _learned(form, source, counts)
+
+
+def mixed(
+    form: TableForm,
+    target: Target,
+    source: RowSource,
+    runtime: Runtime,
+    text: TableText,
+    progress: Progress,
+) -> TableForm:
+    """Return the form with the mixed codec that suits a target best, its levels learned.
+
+    Raises ExportError as `plan_allocation` and `learned` do.
+    """
+    sizing = Sizing(target, form.layout, form.vocab_size)
+    plan = plan_allocation(
+        source, runtime, text.tokens, sizing, search=form.search, progress=progress
+    )
+    layout = replace(form.layout, codec=MixedCodec.of(plan.allocation))
+    found = _learned(replace(form, layout=layout), source, plan.shares * form.vocab_size)
+    figures = MixedFigures(
+        target=str(target),
+        taken=sizing.described(sizing.taken(plan.allocation)),
+        predicted_kl=plan.predicted_kl,
+        measured_kl=plan.measured_kl(found.layout.codec, form.search),
+        compared_tokens=sum(map(len, plan.subject.sample.windows)),
+        text=text.name,
+    )
+    return replace(found, figures=figures)
 
 
 def write_table(
-    source: Checkpoint, form: TableForm, path: Path, identity: str, progress: Progress
+    form: TableForm, source: RowSource, path: Path, identity: str
 ) -> tuple[TableSpec, FileSpec]:
-    """Write the table of a checkpoint. Raises ExportError as `TableWriter` does."""
-    network = source.network(form.device, form.dtype)
-    layout = form.layout
-    if layout.parameters_bytes:
-        layout = layout.with_parameters(_learned(network, form, progress))
-    vocabulary = source.config.vocab_size
-    with TableWriter(path, layout, vocabulary, identity, search=form.search) as writer:
-        for embedding, rows in table_rows(
-            network,
-            chunk=form.chunk,
-            progress=lambda done, total: progress("table", done, total),
-        ):
+    """Write a table whose codec has its parameters. Raises ExportError as `TableWriter` does."""
+    order = form.layout.stored_order(form.vocab_size)
+    with TableWriter(path, form.layout, form.vocab_size, identity, search=form.search) as writer:
+        for embedding, rows in source.chunks("table", order):
             writer.append(embedding, rows)
         return writer.finish()
 
 
-def token_weights(source: Checkpoint, text: str) -> np.ndarray:
-    """How often each token stands in a text, plus one: float32 [V].
-
-    Raises ExportError when the checkpoint has no tokenizer, or one of another model.
-    """
-    file, vocabulary = source.path / "tokenizer.json", source.config.vocab_size
-    if not file.is_file():
-        raise ExportError(
-            f"{source.path}: no tokenizer.json, so the tokens of the table text cannot be "
-            "counted. Put the tokenizer there, or leave the text out."
-        )
-    counts = np.bincount(Tokenizer(file.read_bytes()).encode(text), minlength=vocabulary)
-    if len(counts) > vocabulary:
-        raise ExportError(
-            f"{file}: gives token {len(counts) - 1}, the model has {vocabulary}. "
-            "The tokenizer is another model's; put the right one into the checkpoint."
-        )
-    return (counts + 1).astype(np.float32)
-
-
-def _learned(network: MemoryLLMForCausalLM, form: TableForm, progress: Progress) -> bytes:
-    """Show all rows to the codec, and return what it learns from them."""
-    fit = form.layout.codec.fit(form.layout.layers, form.layout.width)
-    seen = 0
-    for _, rows in table_rows(
-        network,
-        chunk=form.chunk,
-        progress=lambda done, total: progress("learning", done, total),
-    ):
-        _check_finite(rows, seen)
-        weights = None if form.weights is None else form.weights[seen : seen + len(rows)]
-        fit.add(rows, weights)
+def _learned(form: TableForm, source: RowSource, weights: np.ndarray | None) -> TableForm:
+    layout = form.layout
+    if not layout.parameters_bytes:
+        return form
+    fit = layout.codec.fit(layout.layers, layout.width)
+    order, seen = layout.stored_order(form.vocab_size), 0
+    for _, rows in source.chunks("learning", order):
+        tokens = order[seen : seen + len(rows)]
+        _check_finite(rows, tokens)
+        fit.add(rows, None if weights is None else weights[tokens].astype(np.float32))
         seen += len(rows)
-    return fit.parameters()
+    return replace(form, layout=layout.with_parameters(fit.parameters()))
 
 
-def _check_finite(rows: np.ndarray, first: int) -> None:
+def _check_finite(rows: np.ndarray, tokens: np.ndarray) -> None:
     """Raise ExportError for rows [N, L, D] that no codec could learn from."""
     finite = np.isfinite(rows).all(axis=2)
     if not finite.all():
         row, layer = np.argwhere(~finite)[0].tolist()
         raise ExportError(
-            f"token {first + row}, memory row of layer {layer}: not all values are finite. "
+            f"token {tokens[row]}, memory row of layer {layer}: not all values are finite. "
             "Check the checkpoint."
         )

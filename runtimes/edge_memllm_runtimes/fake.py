@@ -8,6 +8,7 @@ steps; another token, order or gain gives others.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -79,7 +80,9 @@ class FakeRuntime:
         active = cache.active(sequence)
         cache.ensure(int(cache.lengths[active].max()) + tokens)
         gain = b"" if memory_gain is None else memory_gain.tobytes()
-        records = [_digest(buffer.parts(slot), gain) for slot in range(distinct)]
+        # In the order of a record: scales stand in front of codes.
+        fed = [buffer.embedding(distinct), *reversed(buffer.wire(distinct).values())]
+        records = [_digest([each[slot] for each in fed], gain) for slot in range(distinct)]
         for states, row in zip(cache.states[active], token_index.tolist(), strict=True):
             for index in row:
                 states.append(_chain(states[-1] if states else 0, records[index]))
@@ -105,8 +108,8 @@ class FakeRuntime:
         return logits
 
 
-def _digest(parts: Iterable[memoryview], gain: bytes) -> int:
-    return xxh3_64_intdigest(b"".join((*parts, gain)))
+def _digest(parts: Iterable[NDArray[Any]], gain: bytes) -> int:
+    return xxh3_64_intdigest(b"".join((*(part.tobytes() for part in parts), gain)))
 
 
 def _chain(state: int, record: int) -> int:

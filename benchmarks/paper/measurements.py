@@ -1,0 +1,157 @@
+"""The measurements of trained runs: one function each, from a run and a judge to plain figures."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from benchmarks.paper.judging import TRAINED, Judge, opened
+from benchmarks.paper.runs import Run
+from benchmarks.paper.scaling import all_but, scaled
+from edge_memllm.model import Model
+from edge_memllm.sweep.measuring import table_figures
+
+GAINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
+CODECS = ("f16", "int8", "int4", "codebook4", "int3", "codebook3", "int2", "codebook2")
+RANK_CUTS = (0.0, 0.1, 0.2, 0.3, 0.4, 0.5)
+_CHARACTERS, _SWEPT_CHARACTERS = 400_000, 120_000
+_ALL_TEXTS = (*TRAINED, "Wikitext-2")
+
+Figures = dict[str, Any]
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """What is measured, on which runs, and what besides them the figures depend on."""
+
+    name: str
+    measures: Callable[[Run], bool]
+    settings: Callable[[Judge], Figures]
+    figures: Callable[[Run, Judge], Figures]
+
+
+def perplexity(run: Run, judge: Judge) -> Figures:
+    """Perplexity of every text, and the losses that the training recorded."""
+    with opened(run.path, judge.threads) as model:
+        texts = judge.texts(model, run, _ALL_TEXTS, _CHARACTERS)
+    history = [each for each in run.training["history"] if "loss" in each]
+    return {
+        "texts": texts,
+        "training": {
+            "tokens": [each["tokens"] for each in history],
+            "loss": [round(each["loss"], 4) for each in history],
+        },
+        "tokens_seen": run.training["tokens_seen"],
+        "valid_loss": run.training.get("valid_loss"),
+    }
+
+
+def gain(run: Run, judge: Judge) -> Figures:
+    """All feed-forward outputs scaled by one factor: texts and tasks at each (Table 1, Fig. 7)."""
+    found = []
+    for factor in GAINS:
+        each = [factor] * run.config.num_hidden_layers
+        memory = each if run.config.has_memory else None
+        compute = each if run.config.has_compute else None
+        with (
+            scaled(run.path, memory=memory, compute=compute) as checkpoint,
+            opened(checkpoint, judge.threads) as model,
+        ):
+            texts = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
+            found.append({"gain": factor, "texts": texts, "tasks": judge.tasks(model)})
+    return {"gains": found}
+
+
+def drop(run: Run, judge: Judge) -> Figures:
+    """One layer's memory left out at a time, of Base its FFN (Figs. 4 and 12)."""
+    layers, part = run.config.num_hidden_layers, "memory" if run.config.has_memory else "compute"
+    found = []
+    for number in range(layers):
+        with (
+            scaled(run.path, **{part: all_but(layers, number)}) as checkpoint,
+            opened(checkpoint, judge.threads) as model,
+        ):
+            found.append(judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS))
+    with opened(run.path, judge.threads) as model:
+        whole = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
+    return {"part": part, "whole": whole, "layers": found}
+
+
+def bits(run: Run, judge: Judge) -> Figures:
+    """The table in fewer bits, the graph exact (Table 7)."""
+    return {"codecs": {word: _stored(run, judge, word) for word in ("f32", *CODECS)}}
+
+
+def rank(run: Run, judge: Judge) -> Figures:
+    """The table by a low-rank basis for each layer, and how its singular values fall (Table 8)."""
+    width, vocabulary = run.config.hidden_size, run.config.vocab_size
+    cuts = []
+    for cut in RANK_CUTS:
+        kept = round(width * (1 - cut))
+        # Without a cut the paper stores the table itself.
+        values = kept * (vocabulary + width) if cut else vocabulary * width
+        word = f"lowrank-r{kept}-f16" if cut else "f16"
+        size = {"cut": cut, "rank": kept, "values_per_layer": values}
+        cuts.append({**size, **_stored(run, judge, word)})
+    with opened(run.path, judge.threads) as model:
+        return {"cuts": cuts, "singular_values": _singular_values(model)}
+
+
+def _stored(run: Run, judge: Judge, word: str) -> Figures:
+    with opened(run.path, judge.threads, word) as model:
+        return {
+            "id": model.manifest.table.codec,
+            "bits_per_value": table_figures(model)["bits_per_value"],
+            "texts": judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS),
+        }
+
+
+def _singular_values(model: Model) -> list[list[float]]:
+    """Of each layer's rows of all tokens: relative to the largest one, the largest first."""
+    rows = model.table.rows(np.arange(model.manifest.model.vocab_size))
+    found = []
+    for layer in rows.transpose(1, 0, 2):
+        values = np.linalg.svd(layer.astype(np.float64), compute_uv=False)
+        found.append([float(f"{value:.4g}") for value in values / values[0]])
+    return found
+
+
+def _texts(judge: Judge, *, tasks: bool = False) -> Figures:
+    return judge.settings(TRAINED, _SWEPT_CHARACTERS, tasks=tasks)
+
+
+def _first_seed_of(*variants: str) -> Callable[[Run], bool]:
+    return lambda run: run.seed == 1 and run.variant in variants
+
+
+_MEMORY = ("flex-3", "flex-2", "flex-1", "memoryllm")
+MEASUREMENTS = (
+    Measurement(
+        "perplexity",
+        lambda run: True,
+        lambda judge: judge.settings(_ALL_TEXTS, _CHARACTERS, tasks=False),
+        perplexity,
+    ),
+    Measurement("drop", _first_seed_of("base", *_MEMORY), _texts, drop),
+    Measurement(
+        "bits",
+        _first_seed_of("flex-3", "memoryllm"),
+        lambda judge: _texts(judge) | {"codecs": list(CODECS)},
+        bits,
+    ),
+    Measurement(
+        "rank",
+        _first_seed_of("flex-3", "memoryllm"),
+        lambda judge: _texts(judge) | {"cuts": list(RANK_CUTS)},
+        rank,
+    ),
+    Measurement(
+        "gain",
+        _first_seed_of("base", "flex-3", "memoryllm"),
+        lambda judge: _texts(judge, tasks=True) | {"gains": list(GAINS)},
+        gain,
+    ),
+)

@@ -1,0 +1,10 @@
+"""Mixed precision: how many bits each layer of each class of tokens gets, for a target in size.
+
+See docs/mixed-precision.md. Functions and dataclasses over a runtime; no command line, no files.
+"""
+
+from edge_memllm.mixed_precision.planning import MixedPlan, RowSource, plan_allocation
+from edge_memllm.mixed_precision.sizing import Sizing
+from edge_memllm.mixed_precision.target import Target, target_of
+
+__all__ = ["MixedPlan", "RowSource", "Sizing", "Target", "plan_allocation", "target_of"]

@@ -1,0 +1,172 @@
+"""Dense checkpoint in, checkpoint of the family out: read, fit, distil, save.
+
+It puts the parts together; how a layer is fitted and what is learned is theirs. The training is
+``training.run``, with another loss.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from huggingface_hub.errors import StrictDataclassError
+from tokenizers import Tokenizer
+
+from edge_memllm.errors import RecipeError
+from edge_memllm.modeling.configuration import DENSE_BETA, MemoryLLMConfig, compute_width
+from edge_memllm.modeling.conversion_recipe import ConversionRecipe
+from edge_memllm.modeling.corpus import TokenWindows
+from edge_memllm.modeling.dense_checkpoint import dense_config, dense_network
+from edge_memllm.modeling.distillation import DistillationTrainer
+from edge_memllm.modeling.initialization import initialize
+from edge_memllm.modeling.network import MemoryLLMForCausalLM
+from edge_memllm.modeling.training import (
+    check_target,
+    count_parameters,
+    has_checkpoint,
+    prepare_tokens,
+    process_state,
+    run,
+    save,
+    token_file,
+)
+
+_CARRIED_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "chat_template.jinja",
+)
+_GENERATION_FILE = "generation_config.json"
+# What the dense network has no say in.
+_CHOSEN = ("memory_intermediate_size", "memory_norm", "memory_source")
+
+Progress = Callable[[str, int, int], None]
+
+
+def convert(
+    dense: Path,
+    out: Path,
+    recipe: ConversionRecipe,
+    resume: bool = False,
+    progress: Progress = lambda stage, done, total: None,
+) -> dict[str, Any]:
+    """Make a student of the dense checkpoint in the folder ``out``; what was reached.
+
+    With ``steps = 0`` the student is fitted and not trained. ``resume`` continues from the newest
+    checkpoint under ``out``. ``progress(stage, done, total)`` is called while layers are fitted.
+    """
+    recipe.validate()
+    original = dense_config(dense)
+    config = student_config(original, recipe)
+    tokenizer = _read_tokenizer(dense, config)
+    boundary = _boundary(dense, config)
+    check_target(out, resume)
+    state = process_state()
+    with state.main_process_first():
+        _carry(dense, out)
+        prepare_tokens(recipe, tokenizer, boundary, out)
+    teacher = dense_network(dense).to(state.device)
+    torch.manual_seed(recipe.training.seed)
+    student = MemoryLLMForCausalLM(config).to(state.device)
+    if not (resume and has_checkpoint(out)):
+        text = _fitting_text(recipe, out).to(state.device)
+        initialize(student, teacher, text, boundary, progress)
+    record: dict[str, Any] = {
+        "recipe": recipe.as_dict(),
+        "dense": {"path": str(dense), "parameters": count_parameters(teacher)},
+        "parameters": count_parameters(student),
+    }
+    if recipe.training.steps:
+        trainer = partial(DistillationTrainer, teacher=teacher, distillation=recipe.conversion)
+        record |= run(_unused_allowed(recipe), student, out, resume, trainer)
+    save(recipe, student, record, out)
+    if state.is_main_process and (dense / _GENERATION_FILE).is_file():
+        shutil.copyfile(dense / _GENERATION_FILE, out / _GENERATION_FILE)
+    state.wait_for_everyone()
+    return record
+
+
+def student_config(dense: MemoryLLMConfig, recipe: ConversionRecipe) -> MemoryLLMConfig:
+    """The dense network's shape with the student's choices; RecipeError for impossible ones."""
+    chosen = dict(recipe.model)
+    beta = chosen.get("beta", 3)
+    fields = {k: v for k, v in dense.to_dict().items() if k not in _CHOSEN}
+    if beta != DENSE_BETA:
+        width = min(compute_width(dense.hidden_size, beta), dense.intermediate_size)
+        chosen = {"intermediate_size": width, **chosen}
+    try:
+        config = MemoryLLMConfig.from_dict({**fields, **chosen})
+    except (StrictDataclassError, TypeError, ValueError) as error:
+        raise RecipeError(f"[model] {error.__cause__ or error}") from error
+    if config.intermediate_size > dense.intermediate_size:
+        raise RecipeError(
+            f"[model] intermediate_size is {config.intermediate_size}, but the dense network has "
+            f"{dense.intermediate_size} neurons to choose from."
+        )
+    if config.max_position_embeddings < recipe.data.sequence_length:
+        raise RecipeError(
+            f"[data] sequence_length is {recipe.data.sequence_length}, beyond the network's "
+            f"max_position_embeddings ({config.max_position_embeddings})."
+        )
+    return config
+
+
+def _read_tokenizer(dense: Path, config: MemoryLLMConfig) -> Tokenizer:
+    path = dense / "tokenizer.json"
+    if not path.is_file():
+        raise RecipeError(
+            f"{path}: no such file. Save the tokenizer in this form first: "
+            "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
+        )
+    try:
+        tokenizer = Tokenizer.from_file(str(path))
+    except Exception as error:  # the library raises a bare Exception
+        raise RecipeError(f"{path}: not a readable tokenizer.json ({error}).") from error
+    if tokenizer.get_vocab_size() > config.vocab_size:
+        raise RecipeError(
+            f"{path}: has {tokenizer.get_vocab_size()} tokens, the network {config.vocab_size}. "
+            "Give the network's own tokenizer."
+        )
+    return tokenizer
+
+
+def _boundary(dense: Path, config: MemoryLLMConfig) -> int:
+    """The token in front of each document: that which begins a text, or else ends one."""
+    ends = config.eos_token_id
+    candidates = [config.bos_token_id, *(ends if isinstance(ends, list) else [ends])]
+    boundary = next((token for token in candidates if token is not None), None)
+    if boundary is None:
+        raise RecipeError(
+            f"{dense / 'config.json'}: has neither bos_token_id nor eos_token_id, so nothing can "
+            "mark where documents begin. Add the one that its tokenizer uses."
+        )
+    return boundary
+
+
+def _carry(dense: Path, out: Path) -> None:
+    """Copy what belongs to the tokenizer."""
+    out.mkdir(parents=True, exist_ok=True)
+    for name in _CARRIED_FILES:
+        if (dense / name).is_file():
+            shutil.copyfile(dense / name, out / name)
+
+
+def _unused_allowed(recipe: ConversionRecipe) -> ConversionRecipe:
+    """The recipe, told that layers which the dense ones stand in for get no gradient."""
+    if not recipe.conversion.layers_per_stage:
+        return recipe
+    return replace(recipe, trainer={"ddp_find_unused_parameters": True, **recipe.trainer})
+
+
+def _fitting_text(recipe: ConversionRecipe, out: Path) -> torch.Tensor:
+    """Windows [W, T] of the training text, as many as ``fit_tokens`` allow."""
+    length = recipe.data.sequence_length
+    windows = TokenWindows(token_file(out, "train"), length)
+    count = min(len(windows), recipe.conversion.fit_tokens // length)
+    return torch.stack([windows[number]["input_ids"] for number in range(count)])
