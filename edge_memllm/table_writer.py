@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -66,6 +67,8 @@ class TableWriter:
         self._count = 0
         self._finished = False
         self._digest = hashlib.sha256()
+        self._background = ThreadPoolExecutor(1)  # digests and writes while the next are encoded
+        self._writing: Future[None] | None = None
         self._size = len(self._header) + layout.table_bytes(vocab_size)
         try:
             self._file = os.open(path, _FLAGS, 0o666)
@@ -81,8 +84,9 @@ class TableWriter:
     def append(self, embedding: Floats, rows: Floats) -> None:
         """Write the next N records, from embedding [N, D] and rows [N, L, D].
 
-        Raises `ExportError` naming token and layer when a value is NaN, infinite or too large,
-        and when the disk is full.
+        Raises `ExportError` naming token and layer when a value is NaN, infinite or too large.
+        Writing goes on in the background: that the disk is full is said by the next call, or by
+        `finish`.
         """
         self._check_shapes(embedding, rows)
         start = 0
@@ -101,6 +105,7 @@ class TableWriter:
             raise ExportError(
                 f"{self._path}: {self._count} records written, expected {len(self._checksums)}."
             )
+        self._wait()
         self._write(self._checksums.view(np.uint8).data)
         self._write(self._layout.codec.parameters)
         try:
@@ -119,6 +124,7 @@ class TableWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
+        self._background.shutdown()
         if self._finished:
             os.close(self._file)
         else:
@@ -132,8 +138,14 @@ class TableWriter:
             for token, record in zip(tokens, records[:, :size], strict=True):
                 checksum = xxh3_64_intdigest(record, seed=self._seed ^ token)
                 self._checksums[token, column] = checksum
-        self._write(records.reshape(-1).data)
+        self._wait()
+        self._writing = self._background.submit(self._write, records.reshape(-1).data)
         self._count += len(records)
+
+    def _wait(self) -> None:
+        """Wait for what is being written. Raises `ExportError` if it could not be."""
+        if self._writing is not None:
+            self._writing.result()
 
     def _claim_space(self) -> None:
         if not hasattr(os, "posix_fallocate"):

@@ -227,4 +227,5 @@ def test_a_disk_that_is_really_full(
         TableWriter(one_megabyte / "table", LAYOUT, 4096, IDENTITY) as writer,
     ):
         writer.append(rows[:, 0], rows)
+        writer.finish()
     assert not list(one_megabyte.iterdir())

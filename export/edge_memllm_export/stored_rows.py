@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from itertools import zip_longest
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,7 @@ Progress = Callable[[str, int, int], None]
 # Decoded rows of a chunk. Freed blocks below 32 MB are used again, larger ones go back to the
 # system and are zeroed anew each time, which costs a fifth of the run.
 _CHUNK_BYTES = 16 << 20
+_AHEAD = 2  # chunks
 
 
 class StoredRows:
@@ -39,20 +40,18 @@ class StoredRows:
     def chunks(self, stage: str, order: NDArray[np.int64]) -> Iterator[tuple[Floats, Floats]]:
         """Yield embeddings [N, D] and rows [N, L, D] of tokens, in this order.
 
-        The next chunk is read and decoded while its receiver works on the one before, and storage
-        is told of the one after that.
+        Chunks are read and decoded ahead of their receiver, one of them while storage is read for
+        another.
         """
         count = max(1, _CHUNK_BYTES // (4 * self.layout.layers * self.layout.width))
         chunks = [order[start : start + count] for start in range(0, len(order), count)]
         done = 0
-        with ThreadPoolExecutor(1) as ahead:
-            coming = ahead.submit(self.rows, chunks[0])
-            for ids, following, later in zip_longest(chunks, chunks[1:], chunks[2:]):
-                found = coming.result()
-                if following is not None:
-                    coming = ahead.submit(self.rows, following)
-                if later is not None:
-                    self._table.announce(later.tolist())
+        with ThreadPoolExecutor(_AHEAD) as ahead:
+            coming = deque(ahead.submit(self.rows, ids) for ids in chunks[:_AHEAD])
+            for number, ids in enumerate(chunks):
+                found = coming.popleft().result()
+                if number + _AHEAD < len(chunks):
+                    coming.append(ahead.submit(self.rows, chunks[number + _AHEAD]))
                 yield found
                 done += len(ids)
                 self._progress(stage, done, len(order))
