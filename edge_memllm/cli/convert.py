@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 from edge_memllm.cli.options import add_command, add_json, positive_int
 from edge_memllm.cli.progress import StageBars
+from edge_memllm.cli.recipe_options import add_overrides, add_texts, apply_options
 from edge_memllm.cli.train import print_record
 from edge_memllm.errors import missing_extra
 
@@ -45,8 +46,7 @@ def add_parser(commands: Commands) -> None:
     parser.add_argument(
         "--recipe", type=Path, metavar="FILE", help="a TOML file with any of the settings"
     )
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="text or .jsonl to learn from")
-    parser.add_argument("--valid", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on")
+    add_texts(parser, "learn from")
     parser.add_argument("--beta", type=int, metavar="N", help="0 MemoryLLM, 1-3 Flex (default: 3)")
     parser.add_argument(
         "--steps", type=int, metavar="N", help="optimiser steps; 0 only fits (default: 1000)"
@@ -57,17 +57,7 @@ def add_parser(commands: Commands) -> None:
         metavar="N",
         help="let so many layers at a time take over from the dense ones (default: all at once)",
     )
-    parser.add_argument("--seed", type=int, metavar="N", help="of weights and data order")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="replace one value of the recipe; may be repeated",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint under OUT"
-    )
+    add_overrides(parser, "OUT")
     add_json(parser)
 
 
@@ -91,15 +81,6 @@ def _recipe(
     arguments: argparse.Namespace, recipe_class: type[ConversionRecipe]
 ) -> ConversionRecipe:
     recipe = recipe_class.load(arguments.recipe) if arguments.recipe else recipe_class()
-    given: dict[str, dict[str, Any]] = {
-        "model": {"beta": arguments.beta},
-        "data": {"train": arguments.data, "valid": arguments.valid},
-        "training": {"steps": arguments.steps, "seed": arguments.seed},
-        "conversion": {"layers_per_stage": arguments.layers_per_stage},
-    }
-    for section, values in given.items():
-        named = {key: value for key, value in values.items() if value is not None}
-        recipe.update(section, named, where="command line")
-    for assignment in arguments.set:
-        recipe.override(assignment)
+    stages = {"layers_per_stage": arguments.layers_per_stage}
+    apply_options(recipe, arguments, {"model": {"beta": arguments.beta}, "conversion": stages})
     return recipe

@@ -13,6 +13,7 @@ from edge_memllm.cli.options import (
     add_command,
     add_json,
     add_loading,
+    add_windows,
     loading_keywords,
     positive_int,
 )
@@ -74,16 +75,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _add_texts(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
-    group.add_argument(
-        "--context",
-        type=positive_int,
-        metavar="N",
-        help="tokens in a window (default: the model's whole context)",
-    )
-    group.add_argument(
-        "--stride", type=positive_int, metavar="N", help="tokens from window to window (half of it)"
-    )
+    add_windows(group)
     group.add_argument(
         "--reference",
         type=Path,

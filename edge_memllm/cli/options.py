@@ -235,6 +235,20 @@ def target(arguments: argparse.Namespace) -> Target | None:
     return Target(arguments.bits, arguments.target_size)
 
 
+def add_windows(group: argparse._ArgumentGroup) -> None:
+    """Add --text, and --context and --stride of the windows it is judged in."""
+    group.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+    group.add_argument(
+        "--context",
+        type=positive_int,
+        metavar="N",
+        help="tokens in a window (default: the model's whole context)",
+    )
+    group.add_argument(
+        "--stride", type=positive_int, metavar="N", help="tokens from window to window (half of it)"
+    )
+
+
 def positive_number(text: str) -> float:
     """An argparse type: a finite number above zero."""
     try:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_memllm.cli.files import read_text
-from edge_memllm.cli.options import DEVICES, add_command, add_json, positive_int
+from edge_memllm.cli.options import DEVICES, add_command, add_json, add_windows, positive_int
 from edge_memllm.cli.text import table, write_json
 from edge_memllm.errors import RequestError, missing_extra
 
@@ -86,16 +86,7 @@ def add_parser(commands: Commands) -> None:
 
 
 def _add_measures(group: argparse._ArgumentGroup) -> None:
-    group.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
-    group.add_argument(
-        "--context",
-        type=positive_int,
-        metavar="N",
-        help="tokens in a window (default: the model's whole context)",
-    )
-    group.add_argument(
-        "--stride", type=positive_int, metavar="N", help="tokens from window to window (half of it)"
-    )
+    add_windows(group)
     group.add_argument(
         "--reference",
         type=Path,

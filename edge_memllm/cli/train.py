@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.options import add_command, add_json, positive_int
+from edge_memllm.cli.recipe_options import add_overrides, add_texts, apply_options
 from edge_memllm.cli.text import number, write_json
 from edge_memllm.errors import RecipeError, missing_extra
 
@@ -41,25 +42,14 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument("recipe", nargs="?", type=Path, metavar="RECIPE", help="a TOML file")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="the checkpoint")
-    parser.add_argument("--data", nargs="+", metavar="FILE", help="text or .jsonl to train on")
-    parser.add_argument("--valid", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on")
+    add_texts(parser, "train on")
     parser.add_argument("--preset", metavar="P", help="micro, tiny, small, 250m, 750m or 1b")
     parser.add_argument("--beta", type=int, metavar="N", help="0 MemoryLLM, 1-3 Flex, 8 dense")
     parser.add_argument(
         "--steps", type=int, metavar="N", help="optimiser steps; 0 writes the initial network"
     )
     parser.add_argument("--vocab-size", type=positive_int, metavar="N", help="tokens to learn")
-    parser.add_argument("--seed", type=int, metavar="N", help="of weights and data order")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="replace one value of the recipe; may be repeated",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help="continue from the newest checkpoint under --out"
-    )
+    add_overrides(parser, "--out")
     add_json(parser)
 
 
@@ -90,19 +80,11 @@ def _recipe(arguments: argparse.Namespace, recipe_class: type[Recipe]) -> Recipe
     if arguments.recipe is None and arguments.preset is None:
         raise RecipeError("Nothing says what to train. Give a RECIPE file or --preset.")
     recipe = recipe_class.load(arguments.recipe) if arguments.recipe else recipe_class()
-    given: dict[str, dict[str, Any]] = {
-        "model": {"preset": arguments.preset, "beta": arguments.beta},
-        "data": {"train": arguments.data, "valid": arguments.valid},
-        "training": {"steps": arguments.steps, "seed": arguments.seed},
-        "tokenizer": {"vocab_size": arguments.vocab_size},
-    }
-    for section, values in given.items():
-        named = {key: value for key, value in values.items() if value is not None}
-        recipe.update(section, named, where="command line")
-    if arguments.vocab_size is not None and not recipe.data.train:
-        recipe.model["vocab_size"] = arguments.vocab_size
-    for assignment in arguments.set:
-        recipe.override(assignment)
+    model = {"preset": arguments.preset, "beta": arguments.beta}
+    if arguments.vocab_size is not None and not (arguments.data or recipe.data.train):
+        model["vocab_size"] = arguments.vocab_size
+    tokenizer = {"vocab_size": arguments.vocab_size}
+    apply_options(recipe, arguments, {"model": model, "tokenizer": tokenizer})
     return recipe
 
 
