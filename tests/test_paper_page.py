@@ -15,6 +15,7 @@ from benchmarks.paper.__main__ import main
 from benchmarks.paper.page.decode import decode_section
 from benchmarks.paper.page.gain import gain_section
 from benchmarks.paper.page.layers import layers_section
+from benchmarks.paper.page.longer import longer_section
 from benchmarks.paper.page.quality import quality_section
 from benchmarks.paper.page.seeds import Samples
 from benchmarks.paper.page.stored import bits_section
@@ -91,6 +92,18 @@ def test_orderings_are_judged_with_the_spread_of_seeds() -> None:
     small = "MemoryLLM better than Base at equal active parameters"
     assert found[small].verdict == "within noise"
     assert found["Flex-2 better than Flex-1 at equal total parameters"].here == "not measured"
+
+
+def test_longer_trainings_stand_beside_the_shorter_ones() -> None:
+    runs = [trained("base", 1, 50), trained("base-long", 1, 30), trained("memoryllm-long", 1, 33)]
+    for run in runs:
+        run["figures"]["training"]["settings"] = {"steps": 2100}
+    section = longer_section({f"{run['variant']}-s1": run for run in runs})
+    assert [claim.verdict for claim in section.claims] == ["yes, one seed"]
+    assert "| Base | 2.0 | 30.00 | 50.00 | `edge-memllm train" in section.text
+    assert "--out runs/base-long-s1 --set training.steps=2100` |" in section.text
+    assert "| MemoryLLM | 2.0 | 33.00 | not measured |" in section.text
+    assert "paper-longer.svg" in section.pictures
 
 
 def test_ablations_stand_against_the_run_of_their_seed(tmp_path: Path) -> None:

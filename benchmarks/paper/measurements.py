@@ -37,12 +37,14 @@ def perplexity(run: Run, judge: Judge) -> Figures:
     """Perplexity of every text, and the losses that the training recorded."""
     with opened(run.path, judge.threads) as model:
         texts = judge.texts(model, run, _ALL_TEXTS, _CHARACTERS)
+    settings = run.training["recipe"]["training"]
     history = [each for each in run.training["history"] if "loss" in each]
     return {
         "texts": texts,
         "training": {
             "tokens": [each["tokens"] for each in history],
             "loss": [round(each["loss"], 4) for each in history],
+            "settings": {name: settings[name] for name in ("steps", "warmup_steps")},
         },
         "tokens_seen": run.training["tokens_seen"],
         "valid_loss": run.training.get("valid_loss"),

@@ -12,6 +12,7 @@ from benchmarks.paper.page.gain import gain_section
 from benchmarks.paper.page.lacking import lacking_section
 from benchmarks.paper.page.layers import layers_section
 from benchmarks.paper.page.layout import Entries, Section, console, table
+from benchmarks.paper.page.longer import longer_section
 from benchmarks.paper.page.quality import quality_section
 from benchmarks.paper.page.stored import bits_section, rank_section, ratio_section
 from benchmarks.paper.store import FOLDER, Results
@@ -66,6 +67,7 @@ def page_files(folder: Path = FOLDER) -> Mapping[Path, str]:
     }
     parts = [
         quality_section(stored["perplexity"]),
+        longer_section(stored["perplexity"]),
         gain_section(stored["gain"]),
         layers_section(stored["drop"]),
         bits_section(stored["bits"]),

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edge_memllm.sweep.drawing import at_right, dot, frame, path, picture, spanning
 
+TOKENS = "million tokens"
 _WIDTH, _HEIGHT = 760, 400
 _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 560, 48, 340
 _MOST_DOTS = 12  # of a line; more would only hide it

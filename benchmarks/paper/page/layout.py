@@ -17,6 +17,8 @@ VARIANTS = {
     "base-active-flex-3": "Base, Flex-3's active",
     "base-active": "Base, MemoryLLM's active",
 }
+# At equal total parameters, as the paper orders them by quality.
+FAMILY = ("base", "flex-3", "flex-2", "flex-1", "memoryllm")
 # The same colour for a model in all pictures.
 COLOUR = {
     "base": 0,

@@ -7,9 +7,11 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.paper.page.charts import Line, line_chart
+from benchmarks.paper.page.charts import TOKENS, Line, line_chart
+from benchmarks.paper.page.gaps import gap_chart, gap_words, gaps_to_base
 from benchmarks.paper.page.layout import (
     COLOUR,
+    FAMILY,
     MISSING,
     VARIANTS,
     Claim,
@@ -22,7 +24,6 @@ from benchmarks.paper.page.published import TABLE_2
 from benchmarks.paper.page.seeds import Samples
 from edge_memllm.sweep.drawing import Box, beside, dot, frame, picture, spanning
 
-_ORDER = ("base", "flex-3", "flex-2", "flex-1", "memoryllm")
 _TEXTS = ("Wikipedia", "novels", "Wikitext-2", "together")
 _FIRST_TOKENS = 1e6  # of the curves: before that all fall alike
 _TRAINING = """\
@@ -30,12 +31,6 @@ Perplexity of each run. To the commands belong `--data DATA/enwiki-slice/train.t
 DATA/eltec-eng/train.txt --valid DATA/enwiki-slice/valid.txt DATA/eltec-eng/valid.txt`; parameters
 are those of the layers, without embedding and head, as the paper counts. All were trained with the
 same settings; none were searched for."""
-_CATCHING_UP = (
-    " Here Base learns later, catches up, and has not overtaken it when the training ends; "
-    "whether it would is not measured."
-)
-_RECORDS = 3  # of the training, for one figure
-_TOKENS = "million tokens"
 
 
 def quality_section(entries: Entries) -> Section:
@@ -56,10 +51,10 @@ def quality_section(entries: Entries) -> Section:
         image("paper-active.svg", "Perplexity by active parameters, one dot for each run."),
         image("paper-curves.svg", "Training loss by tokens, one line for each model."),
     ]
-    if gaps := _gaps(family):
-        pictures["paper-gap.svg"] = _gap_curves(gaps)
+    if gaps := gaps_to_base(family):
+        pictures["paper-gap.svg"] = gap_chart(gaps)
         parts.append(image("paper-gap.svg", "Training loss less that of Base, by tokens."))
-    parts += [_gap(family), "The paper's Table 2, 50 B tokens of C4:", _paper_table()]
+    parts += [gap_words(gaps), "The paper's Table 2, 50 B tokens of C4:", _paper_table()]
     return Section(title, "\n\n".join(parts), tuple(_claims(samples)), pictures, "perplexity")
 
 
@@ -114,40 +109,6 @@ def _noise(samples: Samples) -> str:
     )
 
 
-def _gap(family: Entries) -> str:
-    """How far MemoryLLM is from Base along the training, in words."""
-    gaps = _gaps(family)
-    if "memoryllm" not in gaps:
-        return f"MemoryLLM against Base along the training: {MISSING}."
-    found = gaps["memoryllm"]
-    parts = []
-    for share in (1 / 4, 1 / 2, 1):
-        end = max(1, round(len(found) * share))
-        near = [gap for _, gap in found[max(0, end - _RECORDS) : end]]
-        parts.append(f"{sum(near) / len(near):+.3f} at {found[end - 1][0] / 1e6:.1f} M")
-    return (
-        "Training loss less that of Base of the same seed, which saw the same batches. MemoryLLM, "
-        f"nats, means of {_RECORDS} records: {', '.join(parts)} tokens; below zero it is ahead. "
-        "The paper sees it behind, by less and less, between 25 and 150 B tokens."
-        + (_CATCHING_UP if min(gap for _, gap in found) < found[-1][1] < 0 else "")
-    )
-
-
-def _gaps(family: Entries) -> dict[str, list[tuple[float, float]]]:
-    """(tokens, training loss less Base's), of models with a Base of the same seed and length."""
-    found = {}
-    for run in sorted(family.values(), key=lambda each: -each["seed"]):
-        base = family.get(f"base-s{run['seed']}")
-        training = run["figures"]["training"]
-        if run["variant"] not in _ORDER[1:] or base is None:
-            continue
-        other = base["figures"]["training"]
-        if training["tokens"] == other["tokens"]:
-            points = zip(training["tokens"], training["loss"], other["loss"], strict=True)
-            found[run["variant"]] = [(tokens, a - b) for tokens, a, b in points]
-    return {variant: found[variant] for variant in _ORDER if variant in found}
-
-
 def _paper_table() -> str:
     rows = [
         [name, f"{active} M", f"{total} M", f"{c4:.3f}", f"{wiki:.3f}"]
@@ -157,7 +118,7 @@ def _paper_table() -> str:
 
 
 def _claims(samples: Samples) -> Iterator[Claim]:
-    for better, worse in pairwise(_ORDER):
+    for better, worse in pairwise(FAMILY):
         yield _compared(samples, worse, better, "equal total parameters")
     yield _compared(samples, "memoryllm", "base", "equal total parameters")
     yield _compared(samples, "base-active-flex-3", "flex-3", "equal active parameters")
@@ -214,13 +175,4 @@ def _curves(family: Entries) -> str:
             both = zip(training["tokens"], training["loss"], strict=True)
             points = [(tokens / 1e6, loss) for tokens, loss in both if tokens >= _FIRST_TOKENS]
             lines.append(Line(words, points, COLOUR[variant]))
-    return line_chart("Training", (_TOKENS, "training loss, nats per token"), lines)
-
-
-def _gap_curves(gaps: Mapping[str, list[tuple[float, float]]]) -> str:
-    base = [(tokens, 0.0) for tokens, _ in next(iter(gaps.values()))]
-    lines = [
-        Line(VARIANTS[variant], [(tokens / 1e6, gap) for tokens, gap in points], COLOUR[variant])
-        for variant, points in {"base": base, **gaps}.items()
-    ]
-    return line_chart("Against Base", (_TOKENS, "training loss less that of Base, nats"), lines)
+    return line_chart("Training", (TOKENS, "training loss, nats per token"), lines)
