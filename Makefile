@@ -11,7 +11,7 @@ JOBS   ?= 2
 BIN    := $(VENV)/bin
 READY  := $(VENV)/.ready
 PIP    := $(BIN)/python -m pip install --quiet --disable-pip-version-check
-SOURCE := edge_memllm runtimes export tests docs benchmarks
+SOURCE := edge_memllm runtimes export tests docs benchmarks examples
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test check pytest gpu format docs clean

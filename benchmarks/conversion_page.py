@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_memllm.sweep.drawing import at_right, dot, frame, path, picture, spanning, text
+from edge_memllm.drawing import at_right, dot, frame, path, picture, spanning, text
 
 Results = Mapping[str, Any]
 
@@ -37,7 +37,7 @@ def plot(results: Results) -> str:
         parts.extend(dot(*at, colour) for at in (places[-1:] if scratch else places))
         ends.append((places[-1][1], name, colour))
     parts.extend(at_right(ends, _RIGHT + 8, _TOP, _BOTTOM))
-    return picture(_WIDTH, _HEIGHT, title, parts, alone=True) + "\n"
+    return picture(_WIDTH, _HEIGHT, title, parts, alone=True)
 
 
 def page(results: Results) -> str:

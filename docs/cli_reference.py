@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import re
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 from edge_memllm.cli.main import build_parser
@@ -26,16 +27,16 @@ to stderr, so `--json` output can be piped as it is.
 
 def reference() -> str:
     """The whole page."""
-    parser = build_parser()
-    sections = [_section("edge-memllm", parser)]
-    sections += [_section(f"edge-memllm {name}", each) for name, each in _commands(parser).items()]
-    return "\n".join([_INTRODUCTION, *sections])
+    return "\n".join([_INTRODUCTION, *_sections("edge-memllm", build_parser())])
 
 
-def _commands(parser: argparse.ArgumentParser) -> dict[str, argparse.ArgumentParser]:
-    """The command parsers by name; argparse offers no public way to ask for them."""
-    (action,) = (each for each in parser._actions if isinstance(each, argparse._SubParsersAction))
-    return dict(action.choices)
+def _sections(title: str, parser: argparse.ArgumentParser) -> Iterator[str]:
+    """A command, then those below it; argparse offers no public way to ask for them."""
+    yield _section(title, parser)
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            for name, each in action.choices.items():
+                yield from _sections(f"{title} {name}", each)
 
 
 def _section(title: str, parser: argparse.ArgumentParser) -> str:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -15,6 +16,8 @@ from edge_memllm.directory import Directory
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
 from edge_memllm.manifest import MANIFEST_NAME, Manifest
 from edge_memllm.strict_json import MAX_JSON_BYTES
+
+Progress = Callable[[str, int, int], None]
 
 _COPY_AGAIN = "The copy is incomplete or damaged; copy the folder again."
 
@@ -28,18 +31,19 @@ class Artifact:
         self._directory = directory
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str]) -> Self:
+    def open(cls, path: str | os.PathLike[str], progress: Progress | None = None) -> Self:
         """Open the folder at `path`: check the manifest, and the size of every file it names.
 
         Also checks the sha256 digest of every file but the table, whose records are checked as
-        they are read. Raises `ArtifactError`, `CorruptionError` or `StorageError`.
+        they are read. `progress` is told bytes checked and to be checked, under "files".
+        Raises `ArtifactError`, `CorruptionError` or `StorageError`.
         """
         directory = Directory(Path(path))
         try:
             artifact = cls(directory.path, directory, _read_manifest(directory))
             for name in artifact.manifest.files:
                 os.close(artifact.open_file(name))
-            artifact._verify(without=artifact.manifest.table.file)
+            artifact._verify(artifact.manifest.table.file, progress)
         except BaseException:
             directory.close()
             raise
@@ -71,7 +75,7 @@ class Artifact:
 
         Raises `CorruptionError` naming the first file that differs.
         """
-        self._verify(without=None)
+        self._verify(without=None, progress=None)
 
     def close(self) -> None:
         """Close the folder; descriptors that were handed out stay open."""
@@ -88,15 +92,16 @@ class Artifact:
     ) -> None:
         self.close()
 
-    def _verify(self, without: str | None) -> None:
-        for name, spec in self.manifest.files.items():
-            if name != without:
-                found = _sha256(self.open_file(name), self.path / name)
-                if found != spec.sha256:
-                    raise CorruptionError(
-                        f"{self.path / name}: sha256 is {found[:12]}, the manifest says "
-                        f"{spec.sha256[:12]}. {_COPY_AGAIN}"
-                    )
+    def _verify(self, without: str | None, progress: Progress | None) -> None:
+        files = {name: spec for name, spec in self.manifest.files.items() if name != without}
+        watched = _Watched(progress, sum(spec.bytes for spec in files.values()))
+        for name, spec in files.items():
+            found = watched.sha256(self.open_file(name), self.path / name)
+            if found != spec.sha256:
+                raise CorruptionError(
+                    f"{self.path / name}: sha256 is {found[:12]}, the manifest says "
+                    f"{spec.sha256[:12]}. {_COPY_AGAIN}"
+                )
 
 
 def _read_manifest(directory: Directory) -> Manifest:
@@ -115,13 +120,37 @@ def _read(file: int, limit: int, where: Path) -> bytes:
         raise _unreadable(where, error) from error
 
 
-def _sha256(file: int, where: Path) -> str:
-    """Return the hex digest of the whole file and close it."""
-    try:
-        with os.fdopen(file, "rb", buffering=0) as stream:
-            return hashlib.file_digest(stream, "sha256").hexdigest()
-    except OSError as error:
-        raise _unreadable(where, error) from error
+class _Watched:
+    """Reads files one after the other, and tells how many of all their bytes that were."""
+
+    def __init__(self, progress: Progress | None, total: int) -> None:
+        self._progress = progress
+        self._total = total
+        self._done = 0
+        self._tell(0)
+
+    def sha256(self, file: int, where: Path) -> str:
+        """Return the hex digest of the whole file and close it."""
+        try:
+            with os.fdopen(file, "rb", buffering=0) as self._stream:
+                return hashlib.file_digest(self, "sha256").hexdigest()
+        except OSError as error:
+            raise _unreadable(where, error) from error
+
+    def readable(self) -> bool:
+        """As `file_digest` asks."""
+        return True
+
+    def readinto(self, target: bytearray) -> int:
+        """Read into `target`, as `file_digest` wants it."""
+        count = self._stream.readinto(target) or 0
+        self._tell(count)
+        return count
+
+    def _tell(self, count: int) -> None:
+        self._done += count
+        if self._progress is not None:
+            self._progress("files", self._done, self._total)
 
 
 def _unreadable(where: Path, error: OSError) -> StorageError:

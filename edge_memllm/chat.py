@@ -29,6 +29,7 @@ class ChatTemplate:
             raise ArtifactError(
                 f"chat template: {size} bytes, expected at most {MAX_TEMPLATE_BYTES}."
             )
+        self.source = source
         self._special_tokens = dict(special_tokens)
         self._template = _compile(source)
 

@@ -8,6 +8,11 @@
      +- RuntimeUnavailableError   a device or an optional package is not there
      +- RequestError              what was asked for cannot be done (also a ValueError)
      +- RecipeError               a training recipe or corpus is wrong (also a ValueError)
+     +- GenerationCancelledError  a generation was cancelled by who asked for it
+     +- ServiceError              an engine did not serve a request that could be served
+         +- QueueFullError        too many requests wait already; come back later
+         +- DeadlineError         the request's time was over
+         +- DrainingError         the engine is ending and takes no more
 
 A message says where, what was found, what was expected and what to do. This module imports
 nothing, so that every other module can import it.
@@ -46,6 +51,30 @@ class RequestError(EdgeMemLLMError, ValueError):
 
 class RecipeError(EdgeMemLLMError, ValueError):
     """A training recipe or a training corpus is wrong."""
+
+
+class GenerationCancelledError(EdgeMemLLMError):
+    """A generation ended before its text did, because its `Cancellation` asked for that."""
+
+
+class ServiceError(EdgeMemLLMError):
+    """An engine did not serve a request, though nothing is wrong with the request."""
+
+
+class QueueFullError(ServiceError):
+    """Too many requests wait already; worth trying again after `retry_after` seconds."""
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(ServiceError):
+    """The time that a request was given is over."""
+
+
+class DrainingError(ServiceError):
+    """The engine is ending: it takes no more requests, and gives up those it cannot finish."""
 
 
 def missing_extra(package: str, extra: str) -> RuntimeUnavailableError:

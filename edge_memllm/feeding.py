@@ -13,11 +13,13 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.cancellation import Cancellation
 from edge_memllm.read_ahead import Chunk, ChunkReader, number_distinct
+from edge_memllm.record_source import RecordSource
 from edge_memllm.records import RecordBuffer
 from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.statistics import StepCosts
-from edge_memllm.table import Table
+from edge_memllm.table import Fetched
 
 Logits = NDArray[np.float32]
 
@@ -30,14 +32,20 @@ class Feeder:
     def __init__(
         self,
         runtime: Runtime,
-        table: Table,
+        table: RecordSource,
         batch: int,
         chunk: int,
         costs: StepCosts | None = None,
+        cancellation: Cancellation | None = None,
     ) -> None:
-        """Take the most tokens of one prefill step as `chunk`, and where to sum up the costs."""
+        """Take the most tokens of one prefill step as `chunk`, and where to sum up the costs.
+
+        `cancellation` is looked at before every step.
+        """
         self.costs = StepCosts() if costs is None else costs
+        self.cancellation = cancellation
         self.cache = runtime.new_cache(batch)
+        self.fetched = Fetched(0, 0)  # for the last step
         self._runtime = runtime
         self._table = table
         self._chunk = chunk
@@ -49,10 +57,23 @@ class Feeder:
         return self
 
     def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        """Free the memory, and end the thread that reads ahead; closing twice is fine."""
         try:
             self._reader.close()
         finally:
             self.cache.close()
+
+    def serve(self, costs: StepCosts, cancellation: Cancellation | None) -> None:
+        """Sum up the costs of the steps to come elsewhere, and look at another cancellation."""
+        self.costs = self._reader.costs = costs
+        self.cancellation = cancellation
+
+    def use(self, table: RecordSource) -> None:
+        """Read the records of the steps to come from another source, of the same layout."""
+        self._table = self._reader.table = table
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> Logits:
         """Append tokens (at least one) to a sequence; return the last one's logits [V].
@@ -82,12 +103,14 @@ class Feeder:
         chunk = self._reader.read(tokens)
         return self._append(sequence, chunk, np.arange(len(tokens)).reshape(1, -1))
 
-    def decode(self, tokens: Sequence[int]) -> StepLogits:
+    def decode(self, tokens: Sequence[int], sequences: range | None = None) -> StepLogits:
         """Append one token to each sequence; return logits [B, V], valid until the next step.
 
-        They are in the runtime's own dtype, float32 or float16, as in `verify`.
+        With `sequences`, only those grow and B is their number. Logits are in the runtime's own
+        dtype, float32 or float16, as in `verify`.
         """
-        return self._step(tokens, (len(tokens), 1), self._only_position)[:, 0]
+        shape = (len(tokens), 1)
+        return self._step(tokens, shape, self._only_position[: len(tokens)], sequences)[:, 0]
 
     def verify(self, tokens: Sequence[int]) -> StepLogits:
         """Append tokens to the only sequence; return the logits [T, V] of every position.
@@ -106,27 +129,43 @@ class Feeder:
 
     def _append(self, sequence: int, chunk: Chunk, wanted: NDArray[np.int64]) -> Logits:
         """Append one chunk to a sequence; return float32 logits [K, V] of some positions."""
+        self._check_cancelled()
         logits = self._runtime.step(
             chunk.buffer, chunk.distinct, chunk.index, self.cache, wanted, sequence=sequence
         )
         self.costs.kv_bytes = self.cache.nbytes
+        self.fetched = chunk.fetched
         chosen: Logits = logits[0].astype(np.float32, copy=False)
         return chosen
 
     def _step(
-        self, tokens: Sequence[int], shape: tuple[int, int], wanted: NDArray[np.int64]
+        self,
+        tokens: Sequence[int],
+        shape: tuple[int, int],
+        wanted: NDArray[np.int64],
+        sequences: range | None = None,
     ) -> StepLogits:
-        """Append tokens to all sequences, laid out in `shape` [B, T]; return logits [B, K, V]."""
+        """Append tokens in `shape` [B, T] to all sequences, or to some; return [B, K, V]."""
+        self._check_cancelled()
         self._reader.drop_buffers()  # decoding needs less
         distinct, index = number_distinct(tokens)
         if self._buffer.capacity < len(distinct):
             self._buffer = RecordBuffer(self._table.layout, len(distinct))
         start = perf_counter()
-        fetched = self._table.fetch(distinct, self._buffer)
+        self.fetched = self._table.fetch(distinct, self._buffer)
         self.costs.wait_seconds += perf_counter() - start
-        self.costs.note_records(len(distinct), fetched)
+        self.costs.note_records(len(distinct), self.fetched)
         logits = self._runtime.step(
-            self._buffer, len(distinct), index.reshape(shape), self.cache, wanted
+            self._buffer,
+            len(distinct),
+            index.reshape(shape),
+            self.cache,
+            wanted,
+            sequence=sequences,
         )
         self.costs.kv_bytes = self.cache.nbytes
         return logits
+
+    def _check_cancelled(self) -> None:
+        if self.cancellation is not None:
+            self.cancellation.check()

@@ -65,6 +65,7 @@ class Choices:
     record_cache: int = 0
     reader: str = "pread"
     packed: bool = False
+    overlay_cache: int = 0
 
 
 @dataclass(frozen=True, slots=True)
@@ -125,6 +126,7 @@ def memory_items(
         Item("parameters of the table's codec, widened", 2 * manifest.layout.parameters_bytes),
         Item("table in memory", _records_bytes(manifest) if choices.reader == "ram" else 0),
         Item("record cache", choices.record_cache, at_load=False),
+        Item("rows changed by overlays", choices.overlay_cache, at_load=False),
         Item(f"records of {_STAGING_BUFFERS} x {records} tokens of a prompt", staging, False),
         Item(f"work on {choices.prefill_chunk} tokens of a prompt", work if graph else 0, False),
     ]

@@ -10,12 +10,13 @@ from dataclasses import dataclass, field
 from time import perf_counter
 from typing import Literal
 
+from edge_memllm.cancellation import Cancellation
 from edge_memllm.feeding import Feeder
+from edge_memllm.record_source import RecordSource
 from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.sampling import Sampler
 from edge_memllm.speculation import PromptLookup
 from edge_memllm.statistics import StepCosts
-from edge_memllm.table import Table
 
 FinishReason = Literal["stop", "length"]
 PREFILL_CHUNK = 128
@@ -53,34 +54,47 @@ class TokenSequence:
 
 def generate_tokens(
     runtime: Runtime,
-    table: Table,
+    table: RecordSource,
     sequences: Sequence[TokenSequence],
     *,
     prefill_chunk: int = PREFILL_CHUNK,
     speculate: int = 0,
     costs: StepCosts | None = None,
+    cancellation: Cancellation | None = None,
 ) -> Generator[int, None, None]:
     """Yield the number of each sequence whenever it has got a token, until all are finished.
 
     Prompts (at least one token each, checked ids) are prefilled one after the other, then all
     sequences advance together. With `speculate` a single sequence advances by up to that many
     drafts more at a time, and gets the tokens it would get without. Closing the iterator frees
-    everything. `costs` is filled on the way.
+    everything. `costs` is filled on the way; `cancellation` is looked at before every step.
     """
     if speculate and len(sequences) > 1:
         raise ValueError(f"speculate with {len(sequences)} sequences, expected one sequence.")
-    with Feeder(runtime, table, len(sequences), prefill_chunk, costs) as feeder:
+    with Feeder(runtime, table, len(sequences), prefill_chunk, costs, cancellation) as feeder:
         # Grown once for the longest, not again and again while the prompts come in.
         feeder.cache.ensure(max(len(sequence.prompt) for sequence in sequences))
         for number, sequence in enumerate(sequences):
-            sequence.sampler.observe(sequence.prompt)
-            sequence.extend(feeder.prefill(number, sequence.prompt))
-            _announce(feeder, [sequence])
+            begin_text(feeder, sequence, feeder.prefill(number, sequence.prompt))
             yield number
-        if speculate:
-            yield from _decode_with_drafts(feeder, sequences[0], PromptLookup(speculate))
-        else:
-            yield from _decode(feeder, sequences)
+        yield from go_on(feeder, sequences, speculate)
+
+
+def begin_text(feeder: Feeder, sequence: TokenSequence, logits: StepLogits) -> None:
+    """Choose the first token of a sequence from the logits [V] behind its prompt."""
+    sequence.sampler.observe(sequence.prompt)
+    sequence.extend(logits)
+    _announce(feeder, [sequence])
+
+
+def go_on(
+    feeder: Feeder, sequences: Sequence[TokenSequence], speculate: int = 0
+) -> Generator[int, None, None]:
+    """Yield as `generate_tokens` does, for sequences that have their first token already."""
+    if speculate:
+        yield from _decode_with_drafts(feeder, sequences[0], PromptLookup(speculate))
+    else:
+        yield from _decode(feeder, sequences)
 
 
 def _decode(feeder: Feeder, sequences: Sequence[TokenSequence]) -> Generator[int, None, None]:

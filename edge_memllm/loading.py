@@ -8,16 +8,21 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from contextlib import ExitStack
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact import Artifact, Progress
 from edge_memllm.errors import RequestError
 from edge_memllm.footprint import PREFILL_CHUNKS, Choices
+from edge_memllm.heap import give_back
+from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import MemoryPlan, plan_memory
 from edge_memllm.model import Model
+from edge_memllm.overlays import Overlay, open_overlay
+from edge_memllm.overlays.overlaid_table import CACHE_BYTES
 from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
 from edge_memllm.statistics import process_memory
@@ -47,8 +52,13 @@ def load(
     vram_limit: int | None = None,
     cuda_graph: bool = False,
     packed_cache: str | os.PathLike[str] | None = None,
+    overlays: Sequence[str | os.PathLike[str] | Overlay] = (),
+    progress: Progress | None = None,
 ) -> Model:
     """Open the artifact in the folder `path` and return a model ready to generate.
+
+    `path` may also name a model of the Hugging Face Hub, as `org/name` or
+    `hf://org/name@revision`: its files are downloaded once, see docs/huggingface.md.
 
     `device` is "cpu", "cuda" or "auto" (CUDA where it really works); `reader` is one of
     `edge_memllm.readers.reader_names()`, of which "auto" takes the one that suits the storage.
@@ -62,6 +72,12 @@ def load(
     room for a first text, and later when a text grows beyond what fits. `packed_cache` is a
     folder that keeps weights as this CPU wants them, which takes them out of anonymous memory.
     `cuda_graph` records a decode step on CUDA and replays it.
+
+    `overlays` are files (docs/overlays.md) that change rows of chosen tokens, in this order; a
+    generation may choose among them. The table itself stays as it is.
+
+    `progress(stage, done, total)` is called on the way, from this thread: the stages are "files"
+    (bytes checked), "graph" and "table" (0 of 1, then 1 of 1). What it raises ends the loading.
 
     What was chosen is in `Model.describe()` and is logged. Raises `ArtifactError` for a folder
     that cannot be used, `RuntimeUnavailableError` for a device or package that is not there,
@@ -77,33 +93,56 @@ def load(
         )
     limits = _Limits(memory_limit, vram_limit, process_memory().anon_bytes)
     _check_cache(record_cache, hot_text)
+    laid_over = _open_overlays(overlays)
     cache = None if packed_cache is None else Path(packed_cache)
     with ExitStack() as opened:
-        artifact = opened.enter_context(Artifact.open(path))
+        artifact = opened.enter_context(Artifact.open(artifact_folder(path), progress))
+        for overlay in laid_over:
+            overlay.check_fits(artifact.manifest)  # before the graph is loaded for nothing
 
         def options(found: str) -> RuntimeOptions:
             chunk = prefill_chunk or PREFILL_CHUNKS[found]
-            choices = Choices(chunk, record_cache, reader, cache is not None)
+            room = CACHE_BYTES if laid_over else 0
+            choices = Choices(chunk, record_cache, reader, cache is not None, room)
             return limits.options(artifact, found, choices, cuda_graph, cache)
 
-        runtime = open_runtime(artifact, device, threads, options)
-        opened.callback(runtime.close)
+        with _stage(progress, "graph"):
+            runtime = open_runtime(artifact, device, threads, options)
+            opened.callback(runtime.close)
         tokenizer = Tokenizer.from_artifact(artifact)
-        table = Table.open(
-            artifact,
-            reader,
-            record_cache_bytes=record_cache,
-            hot_tokens=() if hot_text is None else frequent_tokens(tokenizer, hot_text),
-            quality=table_quality,
-        )
-        opened.callback(table.close)
+        with _stage(progress, "table"):
+            table = Table.open(
+                artifact,
+                reader,
+                record_cache_bytes=record_cache,
+                hot_tokens=() if hot_text is None else frequent_tokens(tokenizer, hot_text),
+                quality=table_quality,
+            )
+            opened.callback(table.close)
         model = Model(
             artifact, table, runtime, tokenizer, prefill_chunk=prefill_chunk, memory=limits.plan
         )
+        for overlay in laid_over:
+            model.add_overlay(overlay)
         opened.pop_all()
     _log.info("%s: %s on %s, reader %s", path, runtime.name, model.device, model.reader)
     limits.compare()
     return model
+
+
+@contextmanager
+def _stage(progress: Progress | None, name: str) -> Iterator[None]:
+    """Tell that a stage begins, and that it is done."""
+    tell = progress or (lambda *_: None)
+    tell(name, 0, 1)
+    yield
+    tell(name, 1, 1)
+
+
+def _open_overlays(overlays: Sequence[str | os.PathLike[str] | Overlay]) -> list[Overlay]:
+    if isinstance(overlays, str | os.PathLike):
+        raise RequestError(f"overlays is {overlays!r}, expected a list of files.")
+    return [each if isinstance(each, Overlay) else open_overlay(each) for each in overlays]
 
 
 def frequent_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
@@ -158,6 +197,7 @@ class _Limits:
 
     def compare(self) -> None:
         """Warn if more is resident now than was estimated: a limit would be broken by as much."""
+        give_back()  # what loading has freed is not in use
         now = process_memory().anon_bytes
         if self.plan is None or self.before is None or now is None or self.plan.device_items:
             return

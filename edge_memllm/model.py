@@ -6,17 +6,28 @@ keys and values, and after `close` the last one under way frees the model.
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Iterator, Sequence
-from contextlib import closing, contextmanager
-from threading import Lock
+import os
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from contextlib import AbstractContextManager, closing
 from types import TracebackType
-from typing import Any, Self, overload
+from typing import Any, Self, Unpack, overload
+from weakref import WeakSet
 
 from edge_memllm.artifact import Artifact
-from edge_memllm.errors import ArtifactError, RequestError
+from edge_memllm.async_stream import in_thread
+from edge_memllm.cancellation import Cancellation
+from edge_memllm.description import describe
+from edge_memllm.errors import RequestError
 from edge_memllm.footprint import PREFILL_CHUNKS
 from edge_memllm.generation import TokenSequence
+from edge_memllm.generation_config import artifact_sampling
+from edge_memllm.generation_options import CancellablePromptOptions, PromptOptions
+from edge_memllm.heap import give_back
+from edge_memllm.lifetime import Lifetime
 from edge_memllm.memory_plan import MemoryPlan
+from edge_memllm.overlays import Overlay, open_overlay
+from edge_memllm.overlays.shelf import OverlayShelf, Selection
+from edge_memllm.record_source import RecordSource
 from edge_memllm.request import (
     Prompt,
     check_speculate,
@@ -25,11 +36,13 @@ from edge_memllm.request import (
     token_limit,
 )
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.sampling import Sampler, Sampling, check_seed, draw_seed
+from edge_memllm.sampling import Sampler, Sampling, check_seed, draw_seed, random_draws
+from edge_memllm.session import Session
+from edge_memllm.session_state import SessionState
 from edge_memllm.stopping import check_stops
 from edge_memllm.streaming import Piece, stream_pieces
 from edge_memllm.table import Table
-from edge_memllm.tokenization import Tokenizer, read_json
+from edge_memllm.tokenization import Tokenizer
 
 __all__ = ["Model", "Piece"]
 
@@ -54,15 +67,15 @@ class Model:
         """
         self.manifest = artifact.manifest
         self.runtime = runtime
-        self.table = table
         self.tokenizer = tokenizer
-        self.sampling = _artifact_sampling(artifact)
+        self.sampling = artifact_sampling(artifact)
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNKS[runtime.device]
+        self._table = table
+        self._shelf = OverlayShelf(table, artifact.manifest)
         self._memory = memory
         self._artifact = artifact
-        self._lock = Lock()
-        self._running = 0
-        self._closed = False
+        self._sessions: WeakSet[Session] = WeakSet()
+        self._lifetime = Lifetime(self._release)
 
     @property
     def device(self) -> str:
@@ -72,7 +85,38 @@ class Model:
     @property
     def reader(self) -> str:
         """How the table is read: the name of a reader, never "auto"."""
-        return self.table.reader_name
+        return self._table.reader_name
+
+    @property
+    def table(self) -> RecordSource:
+        """The records that generations get: the table's, under the overlays that are loaded."""
+        return self._shelf.select(None).source
+
+    def records(self, overlays: Sequence[str] | None = None) -> Selection:
+        """Return the records a generation with these overlays gets; None means all there are.
+
+        Raises `RequestError` for a name that is not loaded.
+        """
+        return self._shelf.select(overlays)
+
+    @property
+    def overlays(self) -> tuple[str, ...]:
+        """The names of the loaded overlays, in the order in which they act."""
+        return self._shelf.names
+
+    def add_overlay(self, overlay: str | os.PathLike[str] | Overlay) -> str:
+        """Load an overlay from a file, or take one; return its name. It acts after the others.
+
+        It is on from now on, for generations that do not choose. Raises `RequestError` for one
+        that is for another model or whose name is taken, `ArtifactError` for a file that cannot
+        be used.
+        """
+        found = overlay if isinstance(overlay, Overlay) else open_overlay(overlay)
+        return self._shelf.add(found)
+
+    def remove_overlay(self, name: str) -> None:
+        """Let go of an overlay; generations under way keep it. Raises `RequestError`."""
+        self._shelf.remove(name)
 
     def stream(
         self,
@@ -84,6 +128,8 @@ class Model:
         seed: int | None = None,
         ignore_eos: bool = False,
         speculate: int = 0,
+        overlays: Sequence[str] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> Generator[Piece, None, None]:
         """Check the request now, then yield one piece of text per new token.
 
@@ -91,38 +137,28 @@ class Model:
         gives the same text, None draws one and the statistics tell it. `ignore_eos` goes on
         after the end of the text, as measurements want. `speculate` is the most draft tokens of
         one step, copied from earlier in the text and kept as far as the model would have chosen
-        them; 0 is off. Closing the iterator, or leaving it, frees all it holds; the model stays
-        usable.
+        them; 0 is off. `overlays` names those to use, in their order; None takes all that are
+        loaded, () none. Closing the iterator, or leaving it, frees all it holds; the model stays
+        usable. `cancellation` ends it from another thread.
 
-        Raises `RequestError` for what cannot be done, before any work.
+        Raises `RequestError` for what cannot be done, before any work, and
+        `GenerationCancelledError` within one token of a cancellation.
         """
         stops, seed, drafts = check_stops(stop), _seed(seed), check_speculate(speculate)
         sequence = self._sequence(prompt, max_new_tokens, sampling, seed, 0, ignore_eos)
-        return self._one(self._pieces([sequence], stops, seed, drafts))
+        return self._one(self._pieces([sequence], stops, seed, drafts, overlays, cancellation))
 
     @overload
     def generate(
         self,
         prompt: Prompt,
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        sampling: Sampling | None = ...,
-        seed: int | None = ...,
-        ignore_eos: bool = ...,
-        speculate: int = ...,
+        **options: Unpack[CancellablePromptOptions],
     ) -> str: ...
     @overload
     def generate(
         self,
         prompt: list[str] | list[list[int]],
-        *,
-        max_new_tokens: int = ...,
-        stop: str | Sequence[str] = ...,
-        sampling: Sampling | None = ...,
-        seed: int | None = ...,
-        ignore_eos: bool = ...,
-        speculate: int = ...,
+        **options: Unpack[CancellablePromptOptions],
     ) -> list[str]: ...
 
     def generate(
@@ -135,6 +171,8 @@ class Model:
         seed: int | None = None,
         ignore_eos: bool = False,
         speculate: int = 0,
+        overlays: Sequence[str] | None = None,
+        cancellation: Cancellation | None = None,
     ) -> str | list[str]:
         """Return the text that follows a prompt; for a list of prompts, the list of texts.
 
@@ -156,9 +194,51 @@ class Model:
             for number, one in enumerate(prompts)
         ]
         texts = [""] * len(sequences)
-        for number, piece in self._pieces(sequences, stops, seed, drafts):
+        for number, piece in self._pieces(sequences, stops, seed, drafts, overlays, cancellation):
             texts[number] += piece.text
         return texts if batch else texts[0]
+
+    def astream(
+        self, prompt: Prompt, **options: Unpack[PromptOptions]
+    ) -> AsyncGenerator[Piece, None]:
+        """Check the request now, then yield as `stream` does, for `async for`.
+
+        A thread computes each piece when it is asked for; the event loop is never held up.
+        Cancelling the task ends the computing within one token. Leave it early through
+        `contextlib.aclosing`, which waits for that.
+        """
+        end = Cancellation()
+        return in_thread(self.stream(prompt, **options, cancellation=end), end)
+
+    def session(
+        self,
+        *,
+        sampling: Sampling | None = None,
+        seed: int | None = None,
+        overlays: Sequence[str] | None = None,
+    ) -> Session:
+        """Return an empty session: a text that stays, is gone on with, taken back and saved.
+
+        `sampling`, `seed` and `overlays` are as in `stream`. Raises `RequestError`.
+        """
+        with self.in_use():
+            chosen, seed = self.sampling if sampling is None else sampling, _seed(seed)
+            return Session(
+                self, self.records(overlays), SessionState(chosen, seed, random_draws(seed))
+            )
+
+    def restore_session(self, path: str | os.PathLike[str]) -> Session:
+        """Return the session that `Session.save` wrote, here or in another process.
+
+        Raises `RequestError` for one of another model, export or overlay, `ArtifactError` for
+        what is no session, `CorruptionError` for one that is damaged.
+        """
+        with self.in_use():
+            return Session.restore(self, path)
+
+    def adopt(self, session: Session) -> None:
+        """Close a session when this model is closed."""
+        self._sessions.add(session)
 
     def tokenize(self, text: str) -> list[int]:
         """Return the token ids of `text`."""
@@ -170,33 +250,18 @@ class Model:
 
     def describe(self) -> dict[str, Any]:
         """Return what is loaded and what was chosen, as a dict for JSON."""
-        model, graph = self.manifest.model, self.manifest.graph
-        return {
-            "identity": model.identity,
-            "beta": model.beta,
-            "layers": model.num_hidden_layers,
-            "width": model.hidden_size,
-            "vocabulary": model.vocab_size,
-            "context": model.max_position_embeddings,
-            "codec": self.manifest.table.codec,
-            "record_bytes": self.table.layout.record_bytes,
-            "graph_weights": graph.weights,
-            "compute_dtype": graph.compute_dtype,
-            "runtime": self.runtime.name,
-            "device": self.device,
-            "reader": self.reader,
-            "reader_reason": self.table.reader_reason,
-            "prefill_chunk": self.prefill_chunk,
-            "memory": None if self._memory is None else self._memory.as_dict(),
-        }
+        return describe(self, self._memory)
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep what is open open while the context lasts, even if `close` is called meanwhile.
+
+        Raises `RequestError` when the model is closed already.
+        """
+        return self._lifetime.use()
 
     def close(self) -> None:
         """Take no further generation; free everything once those under way have ended."""
-        with self._lock:
-            last = not self._closed and self._running == 0
-            self._closed = True
-        if last:
-            self._release()
+        self._lifetime.end()
 
     def __enter__(self) -> Self:
         return self
@@ -226,19 +291,34 @@ class Model:
         return TokenSequence(tokens, sampler, limit, ends)
 
     def _pieces(
-        self, sequences: Sequence[TokenSequence], stops: Sequence[str], seed: int, drafts: int
+        self,
+        sequences: Sequence[TokenSequence],
+        stops: Sequence[str],
+        seed: int,
+        drafts: int,
+        overlays: Sequence[str] | None,
+        cancellation: Cancellation | None,
     ) -> Generator[tuple[int, Piece], None, None]:
-        stream = stream_pieces(
-            self.runtime,
-            self.table,
-            self.tokenizer,
-            sequences,
-            stops=stops,
-            seed=seed,
-            prefill_chunk=self.prefill_chunk,
-            speculate=drafts,
+        records = self._shelf.select(overlays)
+        return self._run(
+            stream_pieces(
+                self.runtime,
+                records.source,
+                self.tokenizer,
+                sequences,
+                stops=stops,
+                seed=seed,
+                prefill_chunk=self.prefill_chunk,
+                speculate=drafts,
+                overlays=records.names,
+                cancellation=cancellation,
+            )
         )
-        with self._in_use(), closing(stream):
+
+    def _run(
+        self, stream: Generator[tuple[int, Piece], None, None]
+    ) -> Generator[tuple[int, Piece], None, None]:
+        with self._lifetime.use(), closing(stream):
             yield from stream
 
     @staticmethod
@@ -247,25 +327,13 @@ class Model:
             for _, piece in pieces:
                 yield piece
 
-    @contextmanager
-    def _in_use(self) -> Iterator[None]:
-        with self._lock:
-            if self._closed:
-                raise RequestError("The model is closed. Load it again.")
-            self._running += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._running -= 1
-                last = self._closed and self._running == 0
-            if last:
-                self._release()
-
     def _release(self) -> None:
+        for session in list(self._sessions):
+            session.close()
         self.runtime.close()
-        self.table.close()
+        self._table.close()
         self._artifact.close()
+        give_back()
 
 
 def _is_batch(prompt: object) -> bool:
@@ -274,11 +342,3 @@ def _is_batch(prompt: object) -> bool:
 
 def _seed(seed: int | None) -> int:
     return draw_seed() if seed is None else check_seed(seed)
-
-
-def _artifact_sampling(artifact: Artifact) -> Sampling:
-    try:
-        return Sampling.from_generation_config(read_json(artifact, "generation_config.json"))
-    except RequestError as error:
-        where = artifact.path / "generation_config.json"
-        raise ArtifactError(f"{where}: {error} Correct it and export again.") from error

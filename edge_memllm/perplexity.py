@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import Feeder, Logits
 from edge_memllm.long_text import long_text_tokens
-from edge_memllm.model import Model
+from edge_memllm.predictor import Predictor
+from edge_memllm.record_source import RecordSource
 from edge_memllm.request import start_token
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import require_finite
-from edge_memllm.table import Table
 
 Progress = Callable[[int, int], None]
 
@@ -98,7 +98,7 @@ class TextTokens:
 
 
 def measure_perplexity(
-    model: Model,
+    model: Predictor,
     text: str,
     *,
     context: int | None = None,
@@ -138,7 +138,7 @@ def combine(parts: Sequence[Perplexity]) -> Perplexity:
     )
 
 
-def text_tokens(model: Model, text: str) -> TextTokens:
+def text_tokens(model: Predictor, text: str) -> TextTokens:
     """Return a text as tokens behind the one that starts a text, if the model has one.
 
     Raises `RequestError` for a text with nothing to predict.
@@ -151,12 +151,12 @@ def text_tokens(model: Model, text: str) -> TextTokens:
         raise RequestError(
             f"The text has {len(tokens)} tokens and none can be predicted. Give more text."
         )
-    predicted = text if start is not None else model.detokenize(tokens[1:])
+    predicted = text if start is not None else model.tokenizer.decode(list(tokens[1:]))
     return TextTokens(fed, len(predicted.encode()), len(predicted.split()))
 
 
 def token_losses(
-    runtime: Runtime, table: Table, tokens: Sequence[int], *, context: int, stride: int
+    runtime: Runtime, table: RecordSource, tokens: Sequence[int], *, context: int, stride: int
 ) -> Iterator[NDArray[np.float64]]:
     """Yield the losses in nats of tokens[1:], in order and a chunk at a time.
 
@@ -168,7 +168,7 @@ def token_losses(
 
 
 def predictions(
-    runtime: Runtime, table: Table, tokens: Sequence[int], *, context: int, stride: int
+    runtime: Runtime, table: RecordSource, tokens: Sequence[int], *, context: int, stride: int
 ) -> Iterator[tuple[Logits, Sequence[int]]]:
     """Yield logits [T, V] and the tokens that came [T], in the windows of `token_losses`.
 

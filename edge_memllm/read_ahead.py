@@ -14,9 +14,10 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.record_source import RecordSource
 from edge_memllm.records import RecordBuffer
 from edge_memllm.statistics import StepCosts
-from edge_memllm.table import Fetched, Table
+from edge_memllm.table import Fetched
 
 Ids = NDArray[np.int64]
 
@@ -28,23 +29,24 @@ class Chunk:
     buffer: RecordBuffer
     distinct: int  # records, in the first slots
     index: Ids  # [1, T]
+    fetched: Fetched  # what reading them took
 
 
 class ChunkReader:
     """Reads chunks of tokens, each distinct token once. Close it: it may own a thread."""
 
-    def __init__(self, table: Table, costs: StepCosts) -> None:
-        self._table = table
-        self._costs = costs
+    def __init__(self, table: RecordSource, costs: StepCosts) -> None:
+        self.table = table
+        self.costs = costs
         self._buffers: dict[int, RecordBuffer] = {}
         self._helper: ThreadPoolExecutor | None = None
 
     def read(self, tokens: Sequence[int], place: int = 0) -> Chunk:
         """Read the records of one chunk into the buffer number `place`, waiting for them."""
         start = perf_counter()
-        chunk, fetched = self._fetch(tokens, place)
-        self._costs.wait_seconds += perf_counter() - start
-        self._costs.note_records(chunk.distinct, fetched)
+        chunk = self._fetch(tokens, place)
+        self.costs.wait_seconds += perf_counter() - start
+        self.costs.note_records(chunk.distinct, chunk.fetched)
         return chunk
 
     def chunks(self, tokens: Sequence[int], size: int) -> Generator[Chunk, None, None]:
@@ -63,8 +65,8 @@ class ChunkReader:
                 yield chunk
             finally:
                 self._wait_for(coming)
-            chunk, fetched = coming.result()
-            self._costs.note_records(chunk.distinct, fetched)
+            chunk = coming.result()
+            self.costs.note_records(chunk.distinct, chunk.fetched)
         yield chunk
 
     def drop_buffers(self) -> None:
@@ -77,18 +79,18 @@ class ChunkReader:
             self._helper.shutdown(cancel_futures=True)
             self._helper = None
 
-    def _fetch(self, tokens: Sequence[int], place: int) -> tuple[Chunk, Fetched]:
+    def _fetch(self, tokens: Sequence[int], place: int) -> Chunk:
         distinct, index = number_distinct(tokens)
         buffer = self._buffers.get(place)
         if buffer is None or buffer.capacity < len(distinct):
-            buffer = self._buffers[place] = RecordBuffer(self._table.layout, len(distinct))
-        fetched = self._table.fetch(distinct, buffer)
-        return Chunk(buffer, len(distinct), index), fetched
+            buffer = self._buffers[place] = RecordBuffer(self.table.layout, len(distinct))
+        fetched = self.table.fetch(distinct, buffer)
+        return Chunk(buffer, len(distinct), index, fetched)
 
-    def _wait_for(self, coming: Future[tuple[Chunk, Fetched]]) -> None:
+    def _wait_for(self, coming: Future[Chunk]) -> None:
         start = perf_counter()
         wait([coming])
-        self._costs.wait_seconds += perf_counter() - start
+        self.costs.wait_seconds += perf_counter() - start
 
     def _thread(self) -> ThreadPoolExecutor:
         if self._helper is None:

@@ -17,7 +17,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64
 
-from edge_memllm.codecs.codec import Codec, Floats
+from edge_memllm.codecs.codec import Bytes, Codec, Floats
 from edge_memllm.codecs.wire import decode_wire
 
 EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
@@ -222,6 +222,18 @@ class RecordBuffer:
                 return {"memory_rows": codes.view("<f2")}
             case "q8" | "q4":
                 return {"memory_codes": codes, "memory_scales": scales.view("<f2")}
+
+    def wire_bytes(self, count: int) -> tuple[Bytes, Bytes]:
+        """Return what `wire` shows as bytes that may be changed: scales and codes, [count, L, ...].
+
+        A change is gone with the next read into the buffer.
+        """
+        layers = max(1, self.layout.layers)
+        scales, codes = self._wire_scales[:count], self._wire_codes[:count]
+        return (
+            scales.reshape(count, layers, scales.shape[1] // layers),
+            codes.reshape(count, layers, codes.shape[1] // layers),
+        )
 
     def rows(self, count: int) -> Floats:
         """Return the decoded rows of the first `count` records, float32 [count, L, D]."""

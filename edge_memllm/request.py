@@ -45,10 +45,7 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer, model: ModelSpec) -> lis
     An empty prompt becomes the token that starts a text, or else the one that ends it.
     Raises `RequestError`.
     """
-    if isinstance(prompt, bytes) or not isinstance(prompt, Iterable):
-        raise RequestError(f"the prompt is a {type(prompt).__name__}, expected text or token ids.")
-    tokens: Iterable[object] = tokenizer.encode(prompt) if isinstance(prompt, str) else prompt
-    ids = check_tokens(tokens, model.vocab_size)
+    ids = text_tokens(prompt, tokenizer, model)
     if len(ids) > model.max_position_embeddings:
         raise RequestError(
             f"the prompt has {len(ids)} tokens and the model's context holds "
@@ -62,6 +59,27 @@ def prompt_tokens(prompt: Prompt, tokenizer: Tokenizer, model: ModelSpec) -> lis
             "the prompt is empty and the model has no token that starts a text. Give a prompt."
         )
     return [start]
+
+
+def text_tokens(
+    text: Prompt, tokenizer: Tokenizer, model: ModelSpec, *, special: bool = True
+) -> list[int]:
+    """Return the ids of text, or checked ids, however many; `special` as in `Tokenizer.encode`.
+
+    Raises `RequestError`.
+    """
+    if isinstance(text, bytes) or not isinstance(text, Iterable):
+        raise RequestError(f"the prompt is a {type(text).__name__}, expected text or token ids.")
+    tokens = tokenizer.encode(text, special=special) if isinstance(text, str) else text
+    return check_tokens(tokens, model.vocab_size)
+
+
+def common_length(first: Sequence[int], second: Sequence[int]) -> int:
+    """Return how many elements two sequences have in common from the front."""
+    shorter = min(len(first), len(second))
+    if first[:shorter] == second[:shorter]:
+        return shorter
+    return next(place for place in range(shorter) if first[place] != second[place])
 
 
 def start_token(model: ModelSpec) -> int | None:

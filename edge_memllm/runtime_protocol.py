@@ -6,7 +6,8 @@ below it everything is a library. It must not know text, sampling or files of th
 
 from __future__ import annotations
 
-from typing import Protocol, TypeAlias
+from collections.abc import Mapping
+from typing import Any, Protocol, TypeAlias
 
 import numpy as np
 from numpy.typing import NDArray
@@ -14,6 +15,9 @@ from numpy.typing import NDArray
 from edge_memllm.records import RecordBuffer
 
 StepLogits: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
+# What one sequence holds, by name; and of which dtype and shape that is.
+Held: TypeAlias = Mapping[str, NDArray[Any]]
+HeldLayout: TypeAlias = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class KVCache(Protocol):
@@ -35,6 +39,14 @@ class KVCache(Protocol):
     def nbytes(self) -> int:
         """Bytes held by keys and values."""
 
+    @property
+    def closed(self) -> bool:
+        """Whether it was closed, or lost its memory and closed itself."""
+
+    @property
+    def copies(self) -> bool:
+        """Whether `copy` and `swap` can be had here."""
+
     def ensure(self, capacity: int) -> None:
         """Make room for `capacity` positions, keeping what is there.
 
@@ -43,6 +55,24 @@ class KVCache(Protocol):
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions of one sequence from `length` on."""
+
+    def copy(self, sequence: int, source: int, length: int) -> None:
+        """Let `sequence` hold the first `length` positions of `source` and nothing else."""
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange the places of two sequences."""
+
+    def layout(self, length: int) -> HeldLayout:
+        """Return what `held` gives for a sequence of `length` positions: dtypes and shapes."""
+
+    def held(self, sequence: int) -> Held:
+        """Return the keys and values of one sequence, exactly; read them before the next step."""
+
+    def hold(self, sequence: int, length: int, held: Held) -> None:
+        """Let a sequence hold `length` positions that `held` gave, here or in another cache.
+
+        Raises `RequestError` when that is more than the model's context.
+        """
 
     def close(self) -> None:
         """Free the memory; closing twice is fine."""
@@ -70,18 +100,19 @@ class Runtime(Protocol):
         cache: KVCache,
         logits_index: NDArray[np.int64] | None,
         *,
-        sequence: int | None = None,
+        sequence: int | range | None = None,
         memory_gain: NDArray[np.float32] | None = None,
     ) -> StepLogits:
-        """Append T tokens to every sequence of `cache` (or to one) and return logits.
+        """Append T tokens to every sequence of `cache` (or to some) and return logits.
 
         `buffer` holds the `distinct` (U) records of the step in its first slots; `token_index`
         int64 [B, T] says which of them stands at each position. `logits_index` int64 [B, K]
         picks the positions within T whose logits are wanted; None wants none.
 
-        Without `sequence`, B is the cache's batch and T must be 1 unless B is 1. With
-        `sequence`, B is 1 and only that sequence grows. `memory_gain` [L] replaces the
-        manifest's gains for this step.
+        Without `sequence`, B is the cache's batch and T must be 1 unless B is 1. With a number
+        as `sequence`, B is 1 and only that sequence grows; with a range of numbers, B is its
+        length, T is 1 and those grow. `memory_gain` [L] replaces the manifest's gains for this
+        step.
 
         Returns [B, K, V] in float32 or the float16 the graph computes in, valid until the next step
         with the same cache.

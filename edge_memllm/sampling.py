@@ -1,13 +1,14 @@
 """Choosing the next token from logits, in plain numpy.
 
-The order of operations is that of Hugging Face: repetition penalty, temperature, top-k, top-p,
-min-p, then one draw. Knows nothing of text, models or runtimes.
+The order of operations is that of Hugging Face: repetition penalty, then what `steering` wishes,
+temperature, top-k, top-p, min-p, then one draw. Knows nothing of text, models or runtimes.
 """
 
 from __future__ import annotations
 
 import secrets
 import sys
+from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
@@ -17,6 +18,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.half_floats import place_of_largest, widen
+from edge_memllm.steering import Constraint, Steering, allowed_ids
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.intp]
@@ -83,16 +85,35 @@ def check_seed(seed: object) -> int:
     return seed
 
 
+def random_draws(seed: int, stream: int = 0) -> np.random.Generator:
+    """Return the random numbers of a seed, for the sequence of a batch that `stream` numbers."""
+    sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(stream,))
+    return np.random.Generator(np.random.PCG64(sequence))
+
+
 class Sampler:
     """Chooses tokens for one sequence; the same seed, stream and logits give the same tokens.
 
-    `stream` numbers the sequences of a batch, so that equal prompts get different samples.
+    `stream` numbers the sequences of a batch, so that equal prompts get different samples. Only
+    what `constraint` allows is ever chosen. `draws` goes on with random numbers begun elsewhere,
+    in place of those of `seed` and `stream`.
     """
 
-    def __init__(self, sampling: Sampling, seed: int, stream: int = 0) -> None:
+    def __init__(
+        self,
+        sampling: Sampling,
+        seed: int,
+        stream: int = 0,
+        *,
+        steering: Steering | None = None,
+        constraint: Constraint | None = None,
+        draws: np.random.Generator | None = None,
+    ) -> None:
         self.sampling = sampling
-        sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(stream,))
-        self._random = np.random.Generator(np.random.PCG64(sequence))
+        self._steering = steering if steering is not None and steering.active else None
+        self._constraint = constraint
+        self._chosen = Counter[int]()
+        self._random = random_draws(seed, stream) if draws is None else draws
         self._seen: set[int] = set()
         self._room = Room()
 
@@ -110,11 +131,17 @@ class Sampler:
         if token is None:
             token = self._choose(self._room.widened(logits))
         self.observe((token,))
+        if self._steering is not None:
+            self._chosen[token] += 1
+        if self._constraint is not None:
+            self._constraint.advance(token)
         return token
 
     def _at_a_glance(self, logits: NDArray[Any]) -> int | None:
         """Return the likeliest token where that is all and float16 tells it by itself."""
         if logits.dtype != np.float16 or self.sampling.temperature or self._seen:
+            return None
+        if self._steering is not None or self._constraint is not None:
             return None
         return place_of_largest(logits)
 
@@ -122,6 +149,14 @@ class Sampler:
         require_finite(logits)
         if self._seen:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
+        if self._steering is not None:
+            logits = self._steering.applied(logits, self._chosen)
+        ids = None if self._constraint is None else allowed_ids(self._constraint, logits.size)
+        if ids is not None:
+            return int(ids[self._likeliest_or_drawn(logits[ids])])
+        return self._likeliest_or_drawn(logits)
+
+    def _likeliest_or_drawn(self, logits: Logits) -> int:
         return self._draw(logits) if self.sampling.temperature else int(logits.argmax())
 
     def _draw(self, logits: Logits) -> int:

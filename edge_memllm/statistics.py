@@ -11,8 +11,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from edge_memllm.record_source import RecordSource
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.table import Fetched, Table
+from edge_memllm.table import Fetched
 
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_bytes"}
@@ -99,6 +100,7 @@ class GenerationStatistics:
     seed: int
     device: str
     reader: str
+    overlays: tuple[str, ...] = ()  # names of those that were on, in their order
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for JSON."""
@@ -108,8 +110,11 @@ class GenerationStatistics:
 class Meter:
     """Measures one generation from the moment it is made."""
 
-    def __init__(self, runtime: Runtime, table: Table, seed: int) -> None:
+    def __init__(
+        self, runtime: Runtime, table: RecordSource, seed: int, overlays: tuple[str, ...] = ()
+    ) -> None:
         self.costs = StepCosts()
+        self._overlays = overlays
         self._runtime = runtime
         self._table = table
         self._seed = seed
@@ -145,6 +150,7 @@ class Meter:
             seed=self._seed,
             device=self._runtime.device,
             reader=self._table.reader_name,
+            overlays=self._overlays,
         )
 
 

@@ -9,11 +9,12 @@ from collections.abc import Generator, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 
+from edge_memllm.cancellation import Cancellation
 from edge_memllm.generation import FinishReason, TokenSequence, generate_tokens
+from edge_memllm.record_source import RecordSource
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import GenerationStatistics, Meter
 from edge_memllm.stopping import StopMatcher
-from edge_memllm.table import Table
 from edge_memllm.tokenization import Detokenizer, Tokenizer
 
 
@@ -56,7 +57,7 @@ class TextAssembly:
 
 def stream_pieces(
     runtime: Runtime,
-    table: Table,
+    table: RecordSource,
     tokenizer: Tokenizer,
     sequences: Sequence[TokenSequence],
     *,
@@ -64,14 +65,15 @@ def stream_pieces(
     seed: int,
     prefill_chunk: int,
     speculate: int = 0,
+    overlays: tuple[str, ...] = (),
+    cancellation: Cancellation | None = None,
 ) -> Generator[tuple[int, Piece], None, None]:
     """Yield (number of the sequence, piece) for every new token of a batch.
 
-    The very last piece carries the statistics of the whole batch; `seed` is only reported there.
-    The rest is as in `generate_tokens`.
+    The very last piece carries the statistics of the whole batch; `seed`, and which `overlays` are
+    over the table, are only reported there. The rest is as in `generate_tokens`.
     """
-    meter = Meter(runtime, table, seed)
-    assemblies = [TextAssembly(tokenizer, sequence, stops) for sequence in sequences]
+    meter = Meter(runtime, table, seed, overlays)
     tokens = generate_tokens(
         runtime,
         table,
@@ -79,7 +81,23 @@ def stream_pieces(
         prefill_chunk=prefill_chunk,
         speculate=speculate,
         costs=meter.costs,
+        cancellation=cancellation,
     )
+    return assembled(tokens, sequences, tokenizer, stops, meter)
+
+
+def assembled(
+    tokens: Generator[int, None, None],
+    sequences: Sequence[TokenSequence],
+    tokenizer: Tokenizer,
+    stops: Sequence[str],
+    meter: Meter,
+) -> Generator[tuple[int, Piece], None, None]:
+    """Yield the pieces that tokens make; `tokens` yields whose turn it is, and is closed.
+
+    The very last piece carries the statistics of `meter`.
+    """
+    assemblies = [TextAssembly(tokenizer, sequence, stops) for sequence in sequences]
     with closing(tokens):
         for number in tokens:
             piece = assemblies[number].advance()

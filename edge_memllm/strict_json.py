@@ -10,21 +10,21 @@ import json
 import math
 from collections.abc import Collection
 from re import Pattern
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from edge_memllm.errors import ArtifactError
 
 MAX_JSON_BYTES = 1 << 20
 
 
-def parse_json_object(data: bytes, where: str) -> dict[str, object]:
+def parse_json_object(data: bytes, where: str, most: int = MAX_JSON_BYTES) -> dict[str, object]:
     """Parse `data` as one JSON object.
 
-    Raises `ArtifactError` naming `where` when it is larger than 1 MiB, is not UTF-8, is not JSON,
-    repeats a key, holds a number that is not finite, or is not an object.
+    Raises `ArtifactError` naming `where` when it is larger than `most` bytes, is not UTF-8, is not
+    JSON, repeats a key, holds a number that is not finite, or is not an object.
     """
-    if len(data) > MAX_JSON_BYTES:
-        raise ArtifactError(f"{where}: {len(data)} bytes of JSON, the limit is {MAX_JSON_BYTES}.")
+    if len(data) > most:
+        raise ArtifactError(f"{where}: {len(data)} bytes of JSON, the limit is {most}.")
     try:
         value = json.loads(
             data.decode("utf-8"),
@@ -80,6 +80,11 @@ class Fields:
             )
         self._value = value
         self._where = where
+
+    @property
+    def values(self) -> dict[str, Any]:
+        """All of them, which the caller checks."""
+        return self._value
 
     def integer(self, key: str, low: int, high: int) -> int:
         """Return an integer in [low, high]."""

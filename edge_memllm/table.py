@@ -51,6 +51,7 @@ class Fetched(NamedTuple):
 
     reads: int  # of storage, as the system was asked for them
     bytes: int  # of the records that were not in the record cache
+    stored: Sequence[int] = ()  # the tokens of those records
 
 
 class Table:
@@ -174,7 +175,8 @@ class Table:
         for slot in missing:
             self._take_in(tokens[slot], parts[slot])
         buffer.transcode(len(tokens), variants)
-        fetched = Fetched(reads, sum([self._record_bytes[variants[slot]] for slot in missing]))
+        size = sum([self._record_bytes[variants[slot]] for slot in missing])
+        fetched = Fetched(reads, size, [tokens[slot] for slot in missing])
         with self._lock:
             self._records_read += len(missing)
             self._bytes_read += fetched.bytes

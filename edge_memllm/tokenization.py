@@ -53,6 +53,12 @@ class Tokenizer:
         return cls(artifact.read_bytes("tokenizer.json"), template=template)
 
     @property
+    def definition(self) -> str:
+        """The text of a `tokenizer.json` that makes the same tokenizer."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    @property
     def chat_template(self) -> ChatTemplate | None:
         """What turns chat messages into a prompt; None when the artifact has no template."""
         return self._template
@@ -71,6 +77,11 @@ class Tokenizer:
             ) from error
         ids: list[int] = encoding.ids
         return ids
+
+    def spelling(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it; None for an id that has no token."""
+        found: str | None = self._tokenizer.id_to_token(token)
+        return found
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -144,3 +144,15 @@ def files_of(folder: Path) -> dict[str, bytes]:
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture
+def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
+    """A `FakeHub` that `huggingface_hub` speaks to, its caches in ``tmp_path``, where we are."""
+    from fake_hub import FakeHub, connect, serving
+
+    monkeypatch.chdir(tmp_path)
+    hub = FakeHub()
+    with serving(hub):
+        connect(hub, monkeypatch, tmp_path)
+        yield hub

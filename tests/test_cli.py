@@ -24,8 +24,12 @@ NAMES = (
     "sweep",
     "verify",
     "run",
+    "serve",
+    "overlay",
     "inspect",
     "eval",
+    "explain",
+    "suppress",
     "bench",
 )
 

@@ -14,6 +14,7 @@ from edge_memllm.cli.options import (
     TABLE_QUALITIES,
     add_loading,
     byte_size,
+    layer_list,
     loading_keywords,
 )
 from edge_memllm.errors import RequestError
@@ -68,6 +69,7 @@ def test_every_option_reaches_load(tmp_path: Path) -> None:
         *("--record-cache", "64MB", "--hot-text", str(tmp_path / "text")),
         *("--memory-limit", "1GiB", "--vram-limit", "2GB", "--cuda-graph"),
         *("--packed-cache", "cache", "--table-quality", "coarse"),
+        *("--overlay", "a", "--overlay", "b"),
     )
     assert loading_keywords(given) == {
         "device": "cuda",
@@ -81,7 +83,21 @@ def test_every_option_reaches_load(tmp_path: Path) -> None:
         "vram_limit": 2_000_000_000,
         "cuda_graph": True,
         "packed_cache": Path("cache"),
+        "overlays": (Path("a"), Path("b")),
     }
+
+
+@pytest.mark.parametrize(
+    ("text", "layers"), [("0", (0,)), ("0,3-5", (0, 3, 4, 5)), (" 2 , 2-2", (2, 2))]
+)
+def test_layers_and_ranges_of_them(text: str, layers: tuple[int, ...]) -> None:
+    assert layer_list(text) == layers
+
+
+@pytest.mark.parametrize("text", ["", "a", "-1", "3-", "5-3", "0-99999", "1,,2"])
+def test_what_is_no_list_of_layers(text: str) -> None:
+    with pytest.raises(argparse.ArgumentTypeError, match="are no layers, such as 0,3-5"):
+        layer_list(text)
 
 
 def test_a_hot_text_that_is_no_text_is_refused(tmp_path: Path) -> None:

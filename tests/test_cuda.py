@@ -258,3 +258,15 @@ def test_a_step_that_fails_is_one_error(
             ):
                 model.generate(TEXT, max_new_tokens=2)
         assert model.generate(TEXT, max_new_tokens=2, ignore_eos=True)  # its turn was given back
+
+
+def test_a_session_is_saved_and_restored(half: Path, tmp_path: Path, cuda: list[str]) -> None:
+    with edge_memllm.load(half, device="cuda", threads=1, cuda_graph=True) as model:
+        first = model.session(seed=1)
+        first.append(TEXT)
+        first.generate(max_new_tokens=9, ignore_eos=True)
+        first.save(tmp_path / "a")
+        again = model.restore_session(tmp_path / "a")
+        for session in (first, again):
+            session.generate(max_new_tokens=9, ignore_eos=True)
+        assert again.tokens == first.tokens

@@ -17,10 +17,19 @@ from edge_memllm.cli.main import build_parser
 ROOT = Path(__file__).parents[1]
 PAGES = sorted(
     path
-    for folder in (".", "docs", "examples", "examples/tiny-english", "benchmarks")
+    for folder in (
+        ".",
+        "docs",
+        "examples",
+        "examples/tiny-english",
+        "examples/overlays",
+        "examples/desktop",
+        "benchmarks",
+    )
     for path in (ROOT / folder).glob("*.md")
 )
 README = (ROOT / "README.md").read_text("utf-8")
+MAP = (ROOT / "docs" / "map.md").read_text("utf-8")
 
 _BLOCK = re.compile(r"^```(\w*)\n(.*?)^```", re.MULTILINE | re.DOTALL)
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
@@ -128,7 +137,7 @@ def test_links_to_headings_lead_to_headings() -> None:
 def map_rows() -> Iterator[tuple[Path, list[str]]]:
     """(folder, names in backticks) of every row of the map; a table's head names the folder."""
     folder, in_table = ROOT, False
-    for line in README.split("## Map")[1].splitlines():
+    for line in MAP.splitlines():
         names = re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("|") else []
         if line.startswith("|") and not in_table:
             folder = ROOT / names[0]

@@ -22,6 +22,11 @@ def test_tree_is_exactly_the_documented_one() -> None:
         "RuntimeUnavailableError": (errors.EdgeMemLLMError,),
         "RequestError": (errors.EdgeMemLLMError, ValueError),
         "RecipeError": (errors.EdgeMemLLMError, ValueError),
+        "GenerationCancelledError": (errors.EdgeMemLLMError,),
+        "ServiceError": (errors.EdgeMemLLMError,),
+        "QueueFullError": (errors.ServiceError,),
+        "DeadlineError": (errors.ServiceError,),
+        "DrainingError": (errors.ServiceError,),
     }
     assert errors.__doc__ is not None
     assert all(name in errors.__doc__ for name in classes)

@@ -98,3 +98,15 @@ def test_the_limit_of_its_memory_is_kept(artifact: Path) -> None:
         assert used_bytes() - before <= limit + _CONTEXT_BYTES
     with pytest.raises(RequestError, match="vram_limit is 1,000,000 bytes and about"):
         edge_memllm.load(artifact, device="cuda", vram_limit=1_000_000)
+
+
+def test_a_saved_session_goes_on_as_it_would_have(artifact: Path, tmp_path: Path) -> None:
+    with edge_memllm.load(artifact, device="cuda") as model:
+        first = model.session(seed=1)
+        first.append(TEXT)
+        first.generate(max_new_tokens=9, ignore_eos=True)
+        first.save(tmp_path / "a")
+        again = model.restore_session(tmp_path / "a")
+        for session in (first, again):
+            session.generate(max_new_tokens=9, ignore_eos=True)
+        assert again.tokens == first.tokens

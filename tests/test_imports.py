@@ -25,8 +25,15 @@ FORBIDDEN = {
     RUNTIMES: (*(name for name in HEAVY if name != "onnxruntime"), EXPORT),
     EXPORT: ("optimum", "accelerate"),
 }
-# The torch half of the project: the network, and the judge made of it.
-TORCH_MODULES = ("edge_memllm.modeling", "edge_memllm_runtimes.torch_reference")
+# The torch half of the project: the network, the judge made of it, what looks into weights,
+# and what stands on transformers.
+TORCH_MODULES = (
+    "edge_memllm.modeling",
+    "edge_memllm.huggingface",
+    "edge_memllm.interpretation.network_memory",
+    "edge_memllm.interpretation.decomposition",
+    "edge_memllm_runtimes.torch_reference",
+)
 
 
 def modules() -> Iterator[tuple[str, str, Path]]:
@@ -88,11 +95,12 @@ def loaded_after(statement: str) -> set[str]:
         "import edge_memllm",
         "from edge_memllm import Model, Sampling, load",
         "import edge_memllm_runtimes, edge_memllm.perplexity",
+        "from edge_memllm.hub import artifact_folder",
     ],
 )
 def test_importing_the_core_loads_no_heavy_library(statement: str) -> None:
     loaded = loaded_after(statement)
-    assert not loaded.intersection(HEAVY)
+    assert not loaded.intersection({*HEAVY, "huggingface_hub"})
 
 
 def test_importing_the_package_alone_loads_next_to_nothing() -> None:

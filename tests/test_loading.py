@@ -175,3 +175,26 @@ def test_a_system_that_does_not_tell_its_memory_is_no_obstacle(
 ) -> None:
     monkeypatch.setattr("edge_memllm.loading.process_memory", ProcessMemory)
     edge_memllm.load(folder, memory_limit=10**9).close()
+
+
+def test_progress_tells_every_stage_to_its_end(make_artifact: MakeArtifact) -> None:
+    artifact = make_artifact()
+    told: list[tuple[str, int, int]] = []
+    edge_memllm.load(artifact, device="cpu", progress=lambda *now: told.append(now)).close()
+    stages = list(dict.fromkeys(stage for stage, _, _ in told))
+    assert stages == ["files", "graph", "table"]
+    for stage in stages:
+        done = [(at, total) for name, at, total in told if name == stage]
+        assert done == sorted(done)
+        assert done[0][0] == 0
+        assert done[-1][0] == done[-1][1] > 0
+
+
+@pytest.mark.parametrize("stage", ["files", "graph", "table"])
+def test_progress_may_end_the_loading(make_artifact: MakeArtifact, stage: str) -> None:
+    def give_up(now: str, done: int, total: int) -> None:
+        if now == stage and done == total:
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        edge_memllm.load(make_artifact(), device="cpu", progress=give_up)

@@ -87,8 +87,8 @@ def test_the_bytes_counted_are_those_of_each_class(small: SmallArtifact) -> None
     assert len(set(sizes)) > 3
     buffer = RecordBuffer(table.layout, TOKENS)
     fetched = table.fetch(np.array([5, 1, 7]), buffer)
-    assert fetched == (3, sizes[5] + sizes[1] + sizes[7])
-    assert table.fetch(np.array([7, 8]), buffer) == (1, sizes[8])
+    assert fetched[:2] == (3, sizes[5] + sizes[1] + sizes[7])
+    assert table.fetch(np.array([7, 8]), buffer)[:2] == (1, sizes[8])
     assert table.statistics.bytes_read == sum(sizes[token] for token in (5, 1, 7, 8))
     assert (table.statistics.records_read, table.statistics.cache_hits) == (4, 1)
     table.close()

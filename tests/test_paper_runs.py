@@ -14,11 +14,11 @@ from safetensors.numpy import load_file
 
 import benchmarks.paper.page as page
 from benchmarks.paper import judging
-from benchmarks.paper.judging import Judge, TaskUse, opened
+from benchmarks.paper.judging import Judge, TaskUse
 from benchmarks.paper.measuring import measure_runs
 from benchmarks.paper.page.stored import rank_section
 from benchmarks.paper.runs import changes, read_runs
-from benchmarks.paper.scaling import all_but, scaled
+from benchmarks.paper.scaling import scaled_compute
 from benchmarks.paper.store import Results
 from edge_memllm.modeling import MemoryLLMConfig
 
@@ -33,7 +33,10 @@ def runs(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> Path:
         shutil.copytree(make_checkpoint(beta=beta, num_hidden_layers=3), folder / name)
         history = [{"step": s, "tokens": s * 10**6, "loss": 5.0 - s / 10} for s in (1, 2, 3)]
         record = {
-            "recipe": {"data": {"sequence_length": 32}},
+            "recipe": {
+                "data": {"sequence_length": 32},
+                "training": {"steps": 3, "warmup_steps": 1},
+            },
             "history": [*history, {"step": 3, "tokens": 3 * 10**6, "valid_loss": 4.5}],
             "tokens_seen": 3 * 10**6,
             "valid_loss": 4.5,
@@ -112,10 +115,8 @@ def test_factors_of_one_change_nothing_and_zero_takes_a_layer_out(
 ) -> None:
     checkpoint = make_checkpoint(beta=3)
     plain = load_file(checkpoint / "model.safetensors")
-    with scaled(checkpoint, memory=[0.5, 1.0], compute=all_but(2, 1)) as changed:
+    with scaled_compute(checkpoint, [1.0, 0.0]) as changed:
         weights = load_file(changed / "model.safetensors")
-        with opened(changed, 1) as model:
-            assert model.manifest.model.memory_gain == (0.5, 1.0)
     name = "model.layers.1.mlp.down_proj.weight"
     assert not weights[name].any()
     assert all(np.array_equal(plain[each], weights[each]) for each in plain if each != name)
@@ -126,7 +127,7 @@ def test_factors_of_one_change_nothing_and_zero_takes_a_layer_out(
 def test_a_linear_ffn_is_scaled_once(beta: int, last: int, make_checkpoint: MakeCheckpoint) -> None:
     checkpoint = make_checkpoint(beta=beta, compute_form="linear")
     plain = load_file(checkpoint / "model.safetensors")
-    with scaled(checkpoint, compute=[0.5, 0.5]) as changed:
+    with scaled_compute(checkpoint, [0.5, 0.5]) as changed:
         weights = load_file(changed / "model.safetensors")
     differing = {each for each in plain if not np.array_equal(plain[each], weights[each])}
     assert differing == {f"model.layers.{i}.mlp.projections.{last}.weight" for i in (0, 1)}

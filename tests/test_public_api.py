@@ -49,8 +49,9 @@ def test_the_public_calls_keep_their_parameters() -> None:
     load = list(inspect.signature(edge_memllm.load).parameters)
     limits = ["memory_limit", "vram_limit", "cuda_graph", "packed_cache"]
     chosen = ["device", "reader", "threads", "prefill_chunk", "table_quality"]
-    assert load == ["path", *chosen, "record_cache", "hot_text", *limits]
+    assert load == ["path", *chosen, "record_cache", "hot_text", *limits, "overlays", "progress"]
     options = ["max_new_tokens", "stop", "sampling", "seed", "ignore_eos", "speculate"]
+    options += ["overlays", "cancellation"]
     for call in (edge_memllm.Model.stream, edge_memllm.Model.generate):
         assert list(inspect.signature(call).parameters) == ["self", "prompt", *options]
 

@@ -154,6 +154,62 @@ def test_any_order_of_steps_leaves_each_text_its_own(
         case.same(last[number], scores(case, [*text, 11 + number])[-1])
 
 
+@settings(max_examples=8, deadline=None, suppress_health_check=[HealthCheck.too_slow])
+@given(
+    st.lists(
+        st.tuples(
+            st.sampled_from(["grow", "copy", "swap", "some"]),
+            st.integers(0, 3),
+            st.integers(0, 3),
+            st.integers(1, 90),
+        ),
+        max_size=10,
+    )
+)
+def test_texts_can_be_copied_swapped_and_advanced_in_part(
+    case: Case, steps: list[tuple[str, int, int, int]]
+) -> None:
+    texts: list[list[int]] = [TEXT[:3], [], TEXT[:30], []]
+    with Feeder(case.runtime, case.table, 4, 32) as feeder:
+        for number, text in enumerate(texts):
+            feeder.skip(number, text)
+        for kind, one, other, size in steps:
+            if kind == "grow":
+                more = [(one * 31 + n * 7) % 250 for n in range(size)]
+                feeder.skip(one, more)
+                texts[one] = texts[one] + more
+            elif kind == "copy":
+                length = min(size, len(texts[other]))
+                feeder.cache.copy(one, other, length)
+                texts[one] = texts[other][:length]
+            elif kind == "swap":
+                feeder.cache.swap(one, other)
+                texts[one], texts[other] = texts[other], texts[one]
+            else:
+                some = range(min(one, other), max(one, other) + 1)
+                feeder.decode([size + each for each in some], some)
+                for each in some:
+                    texts[each] = [*texts[each], size + each]
+        assert feeder.cache.lengths.tolist() == [len(text) for text in texts]
+        last = feeder.decode([12, 13], range(1, 3)).copy()
+    for number in (1, 2):
+        case.same(last[number - 1], scores(case, [*texts[number], 11 + number])[-1])
+
+
+def test_a_copy_longer_than_its_source_is_refused(case: Case) -> None:
+    with Feeder(case.runtime, case.table, 2, 64) as feeder:
+        feeder.skip(1, TEXT[:5])
+        with pytest.raises(ValueError, match="length is 6, expected 0 to 5"):
+            feeder.cache.copy(0, 1, 6)
+
+
+def test_a_cache_that_cannot_move_what_it_holds_says_so(case: Case) -> None:
+    cache = case.runtime.new_cache(2)
+    cache.copies = False  # type: ignore[misc]
+    with pytest.raises(ValueError, match="cannot move what it holds: its `copies` is False"):
+        cache.swap(0, 1)
+
+
 def test_two_caches_do_not_disturb_each_other(case: Case) -> None:
     with (
         Feeder(case.runtime, case.table, 1, 64) as one,
@@ -196,6 +252,9 @@ def test_a_text_ends_with_the_context(case: Case) -> None:
         ([[0]], [[0]], 2, "does not fit a cache of 2 sequences"),
         ([[0]], [[0]], -1, "does not fit a cache of 2 sequences"),
         ([[]], [[]], 0, r"token_index \(1, 0\) does not fit"),
+        ([[0], [0]], [[0], [0]], range(1, 3), r"\(2, 1\) does not fit a cache of 2 sequences"),
+        ([[0, 0]], [[0]], range(1), r"\(1, 2\) does not fit a cache of 2 sequences"),
+        ([[0]], [[0]], range(0, 2, 2), r"\(1, 1\) does not fit a cache of 2 sequences"),
         ([[0], [0]], [[0]], None, r"logits_index \(1, 1\), expected \[2, K\]"),
         ([[1]], [[0]], 0, "token_index goes from 1 to 1, expected 0 to 0"),
         ([[-1]], [[0]], 0, "token_index goes from -1 to -1"),
@@ -204,7 +263,7 @@ def test_a_text_ends_with_the_context(case: Case) -> None:
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(
-    case: Case, index: Any, wanted: Any, sequence: int | None, message: str
+    case: Case, index: Any, wanted: Any, sequence: int | range | None, message: str
 ) -> None:
     buffer = RecordBuffer(case.table.layout, 1)
     case.table.fetch(np.array([5]), buffer)

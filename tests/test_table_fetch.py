@@ -107,7 +107,7 @@ def test_only_what_is_missing_is_read_in_one_batch(small: SmallArtifact) -> None
     for wanted, missing in [([5, 1, 9], [1, 5, 9]), ([9, 2, 5, 0], [0, 2]), ([5, 2], [])]:
         spy.asked.clear()
         size = len(missing) * LAYOUT.record_bytes
-        assert table.fetch(ids(*wanted), buffer) == (len(missing), size)
+        assert table.fetch(ids(*wanted), buffer) == (len(missing), size, missing)
         assert content(buffer, len(wanted)) == [expected[token] for token in wanted]
         assert spy.asked == ([[offset_of(small, token) for token in missing]] if missing else [])
     table.announce([5, 11, 2])

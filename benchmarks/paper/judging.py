@@ -24,6 +24,7 @@ from edge_memllm.evaluation import (
     read_tasks,
 )
 from edge_memllm.model import Model
+from edge_memllm.predictor import Predictor
 from edge_memllm_export import export_model
 
 TEXTS = {
@@ -73,7 +74,7 @@ class Judge:
         return found
 
     def texts(
-        self, model: Model, run: Run, names: tuple[str, ...], characters: int
+        self, model: Predictor, run: Run, names: tuple[str, ...], characters: int
     ) -> dict[str, dict[str, Any]]:
         """Return the perplexity of texts, and of those of the kinds trained on together.
 
@@ -96,11 +97,11 @@ class Judge:
             for name, each in {**found, TOGETHER: together}.items()
         }
 
-    def tasks(self, model: Model) -> dict[str, dict[str, Any]]:
+    def tasks(self, model: Predictor) -> dict[str, dict[str, Any]]:
         """Return the scores of all tasks; a folder's is the mean of its files."""
         return {name: self._task(model, name, use) for name, use in TASKS.items()}
 
-    def _task(self, model: Model, name: str, use: TaskUse) -> dict[str, Any]:
+    def _task(self, model: Predictor, name: str, use: TaskUse) -> dict[str, Any]:
         path = self.data / use.path
         tasks = read_tasks([path], limit=use.items, delimiter=use.delimiter)
         results = [measure_task(model, task) for task in tasks]

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from typing import Any
 
@@ -10,8 +11,10 @@ import numpy as np
 
 from benchmarks.paper.judging import TRAINED, Judge, opened
 from benchmarks.paper.runs import Run
-from benchmarks.paper.scaling import all_but, scaled
+from benchmarks.paper.scaling import scaled_compute
+from edge_memllm.interpretation.gained_runtime import scaled_memory, without_layer
 from edge_memllm.model import Model
+from edge_memllm.predictor import Predictor
 from edge_memllm.sweep.measuring import table_figures
 
 GAINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
@@ -55,13 +58,7 @@ def gain(run: Run, judge: Judge) -> Figures:
     """All feed-forward outputs scaled by one factor: texts and tasks at each (Table 1, Fig. 7)."""
     found = []
     for factor in GAINS:
-        each = [factor] * run.config.num_hidden_layers
-        memory = each if run.config.has_memory else None
-        compute = each if run.config.has_compute else None
-        with (
-            scaled(run.path, memory=memory, compute=compute) as checkpoint,
-            opened(checkpoint, judge.threads) as model,
-        ):
+        with _scaled(run, judge, [factor] * run.config.num_hidden_layers) as model:
             texts = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
             found.append({"gain": factor, "texts": texts, "tasks": judge.tasks(model)})
     return {"gains": found}
@@ -69,17 +66,19 @@ def gain(run: Run, judge: Judge) -> Figures:
 
 def drop(run: Run, judge: Judge) -> Figures:
     """One layer's memory left out at a time, of Base its FFN (Figs. 4 and 12)."""
-    layers, part = run.config.num_hidden_layers, "memory" if run.config.has_memory else "compute"
-    found = []
-    for number in range(layers):
-        with (
-            scaled(run.path, **{part: all_but(layers, number)}) as checkpoint,
-            opened(checkpoint, judge.threads) as model,
-        ):
-            found.append(judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS))
+    layers = range(run.config.num_hidden_layers)
     with opened(run.path, judge.threads) as model:
         whole = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
-    return {"part": part, "whole": whole, "layers": found}
+        if run.config.has_memory:
+            dropped = [scaled_memory(model, without_layer(model, layer)) for layer in layers]
+            found = [judge.texts(each, run, TRAINED, _SWEPT_CHARACTERS) for each in dropped]
+            return {"part": "memory", "whole": whole, "layers": found}
+    found = []
+    for dropped_layer in layers:
+        factors = [float(layer != dropped_layer) for layer in layers]
+        with _scaled(run, judge, factors) as model:
+            found.append(judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS))
+    return {"part": "compute", "whole": whole, "layers": found}
 
 
 def bits(run: Run, judge: Judge) -> Figures:
@@ -100,6 +99,17 @@ def rank(run: Run, judge: Judge) -> Figures:
         cuts.append({**size, **_stored(run, judge, word)})
     with opened(run.path, judge.threads) as model:
         return {"cuts": cuts, "singular_values": _singular_values(model)}
+
+
+@contextmanager
+def _scaled(run: Run, judge: Judge, factors: Sequence[float]) -> Iterator[Predictor]:
+    """Give a run's model with one factor per layer on all of its feed-forward outputs."""
+    with ExitStack() as opening:
+        path = run.path
+        if run.config.has_compute:
+            path = opening.enter_context(scaled_compute(path, factors))
+        model = opening.enter_context(opened(path, judge.threads))
+        yield scaled_memory(model, factors) if run.config.has_memory else model
 
 
 def _stored(run: Run, judge: Judge, word: str) -> Figures:

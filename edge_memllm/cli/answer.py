@@ -41,6 +41,7 @@ def ask(model: Model, prompt: str | list[int], settings: Settings) -> Generator[
         sampling=settings.sampling,
         seed=settings.seed,
         speculate=settings.speculate,
+        overlays=settings.overlays,
     )
 
 
@@ -73,6 +74,8 @@ def statistics_line(statistics: GenerationStatistics) -> str:
         f"{statistics.device}",
         f"seed {statistics.seed}",
     ]
+    if statistics.overlays:
+        figures.append(f"overlays {' '.join(statistics.overlays)}")
     return f"[{', '.join(figures)}]"
 
 

@@ -105,6 +105,7 @@ def _settings(options: dict[str, Any]) -> dict[str, Any]:
     given = {name: each for name, each in given.items() if name not in ("reader", "threads")}
     if given["packed_cache"] is not None:
         given["packed_cache"] = str(given["packed_cache"])
+    given["overlays"] = tuple(map(str, given["overlays"])) or None
     return {name: value for name, value in given.items() if value not in _DEFAULTS}
 
 

@@ -81,7 +81,7 @@ def _add_texts(group: argparse._ArgumentGroup) -> None:
         type=Path,
         metavar="ARTIFACT",
         help="compare the predictions with this artifact's; it is loaded with the same options, "
-        "its table always in full",
+        "its table always in full and without overlays",
     )
 
 
@@ -119,8 +119,8 @@ def execute(arguments: argparse.Namespace) -> int:
         model = opened.enter_context(edge_memllm.load(arguments.artifact, **keywords))
         reference = arguments.reference
         if reference is not None:
-            # A coarse table is what is measured, never what it is measured against.
-            keywords["table_quality"] = "full"
+            # Coarse rows and overlays are what is measured, never what it is measured against.
+            keywords |= {"table_quality": "full", "overlays": ()}
             reference = opened.enter_context(edge_memllm.load(reference, **keywords))
         windows = {"context": arguments.context, "stride": arguments.stride}
         findings = _measure(model, reference, texts, windows, tasks)

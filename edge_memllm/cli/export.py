@@ -28,7 +28,7 @@ TABLE_CODECS = (
 GRAPH_METHODS = ("rtn", "gptq")
 KV_DTYPES = ("float16", "float32", "int8")
 
-_DESCRIPTION = """\
+DESCRIPTION = """\
 Export a checkpoint (a folder with config.json, model.safetensors and tokenizer.json) as an
 artifact: graph, table, tokenizer and manifest. The result is judged before it appears: six rungs
 compare it with the checkpoint, and its loss of quality is measured on real text. A rung that does
@@ -53,9 +53,14 @@ def add_parser(commands: Commands) -> None:
         "export",
         execute,
         summary="make an artifact from a checkpoint",
-        description=_DESCRIPTION,
+        description=DESCRIPTION,
         examples=_EXAMPLES,
     )
+    add_arguments(parser)
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the options: Optimum's command line has the same command."""
     parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a trained model")
     parser.add_argument("out", type=Path, metavar="OUT", help="the artifact to make")
     parser.add_argument(
@@ -201,12 +206,13 @@ def execute(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export") from error
     from edge_memllm.cli.progress import StageBars
+    from edge_memllm.hub import checkpoint_folder
 
     text, counted = arguments.quality_text, arguments.table_text
     calibrated = arguments.calibration_text
     with StageBars() as bars:
         report = export_model(
-            arguments.checkpoint,
+            checkpoint_folder(arguments.checkpoint),
             arguments.out,
             graph_weights=arguments.graph_weights,
             table_codec=arguments.table_codec,

@@ -54,8 +54,9 @@ def add_parser(commands: Commands) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from edge_memllm.footprint import footprint
+    from edge_memllm.hub import artifact_folder
 
-    manifest = _read_manifest(arguments.artifact)
+    manifest = _read_manifest(artifact_folder(arguments.artifact))
     context = manifest.model.max_position_embeddings
     tokens = context if arguments.tokens is None else arguments.tokens
     if tokens > context:

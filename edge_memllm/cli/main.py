@@ -10,7 +10,7 @@ import argparse
 import io
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 from edge_memllm import __version__
 from edge_memllm.cli import (
@@ -18,10 +18,14 @@ from edge_memllm.cli import (
     convert,
     demo,
     evaluation,
+    explain,
     export,
     inspection,
+    overlay,
     requantize,
     run,
+    serve,
+    suppress,
     sweep,
     train,
     verify,
@@ -38,8 +42,12 @@ COMMANDS = (
     sweep,
     verify,
     run,
+    serve,
+    overlay,
     inspection,
     evaluation,
+    explain,
+    suppress,
     bench,
 )
 EXIT_BUG = 70
@@ -85,8 +93,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         arguments = build_parser().parse_args(argv)
     except SystemExit as leaving:  # argparse has printed the help or what is wrong
         return leaving.code if isinstance(leaving.code, int) else 0
+    return run_command(arguments.execute, arguments)
+
+
+def run_command(execute: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
+    """Run one command and return its exit code; what goes wrong becomes one line on stderr."""
     try:
-        code: int = arguments.execute(arguments)
+        code = execute(arguments)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter ends
     except KeyboardInterrupt:
         print(file=sys.stderr)

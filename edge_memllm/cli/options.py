@@ -25,6 +25,7 @@ DEVICES = ("auto", "cpu", "cuda")
 TABLE_QUALITIES = ("full", "coarse")
 READERS = ("auto", "pread", "direct", "uring", "mmap", "ram")
 _HELP_WIDTH = 100
+_MOST_LAYERS = 1024
 _LOADING = (
     "device",
     "reader",
@@ -58,13 +59,16 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 def add_command(
     commands: Commands,
     name: str,
-    execute: Callable[[argparse.Namespace], int],
+    execute: Callable[[argparse.Namespace], int] | None,
     *,
     summary: str,
     description: str,
     examples: str,
 ) -> argparse.ArgumentParser:
-    """Register one command; ``execute`` is called with its parsed arguments."""
+    """Register one command; ``execute`` is called with its parsed arguments.
+
+    A command that only has others below it has None.
+    """
     parser = commands.add_parser(
         name,
         help=summary,
@@ -73,7 +77,8 @@ def add_command(
         formatter_class=HelpFormatter,
         allow_abbrev=False,
     )
-    parser.set_defaults(execute=execute)
+    if execute is not None:
+        parser.set_defaults(execute=execute)
     return parser
 
 
@@ -145,6 +150,15 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         help="keep low-bit weights here as this CPU wants them: mapped from there they take no "
         "memory of the process; made on first use, 2.4 times the graph",
     )
+    group.add_argument(
+        "--overlay",
+        type=Path,
+        action="append",
+        default=[],
+        metavar="FILE",
+        help="change rows of chosen tokens by this overlay (see 'overlay'); may be repeated, each "
+        "acts on what those before it made",
+    )
     _add_limits(group)
     return group
 
@@ -170,6 +184,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
 def loading_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``edge_memllm.load`` that ``add_loading``'s options stand for."""
     keywords = {name: getattr(arguments, name) for name in _LOADING}
+    keywords["overlays"] = tuple(arguments.overlay)
     if arguments.hot_text is not None:
         keywords["hot_text"] = read_text(arguments.hot_text)
     return keywords
@@ -266,6 +281,18 @@ def positive_int(text: str) -> int:
     if value < 1:
         raise argparse.ArgumentTypeError(f"{text} is not a positive number")
     return value
+
+
+def layer_list(text: str) -> tuple[int, ...]:
+    """An argparse type: layers and ranges of layers with commas between, as ``0,3-5``."""
+    layers: list[int] = []
+    for part in text.split(","):
+        first, dash, last = part.strip().partition("-")
+        last = last if dash else first
+        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _MOST_LAYERS):
+            raise argparse.ArgumentTypeError(f"{text!r} are no layers, such as 0,3-5")
+        layers += range(int(first), int(last) + 1)
+    return tuple(layers)
 
 
 def byte_size(text: str) -> int:

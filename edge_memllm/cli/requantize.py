@@ -72,11 +72,12 @@ def execute(arguments: argparse.Namespace) -> int:
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "onnx_ir", "export") from error
     from edge_memllm.cli.progress import StageBars
+    from edge_memllm.hub import artifact_folder
 
     text = arguments.table_text
     with StageBars() as bars:
         report = requantize(
-            arguments.artifact,
+            artifact_folder(arguments.artifact),
             arguments.out,
             table_codec=arguments.table_codec,
             table_target=target(arguments),

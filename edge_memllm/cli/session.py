@@ -8,6 +8,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable
 from contextlib import closing
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_memllm.cli.answer import Answer, Message, ask, chat_prompt, has_template, statistics_line
@@ -22,6 +23,8 @@ HELP = """\
 Type a line and press Enter. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice here, leaves.
   /set                 show the settings
   /set NAME VALUE      change one, for example: /set temperature 0.7
+  /overlays            show which overlays are loaded, and which are on
+  /overlays NAME ...   use these, in this order; all and none are names, too
   /stats               statistics of the last answer
   /reset               forget the conversation
   /help                this text
@@ -121,6 +124,10 @@ class Session:
                 _note(self._last_statistics())
             case ["/set"]:
                 _note("\n".join(self.settings.lines()))
+            case ["/overlays"]:
+                _note(self._overlays())
+            case ["/overlays", *names]:
+                self._choose(" ".join(names).split())
             case ["/set", name, value]:
                 self._set(name, value)
             case ["/set", name]:
@@ -133,6 +140,24 @@ class Session:
             self.settings = self.settings.changed(name, value)
         except RequestError as error:
             _note(f"error: {error}")
+
+    def _overlays(self) -> str:
+        loaded, chosen = self.model.overlays, self.settings.overlays
+        on = loaded if chosen is None else chosen
+        off = [name for name in loaded if name not in on]
+        return f"on: {', '.join(on) or 'none'}; off: {', '.join(off) or 'none'}"
+
+    def _choose(self, names: list[str]) -> None:
+        """Switch overlays: the names that follow, or all, or none."""
+        loaded = self.model.overlays
+        words: dict[tuple[str, ...], tuple[str, ...] | None] = {("all",): None, ("none",): ()}
+        chosen = words.get(tuple(names), tuple(dict.fromkeys(names)))
+        wrong = [name for name in chosen or () if name not in loaded]
+        if wrong:
+            _note(f"error: there is no overlay {wrong[0]!r}. {self._overlays()}")
+            return
+        self.settings = replace(self.settings, overlays=chosen)
+        _note(self._overlays())
 
     def _last_statistics(self) -> str:
         if self._last is None:

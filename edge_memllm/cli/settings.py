@@ -25,6 +25,7 @@ class Settings:
     stop: tuple[str, ...] = ()
     seed: int | None = None  # None: drawn anew for each answer
     speculate: int = 0
+    overlays: tuple[str, ...] | None = None  # None: all that are loaded
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, default: Sampling) -> Settings:

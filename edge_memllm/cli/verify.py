@@ -49,11 +49,13 @@ def add_parser(commands: Commands) -> None:
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
     from edge_memllm.artifact import Artifact
+    from edge_memllm.hub import artifact_folder
 
-    with Artifact.open(arguments.artifact) as artifact:
+    folder = artifact_folder(arguments.artifact)
+    with Artifact.open(folder) as artifact:
         _check(artifact)
         facts = _facts(artifact)
-    rungs = _ladder(arguments.artifact, arguments.against) if arguments.against else []
+    rungs = _ladder(folder, arguments.against) if arguments.against else []
     ok = all(rung.ok for rung in rungs)
     if arguments.json:
         write_json({"ok": ok, **facts, "rungs": [asdict(rung) | {"ok": rung.ok} for rung in rungs]})

@@ -15,7 +15,6 @@ from numpy.typing import NDArray
 
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import Logits
-from edge_memllm.model import Model
 from edge_memllm.perplexity import (
     Perplexity,
     check_windows,
@@ -24,6 +23,7 @@ from edge_memllm.perplexity import (
     predictions,
     text_tokens,
 )
+from edge_memllm.predictor import Predictor
 from edge_memllm.request import start_token
 
 _TOKENIZER = "tokenizer.json"
@@ -66,8 +66,8 @@ class Divergence:
 
 
 def measure_divergence(
-    model: Model,
-    reference: Model,
+    model: Predictor,
+    reference: Predictor,
     text: str,
     *,
     context: int | None = None,
@@ -138,7 +138,7 @@ def _log_softmax(logits: Logits) -> Values:
 
 
 def _compare(
-    model: Model, reference: Model, tokens: Sequence[int], context: int, stride: int
+    model: Predictor, reference: Predictor, tokens: Sequence[int], context: int, stride: int
 ) -> Iterator[Values]:
     """Yield [4, T]: divergence, agreement, loss of the model and of the reference."""
     both = (
@@ -151,7 +151,7 @@ def _compare(
         yield np.stack([divergences(truth, found), agreeing, *losses])
 
 
-def _check_same_tokens(model: Model, reference: Model) -> None:
+def _check_same_tokens(model: Predictor, reference: Predictor) -> None:
     ours, theirs = model.manifest, reference.manifest
     if ours.model.vocab_size != theirs.model.vocab_size:
         raise RequestError(

@@ -16,8 +16,8 @@ import numpy as np
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import Feeder, Logits
 from edge_memllm.manifest import ModelSpec
-from edge_memllm.model import Model
 from edge_memllm.perplexity import next_token_losses
+from edge_memllm.predictor import Predictor
 from edge_memllm.request import check_tokens, start_token
 from edge_memllm.tokenization import Tokenizer
 
@@ -101,7 +101,7 @@ class PairEncoder:
 class Scorer:
     """Scores continuations with one model. Use it as a context manager: it owns a cache."""
 
-    def __init__(self, model: Model) -> None:
+    def __init__(self, model: Predictor) -> None:
         self.encoder = PairEncoder(model.tokenizer, model.manifest.model)
         self._most = model.manifest.model.max_position_embeddings
         self._feeder = Feeder(model.runtime, model.table, 1, max(_CHUNK, model.prefill_chunk))

@@ -17,8 +17,8 @@ from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.items import Item, Kind
 from edge_memllm.evaluation.likelihood import Likelihood, Scorer
 from edge_memllm.evaluation.task_files import Task
-from edge_memllm.model import Model
 from edge_memllm.perplexity import exponential
+from edge_memllm.predictor import Predictor
 
 _PERPLEXITY = "perplexity"
 # Of each kind: what is averaged over the items.
@@ -62,7 +62,7 @@ class TaskResult:
 
 
 def measure_task(
-    model: Model, task: Task, progress: Callable[[int, int], None] | None = None
+    model: Predictor, task: Task, progress: Callable[[int, int], None] | None = None
 ) -> TaskResult:
     """Score all items of a task, one after the other; each result depends on its item alone.
 

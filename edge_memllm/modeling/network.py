@@ -165,9 +165,13 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         past_key_values: Cache | None = None,
         use_cache: bool | None = None,
         token_rows: TokenRows | None = None,
+        memory_gain: torch.Tensor | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
-        """``input_ids`` [B, T] or ``token_rows``, never both: hidden states [B, T, D]."""
+        """``input_ids`` [B, T] or ``token_rows``, never both: hidden states [B, T, D].
+
+        ``memory_gain`` [L] replaces the network's own gains for this call.
+        """
         if (input_ids is None) == (token_rows is None):
             raise ValueError("Give either input_ids or token_rows.")
         if token_rows is None:
@@ -196,7 +200,8 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             "past_key_values": past_key_values,
         }
         for number, layer in enumerate(self.layers):
-            recalled = source, rows_of_layer(rows, number), self.memory_gain(number)
+            gain = self.memory_gain(number) if memory_gain is None else memory_gain[number]
+            recalled = source, rows_of_layer(rows, number), gain
             x = layer(x, index, *recalled, **attention, **kwargs)
         return BaseModelOutputWithPast(
             last_hidden_state=self.norm(x), past_key_values=past_key_values

@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from html import escape
 from typing import Any
 
-from edge_memllm.sweep.drawing import STYLE
+from edge_memllm.drawing import STYLE
 from edge_memllm.sweep.figures import columns
 from edge_memllm.sweep.plots import (
     error_by_frequency,

@@ -7,7 +7,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
 
-from edge_memllm.sweep.drawing import (
+from edge_memllm.drawing import (
     Axis,
     Box,
     at_right,

@@ -13,8 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.codecs.codec import Floats
+from edge_memllm.record_source import RecordSource
 from edge_memllm.records import RecordBuffer
-from edge_memllm.table import Table
 
 _CHUNK_BYTES = 32 << 20
 # The classes a token is in by how often a text has it: from these counts on.
@@ -54,8 +54,8 @@ class RowErrors:
 
 
 def measure_rows(
-    source: Table,
-    table: Table,
+    source: RecordSource,
+    table: RecordSource,
     vocabulary: int,
     counts: NDArray[np.int64] | None = None,
     progress: Callable[[int, int], None] | None = None,
@@ -85,7 +85,7 @@ def measure_rows(
 
 
 def _chunks(
-    source: Table, table: Table, vocabulary: int
+    source: RecordSource, table: RecordSource, vocabulary: int
 ) -> Iterator[tuple[NDArray[np.int64], Floats, Floats]]:
     """Yield token ids and the rows [N, L, D] of both tables."""
     layout = source.layout

@@ -14,12 +14,14 @@ if TYPE_CHECKING:
     from edge_memllm_export.ladder import Rung, verify_against
     from edge_memllm_export.quality import Quality
     from edge_memllm_export.requantizer import RequantizeReport, requantize
+    from edge_memllm_export.row_changes import checkpoint_difference
 
 __all__ = [
     "ExportReport",
     "Quality",
     "RequantizeReport",
     "Rung",
+    "checkpoint_difference",
     "export_model",
     "requantize",
     "verify_against",
@@ -30,6 +32,7 @@ _HOMES = {
     "Quality": "quality",
     "RequantizeReport": "requantizer",
     "Rung": "ladder",
+    "checkpoint_difference": "row_changes",
     "export_model": "exporter",
     "requantize": "requantizer",
     "verify_against": "ladder",

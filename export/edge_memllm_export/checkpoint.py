@@ -77,6 +77,11 @@ class Checkpoint:
         return tuple(map(operator.mul, gain, learned.tolist()))
 
     @property
+    def weight_names(self) -> list[str]:
+        """The names of all weights, sorted."""
+        return sorted(self._weights)
+
+    @property
     def parameters(self) -> int:
         """Numbers in all weights; a tied head counts once."""
         return sum(weight.numel() for weight in self._weights.values())

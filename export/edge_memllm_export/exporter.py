@@ -210,7 +210,7 @@ class _Export:
             self._table, self._rows, self._path / TABLE_FILE, identity
         )
         manifest = Manifest(
-            model=_model_spec(self._source, identity),
+            model=model_spec(self._source, identity),
             table=table,
             graph=graph,
             files=self._files,
@@ -312,7 +312,8 @@ def rotary_tables(source: Checkpoint) -> Rotary:
     return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
 
 
-def _model_spec(source: Checkpoint, identity: str) -> ModelSpec:
+def model_spec(source: Checkpoint, identity: str) -> ModelSpec:
+    """What a manifest says of the model of a checkpoint."""
     config: Any = source.config
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
     return ModelSpec(

@@ -21,13 +21,13 @@ from edge_memllm.codecs.words import codec_id
 from edge_memllm.errors import ExportError
 from edge_memllm.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
 from edge_memllm.mixed_precision import Target
+from edge_memllm.stored_rows import StoredRows
 from edge_memllm.table import Table
 from edge_memllm_export.comparison import compare_artifacts
 from edge_memllm_export.graph_rewire import rewire_graph
 from edge_memllm_export.graph_rows import MemoryShape
 from edge_memllm_export.sealing import seal
 from edge_memllm_export.staging import Staging
-from edge_memllm_export.stored_rows import StoredRows
 from edge_memllm_export.table_export import (
     MixedFigures,
     TableForm,

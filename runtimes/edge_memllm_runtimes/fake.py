@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from edge_memllm.records import RecordBuffer
-from edge_memllm.runtime_protocol import KVCache
+from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
 from edge_memllm_runtimes.kv_cache import GrowingCache
 from edge_memllm_runtimes.runtime import check_step, own_cache
 
@@ -43,6 +43,23 @@ class FakeCache(GrowingCache):
     def _grow(self, capacity: int) -> None:
         """Lists grow by themselves."""
 
+    def _copy(self, sequence: int, source: int, length: int) -> None:
+        self.states[sequence] = self.states[source][:length]
+
+    def _swap(self, first: int, second: int) -> None:
+        states = self.states
+        states[first], states[second] = states[second], states[first]
+
+    def layout(self, length: int) -> HeldLayout:
+        """Return the hashes, [T]."""
+        return {"states": (np.dtype(np.uint64), (length,))}
+
+    def _held(self, sequence: int, length: int) -> Held:
+        return {"states": np.array(self.states[sequence][:length], np.uint64)}
+
+    def _hold(self, sequence: int, held: Held) -> None:
+        self.states[sequence] = held["states"].tolist()
+
     def _free(self) -> None:
         self.states.clear()
 
@@ -69,7 +86,7 @@ class FakeRuntime:
         cache: KVCache,
         logits_index: NDArray[np.int64] | None,
         *,
-        sequence: int | None = None,
+        sequence: int | range | None = None,
         memory_gain: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Append tokens and return logits; see `edge_memllm.runtime_protocol.Runtime`."""

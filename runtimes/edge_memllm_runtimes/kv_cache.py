@@ -12,6 +12,7 @@ from threading import Lock
 import numpy as np
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.runtime_protocol import Held, HeldLayout
 
 FIRST_CAPACITY = 256
 
@@ -69,9 +70,10 @@ class GrowingCache(ABC):
         self.capacity = 0
         self.lengths = np.zeros(batch, np.int32)
         self.closed = False
+        self.copies = True
         self._column_bytes = batch * position_bytes + (budget.score_bytes if budget else 0)
         self._budget = budget
-        self._held = 0
+        self._held_bytes = 0
 
     @property
     @abstractmethod
@@ -83,6 +85,26 @@ class GrowingCache(ABC):
         """Make room for exactly `capacity` positions, keeping what is there."""
 
     @abstractmethod
+    def _copy(self, sequence: int, source: int, length: int) -> None:
+        """Write the first `length` positions of `source` into another sequence."""
+
+    @abstractmethod
+    def _swap(self, first: int, second: int) -> None:
+        """Exchange what two sequences hold; `lengths` are still the old ones."""
+
+    @abstractmethod
+    def layout(self, length: int) -> HeldLayout:
+        """Return what `held` gives for a sequence of `length` positions: dtypes and shapes."""
+
+    @abstractmethod
+    def _held(self, sequence: int, length: int) -> Held:
+        """Return what a sequence holds at its first `length` positions, which are all of it."""
+
+    @abstractmethod
+    def _hold(self, sequence: int, held: Held) -> None:
+        """Write what `held` gave, for which there is room; `lengths` is still the old one."""
+
+    @abstractmethod
     def _free(self) -> None:
         """Free the memory."""
 
@@ -90,8 +112,8 @@ class GrowingCache(ABC):
         """Free the memory; the cache cannot be used any more."""
         self._free()
         if self._budget is not None:
-            self._budget.exchange(self._held, 0)
-        self._held = self.capacity = 0
+            self._budget.exchange(self._held_bytes, 0)
+        self._held_bytes = self.capacity = 0
         self.closed = True
 
     def ensure(self, capacity: int) -> None:
@@ -122,9 +144,50 @@ class GrowingCache(ABC):
             raise ValueError(f"length is {length}, expected 0 to {self.lengths[sequence]}.")
         self.lengths[sequence] = length
 
-    def active(self, sequence: int | None) -> slice:
-        """Return the sequences that a step advances: one, or all."""
-        return slice(None) if sequence is None else slice(sequence, sequence + 1)
+    def copy(self, sequence: int, source: int, length: int) -> None:
+        """Let `sequence` hold the first `length` positions of `source` and nothing else."""
+        if not 0 <= length <= self.lengths[source]:
+            raise ValueError(f"length is {length}, expected 0 to {self.lengths[source]}.")
+        self._require_copies()
+        if sequence == source:
+            self.truncate(sequence, length)
+            return
+        self._copy(sequence, source, length)
+        self.lengths[sequence] = length
+
+    def swap(self, first: int, second: int) -> None:
+        """Exchange the places of two sequences."""
+        self._require_copies()
+        if first != second:
+            self._swap(first, second)
+            self.lengths[[first, second]] = self.lengths[[second, first]]
+
+    def held(self, sequence: int) -> Held:
+        """Return the keys and values of one sequence, exactly; read them before the next step."""
+        return self._held(sequence, int(self.lengths[sequence]))
+
+    def hold(self, sequence: int, length: int, held: Held) -> None:
+        """Let a sequence hold `length` positions that `held` gave."""
+        found = {name: (array.dtype, array.shape) for name, array in held.items()}
+        if found != self.layout(length):
+            raise ValueError(f"{length} positions of another cache, expected {self.layout(length)}")
+        self.ensure(length)
+        self.truncate(sequence, 0)
+        if length:
+            self._hold(sequence, held)
+        self.lengths[sequence] = length
+
+    def active(self, sequence: int | range | None) -> slice:
+        """Return the sequences that a step advances: one, neighbours, or all."""
+        if sequence is None:
+            return slice(None)
+        if isinstance(sequence, range):
+            return slice(sequence.start, sequence.stop)
+        return slice(sequence, sequence + 1)
+
+    def _require_copies(self) -> None:
+        if not self.copies:
+            raise ValueError("this cache cannot move what it holds: its `copies` is False.")
 
     def _reserved(self, needed: int, wanted: int) -> int:
         """Hold room for `wanted` positions, or as many as fit, if those are enough.
@@ -136,9 +199,9 @@ class GrowingCache(ABC):
         room = 0
         for capacity in (wanted, needed):
             size = capacity * self._column_bytes
-            left = self._budget.exchange(self._held, size)
+            left = self._budget.exchange(self._held_bytes, size)
             if left is None:
-                self._held = size
+                self._held_bytes = size
                 return capacity
             room = left
         sequences = f"{self.batch} sequences" if self.batch > 1 else "one sequence"

@@ -77,7 +77,7 @@ class OrtRuntime:
         cache: KVCache,
         logits_index: NDArray[np.int64] | None,
         *,
-        sequence: int | None = None,
+        sequence: int | range | None = None,
         memory_gain: NDArray[np.float32] | None = None,
     ) -> StepLogits:
         """Append tokens and return logits; see `edge_memllm.runtime_protocol.Runtime`."""

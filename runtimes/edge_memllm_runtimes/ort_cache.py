@@ -13,6 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.records import RecordBuffer
+from edge_memllm.runtime_protocol import Held, HeldLayout
 from edge_memllm_runtimes.cuda_graphs import CudaGraphs
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
 from edge_memllm_runtimes.ort_graph import GraphShape, cache_names
@@ -41,12 +42,13 @@ class OrtCache(GrowingCache):
         super().__init__(
             batch, shape.context, position_bytes=shape.cache_bytes(1, 1), budget=budget
         )
+        self.copies = device == "cpu"  # the library moves no part of a tensor on a device
         self.binding = session.io_binding()
         self._shape = shape
         self._device = device
         self._graphs = graphs
         self._tensors: dict[str, Any] = {}  # OrtValues [B, Hk, C, d], on the device
-        self._bound_part: tuple[int, int | None] | None = None
+        self._bound_part: tuple[int, int | range | None] | None = None
         self._bound_step: tuple[RecordBuffer | None, StepShape] | None = None
         self._buffers: StepBuffers | None = None
         self._kept: dict[StepShape, StepBuffers] = {}  # of decode steps that are replayed
@@ -62,7 +64,7 @@ class OrtCache(GrowingCache):
         distinct: int,
         token_index: NDArray[np.int64],
         logits_index: NDArray[np.int64],
-        sequence: int | None,
+        sequence: int | range | None,
         memory_gain: NDArray[np.float32] | None,
     ) -> tuple[StepBuffers, Any]:
         """Prepare one run; return its buffers, which logits come from, and its run options.
@@ -74,7 +76,7 @@ class OrtCache(GrowingCache):
         if replay:  # one shape for every step: records beyond the distinct ones are not looked at
             distinct = min(batch, buffer.capacity)
         step = StepShape(distinct, batch, tokens, logits_index.shape[1])
-        self._bind_part(sequence)
+        self._bind_part(sequence, batch)
         buffers = self._bound_buffers(buffer, step, replay)
         totals = self.lengths[self.active(sequence)] + np.int32(tokens)
         # A recording keeps the layout it was made with, so that must do for the whole capacity.
@@ -89,6 +91,41 @@ class OrtCache(GrowingCache):
         self._void_recordings()
         for name in cache_names(self._shape.layers):
             self._tensors[name] = self._grown(self._tensors.get(name), capacity)
+
+    def _copy(self, sequence: int, source: int, length: int) -> None:
+        for held in self._on_host():
+            held[sequence, :, :length] = held[source, :, :length]
+
+    def _swap(self, first: int, second: int) -> None:
+        length = int(max(self.lengths[first], self.lengths[second]))
+        for held in self._on_host():
+            both = held[[second, first], :, :length]  # a copy
+            held[first, :, :length], held[second, :, :length] = both
+
+    def layout(self, length: int) -> HeldLayout:
+        """Return [Hk, T, d] for every layer's keys and values."""
+        shape = self._shape.cache_shape(1, length)[1:]
+        return dict.fromkeys(cache_names(self._shape.layers), (self._shape.kv_dtype, shape))
+
+    def _held(self, sequence: int, length: int) -> Held:
+        if not self._tensors:
+            return {name: np.empty(shape, kind) for name, (kind, shape) in self.layout(0).items()}
+        names = self._tensors.keys()
+        return {
+            name: array[sequence, :, :length]
+            for name, array in zip(names, self._on_host(), strict=True)
+        }
+
+    def _hold(self, sequence: int, held: Held) -> None:
+        for name, tensor in self._tensors.items():
+            array = tensor.numpy()  # on a CPU where it lies, else a copy
+            array[sequence, :, : held[name].shape[1]] = held[name]
+            if self._device != "cpu":
+                tensor.update_inplace(array)
+
+    def _on_host(self) -> list[NDArray[Any]]:
+        """Return keys and values [B, Hk, C, d] where they lie, in the memory of the CPU."""
+        return [tensor.numpy() for tensor in self._tensors.values()]
 
     def _free(self) -> None:
         # First the bindings, which are addresses; then what lies there.
@@ -106,11 +143,11 @@ class OrtCache(GrowingCache):
             array[:, :, : self.capacity] = old.numpy()
         return OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
-    def _bind_part(self, sequence: int | None) -> None:
-        """Bind past and present to the whole cache, or to one sequence's slice of it."""
+    def _bind_part(self, sequence: int | range | None, batch: int) -> None:
+        """Bind past and present to the whole cache, or to the slice of some sequences."""
         if self._bound_part == (self.capacity, sequence):
             return
-        batch, first = (self.batch, 0) if sequence is None else (1, sequence)
+        first = self.active(sequence).start or 0
         shape = self._shape.cache_shape(batch, self.capacity)
         offset = first * math.prod(shape[1:]) * self._shape.kv_dtype.itemsize
         for name, tensor in self._tensors.items():

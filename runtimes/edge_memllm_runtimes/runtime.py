@@ -74,18 +74,21 @@ def check_step(
     distinct: int,
     cache: KVCache,
     logits_index: NDArray[np.int64],
-    sequence: int | None,
+    sequence: int | range | None,
 ) -> None:
     """Raise `ValueError` for arrays that do not fit together, before anything is computed."""
     batch, tokens = token_index.shape
     if sequence is None:
         fits = batch == cache.batch and (tokens == 1 or batch == 1)
+    elif isinstance(sequence, range):
+        inside = 0 <= sequence.start < sequence.stop <= cache.batch and sequence.step == 1
+        fits = inside and batch == len(sequence) and tokens == 1
     else:
         fits = batch == 1 and 0 <= sequence < cache.batch
     if not fits or tokens < 1:
         raise ValueError(
             f"token_index {token_index.shape} does not fit a cache of {cache.batch} sequences: "
-            "expected [B, 1], or [1, T] with one sequence."
+            "expected [B, 1], or [1, T] with one sequence of them."
         )
     if logits_index.shape[0] != batch:
         raise ValueError(f"logits_index {logits_index.shape}, expected [{batch}, K].")

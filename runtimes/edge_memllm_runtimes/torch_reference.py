@@ -6,24 +6,32 @@ here shares a shortcut with what it judges. Slow, and needs torch.
 
 from __future__ import annotations
 
+from copy import deepcopy
+from typing import cast
+
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
-from edge_memllm.errors import RequestError
 from edge_memllm.modeling import MemoryLLMForCausalLM, TokenRows
 from edge_memllm.records import RecordBuffer
-from edge_memllm.runtime_protocol import KVCache
+from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
 from edge_memllm_runtimes.kv_cache import GrowingCache
 from edge_memllm_runtimes.runtime import check_step, own_cache
+
+_PARTS = ("key", "value")
 
 
 class TorchCache(GrowingCache):
     """One cache of transformers per sequence."""
 
-    def __init__(self, network: MemoryLLMForCausalLM, batch: int) -> None:
+    def __init__(
+        self, network: MemoryLLMForCausalLM, batch: int, dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__(batch, network.config.max_position_embeddings)
+        self._config = network.config
+        self._dtype = dtype or network.dtype  # of keys and values
         self.sequences = [DynamicCache(config=network.config) for _ in range(batch)]
 
     @property
@@ -47,6 +55,40 @@ class TorchCache(GrowingCache):
     def _grow(self, capacity: int) -> None:
         """The caches of transformers grow by themselves."""
 
+    def _copy(self, sequence: int, source: int, length: int) -> None:
+        copied = deepcopy(self.sequences[source])
+        surplus = int(self.lengths[source]) - length
+        if surplus:
+            copied.crop(-surplus)
+        self.sequences[sequence] = copied
+
+    def _swap(self, first: int, second: int) -> None:
+        held = self.sequences
+        held[first], held[second] = held[second], held[first]
+
+    def layout(self, length: int) -> HeldLayout:
+        """Return [Hk, T, d] for every layer's keys and values; numpy has no bfloat16."""
+        kind = torch.empty(0, dtype=self._dtype).numpy().dtype
+        config = self._config
+        shape = cast("tuple[int, int, int]", (config.num_key_value_heads, length, config.head_dim))
+        layers = range(config.num_hidden_layers)
+        return {f"{layer}.{part}": (kind, shape) for layer in layers for part in _PARTS}
+
+    def _held(self, sequence: int, length: int) -> Held:
+        if not length:
+            return {name: np.empty(shape, kind) for name, (kind, shape) in self.layout(0).items()}
+        layers = enumerate(self.sequences[sequence].layers)
+        return {
+            f"{number}.{part}": tensor[0].numpy()
+            for number, layer in layers
+            for part, tensor in zip(_PARTS, (layer.keys, layer.values), strict=True)
+        }
+
+    def _hold(self, sequence: int, held: Held) -> None:
+        for layer in range(self._config.num_hidden_layers):
+            keys, values = (torch.tensor(held[f"{layer}.{part}"])[None] for part in _PARTS)
+            self.sequences[sequence].update(keys, values, layer)
+
     def _free(self) -> None:
         self.sequences.clear()
 
@@ -56,14 +98,20 @@ class TorchReference:
 
     device = "cpu"
 
-    def __init__(self, network: MemoryLLMForCausalLM) -> None:
-        """Take a network on the CPU, in any float dtype."""
+    def __init__(
+        self, network: MemoryLLMForCausalLM, compute_dtype: torch.dtype | None = None
+    ) -> None:
+        """Take a network on the CPU, in any float dtype.
+
+        `compute_dtype` is that of its activations, None for the dtype of its weights.
+        """
         self.name = f"torch {torch.__version__}"
         self._network = network.eval()
+        self._dtype = compute_dtype or network.dtype
 
     def new_cache(self, batch: int) -> TorchCache:
         """Return an empty cache."""
-        return TorchCache(self._network, batch)
+        return TorchCache(self._network, batch, self._dtype)
 
     def step(
         self,
@@ -73,24 +121,20 @@ class TorchReference:
         cache: KVCache,
         logits_index: NDArray[np.int64] | None,
         *,
-        sequence: int | None = None,
+        sequence: int | range | None = None,
         memory_gain: NDArray[np.float32] | None = None,
     ) -> NDArray[np.float32]:
         """Append tokens and return logits; see `edge_memllm.runtime_protocol.Runtime`."""
-        if memory_gain is not None:
-            raise RequestError(
-                "The torch reference takes its gains from the checkpoint. Change memory_gain in "
-                "its configuration instead."
-            )
         own = own_cache(cache, TorchCache)
         batch, tokens = token_index.shape
         if logits_index is None:
             logits_index = np.zeros((batch, 0), np.int64)
         check_step(token_index, distinct, own, logits_index, sequence)
+        gain = None if memory_gain is None else torch.from_numpy(memory_gain)
         active = own.active(sequence)
         own.ensure(int(own.lengths[active].max()) + tokens)
         logits = [
-            self._logits(buffer, distinct, index, past, wanted)
+            self._logits(buffer, distinct, index, past, wanted, gain)
             for index, past, wanted in zip(
                 token_index, own.sequences[active], logits_index, strict=True
             )
@@ -108,17 +152,18 @@ class TorchReference:
         index: NDArray[np.int64],
         past: DynamicCache,
         wanted: NDArray[np.int64],
+        gain: torch.Tensor | None,
     ) -> NDArray[np.float32]:
         """Compute one sequence: index [T] into the records, logits [K, V]."""
-        dtype = self._network.dtype
         rows = TokenRows(
             torch.from_numpy(index).unsqueeze(0),
-            torch.from_numpy(buffer.embedding(distinct).astype(np.float32)).to(dtype),
+            torch.from_numpy(buffer.embedding(distinct).astype(np.float32)).to(self._dtype),
             torch.from_numpy(buffer.rows(distinct)),
         )
         with torch.inference_mode():
             output = self._network(
                 token_rows=rows,
+                memory_gain=gain,
                 past_key_values=past,
                 use_cache=True,
                 logits_to_keep=torch.from_numpy(wanted),

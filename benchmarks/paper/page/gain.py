@@ -6,7 +6,6 @@ import math
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.paper.page.charts import Line, line_chart
 from benchmarks.paper.page.layout import (
     COLOUR,
     MISSING,
@@ -20,6 +19,7 @@ from benchmarks.paper.page.layout import (
     table,
 )
 from benchmarks.paper.page.published import TABLE_1
+from edge_memllm.charts import Line, line_chart
 
 # The paper's two groups, and what accuracy a model without knowledge has.
 _RECALL = {"ARC-Easy": 0.25}
@@ -164,4 +164,5 @@ def _picture(runs: Mapping[str, list[Point]]) -> str:
         lines,
         logarithmic=True,
         across=[(-factor, f"{factor:.1f}") for factor in TABLE_1],
+        alone=True,
     )

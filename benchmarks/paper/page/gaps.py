@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 
-from benchmarks.paper.page.charts import TOKENS, Line, line_chart
-from benchmarks.paper.page.layout import COLOUR, FAMILY, MISSING, VARIANTS, Entries
+from benchmarks.paper.page.layout import COLOUR, FAMILY, MISSING, TOKENS, VARIANTS, Entries
+from edge_memllm.charts import Line, line_chart
 
 # (tokens, training loss less that of Base), by model.
 Gaps = Mapping[str, Sequence[tuple[float, float]]]
@@ -55,4 +55,5 @@ def gap_chart(gaps: Gaps) -> str:
         Line(VARIANTS[variant], [(tokens / 1e6, gap) for tokens, gap in points], COLOUR[variant])
         for variant, points in {"base": base, **gaps}.items()
     ]
-    return line_chart("Against Base", (TOKENS, "training loss less that of Base, nats"), lines)
+    names = (TOKENS, "training loss less that of Base, nats")
+    return line_chart("Against Base", names, lines, alone=True)

@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from benchmarks.paper.page.charts import Line, line_chart, per_cent
 from benchmarks.paper.page.layout import (
     COLOUR,
     MISSING,
@@ -19,6 +18,7 @@ from benchmarks.paper.page.layout import (
     increase,
     table,
 )
+from edge_memllm.charts import Line, line_chart, per_cent
 
 _LOWEST = 1e-3  # of the picture
 _NEARLY_FREE = 0.02  # of perplexity, for one layer
@@ -95,4 +95,5 @@ def _picture(runs: Mapping[str, list[float]]) -> str:
         lowest=_LOWEST,
         across=[(float(layer), str(layer)) for layer in range(count)],
         write=per_cent,
+        alone=True,
     )

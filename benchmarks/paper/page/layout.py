@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 MISSING = "not measured"
+TOKENS = "million tokens"  # the axis of what training has seen
 _FACTOR = 2.0  # relative changes from here on are written as factors
 VARIANTS = {
     "base": "Base",

@@ -7,12 +7,12 @@ from collections.abc import Iterator, Mapping
 from itertools import pairwise
 from typing import Any
 
-from benchmarks.paper.page.charts import TOKENS, Line, line_chart
 from benchmarks.paper.page.gaps import gap_chart, gap_words, gaps_to_base
 from benchmarks.paper.page.layout import (
     COLOUR,
     FAMILY,
     MISSING,
+    TOKENS,
     VARIANTS,
     Claim,
     Entries,
@@ -22,7 +22,8 @@ from benchmarks.paper.page.layout import (
 )
 from benchmarks.paper.page.published import TABLE_2
 from benchmarks.paper.page.seeds import Samples
-from edge_memllm.sweep.drawing import Box, beside, dot, frame, picture, spanning
+from edge_memllm.charts import Line, line_chart
+from edge_memllm.drawing import Box, beside, dot, frame, picture, spanning
 
 _TEXTS = ("Wikipedia", "novels", "Wikitext-2", "together")
 _FIRST_TOKENS = 1e6  # of the curves: before that all fall alike
@@ -158,7 +159,7 @@ def _by_active(family: Entries, samples: Samples) -> str:
         at = (x.place(run["model"]["active"] / 1e6), y.place(math.exp(samples.mean(variant))))
         labels.append((*at, VARIANTS[variant]))
     parts += beside(labels, Box(66, 32, 760, bottom))
-    return picture(760, 400, title, parts, alone=True) + "\n"
+    return picture(760, 400, title, parts, alone=True)
 
 
 def _perplexity(run: Mapping[str, Any]) -> float:
@@ -175,4 +176,5 @@ def _curves(family: Entries) -> str:
             both = zip(training["tokens"], training["loss"], strict=True)
             points = [(tokens / 1e6, loss) for tokens, loss in both if tokens >= _FIRST_TOKENS]
             lines.append(Line(words, points, COLOUR[variant]))
-    return line_chart("Training", (TOKENS, "training loss, nats per token"), lines)
+    names = (TOKENS, "training loss, nats per token")
+    return line_chart("Training", names, lines, alone=True)

@@ -7,7 +7,6 @@ from typing import Any
 
 import numpy as np
 
-from benchmarks.paper.page.charts import Line, line_chart
 from benchmarks.paper.page.layout import (
     MISSING,
     VARIANTS,
@@ -21,6 +20,7 @@ from benchmarks.paper.page.layout import (
     table,
 )
 from benchmarks.paper.page.published import SIZES, TABLE_7, TABLE_8
+from edge_memllm.charts import Line, line_chart
 
 _LOSSLESS, _NEARLY = 1e-3, 5e-3  # of perplexity
 _ENERGY = 0.9
@@ -147,7 +147,9 @@ def _spectrum(values: Sequence[Sequence[float]]) -> str:
         for number, layer in enumerate(values)
     ]
     names = ("share of the rank", "singular value over the largest")
-    return line_chart("Singular values of MemoryLLM's rows", names, lines, logarithmic=True)
+    return line_chart(
+        "Singular values of MemoryLLM's rows", names, lines, logarithmic=True, alone=True
+    )
 
 
 def ratio_section(entries: Entries) -> Section:

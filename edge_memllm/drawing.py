@@ -120,7 +120,7 @@ def picture(width: int, height: int, title: str, parts: Sequence[str], *, alone:
         f'aria-label="{escape(title)}"><title>{escape(title)}</title>{style}'
         f'<rect class="paper" width="{width}" height="{height}"/>'
     )
-    return "\n".join([head, *parts, "</svg>"])
+    return "\n".join([head, *parts, "</svg>\n" if alone else "</svg>"])
 
 
 def text(x: float, y: float, words: str, kind: str = "") -> str:

@@ -1,19 +1,16 @@
-"""Line charts of the page, drawn with the pieces of the sweep's pictures."""
+"""Line charts in SVG, made with the pieces of `drawing`; they know nothing of what is shown."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
-from edge_memllm.sweep.drawing import at_right, dot, frame, path, picture, spanning
+from edge_memllm.drawing import at_right, dot, frame, path, picture, spanning
 
-TOKENS = "million tokens"
-_WIDTH, _HEIGHT = 760, 400
-_LEFT, _RIGHT, _TOP, _BOTTOM = 64, 560, 48, 340
 _MOST_DOTS = 12  # of a line; more would only hide it
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, slots=True)
 class Line:
     """Points (x, y) under a name; `dashed` for figures of others."""
 
@@ -21,6 +18,23 @@ class Line:
     points: Sequence[tuple[float, float]]
     colour: int
     dashed: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Form:
+    """Pixels of a chart: its size, where its axes lie, and whether lines have names beside them."""
+
+    width: int
+    height: int
+    left: int
+    right: int
+    top: int
+    bottom: int
+    named: bool = True
+
+
+WIDE = Form(760, 400, 64, 560, 48, 340)
+SMALL = Form(420, 280, 56, 404, 48, 226, named=False)
 
 
 def plain(value: float) -> str:
@@ -42,12 +56,17 @@ def line_chart(
     lowest: float | None = None,
     across: Sequence[tuple[float, str]] | None = None,
     write: Callable[[float], str] = plain,
+    form: Form = WIDE,
+    alone: bool = False,
 ) -> str:
-    """Return a chart as SVG; what is below `lowest` is drawn there, `across` names the x ticks."""
+    """Return a chart as SVG; what is below `lowest` is drawn there, `across` names the x ticks.
+
+    Lines have points, finite ones, and on a logarithmic axis values above zero.
+    """
     values = [y for line in lines for _, y in line.points]
     values = values if lowest is None else [max(value, lowest) for value in values]
-    y = spanning(values, _BOTTOM, _TOP, logarithmic)
-    x = spanning([x for line in lines for x, _ in line.points], _LEFT, _RIGHT)
+    y = spanning(values, form.bottom, form.top, logarithmic)
+    x = spanning([x for line in lines for x, _ in line.points], form.left, form.right)
     parts = frame(title, (x, y), names, across, write)
     ends = []
     for line in lines:
@@ -60,6 +79,7 @@ def line_chart(
                 for at, hint in zip(points, hints, strict=True)
             ]
         ends.append((max(points)[1], line.words, line.colour))
-    right = x.place(max(a for line in lines for a, _ in line.points))
-    parts += at_right(ends, right + 6, _TOP - 4, _BOTTOM + 8)
-    return picture(_WIDTH, _HEIGHT, title, parts, alone=True) + "\n"
+    if form.named:
+        right = x.place(max(a for line in lines for a, _ in line.points))
+        parts += at_right(ends, right + 6, form.top - 4, form.bottom + 8)
+    return picture(form.width, form.height, title, parts, alone=alone)

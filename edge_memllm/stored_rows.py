@@ -10,8 +10,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.codecs.codec import Floats
+from edge_memllm.record_source import RecordSource
 from edge_memllm.records import RecordBuffer
-from edge_memllm.table import Table
 
 Progress = Callable[[str, int, int], None]
 
@@ -24,7 +24,7 @@ _AHEAD = 2  # chunks
 class StoredRows:
     """An open table; see `edge_memllm.mixed_precision.RowSource`."""
 
-    def __init__(self, table: Table, context: int, progress: Progress) -> None:
+    def __init__(self, table: RecordSource, context: int, progress: Progress) -> None:
         """Take a table and its model's context; `progress(stage, done, total)` is called often."""
         self.layout = table.layout
         self.context = context

@@ -1,0 +1,79 @@
+"""What a user may call a model: a folder of this machine, or a name on the Hugging Face Hub.
+
+A folder always wins. Nothing is looked up here.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from dataclasses import dataclass
+from pathlib import PurePath
+from typing import Self
+
+from edge_memllm.errors import ArtifactError, RequestError
+
+_NAME = r"[A-Za-z0-9_][A-Za-z0-9._-]{0,95}"
+_PLAIN = re.compile(rf"{_NAME}/{_NAME}")
+_SCHEME = "hf:/"  # a path object has made one slash of two
+_MARKED = re.compile(rf"hf:/{{1,2}}({_NAME}/{_NAME})(?:@([A-Za-z0-9._/-]{{1,200}}))?")
+
+
+@dataclass(frozen=True, slots=True)
+class HubModel:
+    """A model on the Hub: `org/name`, and a branch, tag or commit, None for the default branch."""
+
+    repository: str
+    revision: str | None = None
+
+    def __str__(self) -> str:
+        return self.repository if self.revision is None else f"{self.repository}@{self.revision}"
+
+    @classmethod
+    def parse(cls, source: str | os.PathLike[str]) -> Self | None:
+        """Return the model that `source` names, or None for a path of this machine.
+
+        `hf://org/name`, with `@revision` or without, is always of the Hub. `org/name` is, unless
+        something of that name is here. Raises `RequestError` for a misspelt `hf://` name, and
+        `ArtifactError` for `org/name` when there is a folder `org` without `name`: then either
+        could be meant.
+        """
+        text = source.as_posix() if isinstance(source, PurePath) else os.fspath(source)
+        if text.startswith(_SCHEME):
+            return cls._marked(text)
+        if os.path.lexists(text) or not _PLAIN.fullmatch(text):
+            return None
+        parent = text.partition("/")[0]
+        if os.path.lexists(parent):
+            raise ArtifactError(
+                f"{text}: does not exist, expected the folder of a model in '{parent}'. If the "
+                f"model of that name on the Hugging Face Hub is meant, write hf://{text}."
+            )
+        return cls(text)
+
+    @classmethod
+    def wanted(cls, source: str | os.PathLike[str], revision: str | None) -> Self | None:
+        """Return what `parse` returns, at `revision` unless that is None.
+
+        Raises `RequestError` for the revision of a folder, which has none, and as `parse` does.
+        """
+        model = cls.parse(source)
+        if revision is None:
+            return model
+        if model is None:
+            raise RequestError(
+                f"{os.fspath(source)}: this is a folder, and revision {revision!r} is for models "
+                "of the Hugging Face Hub. Leave it out."
+            )
+        return cls(model.repository, revision)
+
+    @classmethod
+    def _marked(cls, text: str) -> Self:
+        found = _MARKED.fullmatch(text)
+        if found is None:
+            name = text.removeprefix(_SCHEME).lstrip("/")
+            raise RequestError(
+                f"hf://{name:.200}: not the name of a model on the Hugging Face Hub, expected "
+                "hf://org/name or hf://org/name@revision."
+            )
+        return cls(found[1], found[2])

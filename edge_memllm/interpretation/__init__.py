@@ -1,0 +1,11 @@
+"""Looking into the memory: what a token's rows and keys do, and where in a text they matter.
+
+`open_subject` opens a checkpoint or an artifact, `explain` answers `Questions` about it, and
+`findings` has what comes out. Light when imported: only `network_memory` and `decomposition` load
+torch, for they need a checkpoint's weights.
+"""
+
+from edge_memllm.interpretation.explaining import Questions, explain
+from edge_memllm.interpretation.subject import Subject, open_subject
+
+__all__ = ["Questions", "Subject", "explain", "open_subject"]

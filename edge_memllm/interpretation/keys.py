@@ -1,0 +1,198 @@
+"""From a token to the keys it fires, and from a key to the tokens that fire it.
+
+All keys that are asked for in a layer are served by one pass over the vocabulary, a chunk of it at
+a time. Knows a memory and texts of tokens; nothing of how it is shown.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Sequence
+from dataclasses import dataclass, replace
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.errors import RequestError
+from edge_memllm.interpretation.extremes import Highest
+from edge_memllm.interpretation.features import check_layers
+from edge_memllm.interpretation.findings import KeyCard, KeyUse, LayerUse, Scored, TokenCard
+from edge_memllm.interpretation.head import Head, Reading
+from edge_memllm.interpretation.memory import Memory
+from edge_memllm.interpretation.token_texts import TokenTexts
+
+Floats = NDArray[np.float32]
+Ids = NDArray[np.int64]
+Progress = Callable[[str, int, int], None]
+
+_CHUNK_BYTES = 32 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class Shares:
+    """How the output of one layer's FFN-M for one token is made up, by key [K]."""
+
+    coefficients: Floats
+    shares: Floats  # c_i (v_i . o) / (o . o): they sum to one
+
+    def strongest(self, count: int) -> list[int]:
+        """Return the keys with the largest shares in size, the largest first."""
+        order = np.argsort(-np.abs(self.shares), kind="stable")[:count]
+        return [int(key) for key in order]
+
+    def complete(self, use: LayerUse, cards: Iterable[KeyCard]) -> LayerUse:
+        """Return what a row does with the keys that make it up, some of them with their cards."""
+        keys = tuple(
+            KeyUse(card, float(self.coefficients[card.key]), float(self.shares[card.key]))
+            for card in cards
+        )
+        return replace(use, keys=keys, keys_for_half=self.keys_for_half())
+
+    def keys_for_half(self) -> int:
+        """Return how few keys, the largest shares first, make up half of the output."""
+        falling = np.sort(self.shares.astype(np.float64))[::-1]
+        return int(np.searchsorted(falling.cumsum(), 0.5) + 1)
+
+
+def shares_of(memory: Memory, layer: int, ids: Ids) -> list[Shares]:
+    """Return how the outputs of a layer's FFN-M for tokens [N] are made up of keys.
+
+    An output of zero has no parts: all shares are zero then.
+    """
+    coefficients = memory.coefficients(layer, ids)  # [N, K]
+    values = memory.values(layer)  # [K, D]
+    outputs = coefficients @ values  # [N, D]
+    squares = (outputs**2).sum(axis=1, keepdims=True)
+    inner = coefficients * (outputs @ values.T)
+    shares = np.divide(inner, squares, out=np.zeros_like(inner), where=squares > 0)
+    return [Shares(*each) for each in zip(coefficients, shares, strict=True)]
+
+
+def key_cards(
+    memory: Memory,
+    head: Head,
+    asked: Iterable[tuple[int, int]],
+    texts: TokenTexts,
+    *,
+    count: int,
+    progress: Progress = lambda *_: None,
+) -> dict[tuple[int, int], KeyCard]:
+    """Return the cards of keys, each asked for as (layer, key), with `count` tokens in each list.
+
+    Raises `RequestError` for a layer or key that the network does not have.
+    """
+    names = list(dict.fromkeys(asked))
+    by_layer: dict[int, list[int]] = {}
+    for layer, key in names:
+        _check(memory, layer, key)
+        by_layer.setdefault(layer, []).append(key)
+    readings = _value_readings(memory, head, by_layer, count, progress)
+    cards: dict[tuple[int, int], KeyCard] = {}
+    for layer, keys in by_layer.items():
+        fires, inverts = _fired(memory, layer, keys, count, progress)
+        for column, key in enumerate(keys):
+            reading = readings[layer, key]
+            cards[layer, key] = KeyCard(
+                layer=layer,
+                key=key,
+                fires=_positive(texts, fires.ids[:, column], fires.values[:, column], 1),
+                inverts=_positive(texts, inverts.ids[:, column], inverts.values[:, column], -1),
+                promotes=_scored(texts, *reading.promotes),
+                suppresses=_scored(texts, *reading.suppresses),
+            )
+    return {name: cards[name] for name in names}
+
+
+def token_cards(
+    memory: Memory,
+    head: Head,
+    tokens: Sequence[int],
+    texts: TokenTexts,
+    *,
+    layers: Sequence[int],
+    keys: int,
+    count: int,
+    progress: Progress = lambda *_: None,
+) -> tuple[TokenCard, ...]:
+    """Return a card for each token: its row in some layers, and the `keys` strongest of each.
+
+    Without an FFN-M a card has no keys. Every list of tokens is `count` long.
+    """
+    ids = np.array(tokens, np.int64)
+    shares = {layer: shares_of(memory, layer, ids) for layer in layers} if memory.keys else {}
+    strongest = {
+        (layer, place): part.strongest(keys)
+        for layer, parts in shares.items()
+        for place, part in enumerate(parts)
+    }
+    wanted = [(layer, key) for (layer, _), found in strongest.items() for key in found]
+    cards = key_cards(memory, head, wanted, texts, count=count, progress=progress)
+    rows = np.concatenate([memory.rows(layer, ids) for layer in layers])  # [layers * N, D]
+    readings = head.read(rows, count, progress)
+    uses: list[list[LayerUse]] = [[] for _ in tokens]
+    for number, (row, reading) in enumerate(zip(rows, readings, strict=True)):
+        layer, place = layers[number // len(tokens)], number % len(tokens)
+        use = _row_use(layer, row, reading, texts)
+        if shares:
+            used = [cards[layer, key] for key in strongest[layer, place]]
+            use = shares[layer][place].complete(use, used)
+        uses[place].append(use)
+    return tuple(
+        TokenCard(texts.token(token), tuple(each)) for token, each in zip(tokens, uses, strict=True)
+    )
+
+
+def _row_use(layer: int, row: Floats, reading: Reading, texts: TokenTexts) -> LayerUse:
+    """What a row [D] does, without its keys."""
+    return LayerUse(
+        layer=layer,
+        norm=float(np.linalg.norm(row)),
+        promotes=_scored(texts, *reading.promotes),
+        suppresses=_scored(texts, *reading.suppresses),
+    )
+
+
+def _fired(
+    memory: Memory, layer: int, keys: Sequence[int], count: int, progress: Progress
+) -> tuple[Highest, Highest]:
+    """The tokens of the highest and of the lowest coefficients of keys."""
+    fires, inverts = Highest(count, len(keys)), Highest(count, len(keys))
+    chunk = max(1, _CHUNK_BYTES // (4 * (memory.width + 2 * len(keys))))
+    for start in range(0, memory.vocabulary, chunk):
+        ids = np.arange(start, min(start + chunk, memory.vocabulary))
+        coefficients = memory.coefficients(layer, ids, keys)
+        fires.add(ids, coefficients)
+        inverts.add(ids, -coefficients)
+        progress(f"layer {layer}", int(ids[-1]) + 1, memory.vocabulary)
+    return fires, inverts
+
+
+def _value_readings(
+    memory: Memory,
+    head: Head,
+    by_layer: dict[int, list[int]],
+    count: int,
+    progress: Progress,
+) -> dict[tuple[int, int], Reading]:
+    """What the values of all keys do to the logits, read in one pass over the head."""
+    names = [(layer, key) for layer, keys in by_layer.items() for key in keys]
+    if not names:
+        return {}
+    values = np.concatenate([memory.values(layer, keys) for layer, keys in by_layer.items()])
+    return dict(zip(names, head.read(values, count, progress), strict=True))
+
+
+def _positive(texts: TokenTexts, ids: Ids, values: Floats, sign: int) -> tuple[Scored, ...]:
+    """Those above zero, with a sign: a list of what fires a key has none that do not."""
+    kept = values > 0
+    return _scored(texts, ids[kept], sign * values[kept])
+
+
+def _scored(texts: TokenTexts, ids: Ids, values: Floats) -> tuple[Scored, ...]:
+    pairs = zip(ids.tolist(), values.tolist(), strict=True)
+    return tuple(Scored(texts.token(token), value) for token, value in pairs)
+
+
+def _check(memory: Memory, layer: int, key: int) -> None:
+    check_layers([layer], memory.layers)
+    if memory.keys is not None and not 0 <= key < memory.keys:
+        raise RequestError(f"key {key} is not in layer {layer}, which has 0 to {memory.keys - 1}.")

@@ -1,0 +1,133 @@
+"""Labellings of tokens that know nothing of any model's memory: what clusters are judged by.
+
+By the characters of a token's text, by how often a text has it, and by the word it is: a closed
+list of English function words, then endings. The last is a rule and not a tagger; it labels only
+whole lower-case words that it is likely to be right about.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.interpretation.token_texts import TokenTexts
+from edge_memllm.sweep.rows import CLASS_STARTS, class_name
+
+Ids = NDArray[np.int64]
+
+UNLABELLED = -1
+_FEWEST = 40  # labelled tokens, without which a labelling says nothing
+
+_FUNCTION_WORDS = {
+    "determiner": "a an the this these those each every either neither another such both all "
+    "some any no my your his her its our their which what whose much many few several most",
+    "pronoun": "i me he him she it we us they them you who whom himself herself itself myself "
+    "yourself themselves ourselves something anything nothing everything someone anyone "
+    "everyone nobody somebody everybody mine yours hers ours theirs one",
+    "preposition": "of in to for with on at by from about into through over under between after "
+    "before against during without within among upon towards toward across behind beyond near "
+    "around along beneath beside above below except per until till via amid onto off despite",
+    "conjunction": "and or but nor yet so if because although though while whereas unless since "
+    "whether than as that when where",
+    "auxiliary": "is are was were be been being am has have had having do does did doing will "
+    "would shall should can could may might must ought cannot",
+    "number word": "two three four five six seven eight nine ten eleven twelve thirteen fourteen "
+    "fifteen sixteen seventeen eighteen nineteen twenty thirty forty fifty sixty seventy eighty "
+    "ninety hundred thousand million billion",
+}
+_CLASS_OF = {word: name for name, words in _FUNCTION_WORDS.items() for word in words.split()}
+# A vowel before the ending, so that "bring" is not meant.
+_ENDINGS = (
+    ("-ing form", re.compile(r"[a-z]*[aeiouy][a-z]*ing")),
+    ("-ed form", re.compile(r"[a-z]*[aeiouy][a-z]*[a-df-z]ed")),
+    ("-ly adverb", re.compile(r"[a-z]{4,}ly")),
+    ("noun ending", re.compile(r"[a-z]{2,}(?:tion|sion|ness|ment|ity|ship|hood|ism|ance|ence)s?")),
+    ("adjective ending", re.compile(r"[a-z]{3,}(?:ous|ful|less|able|ible|ive|ical|ish|ary)")),
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Labelling:
+    """A class for each token [V], an index into `names`, or `UNLABELLED`."""
+
+    name: str
+    names: tuple[str, ...]
+    classes: Ids
+
+    @property
+    def labelled(self) -> Ids:
+        """The tokens that have a class."""
+        return np.flatnonzero(self.classes != UNLABELLED)
+
+
+def labellings(texts: TokenTexts, counts: Ids | None = None) -> tuple[Labelling, ...]:
+    """Return the labellings of a vocabulary; `counts` [V] says how often a text has each token.
+
+    One that labels too few tokens, or gives all the same class, is left out.
+    """
+    words = [texts.text(token) for token in range(len(texts))]
+    plain = [texts.has_text(token) for token in range(len(texts))]
+    found = [
+        _labelling("characters", map(character_class, words, plain)),
+        _labelling("word class", map(word_class, words)),
+    ]
+    if counts is not None:
+        found.insert(1, _labelling("frequency", [frequency_band(count) for count in counts]))
+    return tuple(each for each in found if len(each.names) > 1 and len(each.labelled) >= _FEWEST)
+
+
+def character_class(text: str, plain: bool = True) -> str:
+    """Return what a token is made of; `plain` is False for one without text of its own.
+
+    A token with a leading space is the beginning of a word, or all of it.
+    """
+    if not plain:
+        return "part of a character or special"
+    letters = text.strip()
+    if not letters:
+        return "white space"
+    if letters.isdecimal():
+        return "digits"
+    if not any(letter.isalnum() for letter in letters):
+        return "punctuation"
+    if not letters.isalpha():
+        return "mixed"
+    place = "word" if text[0].isspace() else "inner part"
+    return f"{_case(letters)} {place}"
+
+
+def frequency_band(count: int) -> str:
+    """Return the band of a number of occurrences; the bands are those of the sweep's report."""
+    band = int(np.searchsorted(CLASS_STARTS, count, side="right"))
+    most = CLASS_STARTS[band] - 1 if band < len(CLASS_STARTS) else None
+    return f"seen {class_name({'least': CLASS_STARTS[band - 1], 'most': most})} times"
+
+
+def word_class(text: str) -> str | None:
+    """Return the class of a whole lower-case English word, None where the rule has none."""
+    word = text[1:]
+    if not text.startswith(" ") or not re.fullmatch("[a-z]+", word):
+        return None
+    if word in _CLASS_OF:
+        return _CLASS_OF[word]
+    return next((name for name, ending in _ENDINGS if ending.fullmatch(word)), None)
+
+
+def _case(letters: str) -> str:
+    if letters.islower():
+        return "lower-case"
+    if letters.isupper() and len(letters) > 1:
+        return "upper-case"
+    return "capitalised" if letters[0].isupper() else "other letters,"
+
+
+def _labelling(name: str, classes: Iterable[str | None]) -> Labelling:
+    listed = list(classes)
+    names = sorted({each for each in listed if each is not None})
+    numbers = {each: number for number, each in enumerate(names)}
+    found = [UNLABELLED if each is None else numbers[each] for each in listed]
+    return Labelling(name, tuple(names), np.array(found, np.int64))

@@ -1,0 +1,226 @@
+"""An overlay: what to do with the memory rows of chosen tokens in chosen layers.
+
+Frozen and read only; its arrays may lie in memory or be mapped from a file. Knows codecs and
+token ids; nothing of tables, and of files only the name that errors need.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import re
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, fields
+from typing import Any, Literal, get_args
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.codecs import Codec, get_codec
+from edge_memllm.codecs.codec import Bytes, CodecSizes, Floats
+from edge_memllm.errors import RequestError
+from edge_memllm.manifest import Manifest
+
+Operation = Literal["replace", "add", "scale", "blank"]
+
+OPERATIONS: tuple[Operation, ...] = get_args(Operation)  # the place is the number in a file
+WITH_ROW = 2  # the first two come with a row
+CODECS = ("f32", "f16", *(f"int{bits}-g{group}" for bits in (8, 4) for group in (32, 64, 128)))
+MOST_TOKENS, MOST_LAYERS, MOST_WIDTH = 1 << 24, 1024, 1 << 17
+MOST_DESCRIPTION = 2000
+LARGEST_FACTOR = 65504.0  # of a scale operation, in magnitude
+_ROW_ALIGNMENT = 4
+
+_NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
+_RESERVED = ("all", "none")  # what an interactive session calls a choice
+_IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
+
+
+@dataclass(frozen=True, slots=True)
+class OverlaySpec:
+    """What an overlay is called, which model it is for, and how it stores rows.
+
+    `identity` and the shape are the model's: `layers` is L, its memory rows per token, `width` D.
+    Raises `RequestError` for a value that cannot be.
+    """
+
+    name: str  # letters, digits, '.', '_' and '-': what a generation switches it on by
+    identity: str  # "sha256:<64 hex digits>"
+    layers: int
+    width: int
+    codec: str = "f16"  # one of CODECS
+    description: str = ""
+
+    def __post_init__(self) -> None:
+        if not _NAME.fullmatch(self.name) or self.name in _RESERVED:
+            raise RequestError(
+                f"The name of an overlay is {self.name!a:.80}, expected up to 64 letters, digits, "
+                "'.', '_' or '-', a letter or digit first, and not 'all' or 'none'."
+            )
+        if len(self.description) > MOST_DESCRIPTION or not _printable(self.description):
+            raise RequestError(
+                f"The description of overlay '{self.name}' has {len(self.description)} characters, "
+                f"expected at most {MOST_DESCRIPTION}, all of them printable."
+            )
+        if not _IDENTITY.fullmatch(self.identity):
+            raise RequestError(
+                f"Overlay '{self.name}' is for model {self.identity!a:.80}, expected 'sha256:' and "
+                "64 hex digits."
+            )
+        _check_range(self.name, "layers", self.layers, MOST_LAYERS)
+        _check_range(self.name, "width", self.width, MOST_WIDTH)
+        if self.codec not in CODECS:
+            raise RequestError(
+                f"Overlay '{self.name}' stores rows as {self.codec!a:.80}, expected one of "
+                f"{', '.join(CODECS)}."
+            )
+        try:
+            _ = self.sizes
+        except ValueError as error:
+            raise RequestError(f"Overlay '{self.name}': {error}") from error
+
+    @classmethod
+    def for_model(
+        cls, manifest: Manifest, name: str, *, codec: str = "f16", description: str = ""
+    ) -> OverlaySpec:
+        """Return the spec of an overlay for the model of a manifest. Raises `RequestError`."""
+        model = manifest.model
+        if not model.memory_layers:
+            raise RequestError("A dense model (beta 8) has no memory rows: nothing to lay over.")
+        layers, width = model.memory_layers, model.hidden_size
+        return cls(name, model.identity, layers, width, codec, description)
+
+    @property
+    def stored(self) -> Codec:
+        """The codec of the rows."""
+        return get_codec(self.codec)
+
+    @property
+    def sizes(self) -> CodecSizes:
+        """Bytes of scales and of codes of one row."""
+        return self.stored.sizes(1, self.width)
+
+    @property
+    def row_bytes(self) -> int:
+        """Bytes from one stored row to the next: scales, codes, and zeros up to a multiple of 4."""
+        used = self.sizes.scales_bytes + self.sizes.codes_bytes
+        return -(-used // _ROW_ALIGNMENT) * _ROW_ALIGNMENT
+
+    def check_fits(self, manifest: Manifest) -> None:
+        """Raise `RequestError` unless this is for the model of `manifest`."""
+        model = manifest.model
+        if self.identity != model.identity:
+            raise RequestError(
+                f"Overlay '{self.name}' is for model {self.identity[:19]}, this is "
+                f"{model.identity[:19]}. Use it with an export of the checkpoint it was made for."
+            )
+        found, expected = (self.layers, self.width), (model.memory_layers, model.hidden_size)
+        if found != expected:
+            raise RequestError(
+                f"Overlay '{self.name}' has rows of {found[0]} layers of {found[1]}, the model "
+                f"has {expected[0]} of {expected[1]}. Make the overlay again."
+            )
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Edit:
+    """One operation on the row of one token in one memory layer."""
+
+    token: int
+    layer: int
+    operation: Operation
+    row: NDArray[Any] | None = None  # [D], only to replace or to add
+    factor: float = 1.0  # only to scale
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Entries:
+    """The operations as columns of n each, sorted by token, then layer, no pair twice."""
+
+    tokens: NDArray[np.uint32]
+    places: NDArray[np.uint32]  # rows that entries before have: where its own row stands, if any
+    factors: NDArray[np.float32]  # 1 for all but "scale"
+    layers: NDArray[np.uint16]
+    operations: NDArray[np.uint8]  # numbers of OPERATIONS
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Overlay:
+    """An overlay ready to be laid over a table. Thread-safe: nothing of it ever changes."""
+
+    spec: OverlaySpec
+    entries: Entries
+    rows: Bytes  # [r, row_bytes]
+    where: str  # the file, for errors; or how it was made
+
+    @property
+    def name(self) -> str:
+        """What it is called."""
+        return self.spec.name
+
+    def __len__(self) -> int:
+        return len(self.entries)
+
+    def digest(self) -> str:
+        """Return the sha256 of what it does, whatever file it is in; reads all of it."""
+        found = hashlib.sha256(self.spec.codec.encode())
+        columns = (getattr(self.entries, each.name) for each in fields(Entries))
+        for column in (*columns, self.rows):
+            found.update(np.ascontiguousarray(column).data)
+        return found.hexdigest()
+
+    def find(self, tokens: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+        """Return, for ids [U], which entries [m] there are and whose [m] (places in `tokens`)."""
+        # In the column's own type: otherwise all of it would be converted, and copied.
+        wanted = tokens.astype(np.uint32)
+        first = np.searchsorted(self.entries.tokens, wanted, "left")
+        counts = np.searchsorted(self.entries.tokens, wanted, "right") - first
+        owners = np.repeat(np.arange(len(tokens)), counts)
+        before = np.cumsum(counts) - counts
+        return np.arange(len(owners)) + (first - before)[owners], owners
+
+    def stored_rows(self, places: NDArray[Any] | slice) -> tuple[Bytes, Bytes]:
+        """Return scales [m, ...] and codes [m, ...] of stored rows, as bytes."""
+        rows, sizes = self.rows[places], self.spec.sizes
+        end = sizes.scales_bytes + sizes.codes_bytes
+        return rows[:, : sizes.scales_bytes], rows[:, sizes.scales_bytes : end]
+
+    def decoded_rows(self, places: NDArray[Any]) -> Floats:
+        """Return stored rows as float32 [m, D]."""
+        scales, codes = self.stored_rows(places)
+        return self.spec.stored.decode(scales, codes, 1, self.spec.width)[:, 0]
+
+    def edits(self, chosen: Iterable[int] | None = None) -> Iterator[Edit]:
+        """Yield entries, rows as float32: those at some places, None for all."""
+        entries = self.entries
+        for at in range(len(entries)) if chosen is None else chosen:
+            number = int(entries.operations[at])
+            row = self.decoded_rows(entries.places[at : at + 1])[0] if number < WITH_ROW else None
+            yield Edit(
+                int(entries.tokens[at]),
+                int(entries.layers[at]),
+                OPERATIONS[number],
+                row,
+                float(entries.factors[at]),
+            )
+
+    def check_fits(self, manifest: Manifest) -> None:
+        """Raise `RequestError` unless this is for the model of `manifest`."""
+        self.spec.check_fits(manifest)
+        largest = int(self.entries.tokens[-1]) if len(self) else 0
+        if largest >= manifest.model.vocab_size:
+            raise RequestError(
+                f"Overlay '{self.name}' has a row of token {largest}, the model has "
+                f"{manifest.model.vocab_size} tokens. Make the overlay again."
+            )
+
+
+def _printable(text: str) -> bool:
+    return all(each.isprintable() or each == "\n" for each in text)
+
+
+def _check_range(name: str, what: str, value: int, most: int) -> None:
+    if not 1 <= value <= most:
+        raise RequestError(f"Overlay '{name}': {what} is {value}, expected 1 to {most}.")

@@ -1,0 +1,234 @@
+"""The engine: one thread that computes, a queue in front of it, replies out of it.
+
+Requests come from any thread or from asyncio; they join and leave between steps. Nothing of HTTP.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+from contextlib import ExitStack
+from threading import Condition, Thread
+from typing import Self
+
+from edge_memllm.errors import DrainingError, QueueFullError
+from edge_memllm.feeding import Feeder
+from edge_memllm.model import Model
+from edge_memllm.overlays.shelf import Selection
+from edge_memllm.request import check_positive
+from edge_memllm.serving.channel import Reply
+from edge_memllm.serving.choice import Choice
+from edge_memllm.serving.memoryless import MemorylessTable
+from edge_memllm.serving.queueing import FairQueue
+from edge_memllm.serving.request import Request, check_request
+from edge_memllm.serving.scheduler import Scheduler
+from edge_memllm.serving.tally import EngineStatistics, Tally
+from edge_memllm.statistics import StepCosts
+
+# Tokens of a prompt that are computed while texts under way wait.
+CHUNK = 64
+
+_log = logging.getLogger(__name__)
+
+
+class Engine:
+    """Serves many requests with one model. Close it, or use `with`; the model stays the caller's.
+
+    At most `slots` texts are under way, `queue` more wait, of one client at most `per_client`
+    (None sets no limit of its own). `prefill_chunk` tokens of a prompt are computed between two
+    tokens of the texts under way.
+
+    A reply is the text its request would get alone, up to the rounding of the graph's arithmetic,
+    which differs a little with the number of texts in a step. With `batch_invariant` it is so to
+    the last bit, whatever else goes on; texts then advance one after the other, which is slower.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        *,
+        slots: int = 8,
+        queue: int = 64,
+        per_client: int | None = None,
+        prefill_chunk: int | None = None,
+        batch_invariant: bool = False,
+    ) -> None:
+        """Start the thread. Raises `RequestError` for what cannot be, or a closed model."""
+        self._slots = check_positive("slots", slots)
+        self._queue_limit = check_positive("queue", queue)
+        self._client_limit = check_positive(
+            "per_client", queue if per_client is None else per_client
+        )
+        self._chunk = min(CHUNK, model.prefill_chunk)
+        if prefill_chunk is not None:
+            self._chunk = check_positive("prefill_chunk", prefill_chunk)
+        self._invariant = batch_invariant
+        self._model = model
+        # One for all, so that those who share it share keys and values.
+        self._memoryless = Selection(MemorylessTable(model.records(()).source), ())
+        self._queue = FairQueue[Choice]()
+        self._tally = Tally()
+        self._costs = StepCosts()
+        self._changed = Condition()
+        self._under_way = 0
+        self._draining = self._stopped = False
+        self._open = ExitStack()
+        self._open.enter_context(model.in_use())
+        self._thread = Thread(target=self._run, name="edge-memllm-engine", daemon=True)
+        self._thread.start()
+
+    @property
+    def model(self) -> Model:
+        """The model that is served."""
+        return self._model
+
+    @property
+    def running(self) -> bool:
+        """Whether it takes requests: it was not told to end, and its thread lives."""
+        return not self._draining and self._thread.is_alive()
+
+    @property
+    def statistics(self) -> EngineStatistics:
+        """What goes on, and what was done so far."""
+        with self._changed:
+            tally, costs = self._tally, self._costs
+            return EngineStatistics(
+                slots=self._slots,
+                under_way=self._under_way,
+                queued=len(self._queue),
+                kv_bytes=costs.kv_bytes,
+                requests=tally.requests,
+                refused=tally.refused,
+                finished=tally.finished,
+                given_up=tally.given_up,
+                prompt_tokens=tally.prompt_tokens,
+                reused_tokens=tally.reused_tokens,
+                completion_tokens=tally.completion_tokens,
+                steps=tally.steps,
+                records_read=costs.records_read,
+                bytes_read=costs.bytes_read,
+            )
+
+    def submit(self, request: Request) -> Reply:
+        """Put a request into the queue and return its reply, at once.
+
+        Raises `RequestError` for one that cannot be done, `QueueFullError` when too many wait,
+        and `DrainingError` when the engine is ending.
+        """
+        model = self._model
+        checked = check_request(
+            request, model.tokenizer, model.manifest.model, model.sampling, self._queue_limit
+        )
+        without = request.without_memory
+        records = self._memoryless if without else model.records(request.overlays)
+        reply = Reply(checked.prompt, checked.seed, request.choices, self._wake)
+        choices = [
+            Choice(number, checked, records, reply, model.tokenizer)
+            for number in range(request.choices)
+        ]
+        with self._changed:
+            self._require_room(request.client, len(choices))
+            self._tally.requests += 1
+            self._queue.push(request.client, choices)
+            self._changed.notify_all()
+        return reply
+
+    def drain(self, timeout: float) -> bool:
+        """Take no more requests, finish those there are within `timeout` seconds, and close.
+
+        Returns whether all were finished; the others end with `DrainingError`.
+        """
+        with self._changed:
+            self._draining = True
+            done = self._changed.wait_for(self._idle, timeout)
+        self.close()
+        return done
+
+    def close(self) -> None:
+        """End every request under way with `DrainingError` and the thread; twice is fine."""
+        with self._changed:
+            self._draining = self._stopped = True
+            self._changed.notify_all()
+        self._thread.join()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def _require_room(self, client: str, count: int) -> None:
+        if self._draining:
+            self._tally.refused += 1
+            raise DrainingError("The engine is ending and takes no more requests.")
+        free = max(0, self._slots - self._under_way)
+        waiting, own = len(self._queue), self._queue.waiting(client)
+        if waiting + count <= self._queue_limit + free and own + count <= self._client_limit + free:
+            return
+        self._tally.refused += 1
+        after = max(1.0, math.ceil(self._tally.choice_seconds * (waiting + count) / self._slots))
+        raise QueueFullError(
+            f"{waiting} texts wait already, {own} of this client; at most {self._queue_limit} may, "
+            f"{self._client_limit} of one client. Try again in about {after:.0f} s.",
+            after,
+        )
+
+    def _idle(self) -> bool:
+        return self._stopped or not (self._under_way or self._queue)
+
+    def _wake(self) -> None:
+        with self._changed:
+            self._changed.notify_all()
+
+    def _run(self) -> None:
+        try:
+            while not self._stopped:
+                self._serve()
+        finally:
+            with self._changed:
+                self._draining = self._stopped = True
+                self._under_way = 0
+                for choice in self._queue.remove(lambda _: True):
+                    choice.fail(_ended())
+                self._changed.notify_all()
+            self._open.close()
+
+    def _serve(self) -> None:
+        """Serve with one cache until the engine ends, or something takes the cache along."""
+        model = self._model
+        table = model.records(()).source  # until a choice brings its own
+        with Feeder(model.runtime, table, self._slots, self._chunk, self._costs) as feeder:
+            context = model.manifest.model.max_position_embeddings
+            scheduler = Scheduler(
+                feeder, context, self._chunk, self._tally, invariant=self._invariant
+            )
+            try:
+                while self._wait_for_work(scheduler):
+                    scheduler.advance()
+                scheduler.give_up(_ended())
+            except Exception as error:
+                _log.exception("a step failed, and with it all requests under way")
+                scheduler.give_up(error)
+
+    def _wait_for_work(self, scheduler: Scheduler) -> bool:
+        """Let choices in, waiting for some if there are none; False when the engine ends."""
+        with self._changed:
+            while True:
+                self._under_way = scheduler.under_way
+                if self._stopped:
+                    return False
+                self._tally.given_up += len(self._queue.remove(Choice.over))
+                self._let_in(scheduler)
+                if self._under_way:
+                    return True
+                self._changed.notify_all()  # who drains waits for this
+                self._changed.wait()
+
+    def _let_in(self, scheduler: Scheduler) -> None:
+        while scheduler.free and (choice := self._queue.pop()) is not None:
+            scheduler.admit(choice)
+        self._under_way = scheduler.under_way
+
+
+def _ended() -> DrainingError:
+    return DrainingError("The engine ended before the reply was finished. Ask another one.")

@@ -1,0 +1,36 @@
+"""A program that tries to compile one grammar, from standard input, and prints what is wrong.
+
+llguidance sets itself no limit for some schemas (a `multipleOf` of a million, alternatives within
+alternatives), and a thread that compiles cannot be stopped. This process can. It imports nothing
+of the package, so that it starts quickly.
+"""
+
+from __future__ import annotations
+
+import sys
+
+MOST_MEMORY = 1 << 30
+
+
+def limit_memory() -> None:
+    """Bound the memory of this process, where the system can."""
+    try:
+        import resource
+    except ImportError:  # Windows
+        return
+    resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+
+
+def main() -> None:
+    """Compile, and compute what may come first, for a vocabulary of single bytes."""
+    from llguidance import LLMatcher, LLParserLimits, LLTokenizer
+
+    limit_memory()
+    limits = LLParserLimits(verbose_errors=False)
+    matcher = LLMatcher(LLTokenizer("byte"), sys.stdin.read(), log_level=0, limits=limits)
+    matcher.compute_logit_bias()
+    print(matcher.get_error())  # noqa: T201 - this is a program
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,69 @@
+"""The choices of a reply while they come: pieces in, whole choices and parts of them out."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+from edge_memllm.serving.channel import Reply
+from edge_memllm.serving.http.call import Call
+from edge_memllm.serving.http.reply_format import Content, Json, usage_of
+from edge_memllm.serving.http.service import Service
+from edge_memllm.serving.http.token_scores import PlacedScore
+from edge_memllm.serving.pieces import ReplyPiece
+from edge_memllm.tokenization import Detokenizer
+
+
+class Addition(NamedTuple):
+    """What a piece adds to a choice."""
+
+    choice: int  # its number, among those of all prompts
+    part: Content
+    first: bool
+
+
+class Gathering:
+    """All choices of one call, in the order of its prompts. Not thread-safe."""
+
+    def __init__(self, call: Call, service: Service, replies: Sequence[Reply]) -> None:
+        self.wholes = [Content() for _ in range(len(call.prompts) * call.wishes.choices)]
+        self._begun: set[int] = set()
+        self._call = call
+        self._service = service
+        self._replies = replies
+
+    def add(self, prompt: int, piece: ReplyPiece) -> Addition:
+        """Take a piece of a prompt's reply."""
+        index = prompt * self._call.wishes.choices + piece.choice
+        first = index not in self._begun
+        self._begun.add(index)
+        whole, part = self.wholes[index], self._echo(prompt) if first else Content()
+        if piece.score is not None:
+            part.scores.append(PlacedScore(piece.score, len(whole.text) + len(part.text)))
+        part.text += piece.text
+        part.reason, part.statistics = piece.finish_reason, piece.statistics
+        part.tokens = [] if piece.token is None else [piece.token]
+        part.records = list(piece.records)
+        whole.tokens += part.tokens
+        whole.records += part.records
+        whole.text += part.text
+        whole.scores += part.scores
+        whole.reason, whole.statistics = part.reason, part.statistics
+        return Addition(index, part, first)
+
+    def usage(self) -> Json:
+        """Return the tokens of the whole, once it is complete."""
+        count = self._call.wishes.choices
+        known = [each.statistics for each in self.wholes if each.statistics is not None]
+        return usage_of(known[at : at + count] for at in range(0, len(known), count))
+
+    def _echo(self, prompt: int) -> Content:
+        """Return what a choice begins with: its prompt, where that was wished for."""
+        if self._call.echo is None:
+            return Content()
+        part = Content(self._call.echo[prompt])
+        detokenizer, shown = Detokenizer(self._service.model.tokenizer), 0
+        for score in self._replies[prompt].prompt_scores or ():
+            part.scores.append(PlacedScore(score, shown))
+            shown += len(detokenizer.push(score.token))
+        return part

@@ -1,0 +1,137 @@
+"""The fields that completions and chat share, as OpenAI defines them, and our extensions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import replace
+from typing import Any
+
+from edge_memllm.model import Model
+from edge_memllm.sampling import SEED_LIMIT, Sampling
+from edge_memllm.serving.grammar import Grammars
+from edge_memllm.serving.http.api_error import refused
+from edge_memllm.serving.http.call import Wishes
+from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.response_format import take_constraint
+from edge_memllm.serving.http.settings import Limits
+from edge_memllm.steering import MOST_BIAS, MOST_PENALTY, Steering
+from edge_memllm.stopping import MAX_STOP_CHARACTERS
+
+MOST_TEMPERATURE = 2.0
+MOST_REPETITION = 10.0
+MOST_USER = 256
+MOST_NAME = 256
+# OpenAI's top_p may be 0, which keeps the likeliest token alone.
+_LEAST_TOP_P = 1e-9
+_SEED_LOW, _SEED_HIGH = -(1 << 63), SEED_LIMIT - 1
+
+
+def take_wishes(fields: Fields, model: Model, grammars: Grammars, limits: Limits) -> Wishes:
+    """Take the shared fields. Raises `ApiError` for the first that cannot be granted."""
+    stream = fields.flag("stream")
+    seed = fields.integer("seed", _SEED_LOW, _SEED_HIGH)
+    return Wishes(
+        sampling=_take_sampling(fields, model.sampling),
+        steering=_take_steering(fields, model.manifest.model.vocab_size, limits.biases),
+        constraint=take_constraint(fields, grammars, limits.schema_bytes),
+        choices=_or(fields.integer("n", 1, limits.choices), 1),
+        seed=None if seed is None else seed % SEED_LIMIT,
+        stops=_take_stops(fields, limits.stops),
+        ignore_eos=fields.flag("ignore_eos"),
+        overlays=_take_overlays(fields, model.overlays, limits.overlays),
+        without_memory=fields.flag("without_memory"),
+        trace=fields.flag("trace"),
+        stream=stream,
+        usage=_take_usage(fields, stream),
+        statistics=fields.flag("statistics"),
+        user=_take_user(fields),
+    )
+
+
+def _take_sampling(fields: Fields, default: Sampling) -> Sampling:
+    """Take how tokens are chosen; what is left out comes from the artifact."""
+    top_p = fields.number("top_p", 0, 1)
+    given: dict[str, Any] = {
+        "temperature": fields.number("temperature", 0, MOST_TEMPERATURE),
+        "top_p": None if top_p is None else max(top_p, _LEAST_TOP_P),
+        "top_k": fields.integer("top_k", 0, 1 << 31),
+        "min_p": fields.number("min_p", 0, 1),
+        "repetition_penalty": fields.number("repetition_penalty", 0.01, MOST_REPETITION),
+    }
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
+
+
+def _take_steering(fields: Fields, vocab_size: int, most: int) -> Steering:
+    frequency, presence = (
+        fields.number(name, -MOST_PENALTY, MOST_PENALTY) or 0.0
+        for name in ("frequency_penalty", "presence_penalty")
+    )
+    biases = fields.pairs("logit_bias", most)
+    where = fields.param("logit_bias")
+    return Steering(frequency, presence, _biases(biases, where, vocab_size))
+
+
+def _biases(given: Mapping[str, object], where: str, vocab_size: int) -> dict[int, float]:
+    """Return biases by token; they come under the token's number, written as text."""
+    found: dict[int, float] = {}
+    for name in given:
+        token = int(name) if name.isascii() and name.isdecimal() and len(name) < 20 else -1
+        if not 0 <= token < vocab_size or str(token) != name:
+            expected = f"token numbers from 0 to {vocab_size - 1}"
+            raise refused(where, f"{where} has the entry {shown(name)}, expected {expected}.")
+    entries = Fields(given, f"{where}.")
+    for name in given:
+        found[int(name)] = entries.number(name, -MOST_BIAS, MOST_BIAS) or 0.0
+    return found
+
+
+def _take_stops(fields: Fields, most: int) -> tuple[str, ...]:
+    value = fields.value("stop")
+    where = fields.param("stop")
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or len(texts) > most:
+        raise refused(where, f"{where} is {shown(value)}, expected a text or at most {most}.")
+    stops = tuple(
+        checked_text(each, f"{where}[{number}]", MAX_STOP_CHARACTERS)
+        for number, each in enumerate(texts)
+    )
+    if "" in stops:
+        raise refused(where, f"{where} has an empty text, which would stop every reply.")
+    return stops
+
+
+def _take_overlays(fields: Fields, loaded: tuple[str, ...], most: int) -> tuple[str, ...] | None:
+    names = fields.items("overlays", most)
+    if names is None:
+        return None
+    where = fields.param("overlays")
+    chosen = tuple(checked_text(each, where, MOST_NAME) for each in names)
+    unknown = [name for name in chosen if name not in loaded]
+    if unknown:
+        there = ", ".join(loaded) or "none"
+        raise refused(where, f"There is no overlay {shown(unknown[0])}. Loaded: {there}.")
+    if len(set(chosen)) < len(chosen):
+        raise refused(where, f"{where} names an overlay twice.")
+    return chosen
+
+
+def _take_usage(fields: Fields, stream: bool) -> bool:
+    options = fields.group("stream_options")
+    if options is None:
+        return False
+    if not stream:
+        where = fields.param("stream_options")
+        raise refused(where, f"{where} is for streams. Ask with stream true, or leave it out.")
+    usage = options.flag("include_usage")
+    options.finish({"include_obfuscation": (False,)})
+    return usage
+
+
+def _take_user(fields: Fields) -> str:
+    """Take who asks, under either of OpenAI's names: users of one client take turns."""
+    names = (fields.text(name, MOST_USER) for name in ("user", "safety_identifier"))
+    return "/".join(name for name in names if name)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value

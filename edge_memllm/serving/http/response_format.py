@@ -1,0 +1,55 @@
+"""The field `response_format`: free text, any JSON object, or JSON that fits a schema."""
+
+from __future__ import annotations
+
+import json
+import re
+
+from edge_memllm.serving.grammar import Grammars, MakeConstraint
+from edge_memllm.serving.http.api_error import blaming, refused
+from edge_memllm.serving.http.fields import Fields, shown
+
+KINDS = ("text", "json_object", "json_schema")
+_NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
+_MOST_DESCRIPTION = 4096
+
+
+def take_constraint(fields: Fields, grammars: Grammars, most_bytes: int) -> MakeConstraint | None:
+    """Take the field; None when the text is free. A schema is always kept to, strict or not."""
+    wanted = fields.group("response_format")
+    if wanted is None:
+        return None
+    kind = wanted.choice("type", KINDS)
+    if kind is None:
+        wanted.required("type")
+    schema = wanted.group("json_schema") if kind == "json_schema" else None
+    if kind == "json_schema" and schema is None:
+        wanted.required("json_schema")
+    wanted.finish()
+    if schema is not None:
+        return _take_schema(schema, grammars, most_bytes)
+    if kind == "text":
+        return None
+    with blaming(wanted.param("type")):
+        return grammars.json_object()
+
+
+def _take_schema(fields: Fields, grammars: Grammars, most_bytes: int) -> MakeConstraint:
+    name = fields.required("name")
+    if not isinstance(name, str) or not _NAME.fullmatch(name):
+        where = fields.param("name")
+        expected = "1 to 64 letters, digits, underscores and dashes"
+        raise refused(where, f"{where} is {shown(name)}, expected {expected}.")
+    fields.text("description", _MOST_DESCRIPTION)  # for a reader; no grammar can keep to it
+    fields.flag("strict")
+    schema, where = fields.value("schema"), fields.param("schema")
+    fields.finish()
+    if schema is None:
+        schema = {}
+    if not isinstance(schema, dict):
+        raise refused(where, f"{where} is {shown(schema)}, expected an object.")
+    size = len(json.dumps(schema))
+    if size > most_bytes:
+        raise refused(where, f"{where} has {size} bytes, expected at most {most_bytes}.")
+    with blaming(where):
+        return grammars.json_schema(schema)

@@ -1,0 +1,76 @@
+"""Replies read in asyncio."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from serving_cases import GatedRuntime, held, serial, tokens_of, wait_until
+from small_model import open_small_model, write_small_artifact
+
+from edge_memllm import Model
+from edge_memllm.serving import Engine, Request
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
+
+
+@pytest.fixture
+def runtime() -> GatedRuntime:
+    return GatedRuntime()
+
+
+@pytest.fixture
+def model(folder: Path, runtime: GatedRuntime) -> Iterator[Model]:
+    with open_small_model(folder, runtime) as opened:
+        yield opened
+
+
+def test_replies_can_be_read_in_asyncio(model: Model) -> None:
+    request = Request(prompt=[1, 2, 3], max_new_tokens=20)
+
+    async def read(engine: Engine) -> list[int | None]:
+        return [piece.token async for piece in engine.submit(request)]
+
+    async def several(engine: Engine) -> list[list[int | None]]:
+        return await asyncio.gather(*(read(engine) for _ in range(4)))
+
+    with Engine(model) as engine:
+        assert asyncio.run(several(engine)) == [serial(model, request)] * 4
+
+
+def test_a_cancelled_task_frees_its_place(model: Model) -> None:
+    async def leave(engine: Engine) -> None:
+        async def read() -> None:
+            with engine.submit(Request(prompt=[1], ignore_eos=True)) as reply:
+                async for _ in reply:
+                    pass
+
+        task = asyncio.create_task(read())
+        await asyncio.sleep(0.002)
+        task.cancel()
+        with pytest.raises(asyncio.CancelledError):
+            await task
+
+    with Engine(model) as engine:
+        for _ in range(20):
+            asyncio.run(leave(engine))
+        wait_until(lambda: engine.statistics.under_way == 0)
+
+
+def test_a_reader_whose_loop_is_gone_does_not_stop_the_engine(model: Model, runtime: Any) -> None:
+    with Engine(model) as engine:
+        reply = held(engine, runtime, Request(prompt=[1], max_new_tokens=3, ignore_eos=True))
+
+        async def leave() -> None:
+            with pytest.raises(TimeoutError):
+                await asyncio.wait_for(anext(reply.__aiter__()), 0.01)
+
+        asyncio.run(leave())
+        runtime.gate.set()
+        assert len(tokens_of(reply)) == 3
