@@ -12,6 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+import httpx
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,10 +110,19 @@ def test_a_giant_body_is_refused_before_it_is_read(served: Served) -> None:
 def test_a_giant_body_without_a_length_is_refused_on_the_way(served: Served) -> None:
     with served.connect() as found:
         found.sendall(HEAD + b"Transfer-Encoding: chunked\r\n\r\n")
-        for _ in range(30):
-            found.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
-        received = answer(found)
-    assert received.startswith(b"HTTP/1.1 413 ")
+        with pytest.raises(OSError):
+            while True:
+                found.sendall(b"400\r\n" + b" " * 1024 + b"\r\n")
+
+
+def test_who_sends_somewhat_too_much_can_read_why(served: Served) -> None:
+    with httpx.Client(base_url=served.url) as client:
+        for content in (b" " * 100_000, iter([b" " * 10_000] * 10)):
+            headers = {"content-type": "application/json"}
+            response = client.post("/v1/completions", content=content, headers=headers)
+            assert response.status_code == 413
+            assert "more than 20000 bytes" in response.json()["error"]["message"]
+            assert client.get("/health").status_code == 200
 
 
 @pytest.mark.parametrize(
@@ -219,9 +229,7 @@ def test_hundreds_of_disconnects_leak_nothing(served: Served) -> None:
         found.close()
         if number % 50 == 49:
             served.settled()
-    served.settled()
     wait_until(lambda: not served.server.server_state.connections)
     wait_until(lambda: served.service.metrics.under_way == 0)
+    served.settled()  # only now: a request may have been read when its client was gone
     assert open_files() <= before + 2
-    statistics = served.engine.statistics
-    assert (statistics.under_way, statistics.queued) == (0, 0)

@@ -43,7 +43,7 @@ class OrtCache(GrowingCache):
             batch, shape.context, position_bytes=shape.cache_bytes(1, 1), budget=budget
         )
         self.copies = device == "cpu"  # the library moves no part of a tensor on a device
-        self.binding = session.io_binding()
+        self.binding: Any = session.io_binding()
         self._shape = shape
         self._device = device
         self._graphs = graphs
@@ -129,8 +129,10 @@ class OrtCache(GrowingCache):
 
     def _free(self) -> None:
         # First the bindings, which are addresses; then what lies there.
-        self.binding.clear_binding_inputs()
-        self.binding.clear_binding_outputs()
+        if self.binding is not None:
+            self.binding.clear_binding_inputs()
+            self.binding.clear_binding_outputs()
+        self.binding = None  # it would keep the library's session, and so all weights
         self._tensors.clear()
         self._kept.clear()
         self._buffers = self._bound_part = self._bound_step = None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 
 from starlette.requests import Request
 
@@ -14,6 +14,9 @@ from edge_memllm.strict_json import parse_json_object
 
 # The rest of a body that is not read must not be taken for the next request.
 _CLOSE = {"Connection": "close"}
+# A body this many times too large is read to its end, and thrown away, so that its sender gets to
+# read why; many clients that are cut off while they send never see an answer.
+_PATIENCE = 8
 
 
 async def read_object(request: Request, limits: Limits) -> dict[str, object]:
@@ -42,18 +45,22 @@ def _check_type(request: Request) -> None:
 
 async def _read(request: Request, most: int) -> bytes:
     declared = request.headers.get("content-length", "")
-    if declared.isdecimal() and int(declared) > most:
-        raise _too_large(most)
-    data = bytearray()
+    if declared.isdecimal() and int(declared) > _PATIENCE * most:
+        raise _too_large(most, _CLOSE)
+    data, size = bytearray(), 0
     async for part in request.stream():
-        data += part
-        if len(data) > most:
-            raise _too_large(most)
+        size += len(part)
+        if size <= most:
+            data += part
+        elif size > _PATIENCE * most:
+            raise _too_large(most, _CLOSE)
+    if size > most:
+        raise _too_large(most)
     return bytes(data)
 
 
-def _too_large(most: int) -> ApiError:
-    return ApiError(413, f"The body has more than {most} bytes.", headers=_CLOSE)
+def _too_large(most: int, headers: Mapping[str, str] | None = None) -> ApiError:
+    return ApiError(413, f"The body has more than {most} bytes.", headers=headers)
 
 
 def _check_depth(value: object, most: int) -> None:

@@ -1,0 +1,311 @@
+"""A text that stays: appended to, continued, taken back, saved, and restored in another process.
+
+Keys and values of what was computed are kept, so that going on costs only what is new. Knows the
+model's parts, not how a saved session is laid out: that is `session_file`.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
+from contextlib import closing
+from copy import deepcopy
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Self, Unpack
+from weakref import finalize
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.async_stream import in_thread
+from edge_memllm.cancellation import Cancellation
+from edge_memllm.errors import RequestError
+from edge_memllm.feeding import Feeder
+from edge_memllm.generation import TokenSequence, begin_text, go_on
+from edge_memllm.generation_options import CancellableTextOptions, TextOptions
+from edge_memllm.overlays.shelf import Selection
+from edge_memllm.request import (
+    Prompt,
+    check_speculate,
+    common_length,
+    prompt_tokens,
+    text_tokens,
+    token_limit,
+)
+from edge_memllm.sampling import Sampler, Sampling
+from edge_memllm.session_file import SessionFile, write_session
+from edge_memllm.session_state import Origin, SessionState
+from edge_memllm.session_turn import SessionTurn
+from edge_memllm.statistics import Meter, StepCosts
+from edge_memllm.stopping import check_stops
+from edge_memllm.streaming import Piece, assembled
+
+if TYPE_CHECKING:
+    from edge_memllm.model import Model
+
+
+class Session:
+    """One text under way; `Model.session` makes one, `Model.restore_session` reads one.
+
+    The same appended texts, seed and calls give the same tokens, and a session that was saved and
+    restored goes on exactly as it would have. For one user at a time: a second call while one is
+    under way is refused. Close it, or use `with`; closing the model closes it as well.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        records: Selection,
+        state: SessionState,
+    ) -> None:
+        """Begin where `state` is; the model closes the session when it is closed itself."""
+        self.sampling = state.sampling
+        self.seed = state.seed
+        self._model = model
+        self._records = records
+        self._draws = deepcopy(state.draws)
+        self._tokens = list(state.tokens)
+        self._logits = state.logits  # [V] behind the last token, if that is computed
+        self._feeder = Feeder(model.runtime, records.source, 1, model.prefill_chunk)
+        self._free = finalize(self, self._feeder.close)
+        self._turn = SessionTurn(self._feeder.cache, model.in_use)
+        if state.computed:
+            self._feeder.cache.hold(0, state.computed, state.held)
+        model.adopt(self)
+
+    @property
+    def tokens(self) -> tuple[int, ...]:
+        """The ids of the whole text: what was appended, and what was generated."""
+        return tuple(self._tokens)
+
+    @property
+    def text(self) -> str:
+        """The whole text, without special tokens."""
+        return self._model.tokenizer.decode(self._tokens)
+
+    @property
+    def computed(self) -> int:
+        """How many tokens have their keys and values; the others are computed when needed."""
+        return int(self._feeder.cache.lengths[0])
+
+    @property
+    def overlays(self) -> tuple[str, ...]:
+        """The names of the overlays that are on, in their order; they are for good."""
+        return self._records.names
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of memory that keys and values take."""
+        return self._feeder.cache.nbytes
+
+    def __len__(self) -> int:
+        return len(self._tokens)
+
+    def append(self, more: Prompt) -> None:
+        """Add text, or token ids; they are computed when they are needed, or by `prefill`.
+
+        The first text gets what the tokenizer puts around one. Raises `RequestError` for what the
+        vocabulary lacks and for more than the context holds; nothing is added then.
+        """
+        model = self._model
+        with self._turn.whole():
+            special = not self._tokens
+            ids = text_tokens(more, model.tokenizer, model.manifest.model, special=special)
+            room = model.manifest.model.max_position_embeddings
+            if len(self._tokens) + len(ids) > room:
+                raise RequestError(
+                    f"the session has {len(self._tokens)} tokens, {len(ids)} were to be added, and "
+                    f"the model's context holds {room}. Rewind it, or add less."
+                )
+            if ids:
+                self._tokens += ids
+                self._logits = None
+
+    def prefill(self, *, cancellation: Cancellation | None = None) -> None:
+        """Compute now what was appended, so that the next token comes at once.
+
+        Raises `GenerationCancelledError` within one chunk of a `cancellation`; what was computed
+        by then stays.
+        """
+        with self._turn.whole():
+            self._feeder.serve(StepCosts(), cancellation)
+            self._begin()
+            self._compute()
+
+    def stream(
+        self,
+        *,
+        max_new_tokens: int = 128,
+        stop: str | Sequence[str] = (),
+        sampling: Sampling | None = None,
+        ignore_eos: bool = False,
+        speculate: int = 0,
+        cancellation: Cancellation | None = None,
+    ) -> Generator[Piece, None, None]:
+        """Check the request now, then yield one piece of text per new token.
+
+        Every token that was yielded is part of the session, those of a stop string and of the end
+        of the text too: `rewind` takes them back. Leaving the iterator, or cancelling, keeps what
+        came so far. `sampling` None takes the session's; the rest is as in `Model.stream`.
+        """
+        stops, drafts = check_stops(stop), check_speculate(speculate)
+        with self._turn.whole():
+            self._limit(max_new_tokens)
+
+        def pieces() -> Generator[Piece, None, None]:
+            with self._turn.call():
+                self._begin()
+                limit = self._limit(max_new_tokens)
+                sampler = Sampler(sampling or self.sampling, self.seed, draws=self._draws)
+                ends = () if ignore_eos else self._model.manifest.model.eos_token_ids
+                sequence = TokenSequence(tuple(self._tokens), sampler, limit, frozenset(ends))
+                yield from self._pieces(sequence, stops, drafts, cancellation)
+
+        return pieces()
+
+    def generate(self, **options: Unpack[CancellableTextOptions]) -> str:
+        """Return the text that follows, which becomes part of the session; see `stream`."""
+        return "".join(piece.text for piece in self.stream(**options))
+
+    def astream(self, **options: Unpack[TextOptions]) -> AsyncGenerator[Piece, None]:
+        """Stream as `stream` does, for `async for`; see `Model.astream`."""
+        end = Cancellation()
+        return in_thread(self.stream(**options, cancellation=end), end)
+
+    def rewind(self, to: int | Sequence[int]) -> int:
+        """Take back the end of the text; return how many tokens are left.
+
+        `to` is that number, or token ids: then what the text has in common with them is left, and
+        appending the rest makes it them. Random numbers are not taken back, so that another try
+        gives another text. Raises `RequestError` for a number that is not from 0 to `len`.
+        """
+        with self._turn.whole():
+            left = to if isinstance(to, int) else common_length(self._tokens, list(to))
+            if isinstance(to, bool) or not 0 <= left <= len(self._tokens):
+                raise RequestError(
+                    f"rewind to {to!r}, expected 0 to {len(self._tokens)}, or token ids."
+                )
+            if left < len(self._tokens):
+                del self._tokens[left:]
+                self._drop_surplus()
+            return left
+
+    def fork(self) -> Session:
+        """Return a second session that goes on from here by itself, with the same random numbers.
+
+        Costs the memory of the keys and values once more, and no computing.
+        """
+        with self._turn.whole():
+            return Session(self._model, self._records, self._state())
+
+    def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
+        """Write the session into one file, whole or not at all; return its bytes.
+
+        It holds the text and its keys and values, `computed` positions of them, so only its owner
+        may read it. Raises `RequestError` for an existing file unless `overwrite`,
+        `StorageError` when writing fails.
+        """
+        with self._turn.whole():
+            origin = Origin.of(self._model.manifest, self._records)
+            return write_session(Path(path), origin, self._state(), overwrite=overwrite)
+
+    @classmethod
+    def restore(cls, model: Model, path: str | os.PathLike[str]) -> Self:
+        """Read a saved session; see `Model.restore_session`."""
+        with SessionFile(Path(path)) as file:
+            file.origin.check(Origin.of(model.manifest, model.records(())), str(path))
+            records = model.records(file.origin.overlays)
+            file.origin.check_overlays(Origin.of(model.manifest, records), str(path))
+            with closing(model.runtime.new_cache(1)) as empty:
+                state = file.state(empty.layout, model.manifest.model)
+            return cls(model, records, state)
+
+    def close(self) -> None:
+        """Free the memory, after the step under way if there is one; twice is fine."""
+        with self._turn.step:
+            self._free()
+            self._logits = None
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self.close()
+
+    def _begin(self) -> None:
+        """Give a session without any text the token that starts one."""
+        if not self._tokens:
+            model = self._model
+            self._tokens = prompt_tokens("", model.tokenizer, model.manifest.model)
+
+    def _limit(self, max_new_tokens: int) -> int:
+        context = self._model.manifest.model.max_position_embeddings
+        limit = token_limit(max_new_tokens, len(self._tokens), context)
+        if not limit:
+            raise RequestError(
+                f"the session has {len(self._tokens)} tokens, more than the {context} of the "
+                "model's context. Rewind it."
+            )
+        return limit
+
+    def _pieces(
+        self,
+        sequence: TokenSequence,
+        stops: Sequence[str],
+        drafts: int,
+        cancellation: Cancellation | None,
+    ) -> Generator[Piece, None, None]:
+        meter = Meter(self._model.runtime, self._records.source, self.seed, self.overlays)
+        self._feeder.serve(meter.costs, cancellation)
+        tokens = self._advance(sequence, drafts)
+        try:
+            with closing(
+                assembled(tokens, [sequence], self._model.tokenizer, stops, meter)
+            ) as pieces:
+                while (piece := self._next(pieces)) is not None:
+                    yield piece
+        finally:
+            with self._turn.step:
+                self._drop_surplus()
+
+    def _next(self, pieces: Iterator[tuple[int, Piece]]) -> Piece | None:
+        with self._turn.working():
+            _, piece = next(pieces, (0, None))
+            if piece is not None:
+                self._tokens.append(piece.token)
+            return piece
+
+    def _advance(self, sequence: TokenSequence, drafts: int) -> Generator[int, None, None]:
+        begin_text(self._feeder, sequence, self._compute())
+        yield 0
+        yield from go_on(self._feeder, [sequence], drafts)
+
+    def _compute(self) -> NDArray[np.float32]:
+        """Return the logits [V] behind the last token, computing what is not yet."""
+        if self._logits is None:
+            self._logits = self._feeder.prefill(0, self._tokens[self.computed :]).copy()
+        return self._logits
+
+    def _drop_surplus(self) -> None:
+        """Forget what is computed of the last token, or of drafts behind it."""
+        self._logits = None
+        if not self._feeder.cache.closed:
+            kept = min(self.computed, max(0, len(self._tokens) - 1))
+            self._feeder.cache.truncate(0, kept)
+
+    def _state(self) -> SessionState:
+        return SessionState(
+            tokens=tuple(self._tokens),
+            logits=self._logits,
+            sampling=self.sampling,
+            seed=self.seed,
+            draws=self._draws,
+            computed=self.computed,
+            held=self._feeder.cache.held(0),
+        )
