@@ -10,10 +10,12 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_memllm.cancellation import Cancellation
     from edge_memllm.errors import (
         ArtifactError,
         CorruptionError,
         EdgeMemLLMError,
+        GenerationCancelledError,
         RequestError,
         RuntimeUnavailableError,
         StorageError,
@@ -21,20 +23,24 @@ if TYPE_CHECKING:
     from edge_memllm.loading import load
     from edge_memllm.model import Model, Piece
     from edge_memllm.sampling import Sampling
+    from edge_memllm.session import Session
     from edge_memllm.statistics import GenerationStatistics
 
 __version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
+    "Cancellation",
     "CorruptionError",
     "EdgeMemLLMError",
+    "GenerationCancelledError",
     "GenerationStatistics",
     "Model",
     "Piece",
     "RequestError",
     "RuntimeUnavailableError",
     "Sampling",
+    "Session",
     "StorageError",
     "__version__",
     "load",
@@ -42,14 +48,17 @@ __all__ = [
 
 _HOMES = {
     "ArtifactError": "errors",
+    "Cancellation": "cancellation",
     "CorruptionError": "errors",
     "EdgeMemLLMError": "errors",
+    "GenerationCancelledError": "errors",
     "GenerationStatistics": "statistics",
     "Model": "model",
     "Piece": "model",
     "RequestError": "errors",
     "RuntimeUnavailableError": "errors",
     "Sampling": "sampling",
+    "Session": "session",
     "StorageError": "errors",
     "load": "loading",
 }

@@ -10,14 +10,17 @@ import edge_memllm
 
 PUBLIC = {
     "ArtifactError",
+    "Cancellation",
     "CorruptionError",
     "EdgeMemLLMError",
+    "GenerationCancelledError",
     "GenerationStatistics",
     "Model",
     "Piece",
     "RequestError",
     "RuntimeUnavailableError",
     "Sampling",
+    "Session",
     "StorageError",
     "__version__",
     "load",

@@ -87,8 +87,11 @@ def test_a_client_that_waits_no_longer_frees_its_slot(
     served: Served, runtime: GatedRuntime
 ) -> None:
     runtime.gate.clear()
-    with served.openai(timeout=0.3) as client, pytest.raises(openai.APITimeoutError):
-        client.completions.create(model="small", prompt="x", n=2)
+    with ThreadPoolExecutor(1) as pool, served.openai(timeout=1.5) as client:
+        asked = pool.submit(client.completions.create, model="small", prompt="x", n=2)
+        wait_until(lambda: busy(served.engine) == 2)
+        with pytest.raises(openai.APITimeoutError):
+            asked.result()
     wait_until(lambda: served.service.metrics.under_way == 0)
     runtime.gate.set()
     served.settled()

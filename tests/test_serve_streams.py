@@ -2,18 +2,35 @@
 
 from __future__ import annotations
 
-import threading
-from collections.abc import Iterator
+import json
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import httpx
 import pytest
 from serve_cases import HELLO, TEMPLATE, Served, busy, serving_small
 from serving_cases import GatedRuntime, wait_until
 from small_model import write_small_artifact
 
 from edge_memllm import StorageError
+from edge_memllm.serving.http.settings import Limits
 
 LONG = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
+
+
+class PausingRuntime(GatedRuntime):
+    """Holds itself before its step number `pause_at`, until the gate is opened."""
+
+    pause_at: int | None = None
+
+    def step(self, *arguments: Any, **more: Any) -> Any:
+        if len(self.steps) == self.pause_at:
+            self.gate.clear()
+            self.pause_at = None
+        return super().step(*arguments, **more)
 
 
 @pytest.fixture(scope="module")
@@ -22,12 +39,12 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def runtime() -> GatedRuntime:
-    return GatedRuntime()
+def runtime() -> PausingRuntime:
+    return PausingRuntime()
 
 
 @pytest.fixture
-def served(folder: Path, runtime: GatedRuntime) -> Iterator[Served]:
+def served(folder: Path, runtime: PausingRuntime) -> Iterator[Served]:
     options = {"template": TEMPLATE, "pulse_seconds": 0.05}
     with serving_small(folder, runtime, engine={"slots": 2}, **options) as found:
         yield found
@@ -79,15 +96,29 @@ def test_statistics_come_with_the_end_of_a_choice(served: Served) -> None:
     assert not any(found[:-1])
 
 
-def test_a_waiting_stream_says_so(served: Served, runtime: GatedRuntime) -> None:
+def lines_of(served: Served, at_first: Callable[[], None], **body: Any) -> list[str]:
+    """The lines of a stream; something is done when the first one has come."""
+    lines: list[str] = []
+    asked = {"stream": True, **body}
+    with httpx.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=20) as response:
+        for line in response.iter_lines():
+            if not lines:
+                at_first()
+            if line:
+                lines.append(line)
+    return lines
+
+
+def test_a_waiting_stream_says_so(served: Served, runtime: PausingRuntime) -> None:
     runtime.gate.clear()
-    threading.Timer(0.3, runtime.gate.set).start()
-    first, *_, end = served.events(prompt="x", max_tokens=2)
+    first, *_, end = lines_of(served, runtime.gate.set, prompt="x", max_tokens=2)
     assert first == ": waiting"
-    assert end == "[DONE]"
+    assert end == "data: [DONE]"
 
 
-def test_an_error_before_the_first_event_is_a_status(served: Served, runtime: GatedRuntime) -> None:
+def test_an_error_before_the_first_event_is_a_status(
+    served: Served, runtime: PausingRuntime
+) -> None:
     runtime.failure = StorageError("table.safetensors: gone")
     response = served.post("/v1/completions", {"prompt": "x", "stream": True})
     assert response.status_code == 500
@@ -98,36 +129,32 @@ def test_an_error_before_the_first_event_is_a_status(served: Served, runtime: Ga
     assert served.get("/health").json() == {"status": "ok"}
 
 
-def test_an_error_in_a_stream_is_an_event(served: Served, runtime: GatedRuntime) -> None:
-    runtime.gate.clear()
-
-    def fail_later() -> None:
+def test_an_error_in_a_stream_is_an_event(served: Served, runtime: PausingRuntime) -> None:
+    def fail() -> None:
         runtime.failure = StorageError("table.safetensors: gone")
         runtime.gate.set()
 
-    threading.Timer(0.2, fail_later).start()
-    *_, last = served.events(prompt="x", max_tokens=50)
-    assert last["error"]["type"] == "server_error"
+    runtime.gate.clear()
+    *_, last = lines_of(served, fail, prompt="x", max_tokens=50)
+    assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
 
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_stops_the_reply_within_a_token(
-    served: Served, runtime: GatedRuntime, stream: bool
+    served: Served, runtime: PausingRuntime, stream: bool
 ) -> None:
+    runtime.pause_at = 4
     with served.ask_raw({**LONG, "stream": stream}):
-        wait_until(lambda: len(runtime.steps) > 3)
-        runtime.gate.clear()
-        wait_until(lambda: busy(served.engine) == 1)
+        wait_until(lambda: len(runtime.steps) == 4 and not runtime.gate.is_set())
     # The server has to see it before the next token is let through.
     wait_until(lambda: served.service.metrics.under_way == 0)
-    steps = len(runtime.steps)
     runtime.gate.set()
     served.settled()
-    assert len(runtime.steps) <= steps + 1
+    assert len(runtime.steps) <= 5
     assert served.engine.statistics.given_up == 1
 
 
-def test_who_leaves_the_queue_takes_no_turn(served: Served, runtime: GatedRuntime) -> None:
+def test_who_leaves_the_queue_takes_no_turn(served: Served, runtime: PausingRuntime) -> None:
     runtime.gate.clear()
     with served.ask_raw({**LONG, "n": 2}):
         wait_until(lambda: busy(served.engine) == 2)
@@ -139,7 +166,7 @@ def test_who_leaves_the_queue_takes_no_turn(served: Served, runtime: GatedRuntim
     assert served.engine.statistics.prompt_tokens <= 2 * len("Hello")
 
 
-def test_all_prompts_are_taken_or_none(folder: Path, runtime: GatedRuntime) -> None:
+def test_all_prompts_are_taken_or_none(folder: Path, runtime: PausingRuntime) -> None:
     with serving_small(folder, runtime, engine={"slots": 1, "queue": 2}) as served:
         runtime.gate.clear()
         response = served.post("/v1/completions", {"prompt": ["a", "b", "c", "d"]})
@@ -152,13 +179,14 @@ def test_all_prompts_are_taken_or_none(folder: Path, runtime: GatedRuntime) -> N
         assert served.engine.statistics.finished == 0
 
 
-def test_a_request_that_takes_too_long_is_given_up(folder: Path, runtime: GatedRuntime) -> None:
-    from edge_memllm.serving.http.settings import Limits
-
+def test_a_request_that_takes_too_long_is_given_up(folder: Path, runtime: PausingRuntime) -> None:
     limits = Limits(reply_seconds=0.2)
-    with serving_small(folder, runtime, limits=limits) as served:
-        runtime.gate.clear()
-        threading.Timer(0.4, runtime.gate.set).start()
-        response = served.post("/v1/completions", LONG)
+    runtime.gate.clear()
+    with serving_small(folder, runtime, limits=limits) as served, ThreadPoolExecutor(1) as pool:
+        asked = pool.submit(served.post, "/v1/completions", LONG)
+        wait_until(lambda: busy(served.engine))
+        time.sleep(0.25)
+        runtime.gate.set()
+        response = asked.result()
     assert response.status_code == 503
     assert response.json()["error"]["code"] == "deadline_exceeded"

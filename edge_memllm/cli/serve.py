@@ -150,13 +150,14 @@ def _url(bound: socket.socket) -> str:
 
 @contextmanager
 def _logging_to_stderr(settings: Settings) -> Iterator[None]:
-    """Show warnings of ours, and requests where that is wished; uvicorn's own remarks are noise."""
+    """Show our warnings, and requests where that is wished; what is below us makes noise."""
     requests = logging.INFO if settings.log_requests else logging.WARNING
     levels = {
         "edge_memllm": logging.WARNING,
         "edge_memllm.serving.http.server": logging.INFO,
         "edge_memllm.serving.http.journal": requests,
         "uvicorn": logging.CRITICAL,
+        "asyncio": logging.ERROR,
     }
     handler = logging.StreamHandler()
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
