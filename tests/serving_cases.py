@@ -17,7 +17,12 @@ WARM = Sampling(temperature=0.9, repetition_penalty=1.2)
 
 
 class GatedRuntime(FakeRuntime):
-    """Can be held before its next step, counts steps, and fails when told to."""
+    """Can be held before its next step, counts steps, and fails when told to.
+
+    With `pause_at` it holds itself before the step of that number, until the gate is opened.
+    """
+
+    pause_at: int | None = None
 
     def __init__(self, *, copies: bool = True) -> None:
         super().__init__(VOCABULARY, CONTEXT)
@@ -35,6 +40,9 @@ class GatedRuntime(FakeRuntime):
         return self.caches[-1]
 
     def step(self, buffer: Any, distinct: int, index: Any, cache: Any, wanted: Any, **more: Any):
+        if len(self.steps) == self.pause_at:
+            self.gate.clear()
+            self.pause_at = None
         self.gate.wait(10)
         if self.failure is not None:
             failure, self.failure = self.failure, None

@@ -191,6 +191,15 @@ def test_the_first_error_is_the_one_that_is_told(table: Table) -> None:
         list(generate_tokens(Watched(), table, [sequence(PROMPT)], prefill_chunk=10))
 
 
+@pytest.fixture
+def heard() -> Iterator[None]:
+    """Control-C is heard even where tests run in the background of a shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("heard")
 def test_control_c_stops_within_a_chunk_and_waits_for_the_thread(table: Table) -> None:
     release = threading.Event()
 

@@ -21,30 +21,18 @@ from edge_memllm.serving.http.settings import Limits
 LONG = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
 
 
-class PausingRuntime(GatedRuntime):
-    """Holds itself before its step number `pause_at`, until the gate is opened."""
-
-    pause_at: int | None = None
-
-    def step(self, *arguments: Any, **more: Any) -> Any:
-        if len(self.steps) == self.pause_at:
-            self.gate.clear()
-            self.pause_at = None
-        return super().step(*arguments, **more)
-
-
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
 
 
 @pytest.fixture
-def runtime() -> PausingRuntime:
-    return PausingRuntime()
+def runtime() -> GatedRuntime:
+    return GatedRuntime()
 
 
 @pytest.fixture
-def served(folder: Path, runtime: PausingRuntime) -> Iterator[Served]:
+def served(folder: Path, runtime: GatedRuntime) -> Iterator[Served]:
     options = {"template": TEMPLATE, "pulse_seconds": 0.05}
     with serving_small(folder, runtime, engine={"slots": 2}, **options) as found:
         yield found
@@ -109,16 +97,14 @@ def lines_of(served: Served, at_first: Callable[[], None], **body: Any) -> list[
     return lines
 
 
-def test_a_waiting_stream_says_so(served: Served, runtime: PausingRuntime) -> None:
+def test_a_waiting_stream_says_so(served: Served, runtime: GatedRuntime) -> None:
     runtime.gate.clear()
     first, *_, end = lines_of(served, runtime.gate.set, prompt="x", max_tokens=2)
     assert first == ": waiting"
     assert end == "data: [DONE]"
 
 
-def test_an_error_before_the_first_event_is_a_status(
-    served: Served, runtime: PausingRuntime
-) -> None:
+def test_an_error_before_the_first_event_is_a_status(served: Served, runtime: GatedRuntime) -> None:
     runtime.failure = StorageError("table.safetensors: gone")
     response = served.post("/v1/completions", {"prompt": "x", "stream": True})
     assert response.status_code == 500
@@ -129,7 +115,7 @@ def test_an_error_before_the_first_event_is_a_status(
     assert served.get("/health").json() == {"status": "ok"}
 
 
-def test_an_error_in_a_stream_is_an_event(served: Served, runtime: PausingRuntime) -> None:
+def test_an_error_in_a_stream_is_an_event(served: Served, runtime: GatedRuntime) -> None:
     def fail() -> None:
         runtime.failure = StorageError("table.safetensors: gone")
         runtime.gate.set()
@@ -141,7 +127,7 @@ def test_an_error_in_a_stream_is_an_event(served: Served, runtime: PausingRuntim
 
 @pytest.mark.parametrize("stream", [True, False])
 def test_who_leaves_stops_the_reply_within_a_token(
-    served: Served, runtime: PausingRuntime, stream: bool
+    served: Served, runtime: GatedRuntime, stream: bool
 ) -> None:
     runtime.pause_at = 4
     with served.ask_raw({**LONG, "stream": stream}):
@@ -154,7 +140,7 @@ def test_who_leaves_stops_the_reply_within_a_token(
     assert served.engine.statistics.given_up == 1
 
 
-def test_who_leaves_the_queue_takes_no_turn(served: Served, runtime: PausingRuntime) -> None:
+def test_who_leaves_the_queue_takes_no_turn(served: Served, runtime: GatedRuntime) -> None:
     runtime.gate.clear()
     with served.ask_raw({**LONG, "n": 2}):
         wait_until(lambda: busy(served.engine) == 2)
@@ -166,7 +152,7 @@ def test_who_leaves_the_queue_takes_no_turn(served: Served, runtime: PausingRunt
     assert served.engine.statistics.prompt_tokens <= 2 * len("Hello")
 
 
-def test_all_prompts_are_taken_or_none(folder: Path, runtime: PausingRuntime) -> None:
+def test_all_prompts_are_taken_or_none(folder: Path, runtime: GatedRuntime) -> None:
     with serving_small(folder, runtime, engine={"slots": 1, "queue": 2}) as served:
         runtime.gate.clear()
         response = served.post("/v1/completions", {"prompt": ["a", "b", "c", "d"]})
@@ -179,7 +165,7 @@ def test_all_prompts_are_taken_or_none(folder: Path, runtime: PausingRuntime) ->
         assert served.engine.statistics.finished == 0
 
 
-def test_a_request_that_takes_too_long_is_given_up(folder: Path, runtime: PausingRuntime) -> None:
+def test_a_request_that_takes_too_long_is_given_up(folder: Path, runtime: GatedRuntime) -> None:
     limits = Limits(reply_seconds=0.2)
     runtime.gate.clear()
     with serving_small(folder, runtime, limits=limits) as served, ThreadPoolExecutor(1) as pool:
