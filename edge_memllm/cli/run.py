@@ -90,10 +90,13 @@ def execute(arguments: argparse.Namespace) -> int:
         raise RequestError("--json answers one prompt. Give it with --prompt or on stdin.")
 
     import edge_memllm
+    from edge_memllm.cli.progress import StageBars
     from edge_memllm.cli.session import Session
     from edge_memllm.cli.settings import Settings
 
-    with edge_memllm.load(arguments.artifact, **loading_keywords(arguments)) as model:
+    with StageBars() as bars:
+        model = edge_memllm.load(arguments.artifact, progress=bars, **loading_keywords(arguments))
+    with model:
         settings = Settings.from_arguments(arguments, model.sampling)
         if prompt is None:
             Session(model, settings, raw=arguments.raw, statistics=not arguments.no_stats).run()
