@@ -44,18 +44,23 @@ def test_replies_can_be_read_in_asyncio(model: Model) -> None:
         assert asyncio.run(several(engine)) == [serial(model, request)] * 4
 
 
-def test_a_cancelled_task_frees_its_place(model: Model) -> None:
+def test_a_cancelled_task_frees_its_place(model: Model, runtime: GatedRuntime) -> None:
     async def leave(engine: Engine) -> None:
+        begun = asyncio.Event()
+
         async def read() -> None:
             with engine.submit(Request(prompt=[1], ignore_eos=True)) as reply:
                 async for _ in reply:
-                    pass
+                    begun.set()
 
+        runtime.pause_at = len(runtime.steps) + 3
         task = asyncio.create_task(read())
-        await asyncio.sleep(0.002)
+        await begun.wait()
+        await asyncio.to_thread(wait_until, lambda: not runtime.gate.is_set())
         task.cancel()
         with pytest.raises(asyncio.CancelledError):
             await task
+        runtime.gate.set()
 
     with Engine(model) as engine:
         for _ in range(20):
