@@ -98,6 +98,7 @@ def execute(arguments: argparse.Namespace) -> int:
             print(f"3. What that took\n\n{_page(figures)}")
             if arguments.out is not None:
                 print(f"\nGo on with it: {_program()} run {arguments.out}")
+                print(f"In a browser:  {_program()} serve {arguments.out}")
     return 0
 
 
