@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from benchmarks.paper.changes import WANTED
+from benchmarks.paper.changes import CHANGES, WANTED
 from benchmarks.paper.page.layout import MISSING, VARIANTS, Entries, Section, table
-from benchmarks.paper.page.quality import losses
+from benchmarks.paper.page.quality import losses, training_command
 
 _PREFIX = "abl-"
 _PLAIN = {0: "memoryllm", 1: "flex-1", 2: "flex-2", 3: "flex-3"}
@@ -27,7 +27,7 @@ def ablations_section(entries: Entries) -> Section:
     if not runs:
         return Section(title, left[0])
     head = ["change", "against", "seed", "perplexity", "without it", "difference, nats"]
-    head += ["beyond noise", "parameters in the layers", "table rows of a token"]
+    head += ["beyond noise", "parameters in the layers", "table rows of a token", "trained with"]
     noise = losses(entries).noise()
     rows = [_row(run, entries, noise) for run in runs]
     text = "\n\n".join([_INTRODUCTION, table(head, rows), *left])
@@ -39,6 +39,7 @@ def _row(run: Mapping[str, Any], entries: Entries, noise: float | None) -> list[
     words = "; ".join(run["model"]["changes"]) or run["variant"].removeprefix(_PREFIX)
     start = [words, VARIANTS[plain], str(run["seed"]), f"{_text(run)['perplexity']:.2f}"]
     size = [f"{run['model']['total'] / 1e6:.2f} M", str(run["model"]["memory_rows"])]
+    size.append(f"`{_command(run, plain)}`")
     other = entries.get(f"{plain}-s{run['seed']}")
     if other is None:
         return [*start, MISSING, "-", "-", *size]
@@ -50,6 +51,17 @@ def _row(run: Mapping[str, Any], entries: Entries, noise: float | None) -> list[
         _beyond(difference, noise),
         *size,
     ]
+
+
+def _command(run: Mapping[str, Any], plain: str) -> str:
+    """How the run was trained: the model without the changes, and a setting for each of them."""
+    command = training_command(plain, run["seed"], run["variant"])
+    settings = {words: change for change, words in CHANGES.items()}
+    for words in run["model"]["changes"]:
+        width = ("memory_intermediate_size", run["model"]["memory_width"])
+        field, value = settings.get(words, width)
+        command += f" --set model.{field}={value}"
+    return command
 
 
 def _text(run: Mapping[str, Any]) -> Mapping[str, Any]:

@@ -17,6 +17,7 @@ from benchmarks.paper.page.layout import (
     image,
     table,
 )
+from benchmarks.paper.page.quality import training_command
 
 _KIND = "-long"
 _TITLE = "Trained for longer"
@@ -58,7 +59,7 @@ def _runs_table(runs: Entries, entries: Entries) -> str:
 
 def _command(variant: str, run: Mapping[str, Any]) -> str:
     settings = run["figures"]["training"]["settings"]
-    words = f"edge-memllm train examples/recipes/{variant}.toml --out runs/{variant}{_KIND}-s1"
+    words = training_command(variant, 1, f"{variant}{_KIND}")
     return " ".join([words, *(f"--set training.{name}={settings[name]}" for name in settings)])
 
 

@@ -91,9 +91,9 @@ def _runs_table(family: Entries) -> str:
     return table(head, rows)
 
 
-def training_command(variant: str, seed: int) -> str:
-    """Return how a run was trained."""
-    words = f"edge-memllm train examples/recipes/{variant}.toml --out runs/{variant}-s{seed}"
+def training_command(recipe: str, seed: int, name: str | None = None) -> str:
+    """Return how a run was trained; `name` is what it is called if not as its recipe."""
+    words = f"edge-memllm train examples/recipes/{recipe}.toml --out runs/{name or recipe}-s{seed}"
     return words if seed == 1 else f"{words} --set training.seed={seed}"
 
 
