@@ -17,6 +17,7 @@ from transformers import (
 from edge_memllm.errors import RequestError
 from edge_memllm.huggingface import EdgeMemLLMConfig, EdgeMemLLMForCausalLM
 from edge_memllm.huggingface.cache import GenerationCache
+from edge_memllm.modeling.cache_argument import CACHE
 
 
 @pytest.fixture(scope="module")
@@ -63,14 +64,14 @@ def test_steps_with_a_past_are_the_whole_text(model: EdgeMemLLMForCausalLM) -> N
     past = None
     for start, stop in ((0, 20), (20, 21), (21, 23)):
         output = model(tokens[:, start:stop], mask[:, :stop], past)
-        past = output.past_key_values
+        past = output[CACHE]
         assert past.get_seq_length() == stop
         assert torch.allclose(output.logits[:, -1], whole[:, stop - 1], atol=1e-5)
 
 
 def test_without_a_cache_nothing_is_kept(model: EdgeMemLLMForCausalLM) -> None:
     output = model(ids(TEXT), use_cache=False)
-    assert output.past_key_values is None
+    assert CACHE not in output
     logits, kept = model(ids(TEXT), return_dict=False)
     assert torch.equal(logits, output.logits)
     assert isinstance(kept, GenerationCache)
@@ -81,7 +82,7 @@ def test_without_a_cache_nothing_is_kept(model: EdgeMemLLMForCausalLM) -> None:
 def test_a_conversation_goes_on_from_its_past(model: EdgeMemLLMForCausalLM) -> None:
     first = model.generate(ids(TEXT), return_dict_in_generate=True, **GREEDY)
     longer = torch.cat([first.sequences, ids(" And then")], 1)
-    again = model.generate(longer, past_key_values=first.past_key_values, **GREEDY)
+    again = model.generate(longer, **{CACHE: first[CACHE]}, **GREEDY)
     assert torch.equal(again, model.generate(longer, **GREEDY))
 
 
@@ -89,7 +90,7 @@ def test_a_past_can_be_cropped(model: EdgeMemLLMForCausalLM) -> None:
     inputs = padded(TEXT, "short")
     tokens, mask = inputs.values()
     output = model(**inputs)
-    past, whole = output.past_key_values, output.logits
+    past, whole = output[CACHE], output.logits
     past.crop(-2)
     assert past.get_seq_length() == tokens.shape[1] - 2
     again = model(tokens[:, -2:], mask, past).logits
@@ -110,20 +111,20 @@ def test_memory_is_freed_with_the_generation(model: EdgeMemLLMForCausalLM) -> No
     kept = model.generate(ids("x"), return_dict_in_generate=True, **GREEDY)
     model.generate(ids("x"), **GREEDY)
     assert caches() == before + 1
-    kept.past_key_values.close()
-    kept.past_key_values.close()
+    kept[CACHE].close()
+    kept[CACHE].close()
     with pytest.raises(ValueError, match="the cache is closed"):
-        model(ids("y"), past_key_values=kept.past_key_values)
+        model(ids("y"), cache=kept[CACHE])
 
 
 def test_a_closed_model_is_closed(path: Path) -> None:
     opened = EdgeMemLLMForCausalLM.from_pretrained(path, threads=1)
-    past = opened(ids("x")).past_key_values
+    past = opened(ids("x"))[CACHE]
     opened.close()
     opened.close()
     with pytest.raises(RequestError, match="The model is closed"):
         opened.generate(ids("x"), **GREEDY)
-    opened(ids("y"), past_key_values=past)  # what is under way may end
+    opened(ids("y"), cache=past)  # what is under way may end
     del past, opened
     gc.collect()
 
@@ -143,7 +144,7 @@ def masked(*rows: list[int]) -> dict[str, torch.Tensor]:
         (masked([1, 1, 0]), r"not on the left .*padding_side = 'left'"),
         (masked([0, 1, 0]), r"not on the left"),
         (masked([0, 0, 0]), r"or all of it.*no empty prompt"),
-        ({"past_key_values": DynamicCache()}, r"is a DynamicCache, expected what this model"),
+        ({"cache": DynamicCache()}, r"is a DynamicCache, expected what this model"),
         ({"logits_to_keep": -1}, r"logits_to_keep is -1, expected a number of tokens, 0"),
         ({"logits_to_keep": torch.tensor([0])}, r"logits_to_keep is tensor"),
     ],
@@ -158,11 +159,21 @@ def test_inputs_that_cannot_be_are_refused(
 def test_padding_after_the_beginning_and_another_batch_are_refused(
     model: EdgeMemLLMForCausalLM,
 ) -> None:
-    past = model(ids("ab", "cd")).past_key_values
+    past = model(ids("ab", "cd"))[CACHE]
     with pytest.raises(RequestError, match=r"text that has begun: padding comes first"):
         model(ids("ef", "gh"), torch.tensor([[1, 1, 0, 1], [1, 1, 1, 1]]), past)
-    with pytest.raises(RequestError, match=r"input_ids has 1 rows and past_key_values 2"):
-        model(ids("ef"), past_key_values=past)
+    with pytest.raises(RequestError, match=r"input_ids has 1 rows and \w+ 2"):
+        model(ids("ef"), cache=past)
+
+
+def test_the_past_goes_by_either_of_its_names(model: EdgeMemLLMForCausalLM) -> None:
+    whole = model(ids("abcd")).logits
+    for name in ("cache", "past_key_values"):
+        rest = model(ids("cd"), **{name: model(ids("ab"))[CACHE]}).logits
+        assert (rest - whole[:, 2:]).abs().max() <= 1e-5
+    past = model(ids("ab"))[CACHE]
+    with pytest.raises(RequestError, match="two names of one argument"):
+        model(ids("cd"), cache=past, past_key_values=past)
 
 
 def test_devices(model: EdgeMemLLMForCausalLM) -> None:
@@ -175,7 +186,7 @@ def test_devices(model: EdgeMemLLMForCausalLM) -> None:
 def test_beams_are_refused_where_sequences_cannot_move(
     model: EdgeMemLLMForCausalLM, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    past = model(ids("ab", "cd")).past_key_values
+    past = model(ids("ab", "cd"))[CACHE]
     past._feeder.cache.copies = False
     past.reorder_cache(torch.tensor([0, 1]))
     with pytest.raises(RequestError, match=r"beam search moves .*Use num_beams=1"):

@@ -8,8 +8,9 @@ from typing import Any
 import pytest
 import torch
 from conftest import MakeCheckpoint
-from transformers import AutoConfig, AutoModelForCausalLM
+from transformers import AutoConfig, AutoModelForCausalLM, DynamicCache
 
+from edge_memllm.errors import RequestError
 from edge_memllm.modeling import (
     PRESETS,
     MemoryLLMConfig,
@@ -18,6 +19,7 @@ from edge_memllm.modeling import (
     parameter_counts,
     preset_config,
 )
+from edge_memllm.modeling.cache_argument import CACHE
 from edge_memllm.modeling.loss import next_token_loss
 from edge_memllm.modeling.trainer import LanguageModelTrainer
 
@@ -281,3 +283,24 @@ def test_loss_equals_the_plain_formula() -> None:
     (expected,) = torch.autograd.grad(plain, logits)
     torch.testing.assert_close(ours, plain)
     torch.testing.assert_close(gradient, expected)
+
+
+@pytest.mark.parametrize("name", ["cache", "past_key_values"])
+def test_the_cache_goes_by_either_of_its_names(make_checkpoint: MakeCheckpoint, name: str) -> None:
+    model = load(make_checkpoint, beta=0)
+    ids = torch.arange(12).reshape(2, 6)
+    with torch.no_grad():
+        whole = model(ids, use_cache=False)
+        held = getattr(model(ids[:, :4]), CACHE)
+        rest = model(ids[:, 4:], **{name: held})
+    assert CACHE not in whole
+    assert (rest.logits - whole.logits[:, 4:]).abs().max() <= 1e-5
+    assert getattr(rest, CACHE) is held
+    assert held.get_seq_length() == 6
+
+
+def test_two_caches_are_refused(make_checkpoint: MakeCheckpoint) -> None:
+    model = load(make_checkpoint, beta=0)
+    caches = {name: DynamicCache() for name in ("cache", "past_key_values")}
+    with pytest.raises(RequestError, match="two names of one argument"):
+        model(torch.ones(1, 1, dtype=torch.long), **caches)

@@ -1,4 +1,4 @@
-"""The `past_key_values` of transformers: what one generation holds in the runtime.
+"""The `cache` of transformers (`past_key_values` before): what one generation holds in the runtime.
 
 Keys and values stay where the runtime has them. Padding on the left never reaches it: each
 sequence has its own length there, while transformers counts columns, padding included.
@@ -9,6 +9,7 @@ from __future__ import annotations
 import weakref
 from collections.abc import Sequence
 from contextlib import ExitStack
+from typing import ClassVar
 
 import numpy as np
 import torch
@@ -26,6 +27,7 @@ class GenerationCache:
     """Keys and values of B sequences. Its memory is freed with it, or by `close`."""
 
     is_compileable = False
+    is_linear: ClassVar[tuple[bool, ...]] = (False,)  # asked of every layer: keys and values grow
 
     def __init__(self, model: Model, batch: int) -> None:
         """Begin a generation of `batch` sequences. Raises `RequestError` for a closed model."""

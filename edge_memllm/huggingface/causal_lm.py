@@ -29,6 +29,7 @@ from edge_memllm.huggingface.inputs import StepInputs
 from edge_memllm.huggingface.publishing import copy_artifact, upload_artifact
 from edge_memllm.loading import load
 from edge_memllm.model import Model
+from edge_memllm.modeling.cache_argument import CACHE, one_cache
 
 
 class EdgeMemLLMForCausalLM(OptimizedModel, Generating):
@@ -93,33 +94,34 @@ class EdgeMemLLMForCausalLM(OptimizedModel, Generating):
         self,
         input_ids: torch.Tensor,
         attention_mask: torch.Tensor | None = None,
-        past_key_values: GenerationCache | None = None,
+        cache: GenerationCache | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 0,
         return_dict: bool = True,
+        past_key_values: GenerationCache | None = None,
     ) -> CausalLMOutputWithPast | tuple[Any, ...]:
         """Feed `input_ids` [B, T] and return logits [B, K, V] in float32.
 
         `attention_mask` [B, columns so far + T] marks padding by 0, which must be on the left; at
-        padding, logits are zeros. `past_key_values` is what this model returned for the columns
-        before. `logits_to_keep` is K, the number of last columns, 0 for all T. `use_cache` False
-        keeps nothing.
+        padding, logits are zeros. `cache` is what this model returned for the columns before, and
+        `past_key_values` the older name of it. `logits_to_keep` is K, the number of last columns,
+        0 for all T. `use_cache` False keeps nothing.
 
         Raises `RequestError` for what cannot be done: ids beyond the vocabulary, padding on the
         right, a text longer than the context, a cache of another kind.
         """
-        cache = self._cache(past_key_values, input_ids)
+        held = self._cache(one_cache(cache, past_key_values), input_ids)
         inputs = StepInputs.checked(
-            input_ids, attention_mask, cache.get_seq_length(), self.config.vocab_size
+            input_ids, attention_mask, held.get_seq_length(), self.config.vocab_size
         )
         keep = _kept(logits_to_keep, inputs.width)
         try:
-            logits = torch.from_numpy(cache.append(inputs.tokens, inputs.padding, keep))
+            logits = torch.from_numpy(held.append(inputs.tokens, inputs.padding, keep))
         finally:
             if use_cache is False:
-                cache.close()
-        kept = None if use_cache is False else cache
-        output = CausalLMOutputWithPast(logits=logits, past_key_values=kept)
+                held.close()
+        kept = None if use_cache is False else held
+        output = CausalLMOutputWithPast(logits=logits, **{CACHE: kept})
         return output if return_dict else output.to_tuple()
 
     def save_pretrained(
@@ -207,13 +209,11 @@ class EdgeMemLLMForCausalLM(OptimizedModel, Generating):
             return GenerationCache(self.model, batch)
         if not isinstance(past, GenerationCache):
             raise RequestError(
-                f"past_key_values is a {type(past).__name__}, expected what this model returned: "
+                f"{CACHE} is a {type(past).__name__}, expected what this model returned: "
                 "its keys and values stay in the runtime."
             )
         if past.batch != batch:
-            raise RequestError(
-                f"input_ids has {batch} rows and past_key_values {past.batch} sequences."
-            )
+            raise RequestError(f"input_ids has {batch} rows and {CACHE} {past.batch} sequences.")
         return past
 
     def _save_pretrained(self, save_directory: str | os.PathLike[str]) -> None:

@@ -10,13 +10,14 @@ from transformers import GenerationConfig, PreTrainedConfig
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from edge_memllm.manifest import Manifest, ModelSpec
+from edge_memllm.modeling.cache_argument import CACHE
 
 
 class EdgeMemLLMConfig(PreTrainedConfig):
     """Shape of an exported model, under Hugging Face's names. The manifest is its only source."""
 
     model_type = "edge_memllm_artifact"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     @classmethod
     def from_manifest(cls, model: ModelSpec, folder: Path) -> EdgeMemLLMConfig:

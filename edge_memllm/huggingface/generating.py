@@ -15,6 +15,7 @@ from transformers.generation.configuration_utils import GenerationConfig, Genera
 from edge_memllm.errors import RequestError
 from edge_memllm.huggingface.cache import GenerationCache
 from edge_memllm.huggingface.inputs import check_length
+from edge_memllm.modeling.cache_argument import CACHE, one_cache
 
 _WANTED = ("output_attentions", "output_hidden_states")
 _GIVEN = ("cache_implementation", "prefill_chunk_size")
@@ -39,23 +40,25 @@ class Generating(GenerationMixin):
         self,
         input_ids: torch.Tensor,
         next_sequence_length: int | None = None,
-        past_key_values: GenerationCache | None = None,
+        cache: GenerationCache | None = None,
         attention_mask: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int = 1,
         is_first_iteration: bool = False,
         tokenizer: object = None,
+        past_key_values: GenerationCache | None = None,
     ) -> dict[str, Any]:
         """Return what `forward` takes for the next step of `generate`: only the new columns.
 
-        The last two do not matter to it: `generate` hands them to every model.
+        `is_first_iteration` and `tokenizer` do not matter to it: `generate` hands them to every
+        model. `past_key_values` is the older name of `cache`.
         """
         if next_sequence_length is not None:
             input_ids = input_ids[:, -next_sequence_length:]
         return {
             "input_ids": input_ids,
             "attention_mask": attention_mask,
-            "past_key_values": past_key_values,
+            CACHE: one_cache(cache, past_key_values),
             "use_cache": use_cache,
             "logits_to_keep": logits_to_keep,
         }

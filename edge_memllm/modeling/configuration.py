@@ -12,6 +12,8 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from edge_memllm.modeling.cache_argument import CACHE
+
 DENSE_BETA = 8
 CHOICES = {
     "compute_form": ("swiglu", "linear"),
@@ -59,7 +61,7 @@ class MemoryLLMConfig(PreTrainedConfig):
     """
 
     model_type = "edge_memllm"
-    keys_to_ignore_at_inference: ClassVar[list[str]] = ["past_key_values"]
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
 
     vocab_size: int = 8192
     hidden_size: int = 256

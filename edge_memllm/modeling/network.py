@@ -25,6 +25,7 @@ from transformers.models.llama.modeling_llama import (
 )
 
 from edge_memllm.modeling.attention import build_attention
+from edge_memllm.modeling.cache_argument import CACHE, one_cache
 from edge_memllm.modeling.configuration import MemoryLLMConfig
 from edge_memllm.modeling.feed_forward import SwiGLU, build_compute
 from edge_memllm.modeling.token_memory import TokenMemory, TrainedRows, rows_of_layer
@@ -103,7 +104,7 @@ class MemoryLLMPreTrainedModel(PreTrainedModel):
     base_model_prefix = "model"
     supports_gradient_checkpointing = False
     _no_split_modules: ClassVar[list[str]] = ["DecoderLayer"]
-    _skip_keys_device_placement: ClassVar[list[str]] = ["past_key_values"]
+    _skip_keys_device_placement: ClassVar[list[str]] = [CACHE]
     _supports_flash_attn = True
     _supports_sdpa = True
     _supports_flex_attn = True
@@ -162,15 +163,17 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         use_cache: bool | None = None,
         token_rows: TokenRows | None = None,
         memory_gain: torch.Tensor | None = None,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> BaseModelOutputWithPast:
         """``input_ids`` [B, T] or ``token_rows``, never both: hidden states [B, T, D].
 
-        ``memory_gain`` [L] replaces the network's own gains for this call.
+        ``memory_gain`` [L] replaces the network's own gains for this call. ``past_key_values`` is
+        the older name of ``cache``.
         """
         if (input_ids is None) == (token_rows is None):
             raise ValueError("Give either input_ids or token_rows.")
@@ -183,29 +186,28 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
             source, rows = None, token_rows.memory
         x = functional.embedding(index, embedding)
         use_cache = self.config.use_cache if use_cache is None else use_cache
-        if use_cache and past_key_values is None:
-            past_key_values = DynamicCache(config=self.config)
+        cache = one_cache(cache, past_key_values)
+        if use_cache and cache is None:
+            cache = DynamicCache(config=self.config)
         if position_ids is None:
-            past = past_key_values.get_seq_length() if past_key_values is not None else 0
+            past = cache.get_seq_length() if cache is not None else 0
             position_ids = past + torch.arange(x.shape[1], device=x.device).unsqueeze(0)
         attention = {
             "attention_mask": create_causal_mask(
                 config=self.config,
                 inputs_embeds=x,
                 attention_mask=attention_mask,
-                past_key_values=past_key_values,
                 position_ids=position_ids,
+                **{CACHE: cache},
             ),
             "position_embeddings": self.rotary_emb(x, position_ids=position_ids),
-            "past_key_values": past_key_values,
+            CACHE: cache,
         }
         for number, layer in enumerate(self.layers):
             gain = self.memory_gain(number) if memory_gain is None else memory_gain[number]
             recalled = source, rows_of_layer(rows, number), gain
             x = layer(x, index, *recalled, **attention, **kwargs)
-        return BaseModelOutputWithPast(
-            last_hidden_state=self.norm(x), past_key_values=past_key_values
-        )
+        return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
     def _distinct(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Token ids [U] and the index [B, T] into them."""
@@ -231,12 +233,13 @@ class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):
         input_ids: torch.Tensor | None = None,
         attention_mask: torch.Tensor | None = None,
         position_ids: torch.Tensor | None = None,
-        past_key_values: Cache | None = None,
+        cache: Cache | None = None,
         labels: torch.Tensor | None = None,
         use_cache: bool | None = None,
         logits_to_keep: int | torch.Tensor = 0,
         token_rows: TokenRows | None = None,
         return_dict: bool = True,
+        past_key_values: Cache | None = None,
         **kwargs: Any,
     ) -> CausalLMOutputWithPast:
         """Logits [B, K, V] of the last ``logits_to_keep`` positions (0: all; a tensor: those)."""
@@ -244,7 +247,7 @@ class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):
             input_ids=input_ids,
             attention_mask=attention_mask,
             position_ids=position_ids,
-            past_key_values=past_key_values,
+            cache=one_cache(cache, past_key_values),
             use_cache=use_cache,
             token_rows=token_rows,
             **kwargs,
@@ -256,6 +259,6 @@ class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):
         if labels is not None:
             loss = self.loss_function(logits, labels, vocab_size=self.config.vocab_size)
         result = CausalLMOutputWithPast(
-            loss=loss, logits=logits, past_key_values=outputs.past_key_values
+            loss=loss, logits=logits, **{CACHE: getattr(outputs, CACHE)}
         )
         return result if return_dict else result.to_tuple()

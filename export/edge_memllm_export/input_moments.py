@@ -19,6 +19,7 @@ from transformers.masking_utils import create_causal_mask
 
 from edge_memllm.errors import ExportError
 from edge_memllm.modeling import MemoryLLMForCausalLM
+from edge_memllm.modeling.cache_argument import CACHE
 from edge_memllm.modeling.token_memory import rows_of_layer
 from edge_memllm_export.graph_attention import AttentionShape, widen_heads
 
@@ -100,11 +101,11 @@ def _attention(model: Any, config: Any, x: torch.Tensor) -> dict[str, Any]:
         config=config,
         inputs_embeds=x,
         attention_mask=None,
-        past_key_values=None,
         position_ids=positions,
+        **{CACHE: None},
     )
     rotary = model.rotary_emb(x, position_ids=positions)
-    return {"attention_mask": mask, "position_embeddings": rotary, "past_key_values": None}
+    return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
 
 
 def _memory(layer: Any, source: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:

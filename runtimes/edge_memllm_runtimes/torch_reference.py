@@ -164,7 +164,7 @@ class TorchReference:
             output = self._network(
                 token_rows=rows,
                 memory_gain=gain,
-                past_key_values=past,
+                cache=past,
                 use_cache=True,
                 logits_to_keep=torch.from_numpy(wanted),
             )
