@@ -80,13 +80,13 @@ def measured(arguments: argparse.Namespace) -> dict[str, Any]:
 def held_out(arguments: argparse.Namespace) -> Any:
     """Windows [W, T] spread evenly over the texts, in the dense model's tokens."""
     import torch
-    from tokenizers import Tokenizer
 
     from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
     from edge_memllm.modeling.recipe import DataRecipe
+    from edge_memllm.modeling.tokenizer_training import read_tokenizer
 
     config = json.loads((arguments.dense / "config.json").read_text("utf-8"))
-    tokenizer = Tokenizer.from_file(str(arguments.dense / "tokenizer.json"))
+    tokenizer = read_tokenizer(arguments.dense / "tokenizer.json")
     data = DataRecipe(document_start=arguments.document_start)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "valid.npy"

@@ -224,7 +224,7 @@ def test_broken_folders_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match=r"tokenizer\.json: no such file\. Save the tokenizer"):
         convert(dense, tmp_path / "out", recipe_for(text))
     (dense / "tokenizer.json").write_text("{}")
-    with pytest.raises(RecipeError, match=r"not a readable tokenizer\.json"):
+    with pytest.raises(RecipeError, match=r"not a tokenizer that"):
         convert(dense, tmp_path / "out", recipe_for(text))
     (dense / "kept.json").rename(dense / "tokenizer.json")
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")

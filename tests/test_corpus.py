@@ -45,7 +45,8 @@ class TestCorpus:
         [
             ("{", "line 1: expected a JSON object"),
             ('{"body": "x"}', "line 1: expected a JSON object with a 'text' field"),
-            ('{"text": 3}', "line 1: 'text' is not a string"),
+            ('{"text": 3}', "line 1: 'text' is not text that can be written as UTF-8"),
+            ('{"text": "\\ud83d"}', "line 1: 'text' is not text that can be written as UTF-8"),
         ],
     )
     def test_bad_json_lines(self, tmp_path: Path, line: str, message: str) -> None:

@@ -247,7 +247,7 @@ class TestTrain:
 
     @pytest.mark.parametrize(
         ("content", "message"),
-        [("{}", "not a readable tokenizer.json"), (PLAIN_TOKENIZER, "has no <|endoftext|> token")],
+        [("{}", "not a tokenizer that"), (PLAIN_TOKENIZER, "has no <|endoftext|> token")],
     )
     def test_unusable_tokenizer(
         self, text: str, tmp_path: Path, content: str, message: str

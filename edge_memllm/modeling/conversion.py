@@ -25,6 +25,7 @@ from edge_memllm.modeling.dense_checkpoint import dense_config, dense_network
 from edge_memllm.modeling.distillation import DistillationTrainer
 from edge_memllm.modeling.initialization import initialize
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
+from edge_memllm.modeling.tokenizer_training import read_tokenizer
 from edge_memllm.modeling.training import (
     check_target,
     count_parameters,
@@ -124,10 +125,7 @@ def _read_tokenizer(dense: Path, config: MemoryLLMConfig) -> Tokenizer:
             f"{path}: no such file. Save the tokenizer in this form first: "
             "AutoTokenizer.from_pretrained(...).save_pretrained(...)."
         )
-    try:
-        tokenizer = Tokenizer.from_file(str(path))
-    except Exception as error:  # the library raises a bare Exception
-        raise RecipeError(f"{path}: not a readable tokenizer.json ({error}).") from error
+    tokenizer = read_tokenizer(path)
     if tokenizer.get_vocab_size() > config.vocab_size:
         raise RecipeError(
             f"{path}: has {tokenizer.get_vocab_size()} tokens, the network {config.vocab_size}. "

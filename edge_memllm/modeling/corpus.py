@@ -15,6 +15,7 @@ from torch.utils.data import Dataset
 
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.recipe import DataRecipe
+from edge_memllm.tokenizer_file import is_unicode, library_errors
 
 _BATCH = 512  # documents handed to the tokenizer's threads at a time
 
@@ -45,8 +46,11 @@ def _json_lines(path: str, text_field: str) -> Iterator[str]:
                     f"{path}, line {number}: expected a JSON object with a {text_field!r} field "
                     f"({type(error).__name__}: {error})."
                 ) from error
-            if not isinstance(document, str):
-                raise RecipeError(f"{path}, line {number}: {text_field!r} is not a string.")
+            if not (isinstance(document, str) and is_unicode(document)):
+                raise RecipeError(
+                    f"{path}, line {number}: {text_field!r} is not text that can be written as "
+                    "UTF-8."
+                )
             yield document
 
 
@@ -74,7 +78,9 @@ def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, boundary: int, path
     iterator = iter(texts)
     with partial.open("wb") as file:
         while batch := list(islice(iterator, _BATCH)):
-            for encoding in tokenizer.encode_batch(batch, add_special_tokens=False):
+            with library_errors("the tokenizer fails to encode documents"):
+                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+            for encoding in encodings:
                 ids = np.array([boundary, *encoding.ids], dtype=dtype)
                 ids.tofile(file)
                 count += len(ids)

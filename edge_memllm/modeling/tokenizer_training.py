@@ -1,4 +1,4 @@
-"""Train a byte-level BPE tokenizer, or make one of raw bytes for networks without training."""
+"""Train a byte-level BPE tokenizer, read one, or make one of raw bytes."""
 
 from __future__ import annotations
 
@@ -8,7 +8,8 @@ from pathlib import Path
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
-from edge_memllm.errors import RecipeError
+from edge_memllm.errors import ArtifactError, RecipeError
+from edge_memllm.tokenizer_file import open_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
 
@@ -46,12 +47,19 @@ def byte_tokenizer(vocab_size: int) -> Tokenizer:
     return tokenizer
 
 
-def read_tokenizer(path: str) -> Tokenizer:
-    """A ready tokenizer.json; it must know the token that marks where documents end."""
+def read_tokenizer(path: Path) -> Tokenizer:
+    """A ready tokenizer.json; RecipeError for one that cannot be used."""
     try:
-        tokenizer = Tokenizer.from_file(path)
-    except Exception as error:  # the library raises a bare Exception
-        raise RecipeError(f"{path}: not a readable tokenizer.json ({error}).") from error
+        return open_tokenizer(path.read_bytes(), str(path))
+    except OSError as error:
+        raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
+    except ArtifactError as error:
+        raise RecipeError(str(error)) from error
+
+
+def given_tokenizer(path: Path) -> Tokenizer:
+    """A ready tokenizer.json; it must know the token that marks where documents end."""
+    tokenizer = read_tokenizer(path)
     if tokenizer.token_to_id(END_OF_TEXT) is None:
         raise RecipeError(f"{path}: has no {END_OF_TEXT} token to mark where documents end.")
     return tokenizer

@@ -30,6 +30,7 @@ from edge_memllm.modeling.token_cache import content_key, link_or_copy, made_onc
 from edge_memllm.modeling.tokenizer_training import (
     END_OF_TEXT,
     byte_tokenizer,
+    given_tokenizer,
     read_tokenizer,
     save_tokenizer,
     train_tokenizer,
@@ -122,9 +123,9 @@ def _tokenizer(recipe: Recipe, config: MemoryLLMConfig, out: Path) -> Tokenizer:
     """The tokenizer in ``out``, made on the first call; later processes and resumes read it."""
     path = out / "tokenizer.json"
     if path.exists():
-        return Tokenizer.from_file(str(path))
+        return read_tokenizer(path)
     if recipe.tokenizer.path is not None:
-        tokenizer = read_tokenizer(recipe.tokenizer.path)
+        tokenizer = given_tokenizer(Path(recipe.tokenizer.path))
     elif recipe.data.train:
         tokenizer = _learned_tokenizer(recipe)
     else:
@@ -144,7 +145,7 @@ def _learned_tokenizer(recipe: Recipe) -> Tokenizer:
     key = content_key(data.train, data.document_start, data.text_field, size)
     path = Path(data.cache) / f"tokenizer-{key}.json"
     made_once(path, lambda path: learn().save(str(path)))
-    return Tokenizer.from_file(str(path))
+    return read_tokenizer(path)
 
 
 def _fit(config: MemoryLLMConfig, tokenizer: Tokenizer, recipe: Recipe) -> None:
