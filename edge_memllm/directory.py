@@ -1,8 +1,10 @@
 """Opens plain files of one folder, and nothing else.
 
-A folder that somebody sent us may hold links, pipes or devices under innocent names. Where the
-system can, files are opened relative to the folder's descriptor, so it stays the same folder
-when it is renamed or replaced. This module knows nothing of what is in the files.
+A folder that somebody sent us may hold symbolic links, pipes or devices under innocent names. A
+hard link is none of these but the file itself: how many names it has says nothing about where it
+is from, and package managers give it several to save space. Where the system can, files are opened
+relative to the folder's descriptor, so it stays the same folder when it is renamed or replaced.
+This module knows nothing of what is in the files.
 """
 
 from __future__ import annotations
@@ -45,8 +47,7 @@ class Directory:
     def open_file(self, name: str) -> int:
         """Open a file for reading and return its descriptor, which the caller closes.
 
-        Raises `ArtifactError` unless `name` is a regular file with a single link; `name` must be
-        a plain file name.
+        Raises `ArtifactError` unless `name` is a regular file; `name` must be a plain file name.
         """
         where = self.path / name
         try:
@@ -88,11 +89,6 @@ def _reason(error: OSError) -> str:
 def _refuse_unless_plain(status: os.stat_result, where: Path) -> None:
     if not stat.S_ISREG(status.st_mode):
         raise ArtifactError(f"{where}: this is {_kind(status.st_mode)}, expected a regular file.")
-    if status.st_nlink > 1:
-        raise ArtifactError(
-            f"{where}: the file has {status.st_nlink} hard links, expected 1, because it could "
-            "be a file from elsewhere. Copy the file itself."
-        )
 
 
 def _kind(mode: int) -> str:

@@ -6,26 +6,29 @@ It knows nothing of folders or files: `artifact.py` compares it with what is the
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
 from typing import get_args
 
 from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.allocation import MOST_CLASSES, TokenClass
 from edge_memllm.codecs.codec import Wire
-from edge_memllm.errors import ArtifactError
+from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.records import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
 from edge_memllm.strict_json import Fields, parse_json_object
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
-FORMAT_VERSION = 2
+FORMAT_VERSION = 3
 GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
 KV_DTYPES = ("float16", "float32", "int8")
 
 _IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNSEALED = "0" * 64
 _CODEC = re.compile(r"[a-z0-9-]{1,100}")
 _PRODUCER = re.compile(r"[ -~]{1,200}")
 # A plain file name on every system: no separator, drive, NUL, leading or trailing dot.
@@ -120,20 +123,38 @@ class Manifest:
             alignment=self.table.alignment,
         )
 
+    @property
+    def fingerprint(self) -> str:
+        """What names this content to sessions: sha256 of the canonical JSON of version 2.
+
+        It stays what it was when an artifact is read by a later version of this software.
+        """
+        return hashlib.sha256(_canonical(self._content(2))).hexdigest()
+
     def to_json(self) -> bytes:
         """Return the canonical JSON. Raises `ArtifactError` for what `from_json` would refuse."""
-        content = {"format": FORMAT, "format_version": FORMAT_VERSION, **asdict(self)}
-        data = (json.dumps(content, sort_keys=True, indent=2) + "\n").encode("ascii")
+        data = sealed(self._content(FORMAT_VERSION))
         Manifest.from_json(data, MANIFEST_NAME)
         return data
 
+    def _content(self, version: int) -> dict[str, object]:
+        return {"format": FORMAT, "format_version": version, **asdict(self)}
+
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Manifest:
-        """Parse and check a manifest. Raises `ArtifactError` naming `where`."""
+        """Parse and check a manifest.
+
+        Raises `CorruptionError` for one that was changed after it was written, `ArtifactError`
+        for any other that cannot be; both name `where`.
+        """
         content = parse_json_object(data, where)
-        if _check_version(content, where) == 1:
+        version = _check_version(content, where)
+        seal = ("sha256",) if version > 2 else ()
+        if seal:
+            _check_seal(data, content.get("sha256"), where)
+        if version == 1:
             _complete_version_1(content)
-        top = Fields(content, where, ("format", "format_version", *_names(cls)))
+        top = Fields(content, where, ("format", "format_version", *seal, *_names(cls)))
         manifest = cls(
             model=_parse_model(content["model"], f"{where}: model"),
             table=_parse_table(content["table"], f"{where}: table"),
@@ -145,6 +166,35 @@ class Manifest:
         _check_table(manifest, f"{where}: table")
         _check_graph(manifest, f"{where}: graph")
         return manifest
+
+
+def sealed(content: Mapping[str, object]) -> bytes:
+    """Return the canonical JSON of a manifest's content, protected by its own digest.
+
+    The digest is that of the bytes with 64 zeros in its place.
+    """
+    digest = hashlib.sha256(_canonical({**content, "sha256": _UNSEALED})).hexdigest()
+    return _canonical({**content, "sha256": digest})
+
+
+def _canonical(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=2) + "\n").encode("ascii")
+
+
+def _check_seal(data: bytes, digest: object, where: str) -> None:
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ArtifactError(
+            f"{where}: sha256 is missing or is not 64 hex digits. Export the model again."
+        )
+    # Spelt otherwise, or in two places, it would not be clear which bytes the digest is of.
+    written = digest.encode("ascii")
+    unsealed = data.replace(written, _UNSEALED.encode("ascii"))
+    found = hashlib.sha256(unsealed).hexdigest()
+    if data.count(written) != 1 or found != digest:
+        raise CorruptionError(
+            f"{where}: sha256 of its content is {found[:12]}, it says {digest[:12]}: the file was "
+            "changed after it was written. Copy the folder again."
+        )
 
 
 def _names(spec: type) -> tuple[str, ...]:

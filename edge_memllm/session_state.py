@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -34,7 +33,7 @@ class Origin:
     """What keys and values depend on, beside the text."""
 
     identity: str  # of the model
-    artifact: str  # sha256 of the manifest, which names every file by its digest
+    artifact: str  # fingerprint of the manifest, which names every file by its digest
     codec: str  # of the rows as they are read: another one for coarse quality
     overlays: tuple[str, ...]  # names, in their order
     digests: tuple[str, ...]  # what these overlays do
@@ -44,7 +43,7 @@ class Origin:
         """Return the origin of what a model computes from these records; reads the overlays."""
         return cls(
             identity=manifest.model.identity,
-            artifact=hashlib.sha256(manifest.to_json()).hexdigest(),
+            artifact=manifest.fingerprint,
             codec=records.source.layout.codec.id,
             overlays=records.names,
             digests=tuple(overlay.digest() for overlay in records.overlays),

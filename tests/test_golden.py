@@ -52,4 +52,7 @@ def test_every_format_has_its_artifacts() -> None:
         "v2/fp32-int8-g32",
         "v2/fp32-mixed-g32",
         "v2/fp32-nested8-g32",
+        "v3/fp32-int8-g32",
+        "v3/fp32-mixed-g32",
+        "v3/fp32-nested8-g32",
     ]

@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import json
 import shutil
 import sys
 from pathlib import Path
@@ -19,6 +20,7 @@ from edge_memllm.errors import (
 )
 from edge_memllm.hub import HubModel, artifact_folder
 from edge_memllm.hub.download import download_artifact
+from edge_memllm.manifest import sealed
 
 NAME = "some/model"
 MODEL = HubModel(NAME)
@@ -91,8 +93,9 @@ def test_a_repository_without_a_manifest_is_no_artifact(hub: FakeHub) -> None:
 
 
 def test_a_manifest_that_names_a_path_is_refused(hub: FakeHub, tmp_path: Path) -> None:
-    manifest = hub.files[NAME]["manifest.json"]
-    hub.files[NAME]["manifest.json"] = manifest.replace(b'"tokenizer.json"', b'"../../evil.json"')
+    manifest = json.loads(hub.files[NAME]["manifest.json"])
+    manifest["files"]["../../evil.json"] = manifest["files"].pop("tokenizer.json")
+    hub.files[NAME]["manifest.json"] = sealed(manifest)
     with pytest.raises(ArtifactError, match=r"^some/model: manifest\.json: .*plain file name"):
         download_artifact(MODEL)
     assert not (tmp_path / "assets").exists()

@@ -94,7 +94,7 @@ def make_plan(request: SweepRequest, source: Path) -> Plan:
 def _manifest(path: Path) -> tuple[Manifest, str]:
     """Return an artifact's manifest and a digest of it, which covers every file."""
     with Artifact.open(path) as artifact:
-        return artifact.manifest, _digest(artifact.manifest.to_json())
+        return artifact.manifest, artifact.manifest.fingerprint
 
 
 def _codecs(words: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
