@@ -32,7 +32,7 @@ class GatedRuntime(FakeRuntime):
         self.caches: list[Any] = []
         self.steps: list[int] = []  # texts of each step
         self.sizes: list[int] = []  # tokens of each step
-        self.failure: Exception | None = None
+        self.failure: BaseException | None = None
 
     def new_cache(self, batch: int) -> Any:
         self.caches.append(super().new_cache(batch))

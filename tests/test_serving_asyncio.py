@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import time
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from serving_cases import GatedRuntime, held, serial, tokens_of, wait_until
 from small_model import open_small_model, write_small_artifact
 
 from edge_memllm import Model
+from edge_memllm.errors import DeadlineError
 from edge_memllm.serving import Engine, Request
 
 
@@ -79,3 +81,19 @@ def test_a_reader_whose_loop_is_gone_does_not_stop_the_engine(model: Model, runt
         asyncio.run(leave())
         runtime.gate.set()
         assert len(tokens_of(reply)) == 3
+
+
+def test_a_deadline_holds_in_asyncio_while_a_step_does_not_come_back(
+    model: Model, runtime: GatedRuntime
+) -> None:
+    async def read(engine: Engine) -> None:
+        wish = Request(prompt=[1], timeout=0.05)
+        with pytest.raises(DeadlineError, match=r"given 0\.05 seconds"):
+            [piece async for piece in held(engine, runtime, wish)]
+
+    with Engine(model) as engine:
+        start = time.monotonic()
+        asyncio.run(read(engine))
+        assert time.monotonic() - start < 5  # the gate waits for 10
+        runtime.gate.set()
+        assert list(engine.submit(Request(prompt=[1])))

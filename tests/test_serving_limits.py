@@ -25,6 +25,7 @@ from edge_memllm.errors import (
     DrainingError,
     EdgeMemLLMError,
     QueueFullError,
+    ServiceError,
 )
 from edge_memllm.serving import Engine, Reply, Request
 from edge_memllm.steering import Steering
@@ -240,6 +241,130 @@ def test_a_lost_cache_ends_all_and_the_engine_goes_on(
             list(third)
         assert list(engine.submit(Request(prompt=[1])))
     assert "a step failed, and with it all requests under way" in caplog.text
+
+
+class Panic(BaseException):  # noqa: N818 - named as those of libraries in Rust are
+    """What a panic of a library in Rust is: no Exception."""
+
+
+def test_a_panic_in_a_step_ends_the_replies_of_that_step(
+    model: Model, runtime: GatedRuntime, caplog: pytest.LogCaptureFixture
+) -> None:
+    with Engine(model, slots=2) as engine:
+        bad = held(engine, runtime, Request(prompt=[1], ignore_eos=True))
+        good = engine.submit(Request(prompt=[2], max_new_tokens=9))
+        runtime.failure = Panic("index out of bounds")
+        runtime.gate.set()
+        with pytest.raises(ServiceError, match=r"failed on this request \(Panic: index out of b"):
+            list(bad)
+        assert tokens_of(good) == serial(model, Request(prompt=[2], max_new_tokens=9))
+        assert engine.running
+    assert caplog.text.count("a step failed, and with it one reply") == 1
+
+
+def test_a_panic_in_a_step_of_many_is_tried_again_alone(
+    model: Model, runtime: GatedRuntime
+) -> None:
+    wish = {"max_new_tokens": 9, "ignore_eos": True}
+    with Engine(model, slots=2) as engine:
+        first = held(engine, runtime, Request(prompt=[1], **wish))
+        second = engine.submit(Request(prompt=[2], **wish))
+        runtime.pause_at = 4  # both grow
+        runtime.gate.set()
+        wait_until(lambda: runtime.pause_at is None)
+        runtime.failure = Panic("once")
+        runtime.gate.set()
+        for number, reply in enumerate((first, second), 1):
+            assert tokens_of(reply) == serial(model, Request(prompt=[number], **wish))
+
+
+@pytest.mark.parametrize("place", ["a constraint", "the tokenizer", "a record"])
+def test_a_panic_of_a_library_ends_its_own_reply(
+    model: Model, monkeypatch: pytest.MonkeyPatch, place: str
+) -> None:
+    def panic(*_: object) -> None:
+        raise Panic("boom")
+
+    class Constraint:
+        def allowed(self) -> None:
+            panic()
+
+    with Engine(model) as engine, monkeypatch.context() as patched:
+        wish = Request(prompt=[1], constraint=Constraint if place == "a constraint" else None)
+        if place == "the tokenizer":
+            patched.setattr(type(model.tokenizer), "decode", panic)
+        elif place == "a record":
+            patched.setattr(type(model.table), "fetch", panic)
+        with pytest.raises(ServiceError, match="Panic: boom"):
+            list(engine.submit(wish))
+        patched.undo()
+        assert list(engine.submit(Request(prompt=[1])))
+        assert engine.running
+
+
+def test_without_room_for_a_cache_those_who_wait_are_told_and_the_next_are_served(
+    folder: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    class Full(GatedRuntime):
+        full = True
+
+        def new_cache(self, batch: int) -> Any:
+            if self.full:
+                raise MemoryError("no room")
+            return super().new_cache(batch)
+
+    runtime = Full()
+    with open_small_model(folder, runtime) as model, Engine(model) as engine:
+        for _ in range(2):
+            with pytest.raises(MemoryError, match="no room"):
+                list(engine.submit(Request(prompt=[1])))
+        runtime.full = False
+        wait_until(lambda: engine.running)
+        found = None
+        while found is None:  # one more may be told of the room that was not there before
+            try:
+                found = list(engine.submit(Request(prompt=[1])))
+            except MemoryError:
+                continue
+        assert found[-1].finish_reason
+    assert "there is no room to work in" in caplog.text
+
+
+@pytest.mark.parametrize("waits", [False, True])
+def test_a_deadline_holds_while_a_step_does_not_come_back(
+    model: Model, runtime: GatedRuntime, waits: bool
+) -> None:
+    with Engine(model, slots=1) as engine:
+        late = held(engine, runtime, Request(prompt=[2], timeout=None if waits else 0.05))
+        if waits:
+            late = engine.submit(Request(prompt=[2], timeout=0.05))
+        start = time.monotonic()
+        with pytest.raises(DeadlineError, match=r"given 0\.05 seconds, and 0 of 128 tokens had"):
+            list(late)
+        assert time.monotonic() - start < 5  # the gate waits for 10
+        runtime.gate.set()
+        wait_until(lambda: engine.statistics.given_up == 1)
+        assert list(engine.submit(Request(prompt=[1])))
+
+
+def test_a_deadline_can_count_from_earlier(model: Model) -> None:
+    with Engine(model) as engine:
+        late = engine.submit(Request(prompt=[2], timeout=60, since=time.monotonic() - 61))
+        with pytest.raises(DeadlineError, match="given 60 seconds"):
+            list(late)
+        assert list(engine.submit(Request(prompt=[2], timeout=60, since=time.monotonic() - 1)))
+
+
+def test_closing_waits_for_a_step_only_as_long_as_it_may(
+    model: Model, runtime: GatedRuntime
+) -> None:
+    engine = Engine(model)
+    reply = held(engine, runtime, Request(prompt=[1]))
+    assert not engine.close(0.01)
+    runtime.gate.set()
+    assert engine.close()
+    with pytest.raises(DrainingError):
+        list(reply)
 
 
 @pytest.mark.parametrize(

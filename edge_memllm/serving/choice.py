@@ -13,7 +13,6 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import DeadlineError
 from edge_memllm.generation import FinishReason, TokenSequence
 from edge_memllm.overlays.shelf import Selection
 from edge_memllm.runtime_protocol import StepLogits
@@ -60,7 +59,6 @@ class Choice:
         self._prompt_scores: list[TokenScore] = []
         self._trace = Trace(request.prompt, records.source) if wish.trace else None
         self._submitted = monotonic()
-        self._deadline = None if wish.timeout is None else self._submitted + wish.timeout
         self._begun: float | None = None
         self._first: float | None = None
 
@@ -81,15 +79,7 @@ class Choice:
 
     def over(self) -> bool:
         """Whether nobody wants it any more; ends its reply when the time is over."""
-        if self._deadline is not None and monotonic() > self._deadline:
-            self.fail(
-                DeadlineError(
-                    f"The request was given {self._request.wish.timeout:g} seconds, and "
-                    f"{len(self.sequence.tokens)} of {self._request.limit} tokens had come. Ask "
-                    "for less, give it more time, or try again when less is asked."
-                )
-            )
-        return self._reply.ended
+        return self._reply.over()
 
     def begin(self) -> None:
         """Note that it has a place now."""
@@ -120,7 +110,7 @@ class Choice:
         piece = self._text.advance()
         self._hand_out(piece.text, piece.token, self._score(logits, piece.token))
 
-    def fail(self, error: Exception) -> None:
+    def fail(self, error: BaseException) -> None:
         """End the reply with an error."""
         self._reply.fail(error)
 

@@ -9,6 +9,7 @@ import logging
 import math
 from contextlib import ExitStack
 from threading import Condition, Thread
+from time import monotonic
 from typing import Self
 
 from edge_memllm.errors import DrainingError, QueueFullError
@@ -16,11 +17,11 @@ from edge_memllm.feeding import Feeder
 from edge_memllm.model import Model
 from edge_memllm.overlays.shelf import Selection
 from edge_memllm.request import check_positive
-from edge_memllm.serving.channel import Reply
+from edge_memllm.serving.channel import Deadline, Reply
 from edge_memllm.serving.choice import Choice
 from edge_memllm.serving.memoryless import MemorylessTable
 from edge_memllm.serving.queueing import FairQueue
-from edge_memllm.serving.request import Request, check_request
+from edge_memllm.serving.request import CheckedRequest, Request, check_request
 from edge_memllm.serving.scheduler import Scheduler
 from edge_memllm.serving.tally import EngineStatistics, Tally
 from edge_memllm.statistics import StepCosts
@@ -121,7 +122,8 @@ class Engine:
         )
         without = request.without_memory
         records = self._memoryless if without else model.records(request.overlays)
-        reply = Reply(checked.prompt, checked.seed, request.choices, self._wake)
+        deadline = _deadline_of(checked)
+        reply = Reply(checked.prompt, checked.seed, request.choices, self._wake, deadline)
         choices = [
             Choice(number, checked, records, reply, model.tokenizer)
             for number in range(request.choices)
@@ -144,12 +146,17 @@ class Engine:
         self.close()
         return done
 
-    def close(self) -> None:
-        """End every request under way with `DrainingError` and the thread; twice is fine."""
+    def close(self, timeout: float | None = None) -> bool:
+        """End every request under way with `DrainingError` and the thread; twice is fine.
+
+        Waits for the step under way, for at most `timeout` seconds. Returns whether the thread has
+        ended: if it has not, the step hangs, and the model must stay open.
+        """
         with self._changed:
             self._draining = self._stopped = True
             self._changed.notify_all()
-        self._thread.join()
+        self._thread.join(timeout)
+        return not self._thread.is_alive()
 
     def __enter__(self) -> Self:
         return self
@@ -183,13 +190,16 @@ class Engine:
     def _run(self) -> None:
         try:
             while not self._stopped:
-                self._serve()
+                try:
+                    self._serve()
+                except BaseException as error:  # a panic of a library in Rust is no Exception
+                    _log.exception("there is no room to work in")
+                    self._give_up_next(error)
         finally:
             with self._changed:
                 self._draining = self._stopped = True
                 self._under_way = 0
-                for choice in self._queue.remove(lambda _: True):
-                    choice.fail(_ended())
+                self._fail_waiting(_ended())
                 self._changed.notify_all()
             self._open.close()
 
@@ -206,9 +216,22 @@ class Engine:
                 while self._wait_for_work(scheduler):
                     scheduler.advance()
                 scheduler.give_up(_ended())
-            except Exception as error:
+            except BaseException as error:
                 _log.exception("a step failed, and with it all requests under way")
                 scheduler.give_up(error)
+
+    def _give_up_next(self, error: BaseException) -> None:
+        """Fail those who wait with what kept the engine from beginning, once there are some."""
+        with self._changed:
+            self._under_way = 0
+            self._changed.wait_for(lambda: self._queue or self._stopped)
+            self._tally.given_up += self._fail_waiting(error)
+
+    def _fail_waiting(self, error: BaseException) -> int:
+        waiting = self._queue.remove(lambda _: True)
+        for choice in waiting:
+            choice.fail(error)
+        return len(waiting)
 
     def _wait_for_work(self, scheduler: Scheduler) -> bool:
         """Let choices in, waiting for some if there are none; False when the engine ends."""
@@ -228,6 +251,14 @@ class Engine:
         while scheduler.free and (choice := self._queue.pop()) is not None:
             scheduler.admit(choice)
         self._under_way = scheduler.under_way
+
+
+def _deadline_of(request: CheckedRequest) -> Deadline | None:
+    wish = request.wish
+    if wish.timeout is None:
+        return None
+    since = monotonic() if wish.since is None else wish.since
+    return Deadline(wish.timeout, since, wish.choices * request.limit)
 
 
 def _ended() -> DrainingError:

@@ -34,9 +34,10 @@ class Request:
     drawn, each with random numbers of its own, as `Model.generate` draws them for equal prompts.
     `constraint` makes one constraint for each of them. `top` gives every token its score and that
     many likeliest ones, None gives none; `score_prompt` scores the prompt's tokens as well.
-    `client` is whose request it is: clients take turns. After `timeout` seconds, from now, it is
-    given up. `overlays` are looked up when it is submitted, and kept. `without_memory` computes as
-    if the memory of all layers were zero. `trace` tells where each token's record came from.
+    `client` is whose request it is: clients take turns. After `timeout` seconds it is given up:
+    from when it is submitted, or from `since` on the clock `time.monotonic`. `overlays` are looked
+    up when it is submitted, and kept. `without_memory` computes as if the memory of all layers
+    were zero. `trace` tells where each token's record came from.
     """
 
     prompt: Prompt
@@ -55,6 +56,7 @@ class Request:
     trace: bool = False
     client: str = ""
     timeout: float | None = None
+    since: float | None = None
 
 
 @dataclass(frozen=True, slots=True)

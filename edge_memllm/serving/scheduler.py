@@ -7,6 +7,7 @@ in its own, where a text must not depend on its neighbours to the last bit. Not 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 
 from edge_memllm.errors import EdgeMemLLMError
@@ -15,6 +16,8 @@ from edge_memllm.runtime_protocol import StepLogits
 from edge_memllm.serving.choice import Choice
 from edge_memllm.serving.slots import Slot, Slots
 from edge_memllm.serving.tally import Tally
+
+_log = logging.getLogger(__name__)
 
 
 class Scheduler:
@@ -69,7 +72,7 @@ class Scheduler:
         if self._growing:
             self._grow()
 
-    def give_up(self, error: Exception) -> None:
+    def give_up(self, error: BaseException) -> None:
         """End every choice with an error; the cache may be gone already."""
         self._tally.given_up += len(self._places)
         for choice in self._places:
@@ -110,7 +113,7 @@ class Scheduler:
                 self._filling.remove(choice)
                 self._growing.append(choice)
                 self._hand_over(choice, logits)
-        except EdgeMemLLMError as error:
+        except BaseException as error:
             self._lose(choice, error)
 
     def _feed_chunk(self, choice: Choice, slot: Slot, chunk: list[int]) -> StepLogits | None:
@@ -162,7 +165,7 @@ class Scheduler:
         everywhere = len(places) == self._feeder.cache.batch
         try:
             logits = self._feeder.decode(fed, None if everywhere else places)
-        except EdgeMemLLMError:
+        except BaseException:
             if self._feeder.cache.closed:
                 raise
             return False
@@ -179,7 +182,7 @@ class Scheduler:
             logits = self._feeder.decode(
                 choice.sequence.tokens[-1:], range(slot.place, slot.place + 1)
             )
-        except EdgeMemLLMError as error:
+        except BaseException as error:
             self._lose(choice, error)
         else:
             self._take(choice, slot, logits[0])
@@ -197,7 +200,7 @@ class Scheduler:
         before = len(choice.sequence.tokens)
         try:
             choice.take(logits)
-        except Exception as error:
+        except BaseException as error:
             choice.fail(error)
             self._dismiss(choice)
             return
@@ -206,10 +209,12 @@ class Scheduler:
             self._tally.note_finished(choice.served_seconds)
             self._release(choice)
 
-    def _lose(self, choice: Choice, error: EdgeMemLLMError) -> None:
+    def _lose(self, choice: Choice, error: BaseException) -> None:
         """End a choice whose step failed; raises the error if no other can go on either."""
         if self._feeder.cache.closed:
             raise error
+        if not isinstance(error, EdgeMemLLMError):
+            _log.error("a step failed, and with it one reply", exc_info=error)
         choice.fail(error)
         self._dismiss(choice)
 
