@@ -53,9 +53,9 @@ def main() -> int:
 
 def without_device() -> str | None:
     """Why there is no CUDA here; a skipped test must not pass for one that ran."""
-    import onnxruntime
+    from edge_memllm_runtimes.ort_library import import_library
 
-    if "CUDAExecutionProvider" not in onnxruntime.get_available_providers():
+    if "CUDAExecutionProvider" not in import_library().get_available_providers():
         return "this onnxruntime has no CUDAExecutionProvider, see docs/install.md"
     done = run("nvidia-smi", "-L")
     return None if done.returncode == 0 else "nvidia-smi finds no device"

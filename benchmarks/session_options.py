@@ -150,8 +150,9 @@ def decode(
 
 def apply(options: dict[str, Any]) -> None:
     """Let every session that is opened have these options."""
-    import onnxruntime
+    from edge_memllm_runtimes.ort_library import import_library
 
+    onnxruntime = import_library()
     real = onnxruntime.InferenceSession
 
     def session(path: str, settings: Any, **more: Any) -> Any:

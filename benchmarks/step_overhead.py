@@ -19,13 +19,13 @@ from time import perf_counter
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 import edge_memllm
 from edge_memllm import Sampling
 from edge_memllm.sampling import Sampler
 from edge_memllm.table import Table
 from edge_memllm.tokenization import Detokenizer
+from edge_memllm_runtimes.ort_library import import_library
 
 SAMPLINGS = {
     "greedy": Sampling(),
@@ -75,7 +75,7 @@ def measure(
     watch, steps = Watch(), []
     with ExitStack() as timers:
         for owner, name, part in (
-            (onnxruntime.InferenceSession, "run_with_iobinding", "graph"),
+            (import_library().InferenceSession, "run_with_iobinding", "graph"),
             (type(model.runtime), "step", "runtime"),
             (Table, "fetch", "records"),
             (Sampler, "pick", "choosing"),

@@ -18,14 +18,15 @@ from statistics import median
 from typing import Any
 
 import numpy as np
-import onnxruntime
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.feeding import Feeder
 from edge_memllm.table import Table
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort import OrtRuntime
+from edge_memllm_runtimes.ort_library import import_library
 
+onnxruntime = import_library()
 _MATRICES = ("MatMulNBits", "MatMul")
 
 

@@ -80,6 +80,14 @@ class DrainingError(ServiceError):
 def missing_extra(package: str, extra: str) -> RuntimeUnavailableError:
     """Return the error for an optional `package` that the extra named `extra` would install."""
     return RuntimeUnavailableError(
-        f"This needs the package '{package}', which is not installed. "
-        f"Install it with: pip install 'edge-memllm[{extra}]'"
+        f"This needs the package '{package}', which is not installed. {how_to_install(extra)}"
+    )
+
+
+def how_to_install(extra: str = "") -> str:
+    """Say how to install with an extra. No package index has us: from a clone, or from a wheel."""
+    brackets = f"[{extra}]" if extra else ""
+    return (
+        f"Install it: pip install '.{brackets}' in a clone of edge-memllm, or with its wheel "
+        f"pip install 'FILE.whl{brackets}'"
     )

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -10,6 +11,9 @@ from typing import Any
 
 import numpy as np
 import pytest
+
+# Some tests import onnxruntime by themselves, before the product does.
+os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
 
 HIDDEN, LAYERS, HEADS, VOCABULARY, CONTEXT = 64, 2, 4, 300, 512
 BOS, EOS, PAD = 256, 257, 258

@@ -43,15 +43,26 @@ def modules() -> Iterator[tuple[str, str, Path]]:
             yield layer, ".".join(part for part in parts if part != "__init__"), path
 
 
+def python_files(folder: str) -> list[Path]:
+    return sorted((ROOT / folder).rglob("*.py"))
+
+
+def imported_by(node: ast.AST) -> list[str]:
+    match node:
+        case ast.Import(names=names):
+            return [name.name for name in names]
+        case ast.ImportFrom(module=str(module)):
+            return [module]
+    return []
+
+
 def imported_at_load(tree: ast.Module) -> Iterator[tuple[int, str]]:
     """Line and name of what runs when the module is loaded: not in functions, not for typing."""
     waiting: list[ast.AST] = [tree]
     while waiting:
         node = waiting.pop()
-        if isinstance(node, ast.Import):
-            yield from ((node.lineno, name.name) for name in node.names)
-        elif isinstance(node, ast.ImportFrom):
-            yield node.lineno, node.module or ""
+        if isinstance(node, ast.Import | ast.ImportFrom):
+            yield from ((node.lineno, name) for name in imported_by(node))
         elif isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test):
             waiting.extend(node.orelse)
         elif not isinstance(node, ast.FunctionDef | ast.AsyncFunctionDef | ast.Lambda):
@@ -106,3 +117,17 @@ def test_importing_the_core_loads_no_heavy_library(statement: str) -> None:
 def test_importing_the_package_alone_loads_next_to_nothing() -> None:
     ours = {name for name in loaded_after("import edge_memllm") if name.startswith("edge_memllm")}
     assert ours == {"edge_memllm"}
+
+
+def test_onnxruntime_is_imported_through_one_door() -> None:
+    """Which turns off its telemetry first."""
+    programs = [path for name in ("benchmarks", "docs", "examples") for path in python_files(name)]
+    door = ROOT / "runtimes" / RUNTIMES / "ort_library.py"
+    wrong = {
+        f"{path.relative_to(ROOT)}:{node.lineno}"
+        for path in {path for *_, path in modules()} - {door} | set(programs)
+        for node in ast.walk(ast.parse(path.read_text("utf-8")))
+        for name in imported_by(node)
+        if starts_with(name, ("onnxruntime",))
+    }
+    assert not wrong

@@ -7,6 +7,7 @@ shared between steps.
 from __future__ import annotations
 
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -21,6 +22,7 @@ class Engine:
     """
 
     def __init__(self, model: Path, threads: int, context: int, keep_logits: bool = False) -> None:
+        os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")  # before the library is loaded
         import onnxruntime_genai
 
         self._library = onnxruntime_genai

@@ -13,6 +13,8 @@ from collections.abc import Hashable
 from itertools import count
 from typing import Any
 
+from edge_memllm_runtimes.ort_library import import_library
+
 _NO_RECORDING = -1
 _RUN_ENTRY = "gpu_graph_id"
 
@@ -48,8 +50,6 @@ class CudaGraphs:
 
 
 def _run_options(number: int) -> Any:
-    from onnxruntime import RunOptions
-
-    options = RunOptions()
+    options = import_library().RunOptions()
     options.add_run_config_entry(_RUN_ENTRY, str(number))
     return options

@@ -21,8 +21,8 @@ from edge_memllm_runtimes.kv_cache import KVBudget
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_cache import OrtCache
 from edge_memllm_runtimes.ort_graph import check_references, read_shape
+from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.ort_session import (
-    import_library,
     open_packed,
     open_session,
     pack_graph,

@@ -17,6 +17,7 @@ from edge_memllm.runtime_protocol import Held, HeldLayout
 from edge_memllm_runtimes.cuda_graphs import CudaGraphs
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
 from edge_memllm_runtimes.ort_graph import GraphShape, cache_names
+from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.step_buffers import (
     CudaBuffers,
     HostBuffers,
@@ -138,12 +139,10 @@ class OrtCache(GrowingCache):
         self._buffers = self._bound_part = self._bound_step = None
 
     def _grown(self, old: Any, capacity: int) -> Any:
-        from onnxruntime import OrtValue
-
         array = np.zeros(self._shape.cache_shape(self.batch, capacity), self._shape.kv_dtype)
         if old is not None:
             array[:, :, : self.capacity] = old.numpy()
-        return OrtValue.ortvalue_from_numpy(array, self._device, 0)
+        return import_library().OrtValue.ortvalue_from_numpy(array, self._device, 0)
 
     def _bind_part(self, sequence: int | range | None, batch: int) -> None:
         """Bind past and present to the whole cache, or to the slice of some sequences."""

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RuntimeUnavailableError
 from edge_memllm_runtimes.options import RuntimeOptions
+from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.processors import physical_cores
 
 if TYPE_CHECKING:
@@ -23,27 +24,17 @@ QUANTIZED_WEIGHTS = ("int4", "int8")
 _ON_CPU = ("fallback to CPU EP", "nodes have not been")
 
 
-def import_library() -> Any:
-    """Return the module onnxruntime; raises `RuntimeUnavailableError` without it."""
-    try:
-        import onnxruntime
-    except ImportError as error:
-        raise RuntimeUnavailableError(
-            f"This needs the package 'onnxruntime', which cannot be imported ({error}). "
-            "Install it with: pip install 'edge-memllm'"
-        ) from error
-    return onnxruntime
-
-
 def require_device(artifact: Artifact, device: str) -> None:
     """Raise `RuntimeUnavailableError` for what is known to be impossible before loading."""
     library = import_library()
     provider = _PROVIDERS[device]
     there = library.get_available_providers()
     if provider not in there:
+        minor = library.__version__.rpartition(".")[0]
         raise RuntimeUnavailableError(
             f"device '{device}' needs {provider}, this onnxruntime {library.__version__} has "
-            f"{', '.join(there)}. Install it with: pip install 'edge-memllm[{device}]'"
+            f"{', '.join(there)}. Put the library for GPUs in its place: pip uninstall "
+            f"onnxruntime, then pip install 'onnxruntime-gpu=={minor}.*'"
         )
     dtype = artifact.manifest.graph.compute_dtype
     if device == "cuda" and dtype != "float16":
@@ -100,7 +91,6 @@ def _open(
     saved: Path | None = None,
 ) -> Any:
     library = import_library()
-    library.disable_telemetry_events()
     if device != "cpu":  # the process-wide logger tells of missing libraries, as the error does
         library.set_default_logger_severity(_FATAL_ONLY)
     settings = library.SessionOptions()
@@ -163,5 +153,6 @@ def _refused(where: str, device: str, reason: object) -> EdgeMemLLMError:
         )
     return RuntimeUnavailableError(
         f"{where} cannot use the device '{device}': {reason}. Check the driver and its libraries "
-        "(nvidia-smi), install with pip install 'edge-memllm[cuda]', or use the CPU."
+        "(nvidia-smi; pip install 'onnxruntime-gpu[cuda,cudnn]' brings CUDA and cuDNN), or use "
+        "the CPU."
     )

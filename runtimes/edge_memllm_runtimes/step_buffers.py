@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.records import RecordBuffer
 from edge_memllm_runtimes.ort_graph import GraphShape
+from edge_memllm_runtimes.ort_library import import_library
 
 Array = NDArray[Any]
 
@@ -158,6 +159,6 @@ def _records(buffer: RecordBuffer, distinct: int) -> dict[str, Array]:
 
 
 def _on_device(shape: tuple[int, ...], dtype: np.dtype[Any]) -> Any:
-    from onnxruntime import OrtValue
-
-    return OrtValue.ortvalue_from_shape_and_type(list(shape), dtype.type, "cuda", 0)
+    return import_library().OrtValue.ortvalue_from_shape_and_type(
+        list(shape), dtype.type, "cuda", 0
+    )
