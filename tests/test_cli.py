@@ -79,7 +79,7 @@ def test_wrong_usage_is_exit_code_2(
     ("error", "code", "message"),
     [
         (CorruptionError("t: damaged. Copy it again."), 1, "error: t: damaged. Copy it again.\n"),
-        (missing_extra("torch", "export"), 1, "pip install 'edge-memllm[export]'\n"),
+        (missing_extra("torch", "export"), 1, "pip install 'FILE.whl[export]'\n"),
         (FileNotFoundError(2, "No such file or directory", "x.txt"), 1, "error: x.txt: No such"),
         (OSError("odd"), 1, "error: odd.\n"),
         (KeyboardInterrupt(), 130, "\n"),

@@ -81,7 +81,7 @@ def test_an_artifact_needs_no_torch(
     artifact, checkpoint = make_artifact(), make_checkpoint()
     monkeypatch.setitem(__import__("sys").modules, "torch", None)
     assert explained(capsys, artifact, "--text", TEXT)["sentences"]
-    assert "pip install 'edge-memllm[export]'" in refused(capsys, checkpoint, "--text", TEXT)
+    assert "pip install '.[export]'" in refused(capsys, checkpoint, "--text", TEXT)
 
 
 def test_the_terminal_shows_tokens_keys_and_texts(

@@ -35,6 +35,7 @@ def test_tree_is_exactly_the_documented_one() -> None:
 def test_missing_extra_names_the_install_command() -> None:
     with pytest.raises(
         errors.RuntimeUnavailableError,
-        match=r"'torch', which is not installed\. .* pip install 'edge-memllm\[export\]'$",
+        match=r"'torch', which is not installed\. Install it: pip install '\.\[export\]' in a "
+        r"clone of edge-memllm, or with its wheel pip install 'FILE\.whl\[export\]'$",
     ):
         raise errors.missing_extra("torch", "export")

@@ -167,5 +167,5 @@ def test_without_the_library_the_error_names_the_extra(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setitem(sys.modules, "huggingface_hub", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'edge-memllm\[hub\]'"):
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install '\.\[hub\]'"):
         artifact_folder(NAME)

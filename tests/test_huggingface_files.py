@@ -141,5 +141,5 @@ def test_without_optimum_the_error_names_the_extra() -> None:
         check=True,
         timeout=120,
     )
-    assert "pip install 'edge-memllm[optimum]'" in done.stdout
+    assert "pip install '.[optimum]'" in done.stdout
     assert issubclass(RuntimeUnavailableError, Exception)

@@ -37,7 +37,7 @@ def test_cuda_that_is_not_there_is_refused(artifact: Artifact) -> None:
     with pytest.raises(
         RuntimeUnavailableError,
         match=r"device 'cuda' needs CUDAExecutionProvider, this onnxruntime .* has "
-        r".*CPUExecutionProvider.*pip install 'edge-memllm\[cuda\]'",
+        r".*CPUExecutionProvider.*pip install 'onnxruntime-gpu==\d+\.\d+\.\*'",
     ):
         open_runtime(artifact, "cuda")
 

@@ -13,6 +13,8 @@ import zipfile
 from collections.abc import Iterator
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parents[1]
 PACKAGES = (ROOT / "edge_memllm", ROOT / "runtimes", ROOT / "export")
 FOLDERS = (*PACKAGES, *(ROOT / name for name in ("tests", "docs", "examples", "benchmarks", ".ci")))
@@ -27,7 +29,7 @@ MOST_LINES = 600
 
 def files() -> Iterator[Path]:
     """The files of the project, without what building and testing leave behind."""
-    yield from (path for path in ROOT.iterdir() if path.is_file())
+    yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
     for folder in FOLDERS:
         for path in folder.rglob("*"):
             if path.is_file() and not re.search(r"__pycache__|\.egg-info|_cache/", str(path)):
@@ -101,6 +103,34 @@ def test_no_file_knows_the_machine_it_was_written_on() -> None:
         for path in text_files()
         for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
         if _HOMES.search(line)
+    ]
+    assert not found
+
+
+# No package index has a distribution of this name.
+_PROMISE = re.compile(r"pip install (?:-\S+ )*['\"]?edge[-_]memllm(?!\S*\.whl)")
+
+
+@pytest.mark.parametrize(
+    ("text", "promised"),
+    [
+        ("pip install edge-memllm", True),
+        ("pip install -U 'edge-memllm[serve]'", True),
+        ("pip install './edge_memllm-0.1.0-py3-none-any.whl[serve]'", False),
+        ("pip install '.[serve]' in a clone of edge-memllm", False),
+    ],
+)
+def test_a_promise_would_be_found(text: str, promised: bool) -> None:
+    assert bool(_PROMISE.search(text)) == promised
+
+
+def test_nothing_promises_a_package_of_an_index() -> None:
+    found = [
+        f"{path.relative_to(ROOT)}:{number}"
+        for path in text_files()
+        if path != Path(__file__)
+        for number, line in enumerate(path.read_text("utf-8").splitlines(), 1)
+        if _PROMISE.search(line)
     ]
     assert not found
 

@@ -114,7 +114,7 @@ def test_without_the_extra_it_says_what_to_install(
 ) -> None:
     monkeypatch.setattr(serve, "find_spec", lambda name: None)
     assert main(["serve", "nowhere"]) == 1
-    assert "pip install 'edge-memllm[serve]'" in capsys.readouterr().err
+    assert "pip install '.[serve]'" in capsys.readouterr().err
 
 
 def test_a_taken_port_is_told_before_anything_is_loaded(

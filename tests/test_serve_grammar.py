@@ -147,7 +147,7 @@ def test_a_tokenizer_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPa
 
 def test_without_llguidance_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"pip install 'edge-memllm\[serve\]'"):
+    with pytest.raises(RuntimeUnavailableError, match=r"pip install '\.\[serve\]'"):
         Grammars(TOKENIZER, SPEC).json_object()
 
 
