@@ -81,6 +81,7 @@ def held_out(arguments: argparse.Namespace) -> Any:
     """Windows [W, T] spread evenly over the texts, in the dense model's tokens."""
     import torch
 
+    from edge_memllm.atomic import WholeFile
     from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
     from edge_memllm.modeling.recipe import DataRecipe
     from edge_memllm.modeling.tokenizer_training import read_tokenizer
@@ -90,7 +91,10 @@ def held_out(arguments: argparse.Namespace) -> Any:
     data = DataRecipe(document_start=arguments.document_start)
     with tempfile.TemporaryDirectory() as folder:
         path = Path(folder) / "valid.npy"
-        write_tokens(documents(arguments.valid, data), tokenizer, config["bos_token_id"], path)
+        texts = documents(arguments.valid, data)
+        with WholeFile(path) as file:
+            write_tokens(texts, tokenizer, config["bos_token_id"], file)
+            file.publish()
         windows = TokenWindows(path, LENGTH)
         places = torch.linspace(0, len(windows) - 1, arguments.windows).long().tolist()
         return torch.stack([windows[place]["input_ids"] for place in places])

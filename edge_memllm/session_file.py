@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import mmap
 import os
-import secrets
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
@@ -20,7 +19,8 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import ArtifactError, CorruptionError, RequestError, StorageError
+from edge_memllm.atomic import WholeFile
+from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
 from edge_memllm.manifest import ModelSpec
 from edge_memllm.request import check_tokens
 from edge_memllm.runtime_protocol import HeldLayout
@@ -31,10 +31,13 @@ from edge_memllm.strict_json import MAX_JSON_BYTES
 from edge_memllm.table_header import LENGTH
 
 _COPY_AGAIN = "The file is incomplete or damaged; save the session again."
-_CLOSED_TO_CHILDREN = getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
 # O_NONBLOCK: opening a pipe must not wait for a writer.
-_READING = os.O_RDONLY | getattr(os, "O_NONBLOCK", 0) | _CLOSED_TO_CHILDREN
-_WRITING = os.O_WRONLY | os.O_CREAT | os.O_EXCL | _CLOSED_TO_CHILDREN
+_READING = (
+    os.O_RDONLY
+    | getattr(os, "O_NONBLOCK", 0)
+    | getattr(os, "O_CLOEXEC", 0)
+    | getattr(os, "O_BINARY", 0)
+)
 _BLOCK = 1 << 20
 
 
@@ -46,28 +49,15 @@ def write_session(path: Path, origin: Origin, state: SessionState, *, overwrite:
     """
     header = _header_of(origin, state)
     layout = {name: (array.dtype, array.shape) for name, array in state.held.items()}
-    _refuse_existing(path, overwrite)
-    partial = path.with_name(f".{path.name}.{secrets.token_hex(4)}.partial")
-    try:
-        with os.fdopen(os.open(partial, _WRITING, 0o600), "wb") as file:
-            file.write(header.to_bytes(layout))
-            digest = header.digest(layout)
-            for data in _contents(header, layout, state):
-                digest.update(data)
-                file.write(data)
-            size = file.tell()
-            file.seek(0)
-            file.write(replace(header, sha256=digest.hexdigest()).to_bytes(layout))
-            file.flush()
-            os.fsync(file.fileno())
-        _refuse_existing(path, overwrite)
-        os.replace(partial, path)
-    except OSError as error:
-        raise StorageError(
-            f"{path}: the session could not be written ({error.strerror}). Check the folder."
-        ) from error
-    finally:
-        partial.unlink(missing_ok=True)
+    with WholeFile(path, mode=0o600, overwrite=overwrite) as file:
+        size = file.write(header.to_bytes(layout))
+        digest = header.digest(layout)
+        for data in _contents(header, layout, state):
+            digest.update(data)
+            size += file.write(data)
+        file.seek(0)
+        file.write(replace(header, sha256=digest.hexdigest()).to_bytes(layout))
+        file.publish()
     return size
 
 
@@ -211,10 +201,3 @@ def _draws_of(state: str, increment: str) -> np.random.Generator:
     inner = {"state": int(state, 16), "inc": int(increment, 16)}
     generator.state = {**generator.state, "state": inner}
     return draws
-
-
-def _refuse_existing(path: Path, overwrite: bool) -> None:
-    if not overwrite and os.path.lexists(path):
-        raise RequestError(
-            f"{path}: there is a file already. Choose another name, or say overwrite=True."
-        )

@@ -11,6 +11,7 @@ import hashlib
 import os
 import shutil
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -18,6 +19,7 @@ from typing import Self
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from edge_memllm.atomic import reason, write_all
 from edge_memllm.codecs import UnencodableRowError, get_codec
 from edge_memllm.codecs.codec import Bytes, Floats
 from edge_memllm.errors import ExportError
@@ -185,11 +187,9 @@ class TableWriter:
         return np.concatenate([embedding_codes, scales, codes, padding], axis=1)
 
     def _write(self, data: bytes | memoryview) -> None:
-        left = memoryview(data)
-        self._digest.update(left)
+        self._digest.update(data)
         try:
-            while left:
-                left = left[os.write(self._file, left) :]
+            write_all(self._file, data)
         except OSError as error:
             raise self._failure(error) from error
 
@@ -209,8 +209,10 @@ class TableWriter:
         )
 
     def _abandon(self) -> None:
-        os.close(self._file)
-        self._path.unlink(missing_ok=True)
+        with suppress(OSError):  # nothing of it is to stay, so nothing of it can be lost
+            os.close(self._file)
+        with suppress(OSError):
+            self._path.unlink()
 
     def _unencodable(self, error: UnencodableRowError, what: str) -> ExportError:
         return ExportError(
@@ -225,7 +227,7 @@ class TableWriter:
                 f"{self._path}: the disk is full. The table needs {self._size} bytes, "
                 f"{free} are free. Free some space or export to another disk."
             )
-        return ExportError(f"{self._path}: writing failed ({error.strerror}).")
+        return ExportError(f"{self._path}: writing failed ({reason(error)}). Check the disk.")
 
 
 def _checked(layout: RecordLayout) -> tuple[int, ...]:

@@ -10,6 +10,7 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_memllm.atomic import WholeFile
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
 from edge_memllm.modeling.recipe import DataRecipe
@@ -65,7 +66,9 @@ class TestCorpus:
     def test_windows_tile_the_packed_documents(self, tmp_path: Path) -> None:
         tokenizer = byte_tokenizer(300)
         path = tmp_path / "tokens.npy"
-        count = write_tokens(["abc", "defgh"], tokenizer, 0, path)
+        with WholeFile(path) as file:
+            count = write_tokens(["abc", "defgh"], tokenizer, 0, file)
+            file.publish()
         tokens = np.load(path)
         assert count == len(tokens) == 10
         assert tokens[0] == tokens[4] == 0

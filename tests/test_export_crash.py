@@ -66,7 +66,7 @@ def publish_until_crash(out: Path, new: Path, number: int) -> bool:
     except Crash:
         return True
     finally:
-        os.close(staging._lock)  # all that the system does for a process that is killed
+        staging._lock.close()  # all that the system does for a process that is killed
     return False
 
 
@@ -112,7 +112,7 @@ def test_export_that_was_published_before_us_does_not_share_our_folder(tmp_path:
         descriptor = opened(path, *arguments, **options)
         if not out.exists() and Path(path) == first.path and hasattr(first, "_lock"):
             first.publish()
-            os.close(first._lock)
+            first._lock.close()
         return descriptor
 
     first.__enter__()

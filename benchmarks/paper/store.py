@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_memllm.sweep.results import write_whole
+from edge_memllm.atomic import write_whole
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "results" / "paper"
 Entry = dict[str, Any]

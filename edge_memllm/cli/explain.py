@@ -162,8 +162,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _show(arguments: argparse.Namespace, found: Explanation) -> None:
     if arguments.html is not None:
+        from edge_memllm.atomic import write_whole
         from edge_memllm.interpretation.report import html_page
-        from edge_memllm.sweep.results import write_whole
 
         write_whole(arguments.html, html_page(found))
     if arguments.json:

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_memllm.atomic import write_whole
 from edge_memllm.errors import ArtifactError, StorageError
 from edge_memllm.hub.failures import explained, import_hub
 from edge_memllm.hub.names import HubModel
@@ -106,7 +107,9 @@ class _Described:
         for name, spec in missing.items():
             transfer.fetch(name, spec)
         transfer.end()
-        _write(folder / MANIFEST_NAME, self.content)
+        manifest = folder / MANIFEST_NAME
+        if not manifest.is_file() or manifest.read_bytes() != self.content:
+            write_whole(manifest, self.content)
 
 
 def _folder(hub: Any, model: HubModel, digest: str, cache_dir: Any) -> Path:
@@ -129,12 +132,3 @@ def _clear(folder: Path) -> None:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     shutil.rmtree(folder)
     folder.mkdir()
-
-
-def _write(path: Path, content: bytes) -> None:
-    """Write a small file whole or not at all."""
-    if path.is_file() and path.read_bytes() == content:
-        return
-    partial = path.with_name(f".{path.name}")
-    partial.write_bytes(content)
-    partial.replace(path)

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from edge_memllm.atomic import move_whole
 from edge_memllm.errors import CorruptionError
 from edge_memllm.hub.failures import explained
 from edge_memllm.hub.names import HubModel
@@ -63,7 +64,8 @@ class Transfer:
                 f"{self.model}: {name} has arrived with sha256 {found[:12]}, the manifest says "
                 f"{spec.sha256[:12]}. Try again; if it stays, the model was uploaded incompletely."
             )
-        partial.replace(self.folder / name)
+        with explained(self.model, name):
+            move_whole(partial, self.folder / name)
 
     def end(self) -> None:
         """Remove the folder of what is incomplete: nothing is."""

@@ -6,6 +6,7 @@ import os
 import shutil
 from pathlib import Path
 
+from edge_memllm.atomic import not_written, whole_folder
 from edge_memllm.errors import RequestError
 from edge_memllm.hub.failures import explained, import_hub
 from edge_memllm.hub.names import HubModel
@@ -13,14 +14,18 @@ from edge_memllm.manifest import MANIFEST_NAME, Manifest
 
 
 def copy_artifact(manifest: Manifest, source: Path, target: Path) -> None:
-    """Copy all files into `target`, which must be new or empty; the manifest comes last."""
+    """Copy all files to the folder `target`, which must be new or empty: all of them or none."""
     if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
         raise RequestError(
             f"{target}: is not an empty folder, and nothing is replaced. Save into a new one."
         )
-    target.mkdir(parents=True, exist_ok=True)
-    for name in (*manifest.files, MANIFEST_NAME):
-        shutil.copyfile(source / name, target / name)
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(target) as draft:
+            for name in (*manifest.files, MANIFEST_NAME):
+                shutil.copyfile(source / name, draft / name)
+    except OSError as error:
+        raise not_written(target, error) from error
 
 
 def upload_artifact(

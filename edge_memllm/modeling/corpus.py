@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterable, Iterator, Sequence
+from io import BytesIO
 from itertools import islice
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
 from tokenizers import Tokenizer
 from torch.utils.data import Dataset
 
+from edge_memllm.atomic import WholeFile
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.recipe import DataRecipe
 from edge_memllm.tokenizer_file import is_unicode, library_errors
@@ -70,31 +73,29 @@ def _plain_text(path: str, document_start: str | None) -> Iterator[str]:
             yield "".join(lines)
 
 
-def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, boundary: int, path: Path) -> int:
+def write_tokens(texts: Iterable[str], tokenizer: Tokenizer, boundary: int, file: WholeFile) -> int:
     """Encode documents, each after one ``boundary`` token, into a .npy file; the token count."""
-    dtype = np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32
-    partial = path.with_suffix(".partial")
+    dtype = np.dtype(np.uint16 if tokenizer.get_vocab_size() <= 1 << 16 else np.uint32)
+    file.write(_npy_header(dtype, 0))  # it says the count, so it is written again at the end
     count = 0
     iterator = iter(texts)
-    with partial.open("wb") as file:
-        while batch := list(islice(iterator, _BATCH)):
-            with library_errors("the tokenizer fails to encode documents"):
-                encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
-            for encoding in encodings:
-                ids = np.array([boundary, *encoding.ids], dtype=dtype)
-                ids.tofile(file)
-                count += len(ids)
-    _raw_to_npy(partial, path, count, np.dtype(dtype))
+    while batch := list(islice(iterator, _BATCH)):
+        with library_errors("the tokenizer fails to encode documents"):
+            encodings = tokenizer.encode_batch_fast(batch, add_special_tokens=False)
+        ids = [token for encoding in encodings for token in (boundary, *encoding.ids)]
+        count += len(ids)
+        file.write(np.array(ids, dtype).data)
+    file.seek(0)
+    file.write(_npy_header(dtype, count))
     return count
 
 
-def _raw_to_npy(raw: Path, path: Path, count: int, dtype: np.dtype) -> None:
-    """Give raw ids their .npy header, so that the file says its own type and length."""
-    array = np.lib.format.open_memmap(path, mode="w+", dtype=dtype, shape=(count,))
-    if count:
-        array[:] = np.memmap(raw, dtype=dtype, mode="r")
-    array.flush()
-    raw.unlink()
+def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
+    """The header of a .npy file, which is as long for any count."""
+    header = BytesIO()
+    fields = {"descr": dtype.str, "fortran_order": False, "shape": (count,)}
+    np.lib.format.write_array_header_1_0(header, fields)
+    return header.getvalue()
 
 
 class TokenWindows(Dataset[dict[str, torch.Tensor]]):

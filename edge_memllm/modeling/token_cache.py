@@ -8,27 +8,28 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
-import shutil
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-from edge_memllm.errors import RecipeError
+from edge_memllm.atomic import WholeFile, not_written
+from edge_memllm.errors import RecipeError, StorageError
 
 _DIGITS = 32  # of the digest, in a file's name
+_BLOCK = 4 << 20
 
 
-def made_once(path: Path, make: Callable[[Path], Any]) -> Path:
-    """The file ``path``, made by ``make(some other path)`` where it is not there yet."""
+def made_once(path: Path, make: Callable[[WholeFile], Any]) -> Path:
+    """The file ``path``, written by ``make`` where it is not there yet."""
     if not path.exists():
-        partial = path.with_name(f"{os.getpid()}-{path.name}")
         try:
             path.parent.mkdir(parents=True, exist_ok=True)
-            make(partial)
-            partial.replace(path)
-        except OSError as error:
-            raise RecipeError(f"{path}: cannot be written ({error.strerror}).") from error
+            with WholeFile(path) as file:
+                make(file)
+                file.publish()
+        except (OSError, StorageError) as error:
+            raise _not_written(path, error) from error
     return path
 
 
@@ -40,11 +41,30 @@ def content_key(paths: Sequence[str], *settings: Any) -> str:
 
 
 def link_or_copy(source: Path, target: Path) -> None:
-    """Make ``target`` the same file as ``source``, or a copy where links cannot be made."""
+    """Make ``target``, if it is not there, the same file as ``source``, or a copy of it."""
+    if target.exists():
+        return
     try:
-        target.hardlink_to(source)
-    except OSError:  # another disk, or one that knows no links
-        shutil.copyfile(source, target)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with suppress(OSError):  # another disk, or one that knows no links
+            target.hardlink_to(source)
+            return
+        with source.open("rb") as file:
+            made_once(target, lambda copy: copy_into(copy, file))
+    except OSError as error:
+        raise _not_written(target, error) from error
+
+
+def copy_into(copy: WholeFile, file: BinaryIO) -> None:
+    """Write all that is left of an open file."""
+    while block := file.read(_BLOCK):
+        copy.write(block)
+
+
+def _not_written(path: Path, error: OSError | StorageError) -> RecipeError:
+    if isinstance(error, OSError):
+        error = not_written(path, error)
+    return RecipeError(str(error))
 
 
 def _digest(path: str) -> str:

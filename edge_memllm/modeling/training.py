@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +17,7 @@ from tokenizers import Tokenizer
 from transformers import GenerationConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 
+from edge_memllm.atomic import WholeFile, write_whole
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.configuration import MemoryLLMConfig
 from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
@@ -144,7 +144,7 @@ def _learned_tokenizer(recipe: Recipe) -> Tokenizer:
         return learn()
     key = content_key(data.train, data.document_start, data.text_field, size)
     path = Path(data.cache) / f"tokenizer-{key}.json"
-    made_once(path, lambda path: learn().save(str(path)))
+    made_once(path, lambda file: file.write(learn().to_str(pretty=True).encode()))
     return read_tokenizer(path)
 
 
@@ -169,8 +169,7 @@ def prepare_tokens(recipe: Recipe, tokenizer: Tokenizer, boundary: int, out: Pat
     """
     for split, paths in (("train", recipe.data.train), ("valid", recipe.data.valid)):
         if paths:
-            write = partial(_write_split, recipe.data, paths, tokenizer, boundary)
-            made_once(token_file(out, split), write)
+            _write_split(recipe.data, paths, tokenizer, boundary, token_file(out, split))
 
 
 def token_file(out: Path, split: str) -> Path:
@@ -183,11 +182,13 @@ def _write_split(
 ) -> None:
     """The tokens of one split, written anew or taken from the cache."""
 
-    def write(path: Path) -> None:
-        write_tokens(documents(paths, data), tokenizer, boundary, path)
+    def write(file: WholeFile) -> None:
+        write_tokens(documents(paths, data), tokenizer, boundary, file)
 
+    if path.exists():
+        return
     if data.cache is None:
-        write(path)
+        made_once(path, write)
         return
     key = content_key(paths, data.document_start, data.text_field, tokenizer.to_str(), boundary)
     link_or_copy(made_once(Path(data.cache) / f"tokens-{key}.npy", write), path)
@@ -264,7 +265,7 @@ def save(recipe: Recipe, model: MemoryLLMForCausalLM, record: dict[str, Any], ou
         model.to(getattr(torch, recipe.training.save_dtype))
         _check_finite(model)
         model.config.use_cache = True  # Trainer turns it off, and it would stay off in config.json
-        (out / RECORD_FILE).write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")
+        write_whole(out / RECORD_FILE, json.dumps(record, indent=1) + "\n")
         model.save_pretrained(out)
     state.wait_for_everyone()
 

@@ -8,22 +8,18 @@ from __future__ import annotations
 
 import hashlib
 import os
-import secrets
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from edge_memllm.atomic import WholeFile
 from edge_memllm.codecs.codec import Bytes, Floats
-from edge_memllm.errors import RequestError, StorageError
+from edge_memllm.errors import RequestError
 from edge_memllm.overlays.columns import Columns, Ids, encode_rows, in_order, padded, row_of
 from edge_memllm.overlays.header import COLUMNS, SUFFIX, Header
 from edge_memllm.overlays.overlay import Edit, Operation, OverlaySpec
-
-_FLAGS = (
-    os.O_WRONLY | os.O_CREAT | os.O_EXCL | getattr(os, "O_CLOEXEC", 0) | getattr(os, "O_BINARY", 0)
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,23 +44,15 @@ class OverlayWriter:
     def __init__(
         self, path: str | os.PathLike[str], spec: OverlaySpec, *, overwrite: bool = False
     ) -> None:
-        self._path = Path(path)
+        if not Path(path).name.endswith(SUFFIX) or Path(path).name == SUFFIX:
+            raise RequestError(f"{path}: expected a name that ends in '{SUFFIX}'.")
         self._spec = spec
-        self._overwrite = overwrite
         self._columns = Columns(spec)
         self._rows = 0
         self._digest = hashlib.sha256()
-        self._finished = False
-        if not self._path.name.endswith(SUFFIX) or self._path.name == SUFFIX:
-            raise RequestError(f"{self._path}: expected a name that ends in '{SUFFIX}'.")
-        self._refuse_existing()
-        self._partial = self._path.with_name(f".{self._path.name}.{secrets.token_hex(4)}.partial")
-        try:
-            self._file = os.open(self._partial, _FLAGS, 0o666)
-        except OSError as error:
-            raise self._failure(error) from error
+        self._file = WholeFile(path, overwrite=overwrite)
         # Room for the header: it says the digest, so it comes last.
-        os.lseek(self._file, Header(spec, 0, 0).size, os.SEEK_SET)
+        self._file.seek(Header(spec, 0, 0).size)
 
     def replace(self, tokens: Ids, layers: Ids, rows: Floats) -> None:
         """Replace rows by `rows` [n, D]: that of `tokens[i]` in `layers[i]` by `rows[i]`."""
@@ -99,17 +87,11 @@ class OverlayWriter:
         for name, (_, kind) in COLUMNS.items():
             self._write(getattr(entries, name).astype(kind, copy=False).tobytes())
         header = Header(self._spec, len(entries), self._rows).sealed(self._digest)
-        try:
-            os.lseek(self._file, 0, os.SEEK_SET)
-            _write_all(self._file, header.to_bytes())
-            os.fsync(self._file)
-            self._refuse_existing()
-            os.replace(self._partial, self._path)
-        except OSError as error:
-            raise self._failure(error) from error
-        self._finished = True
+        self._file.seek(0)
+        self._file.write(header.to_bytes())
+        self._file.publish()
         size = header.size + header.data_bytes
-        return Written(self._path, self._spec, len(entries), self._rows, size)
+        return Written(self._file.path, self._spec, len(entries), self._rows, size)
 
     def __enter__(self) -> Self:
         return self
@@ -120,9 +102,7 @@ class OverlayWriter:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        os.close(self._file)
-        if not self._finished:
-            self._partial.unlink(missing_ok=True)
+        self._file.__exit__(kind, error, traceback)
 
     def _with_rows(self, tokens: Ids, layers: Ids, operation: Operation, rows: Floats) -> None:
         stored = encode_rows(self._spec, rows, tokens, layers)
@@ -135,20 +115,7 @@ class OverlayWriter:
 
     def _write(self, data: bytes) -> None:
         self._digest.update(data)
-        try:
-            _write_all(self._file, data)
-        except OSError as error:
-            raise self._failure(error) from error
-
-    def _refuse_existing(self) -> None:
-        if not self._overwrite and os.path.lexists(self._path):
-            raise RequestError(
-                f"{self._path}: there is a file already. Choose another name, or have it replaced "
-                "(--force, overwrite=True)."
-            )
-
-    def _failure(self, error: OSError) -> StorageError:
-        return StorageError(f"{self._path}: writing failed ({error.strerror}). Check the folder.")
+        self._file.write(data)
 
 
 def write_overlay(
@@ -163,9 +130,3 @@ def write_overlay(
         for edit in in_order(edits):
             writer.edit(edit)
         return writer.finish()
-
-
-def _write_all(file: int, data: bytes) -> None:
-    left = memoryview(data)
-    while left:
-        left = left[os.write(file, left) :]

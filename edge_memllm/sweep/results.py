@@ -5,14 +5,13 @@ A result carries the settings it was measured with. Knows nothing of what its fi
 
 from __future__ import annotations
 
-import fcntl
 import json
-import os
 from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Any
 
+from edge_memllm.atomic import FolderLock, not_written, write_whole
 from edge_memllm.errors import ArtifactError, RequestError
 
 _FOLDER = "results"
@@ -28,18 +27,18 @@ class ResultsFolder:
     @contextmanager
     def locked(self) -> Iterator[None]:
         """Make the folder and hold it alone; the lock ends with the process, however it ends."""
-        self._path.mkdir(parents=True, exist_ok=True)
-        lock = os.open(self._path, os.O_RDONLY | os.O_DIRECTORY)
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self._path.resolve())
+        except OSError as error:
+            raise not_written(self._path, error) from error
+        with closing(lock):
+            if lock.taken:
+                raise RequestError(
+                    f"{self._out}: another sweep is writing there. Wait for it, or choose another "
+                    "folder."
+                )
             yield
-        except BlockingIOError:
-            raise RequestError(
-                f"{self._out}: another sweep is writing there. Wait for it, or choose another "
-                "folder."
-            ) from None
-        finally:
-            os.close(lock)
 
     def read(self, codec: str) -> dict[str, Any] | None:
         """Return a codec's result, None without one. Raises `ArtifactError` for a torn file."""
@@ -58,21 +57,6 @@ class ResultsFolder:
 def load_results(out: Path) -> dict[str, Any]:
     """Return what the last sweep into `out` has put together, as `run_sweep` wrote it."""
     return _read(out / "results.json")
-
-
-def write_whole(path: Path, content: str) -> None:
-    """Write a file so that a reader, or a crash, finds the old content or the new one."""
-    draft = path.with_name(f".{path.name}.partial")
-    with draft.open("w", encoding="utf-8") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(draft, path)
-    folder = os.open(path.parent, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(folder)
-    finally:
-        os.close(folder)
 
 
 def write_summary(path: Path, summary: Mapping[str, Any]) -> None:

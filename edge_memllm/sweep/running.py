@@ -13,13 +13,14 @@ from pathlib import Path
 from typing import Any
 
 from edge_memllm.artifact import Artifact
+from edge_memllm.atomic import write_whole
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.manifest import MANIFEST_NAME
 from edge_memllm.sweep.figures import csv_text
 from edge_memllm.sweep.measuring import Bench, artifact_path, open_model, remove_artifact
 from edge_memllm.sweep.page import report_page
 from edge_memllm.sweep.plan import Plan, SweepRequest, make_plan
-from edge_memllm.sweep.results import ResultsFolder, differences, write_summary, write_whole
+from edge_memllm.sweep.results import ResultsFolder, differences, write_summary
 
 Progress = Callable[[str, int, int], None]
 

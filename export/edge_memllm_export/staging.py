@@ -10,15 +10,19 @@ puts things in order before it starts. Knows nothing of what an artifact holds b
 
 from __future__ import annotations
 
-import fcntl
 import json
+import logging
 import os
+from contextlib import closing, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from edge_memllm.atomic import FolderLock, reason, sync_folder
 from edge_memllm.errors import ExportError
 from edge_memllm.manifest import FORMAT, MANIFEST_NAME
+
+_log = logging.getLogger(__name__)
 
 
 class Staging:
@@ -42,21 +46,27 @@ class Staging:
             self._refuse_what_is_there()
             _empty(self.path)
         except BaseException:
-            os.close(self._lock)
+            with suppress(OSError):  # what was put there by others stays
+                self.path.rmdir()
+            self._lock.close()
             raise
         return self
 
     def publish(self) -> None:
         """Make the finished folder OUT. Everything in it must have reached the disk."""
-        os.fsync(self._lock)
+        self._lock.sync()
         self._refuse_what_is_there()
         if _is_there(self._out):
             os.rename(self._out, self._aside)
-            _sync(self._out.parent)
+            sync_folder(self._out.parent)
         os.rename(self.path, self._out)
-        _sync(self._out.parent)
-        if self._aside.exists():
-            _remove(self._aside)
+        try:
+            sync_folder(self._out.parent)
+        except OSError:
+            os.rename(self._out, self.path)  # a power cut might take it: not done
+            raise
+        if not _removed(self._aside):
+            _log.warning("%s: could not be removed; the next export does it.", self._aside)
 
     def __exit__(
         self,
@@ -64,36 +74,40 @@ class Staging:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        try:
+        with closing(self._lock):
             if kind is not None:
-                self._recover()
-                if self.path.exists():
-                    _remove(self.path)
-        finally:
-            os.close(self._lock)
+                with suppress(OSError):
+                    self._recover()
+                _removed(self.path)
 
-    def _take_lock(self) -> int:
-        """Make OUT.partial and lock it. The lock ends with the process, however it ends."""
+    def _take_lock(self) -> FolderLock:
+        """Make OUT.partial and lock it."""
         while True:
             try:
                 self.path.mkdir(exist_ok=True)
-                lock = os.open(self.path, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
+                lock = FolderLock(self.path)
             except OSError as error:
                 raise ExportError(
-                    f"{self.path}: cannot be made a folder ({error.strerror}). An export into "
+                    f"{self.path}: cannot be made a folder ({reason(error)}). An export into "
                     f"{self._out} is built there; move away what stands in the way."
                 ) from error
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                if _same_folder(self.path, lock):
-                    return lock
-            except BlockingIOError:
-                os.close(lock)
+            if lock.taken:
+                lock.close()
                 raise ExportError(
                     f"{self.path}: another export into {self._out} is running. Wait for it, or "
                     "export into another folder."
-                ) from None
-            os.close(lock)  # the export before us published the folder that we had opened
+                )
+            if lock.is_of(self.path):
+                break
+            lock.close()  # the export before us published the folder that we had opened
+        if not lock.sure:
+            _log.warning(
+                "%s: this file system has no locks, so another export into %s at the same time "
+                "would go unnoticed.",
+                self.path,
+                self._out,
+            )
+        return lock
 
     def _recover(self) -> None:
         """Undo or finish the swap of an export that died between its two renames."""
@@ -101,7 +115,7 @@ class Staging:
             return
         if not self._out.exists() and (self._aside / MANIFEST_NAME).exists():
             os.rename(self._aside, self._out)
-            _sync(self._out.parent)
+            sync_folder(self._out.parent)
         else:
             _remove(self._aside)
 
@@ -137,11 +151,14 @@ def _is_artifact(path: Path) -> bool:
     return isinstance(manifest, dict) and manifest.get("format") == FORMAT
 
 
-def _same_folder(path: Path, descriptor: int) -> bool:
-    try:
-        return os.path.samestat(os.stat(path), os.fstat(descriptor))
-    except FileNotFoundError:
-        return False
+def _removed(folder: Path) -> bool:
+    """Remove a folder of files if it is there, in a second try if need be; whether it is gone."""
+    for _ in range(2):
+        with suppress(OSError):
+            if folder.exists():
+                _remove(folder)
+            return True
+    return False
 
 
 def _remove(folder: Path) -> None:
@@ -149,7 +166,7 @@ def _remove(folder: Path) -> None:
     (folder / MANIFEST_NAME).unlink(missing_ok=True)
     _empty(folder)
     folder.rmdir()
-    _sync(folder.parent)
+    sync_folder(folder.parent)
 
 
 def _empty(folder: Path) -> None:
@@ -159,12 +176,3 @@ def _empty(folder: Path) -> None:
                 f"{folder}: holds a folder, {entry.name}, that no export made. Move it away."
             )
         entry.unlink()
-
-
-def _sync(folder: Path) -> None:
-    """Force a folder's entries to the disk."""
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

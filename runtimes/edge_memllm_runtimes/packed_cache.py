@@ -14,7 +14,6 @@ import logging
 import os
 import platform
 import shutil
-import tempfile
 import time
 from collections.abc import Callable, Collection
 from pathlib import Path
@@ -22,6 +21,7 @@ from typing import TYPE_CHECKING
 
 import xxhash
 
+from edge_memllm.atomic import clear_leftovers, reason, whole_folder
 from edge_memllm.directory import Directory
 from edge_memllm.errors import ArtifactError, CorruptionError, EdgeMemLLMError, RequestError
 from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
@@ -34,7 +34,6 @@ if TYPE_CHECKING:
 _RECORD = "packed.json"
 _LAYOUT = "1"  # of this cache: what is saved, and how it is recorded
 _SPACE_FACTOR = 2.5  # originals and repacked copies, in sizes of the graph; 2.33 measured
-_ABANDONED_SECONDS = 3600
 _ALIGNMENT = 64  # what the library's allocator gives, and its packing relies on
 _CPU_INFO = Path("/proc/cpuinfo")
 _CHUNK_BYTES = 1 << 22
@@ -167,18 +166,17 @@ def _make(
     start = time.perf_counter()
     try:
         folder.mkdir(parents=True, exist_ok=True)
-        _remove_abandoned(folder, place.name)
+        clear_leftovers(folder)  # before the space that they take is looked at
         _require_space(folder, artifact)
-        partial = Path(tempfile.mkdtemp(prefix=f"{place.name}.partial-", dir=folder))
-        try:
+        with whole_folder(place) as partial:
             pack(partial)
             _write_record(partial, facts)
-            _rename(partial, place)
-        finally:
-            shutil.rmtree(partial, ignore_errors=True)
     except OSError as error:
+        if place.exists():
+            _log.info("packed weights were made by another process meanwhile: %s", place)
+            return
         raise EdgeMemLLMError(
-            f"{folder}: the packed weights cannot be written ({error.strerror}). Check the folder, "
+            f"{folder}: the packed weights cannot be written ({reason(error)}). Check the folder, "
             "or leave packed_cache out."
         ) from error
     _log.info("packed weights made in %.1f s: %s", time.perf_counter() - start, place)
@@ -194,15 +192,6 @@ def _write_record(partial: Path, facts: dict[str, str]) -> None:
     (partial / _RECORD).write_text(text + "\n", encoding="ascii")
 
 
-def _rename(partial: Path, place: Path) -> None:
-    try:
-        partial.rename(place)
-    except OSError:
-        if not place.exists():
-            raise
-        _log.info("packed weights were made by another process meanwhile: %s", place)
-
-
 def _require_space(folder: Path, artifact: Artifact) -> None:
     graph, files = artifact.manifest.graph, artifact.manifest.files
     names = [name for name in (graph.file, graph.external_data) if name is not None]
@@ -213,13 +202,6 @@ def _require_space(folder: Path, artifact: Artifact) -> None:
             f"{folder}: the packed weights need {needed:,} bytes, {free:,} are free. Free some "
             "space, choose another folder, or leave packed_cache out."
         )
-
-
-def _remove_abandoned(folder: Path, name: str) -> None:
-    """Remove what a killed process left: a folder being written to is younger."""
-    for left in folder.glob(f"{name}.partial-*"):
-        if time.time() - left.stat().st_mtime > _ABANDONED_SECONDS:
-            shutil.rmtree(left, ignore_errors=True)
 
 
 def _digest(file: int) -> str:
