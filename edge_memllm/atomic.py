@@ -195,10 +195,9 @@ def whole_folder(path: Path) -> Iterator[Path]:
     `OSError`, also what the system says when `path` is there by then.
     """
     clear_leftovers(path.parent)
-    draft = _draft_name(path.parent)
-    draft.mkdir()
+    draft, lock = _new_draft_folder(path.parent)
     try:
-        with closing(FolderLock(draft)) as lock:
+        with closing(lock):
             yield draft
             for file in draft.iterdir():
                 sync_file(file)
@@ -309,13 +308,30 @@ def _draft_name(folder: Path) -> Path:
     return folder / f".edge-memllm-{secrets.token_hex(4)}.partial"
 
 
+# Whoever clears leftovers may take a draft for one before it is locked: then it is made anew.
+
+
+def _new_draft_folder(folder: Path) -> tuple[Path, FolderLock]:
+    """Make a folder that `clear_leftovers` leaves alone."""
+    while True:
+        draft = _draft_name(folder)
+        draft.mkdir()
+        try:
+            lock = FolderLock(draft)
+            if not lock.taken and lock.is_of(draft):
+                return draft, lock
+        except BaseException:
+            _remove(draft)
+            raise
+        lock.close()
+
+
 def _new_draft(folder: Path, mode: int) -> tuple[Path, int]:
     """Make a file that `clear_leftovers` leaves alone; return its path and its descriptor."""
     while True:
         draft = _draft_name(folder)
         file = os.open(draft, _NEW, mode)
         try:
-            # Whoever clears leftovers may have taken it for one before it was locked.
             if try_lock(file) is not False and _is_named(draft, file):
                 return draft, file
         except BaseException:

@@ -6,8 +6,8 @@ import json
 import logging
 import os
 import shutil
-import time
 from collections.abc import Callable
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ from runtime_cases import ARTIFACTS
 
 import edge_memllm
 from edge_memllm.artifact import Artifact
+from edge_memllm.atomic import FolderLock
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.feeding import Feeder
 from edge_memllm_runtimes import packed_cache
@@ -245,14 +246,13 @@ def test_a_failure_leaves_nothing_and_old_leftovers_go(artifact: Path, tmp_path:
         assert not list(cache.iterdir())
         text_of(artifact, packed_cache=cache)
         (place,) = cache.iterdir()
-        old, new = (cache / f"{place.name}.partial-{word}" for word in ("old", "new"))
-        for folder in (old, new):
+        left, alive = (cache / f".edge-memllm-{word}.partial" for word in ("0123abcd", "4567abcd"))
+        for folder in (left, alive):
             folder.mkdir()
-        long_ago = time.time() - 7200
-        os.utime(old, (long_ago, long_ago))
         forget_record(place)
-        text_of(artifact, packed_cache=cache)
-        assert sorted(cache.iterdir()) == sorted([place, new])
+        with closing(FolderLock(alive)):
+            text_of(artifact, packed_cache=cache)
+        assert sorted(cache.iterdir()) == sorted([place, alive])
 
 
 def test_who_comes_second_takes_what_is_there(

@@ -101,14 +101,14 @@ def test_a_file_that_is_there_is_kept(model: Model, tmp_path: Path) -> None:
 def test_what_cannot_be_written_leaves_nothing(
     model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    with pytest.raises(StorageError, match="could not be written"):
+    with pytest.raises(StorageError, match="cannot be written"):
         session(model).save(tmp_path / "no folder" / "a")
 
     def full(file: int) -> None:
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(os, "fsync", full)
-    with pytest.raises(StorageError, match=r"could not be written \(No space left"):
+    with pytest.raises(StorageError, match=r"cannot be written \(No space left"):
         session(model).save(tmp_path / "a")
     assert list(tmp_path.iterdir()) == []
 

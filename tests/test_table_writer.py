@@ -196,9 +196,12 @@ def test_the_nth_call_fails_for_every_n(
     assert path.exists()
 
 
-def test_short_writes_are_continued(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("most", [7, 1000])
+def test_short_writes_are_continued(
+    most: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     expected, real = write_table(tmp_path / "whole"), os.write
-    monkeypatch.setattr(os, "write", lambda file, data: real(file, data[:1000]))
+    monkeypatch.setattr(os, "write", lambda file, data: real(file, bytes(data)[:most]))
     assert write_table(tmp_path / "pieces") == expected
 
 
