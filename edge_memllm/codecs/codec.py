@@ -10,7 +10,6 @@ A codec knows nothing of records, files or models.
 
 from __future__ import annotations
 
-import os
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
@@ -27,6 +26,7 @@ from edge_memllm.codecs.wire import (
     decode_wire,
     wire_sizes,
 )
+from edge_memllm.control_groups import available_processors
 
 __all__ = ["Bytes", "Codec", "CodecSizes", "Fit", "Floats", "UnencodableRowError", "Wire"]
 
@@ -163,7 +163,7 @@ class Codec(ABC):
         if len(starts) == 1:
             encode_from(0)
         else:
-            with ThreadPoolExecutor(os.cpu_count()) as threads:  # numpy lets them run together
+            with ThreadPoolExecutor(available_processors()) as threads:  # numpy runs together
                 for _ in threads.map(encode_from, starts):
                     pass  # the first block that cannot be encoded says so here
         return scales, codes

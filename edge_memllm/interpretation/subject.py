@@ -68,10 +68,13 @@ def _open_checkpoint(path: Path, threads: int | None, opened: ExitStack) -> Subj
         import torch
 
         from edge_memllm.interpretation.checkpoint_model import open_checkpoint
+        from edge_memllm.modeling.threads import keep_to_quota
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export") from error
-    if threads is not None:
-        opened.callback(torch.set_num_threads, torch.get_num_threads())
+    opened.callback(torch.set_num_threads, torch.get_num_threads())
+    if threads is None:
+        keep_to_quota()
+    else:
         torch.set_num_threads(threads)
     model = open_checkpoint(path)
     _refuse_dense(path, model.manifest.model)

@@ -25,6 +25,7 @@ from edge_memllm.modeling.dense_checkpoint import dense_config, dense_network
 from edge_memllm.modeling.distillation import DistillationTrainer
 from edge_memllm.modeling.initialization import initialize
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
+from edge_memllm.modeling.threads import keep_to_quota
 from edge_memllm.modeling.tokenizer_training import read_tokenizer
 from edge_memllm.modeling.training import (
     check_target,
@@ -63,6 +64,7 @@ def convert(
     checkpoint under ``out``. ``progress(stage, done, total)`` is called while layers are fitted.
     """
     recipe.validate()
+    keep_to_quota()
     original = dense_config(dense)
     config = student_config(original, recipe)
     tokenizer = _read_tokenizer(dense, config)

@@ -26,6 +26,7 @@ from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.presets import preset_config
 from edge_memllm.modeling.progress import TrainingProgress
 from edge_memllm.modeling.recipe import DataRecipe, Recipe
+from edge_memllm.modeling.threads import keep_to_quota
 from edge_memllm.modeling.token_cache import content_key, link_or_copy, made_once
 from edge_memllm.modeling.tokenizer_training import (
     END_OF_TEXT,
@@ -52,6 +53,7 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
     the newest checkpoint under ``out``; without it an ``out`` that has one is refused.
     """
     recipe.validate()
+    keep_to_quota()
     config = model_config(recipe)
     check_target(out, resume)
     out.mkdir(parents=True, exist_ok=True)

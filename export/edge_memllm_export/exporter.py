@@ -28,6 +28,7 @@ from edge_memllm.manifest import (
     ModelSpec,
 )
 from edge_memllm.mixed_precision import Target
+from edge_memllm.modeling.threads import keep_to_quota
 from edge_memllm_export.calibrated_weights import matrix_quantizer
 from edge_memllm_export.calibration import kv_scales
 from edge_memllm_export.checkpoint import Checkpoint
@@ -142,6 +143,7 @@ def export_model(
     Raises ExportError, or RuntimeUnavailableError for a device that is not there; nothing is
     left behind then, and an artifact that was in OUT is untouched.
     """
+    keep_to_quota()
     source = Checkpoint.open(Path(checkpoint))
     form = graph_form(
         source, graph_weights, table_codec, graph_block, kv_dtype, graph_method, matrix_weights
