@@ -228,16 +228,19 @@ def test_broken_folders_are_refused(text: str, tmp_path: Path) -> None:
         convert(dense, tmp_path / "out", recipe_for(text))
     (dense / "kept.json").rename(dense / "tokenizer.json")
     (dense / "model.safetensors").rename(dense / "pytorch_model.bin")
-    with pytest.raises(RecipeError, match="the weights cannot be read"):
+    with pytest.raises(RecipeError, match=r"found pytorch_model\.bin but no model\.safetensors"):
         convert(dense, tmp_path / "out", recipe_for(text))
     change_config(dense, bos_token_id=None, eos_token_id=None)
     with pytest.raises(RecipeError, match="neither bos_token_id nor eos_token_id"):
         convert(dense, tmp_path / "out", recipe_for(text))
     change_config(dense, vocab_size=200)
+    with pytest.raises(RecipeError, match=r"config\.json: cannot be converted: Padding_idx must be"):
+        convert(dense, tmp_path / "out", recipe_for(text))
+    change_config(dense, pad_token_id=None)
     with pytest.raises(RecipeError, match="has 259 tokens, the network 200"):
         convert(dense, tmp_path / "out", recipe_for(text))
     (dense / "config.json").write_text("[]")
-    with pytest.raises(RecipeError, match="cannot be read as a configuration with a model_type"):
+    with pytest.raises(RecipeError, match="expected a JSON object at the top"):
         convert(dense, tmp_path / "out", recipe_for(text))
 
 
@@ -246,7 +249,9 @@ def test_broken_folders_are_refused(text: str, tmp_path: Path) -> None:
     [
         ("model", {"hidden_size": 64}, r"\[model\] hidden_size: a student chooses beta, interm"),
         ("model", {"beta": 9}, r"\[model\] beta is 9"),
+        ("model", {"beta": "3"}, r"\[model\] .*"),
         ("model", {"intermediate_size": 121}, "the dense network has 120 neurons"),
+        ("model", {"beta": 8, "intermediate_size": 60}, r"\(beta 8\) keeps all 120 neurons"),
         ("data", {"train": []}, r"\[data\] train is empty; a student"),
         ("data", {"sequence_length": 129}, "beyond the network's max_position_embeddings"),
         ("tokenizer", {"vocab_size": 500}, r"\[tokenizer\] is for training"),
@@ -263,6 +268,36 @@ def test_impossible_recipes_are_refused(
     recipe.update(section, values, where="test")
     with pytest.raises(RecipeError, match=message):
         convert(dense, tmp_path / "out", recipe)
+
+
+def test_without_a_beta_the_student_is_that_of_beta_3(
+    text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = write_dense(tmp_path / "dense", "llama")
+    words = ["--data", text, "--steps", "0", "--set", "data.sequence_length=32"]
+    for out, beta in (("default", []), ("three", ["--beta", "3"])):
+        assert main(["convert", str(dense), str(tmp_path / out), *words, *beta]) == 0
+    assert json.loads((tmp_path / "default/config.json").read_text())["beta"] == 3
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "default" / name).read_bytes() == (
+            tmp_path / "three" / name
+        ).read_bytes()
+
+
+def test_a_dense_student_that_is_not_trained_needs_no_text(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    dense = write_dense(tmp_path / "dense", "llama", bos_token_id=None, eos_token_id=None)
+    words = ["convert", str(dense), str(tmp_path / "out"), "--beta", "8"]
+    assert main([*words, "--steps", "0"]) == 0
+    ours, theirs = (
+        AutoModelForCausalLM.from_pretrained(path).state_dict()
+        for path in (tmp_path / "out", dense)
+    )
+    assert ours.keys() == theirs.keys()
+    assert all(torch.equal(ours[name], theirs[name]) for name in ours)
+    assert main([*words, "--steps", "1"]) == 1
+    assert "[data] train is empty" in capsys.readouterr().err
 
 
 def test_command_line(text: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

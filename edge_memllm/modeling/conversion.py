@@ -23,7 +23,7 @@ from edge_memllm.modeling.conversion_recipe import ConversionRecipe
 from edge_memllm.modeling.corpus import TokenWindows
 from edge_memllm.modeling.dense_checkpoint import dense_config, dense_network
 from edge_memllm.modeling.distillation import DistillationTrainer
-from edge_memllm.modeling.initialization import initialize
+from edge_memllm.modeling.initialization import copy_shared, initialize
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.threads import keep_to_quota
 from edge_memllm.modeling.tokenizer_training import read_tokenizer
@@ -68,16 +68,19 @@ def convert(
     original = dense_config(dense)
     config = student_config(original, recipe)
     tokenizer = _read_tokenizer(dense, config)
-    boundary = _boundary(dense, config)
+    boundary = _boundary(dense, config) if recipe.reads_text else None
     check_target(out, resume)
     state = process_state()
+    teacher = dense_network(dense).to(state.device)
     with state.main_process_first():
         _carry(dense, out)
-        prepare_tokens(recipe, tokenizer, boundary, out)
-    teacher = dense_network(dense).to(state.device)
+        if boundary is not None:
+            prepare_tokens(recipe, tokenizer, boundary, out)
     torch.manual_seed(recipe.training.seed)
     student = MemoryLLMForCausalLM(config).to(state.device)
-    if not (resume and has_checkpoint(out)):
+    if boundary is None or not config.has_memory:
+        copy_shared(student, teacher)
+    elif not (resume and has_checkpoint(out)):
         text = _fitting_text(recipe, out).to(state.device)
         initialize(student, teacher, text, boundary, progress)
     record: dict[str, Any] = {
@@ -98,12 +101,11 @@ def convert(
 def student_config(dense: MemoryLLMConfig, recipe: ConversionRecipe) -> MemoryLLMConfig:
     """The dense network's shape with the student's choices; RecipeError for impossible ones."""
     chosen = dict(recipe.model)
-    beta = chosen.get("beta", 3)
     fields = {k: v for k, v in dense.to_dict().items() if k not in _CHOSEN}
-    if beta != DENSE_BETA:
-        width = min(compute_width(dense.hidden_size, beta), dense.intermediate_size)
-        chosen = {"intermediate_size": width, **chosen}
     try:
+        if chosen["beta"] != DENSE_BETA:
+            width = min(compute_width(dense.hidden_size, chosen["beta"]), dense.intermediate_size)
+            chosen = {"intermediate_size": width, **chosen}
         config = MemoryLLMConfig.from_dict({**fields, **chosen})
     except (StrictDataclassError, TypeError, ValueError) as error:
         raise RecipeError(f"[model] {error.__cause__ or error}") from error
@@ -112,7 +114,12 @@ def student_config(dense: MemoryLLMConfig, recipe: ConversionRecipe) -> MemoryLL
             f"[model] intermediate_size is {config.intermediate_size}, but the dense network has "
             f"{dense.intermediate_size} neurons to choose from."
         )
-    if config.max_position_embeddings < recipe.data.sequence_length:
+    if not config.has_memory and config.intermediate_size != dense.intermediate_size:
+        raise RecipeError(
+            f"[model] intermediate_size is {config.intermediate_size}, but a dense student (beta "
+            f"{DENSE_BETA}) keeps all {dense.intermediate_size} neurons. Leave it out."
+        )
+    if config.max_position_embeddings < recipe.data.sequence_length and recipe.reads_text:
         raise RecipeError(
             f"[data] sequence_length is {recipe.data.sequence_length}, beyond the network's "
             f"max_position_embeddings ({config.max_position_embeddings})."

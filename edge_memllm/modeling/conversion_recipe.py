@@ -6,6 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from edge_memllm.errors import RecipeError
+from edge_memllm.modeling.configuration import DENSE_BETA
 from edge_memllm.modeling.recipe import Recipe, TokenizerRecipe
 
 # What a student may choose for itself; the rest of its shape is the dense network's.
@@ -43,13 +44,18 @@ class DistillationRecipe:
 class ConversionRecipe(Recipe):
     """A recipe whose ``[model]`` holds what the student chooses: ``STUDENT_FIELDS``."""
 
-    model: dict[str, Any] = field(default_factory=dict)
+    model: dict[str, Any] = field(default_factory=lambda: {"beta": 3})
     conversion: DistillationRecipe = field(default_factory=DistillationRecipe)
+
+    @property
+    def reads_text(self) -> bool:
+        """Whether there is something to fit or to train; a dense student is a copy."""
+        return self.training.steps > 0 or self.model["beta"] != DENSE_BETA
 
     def validate(self) -> None:
         """Refuse values that no conversion could use."""
         super().validate()
-        if not self.data.train:
+        if self.reads_text and not self.data.train:
             raise RecipeError("[data] train is empty; a student is fitted to what a text needs.")
         for key in self.model:
             if key not in STUDENT_FIELDS:
@@ -60,7 +66,7 @@ class ConversionRecipe(Recipe):
         if self.tokenizer != TokenizerRecipe():
             raise RecipeError("[tokenizer] is for training; a student keeps the dense network's.")
         conversion = self.conversion
-        if conversion.fit_tokens < self.data.sequence_length:
+        if self.reads_text and conversion.fit_tokens < self.data.sequence_length:
             raise RecipeError(
                 f"[conversion] fit_tokens is {conversion.fit_tokens}, less than one sequence of "
                 f"{self.data.sequence_length}."

@@ -6,17 +6,22 @@ are called the same. What this network does not have is refused by name, never d
 
 from __future__ import annotations
 
-import json
 from pathlib import Path
 from typing import Any
 
-import torch
 from huggingface_hub.errors import StrictDataclassError
-from transformers import AutoModelForCausalLM
 
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.configuration import DENSE_BETA, ROPE_TYPES, MemoryLLMConfig
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
+from edge_memllm.modeling.stored_weights import (
+    CONFIG_FILE,
+    UnusableCheckpointError,
+    expected_weights,
+    network_over,
+    read_fields,
+    read_weights,
+)
 
 # model_type -> what its attention has that plain attention has not.
 _ATTENTION: dict[str, dict[str, bool]] = {
@@ -46,50 +51,36 @@ def dense_config(path: Path) -> MemoryLLMConfig:
 
     RecipeError names what is missing, and what this network cannot do as the checkpoint does it.
     """
-    if not path.is_dir():
-        raise RecipeError(f"{path}: no such folder. Give the folder of a dense checkpoint.")
-    where = path / "config.json"
+    where = path / CONFIG_FILE
     try:
-        fields = json.loads(where.read_text(encoding="utf-8"))
-        kind = fields["model_type"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise RecipeError(
-            f"{where}: cannot be read as a configuration with a model_type "
-            f"({type(error).__name__}: {error})."
-        ) from error
-    if kind not in _ATTENTION:
+        fields = read_fields(path)
+    except UnusableCheckpointError as error:
+        raise RecipeError(str(error)) from error
+    kind = fields.get("model_type")
+    if not isinstance(kind, str) or kind not in _ATTENTION:
         raise RecipeError(
             f"{where}: model_type is {kind!r}; networks of {', '.join(_ATTENTION)} are converted."
         )
     try:
-        return _translated(kind, fields)
+        config = _translated(kind, fields)
+        expected_weights(config)
     except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise RecipeError(f"{where}: cannot be converted: {reason}") from error
+    return config
 
 
 def dense_network(path: Path) -> MemoryLLMForCausalLM:
     """The checkpoint's network: its weights in ``dense_config``'s shape, frozen, in float32.
 
-    RecipeError for weights that are not safetensors or do not fit the configuration.
+    RecipeError names the first that is missing, foreign or cannot be used.
     """
     config = dense_config(path)
     try:
-        loaded = AutoModelForCausalLM.from_pretrained(
-            path, dtype=torch.float32, use_safetensors=True, local_files_only=True
-        )
-    except (OSError, RuntimeError, ValueError) as error:
-        reason = " ".join(str(error).split())
-        raise RecipeError(f"{path}: the weights cannot be read: {reason}") from error
-    network = loaded
-    if not isinstance(loaded, MemoryLLMForCausalLM):
-        with torch.device("meta"):
-            network = MemoryLLMForCausalLM(config)
-        network.load_state_dict(loaded.state_dict(), strict=True, assign=True)
-        network.tie_weights()
-        # No weight, so not among those assigned: made again, outside of the meta device.
-        network.model.rotary_emb = type(network.model.rotary_emb)(config)
-    return network.requires_grad_(False).eval()
+        weights = read_weights(path, config)
+    except UnusableCheckpointError as error:
+        raise RecipeError(str(error)) from error
+    return network_over(config, {name: weight.float() for name, weight in weights.items()})
 
 
 def _translated(kind: str, fields: dict[str, Any]) -> MemoryLLMConfig:

@@ -32,20 +32,19 @@ def initialize(
     boundary: int,
     progress: Progress = lambda stage, done, total: None,
 ) -> None:
-    """Give ``student`` weights made of the dense ``teacher``'s with the windows ``ids`` [W, T].
+    """Give a ``student`` with memory weights made of the dense ``teacher``'s and a text.
 
-    ``boundary`` is the token that begins a text. All three are on one device.
+    ``ids`` [W, T] are windows of the text, ``boundary`` the token that begins one. All three are on
+    one device.
     """
+    copy_shared(student, teacher)
     with torch.no_grad():
-        _copy_shared(student, teacher)
-        if not student.config.has_memory:
-            return
         rows = _Walk(student, teacher, ids, boundary).fit(progress)
         counts = 1 + torch.bincount(ids.flatten(), minlength=len(rows))
     _store(student, rows, counts, progress)
 
 
-def _copy_shared(student: MemoryLLMForCausalLM, teacher: MemoryLLMForCausalLM) -> None:
+def copy_shared(student: MemoryLLMForCausalLM, teacher: MemoryLLMForCausalLM) -> None:
     """Copy what both have in the same shape: all of a dense student, else all but FFN-C and M."""
     own = student.state_dict()
     same = {

@@ -17,17 +17,21 @@ import ml_dtypes
 import numpy as np
 import torch
 from huggingface_hub.errors import StrictDataclassError
-from safetensors import SafetensorError, safe_open
 from torch import nn
 
 from edge_memllm.errors import ExportError
 from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
+from edge_memllm.modeling.stored_weights import (
+    CONFIG_FILE,
+    UnusableCheckpointError,
+    expected_weights,
+    network_over,
+    read_fields,
+    read_json,
+    read_weights,
+)
 
-_SINGLE = "model.safetensors"
-_INDEX = "model.safetensors.index.json"
 _LEARNED_GAIN = "model.token_memory.gain"
-_PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
-_DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 # The fields that change what the network computes; the rest may differ between equal models.
 _IDENTITY_FIELDS = (
     "beta",
@@ -61,12 +65,11 @@ class Checkpoint:
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
         """Open the folder; ExportError names what is missing, foreign, misshapen or pickled."""
-        if not path.is_dir():
-            raise ExportError(f"{path}: no such folder. Give the folder of a trained checkpoint.")
-        config = _read_config(path)
-        weights = _map_weights(path)
-        _check_weights(path, config, weights)
-        return cls(path, config, weights)
+        try:
+            config = _read_config(path)
+            return cls(path, config, read_weights(path, config))
+        except UnusableCheckpointError as error:
+            raise ExportError(str(error)) from error
 
     @property
     def memory_gain(self) -> tuple[float, ...]:
@@ -123,13 +126,7 @@ class Checkpoint:
 
         A matrix stored in another dtype is converted while it is used, one at a time.
         """
-        with torch.device("meta"):
-            network = MemoryLLMForCausalLM(self.config)
-        network.load_state_dict(dict(self._weights), strict=False, assign=True)
-        network.tie_weights()
-        # Not a weight, so not in the files: made again, outside of the meta device.
-        network.model.rotary_emb = type(network.model.rotary_emb)(self.config)
-        network.requires_grad_(False).eval().to(device)
+        network = network_over(self.config, self._weights).to(device)
         for module in network.modules():
             if isinstance(module, nn.Linear):
                 module.__class__ = _ConvertingLinear
@@ -166,10 +163,7 @@ class _FloatEmbedding(nn.Embedding):
 
 
 def _read_config(path: Path) -> MemoryLLMConfig:
-    where = path / "config.json"
-    if not where.is_file():
-        raise ExportError(f"{where}: no such file. A checkpoint folder holds config.json.")
-    fields = _read_json(where)
+    fields, where = read_fields(path), path / CONFIG_FILE
     found = fields.get("model_type")
     if found != MemoryLLMConfig.model_type:
         raise ExportError(
@@ -178,84 +172,15 @@ def _read_config(path: Path) -> MemoryLLMConfig:
         )
     try:
         config = MemoryLLMConfig.from_dict(fields)
-        _expected_weights(config)
-    except (StrictDataclassError, RuntimeError, TypeError, ValueError) as error:
+        expected_weights(config)
+    except (StrictDataclassError, TypeError, ValueError) as error:
         reason = " ".join(str(error.__cause__ or error).split())
         raise ExportError(f"{where}: describes no network: {reason}") from error
     return config
 
 
-def _expected_weights(config: MemoryLLMConfig) -> dict[str, torch.Tensor]:
-    """Names and shapes of the weights a network of this configuration has; no memory."""
-    with torch.device("meta"):
-        return dict(MemoryLLMForCausalLM(config).named_parameters())
-
-
 def _read_json(where: Path) -> dict[str, Any]:
     try:
-        content = json.loads(where.read_text("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise ExportError(f"{where}: this is not JSON ({error}).") from error
-    if not isinstance(content, dict):
-        raise ExportError(f"{where}: expected a JSON object at the top.")
-    return content
-
-
-def _map_weights(path: Path) -> dict[str, torch.Tensor]:
-    """All tensors of the checkpoint's file, or of the files its index names, mapped."""
-    if (path / _INDEX).is_file():
-        names = _read_json(path / _INDEX).get("weight_map")
-        if not isinstance(names, dict) or not all(isinstance(v, str) for v in names.values()):
-            raise ExportError(f"{path / _INDEX}: expected 'weight_map' to name a file per weight.")
-        files = sorted(set(names.values()))
-        if any(Path(name).name != name for name in files):
-            raise ExportError(f"{path / _INDEX}: a file name has a folder in it, expected none.")
-    elif (path / _SINGLE).is_file():
-        files = [_SINGLE]
-    else:
-        raise _no_weights(path)
-    weights: dict[str, torch.Tensor] = {}
-    for file in files:
-        weights |= _map_file(path / file)
-    return weights
-
-
-def _no_weights(path: Path) -> ExportError:
-    pickles = sorted(file.name for pattern in _PICKLES for file in path.glob(pattern))
-    if pickles:
-        return ExportError(
-            f"{path}: found {pickles[0]} but no {_SINGLE}. Pickled weights are not read, because "
-            "loading them runs code from the file. Save the checkpoint as safetensors."
-        )
-    return ExportError(f"{path}: found no weights, expected {_SINGLE} or {_INDEX}.")
-
-
-def _map_file(where: Path) -> dict[str, torch.Tensor]:
-    try:
-        with safe_open(where, framework="pt") as file:
-            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    except (OSError, SafetensorError) as error:
-        raise ExportError(f"{where}: cannot be read as safetensors ({error}).") from error
-
-
-def _check_weights(
-    path: Path, config: MemoryLLMConfig, weights: Mapping[str, torch.Tensor]
-) -> None:
-    expected = _expected_weights(config)
-    missing, foreign = sorted(expected.keys() - weights), sorted(weights.keys() - expected)
-    if missing or foreign:
-        what = f"lacks the weight {missing[0]}" if missing else f"holds a weight {foreign[0]}"
-        raise ExportError(
-            f"{path}: the checkpoint {what}, which does not fit its config.json "
-            f"(beta {config.beta}, {config.num_hidden_layers} layers)."
-        )
-    for name, weight in weights.items():
-        if weight.shape != expected[name].shape:
-            raise ExportError(
-                f"{path}: {name} is {list(weight.shape)}, config.json makes it "
-                f"{list(expected[name].shape)}."
-            )
-        if weight.dtype not in _DTYPES:
-            raise ExportError(
-                f"{path}: {name} is {weight.dtype}, expected float32, float16 or bfloat16."
-            )
+        return read_json(where)
+    except UnusableCheckpointError as error:
+        raise ExportError(str(error)) from error
