@@ -234,7 +234,9 @@ def test_broken_folders_are_refused(text: str, tmp_path: Path) -> None:
     with pytest.raises(RecipeError, match="neither bos_token_id nor eos_token_id"):
         convert(dense, tmp_path / "out", recipe_for(text))
     change_config(dense, vocab_size=200)
-    with pytest.raises(RecipeError, match=r"config\.json: cannot be converted: Padding_idx must be"):
+    with pytest.raises(
+        RecipeError, match=r"config\.json: cannot be converted: .*Padding_idx must be"
+    ):
         convert(dense, tmp_path / "out", recipe_for(text))
     change_config(dense, pad_token_id=None)
     with pytest.raises(RecipeError, match="has 259 tokens, the network 200"):

@@ -284,6 +284,30 @@ def test_every_dtype_that_a_file_can_name_is_taken_or_refused(llama: Path) -> No
             dense_network(llama)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("num_attention_heads", 0),
+        ("dtype", "silu"),
+        ("rope_parameters", {"rope_type": "linear"}),
+        ("id2label", 1),
+        ("pad_token_id", 300),
+        ("head_dim", 0),
+        ("hidden_size", -1),
+    ],
+)
+def test_a_configuration_that_libraries_stumble_over_is_refused_in_words(
+    field: str, value: object, llama: Path, tmp_path: Path
+) -> None:
+    change_config(llama, **{field: value})
+    with pytest.raises(RecipeError, match=r"config\.json: cannot be converted: \w+"):
+        dense_network(llama)
+    write_checkpoint(tmp_path, dtype="float32", seed=0, beta=3)
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(ExportError, match=r"config\.json: describes no network: \w+"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_refused_conversion_leaves_nothing(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

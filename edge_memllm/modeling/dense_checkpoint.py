@@ -9,14 +9,13 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
-from huggingface_hub.errors import StrictDataclassError
-
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.configuration import DENSE_BETA, ROPE_TYPES, MemoryLLMConfig
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.stored_weights import (
     CONFIG_FILE,
     UnusableCheckpointError,
+    describing,
     expected_weights,
     network_over,
     read_fields,
@@ -54,19 +53,17 @@ def dense_config(path: Path) -> MemoryLLMConfig:
     where = path / CONFIG_FILE
     try:
         fields = read_fields(path)
+        kind = fields.get("model_type")
+        if not isinstance(kind, str) or kind not in _ATTENTION:
+            raise RecipeError(
+                f"{where}: model_type is {kind!r}; networks of {', '.join(_ATTENTION)} are "
+                "converted."
+            )
+        with describing(where, "cannot be converted"):
+            config = _translated(kind, fields)
+            expected_weights(config)
     except UnusableCheckpointError as error:
         raise RecipeError(str(error)) from error
-    kind = fields.get("model_type")
-    if not isinstance(kind, str) or kind not in _ATTENTION:
-        raise RecipeError(
-            f"{where}: model_type is {kind!r}; networks of {', '.join(_ATTENTION)} are converted."
-        )
-    try:
-        config = _translated(kind, fields)
-        expected_weights(config)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise RecipeError(f"{where}: cannot be converted: {reason}") from error
     return config
 
 

@@ -9,7 +9,8 @@ Weights are never copied as a whole: they are views of the files' pages, in the 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -58,6 +59,21 @@ def read_fields(path: Path) -> dict[str, Any]:
         if fields.get(key) is not None:
             raise _quantised(f"{where}: has a {key}{_method(fields[key])}")
     return fields
+
+
+@contextmanager
+def describing(where: Path, wrong: str) -> Iterator[None]:
+    """Say of the configuration ``where`` that it is ``wrong`` when it makes the libraries stumble.
+
+    They raise whatever they stumble over: KeyError, ZeroDivisionError, AssertionError, ...
+    """
+    try:
+        yield
+    except Exception as error:
+        cause = error.__cause__ or error
+        reason = " ".join(str(cause).split())
+        kind = "" if isinstance(cause, ValueError) else f"{type(cause).__name__}: "
+        raise UnusableCheckpointError(f"{where}: {wrong}: {kind}{reason}") from error
 
 
 def read_json(where: Path) -> dict[str, Any]:
@@ -116,15 +132,9 @@ def read_weights(path: Path, config: MemoryLLMConfig) -> Weights:
 
 
 def expected_weights(config: MemoryLLMConfig) -> Weights:
-    """Names and shapes of the weights a network of this configuration has; no memory.
-
-    ValueError where there is no such network.
-    """
-    try:
-        with torch.device("meta"):
-            return dict(MemoryLLMForCausalLM(config).named_parameters())
-    except (AssertionError, RuntimeError) as error:  # torch's words for sizes that cannot be
-        raise ValueError(str(error)) from error
+    """Names and shapes of the weights a network of this configuration has; no memory."""
+    with torch.device("meta"):
+        return dict(MemoryLLMForCausalLM(config).named_parameters())
 
 
 def network_over(config: MemoryLLMConfig, weights: Mapping[str, torch.Tensor]) -> Any:
@@ -232,9 +242,7 @@ def _finite(weight: torch.Tensor) -> bool:
     return not weight.numel() or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
-def _check_names(
-    path: Path, config: MemoryLLMConfig, weights: Weights, expected: Weights
-) -> None:
+def _check_names(path: Path, config: MemoryLLMConfig, weights: Weights, expected: Weights) -> None:
     missing = sorted(expected.keys() - weights.keys())
     foreign = sorted(weights.keys() - expected.keys())
     if not (missing or foreign):

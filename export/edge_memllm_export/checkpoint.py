@@ -16,7 +16,6 @@ from typing import Any
 import ml_dtypes
 import numpy as np
 import torch
-from huggingface_hub.errors import StrictDataclassError
 from torch import nn
 
 from edge_memllm.errors import ExportError
@@ -24,6 +23,7 @@ from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
 from edge_memllm.modeling.stored_weights import (
     CONFIG_FILE,
     UnusableCheckpointError,
+    describing,
     expected_weights,
     network_over,
     read_fields,
@@ -170,12 +170,9 @@ def _read_config(path: Path) -> MemoryLLMConfig:
             f"{where}: model_type is {found!r}, expected {MemoryLLMConfig.model_type!r}. "
             "Only checkpoints of the MemoryLLM family can be exported."
         )
-    try:
+    with describing(where, "describes no network"):
         config = MemoryLLMConfig.from_dict(fields)
         expected_weights(config)
-    except (StrictDataclassError, TypeError, ValueError) as error:
-        reason = " ".join(str(error.__cause__ or error).split())
-        raise ExportError(f"{where}: describes no network: {reason}") from error
     return config
 
 
