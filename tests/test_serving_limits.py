@@ -243,7 +243,7 @@ def test_a_lost_cache_ends_all_and_the_engine_goes_on(
     assert "a step failed, and with it all requests under way" in caplog.text
 
 
-class Panic(BaseException):  # noqa: N818 - named as those of libraries in Rust are
+class Panic(BaseException):
     """What a panic of a library in Rust is: no Exception."""
 
 
