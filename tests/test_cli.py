@@ -84,6 +84,11 @@ def test_wrong_usage_is_exit_code_2(
         (OSError("odd"), 1, "error: odd.\n"),
         (KeyboardInterrupt(), 130, "\n"),
         (ZeroDivisionError("1/0"), 70, "This is a bug in edge-memllm."),
+        (
+            type("Panic", (BaseException,), {})("index 3"),
+            70,
+            "error: Panic: index 3\nThis is a bug",
+        ),
     ],
 )
 def test_an_exception_becomes_a_message_and_an_exit_code(

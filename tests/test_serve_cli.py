@@ -220,8 +220,8 @@ def test_a_second_signal_ends_it_at_once(make_artifact: MakeArtifact) -> None:
             process.send_signal(signal.SIGINT)
             start = time.monotonic()
             _, errors = process.communicate(timeout=20)
-    assert process.returncode == 130, errors
-    assert time.monotonic() - start < 10
+    assert process.returncode == -signal.SIGINT, errors
+    assert time.monotonic() - start < 2
     assert "Traceback" not in errors
 
 

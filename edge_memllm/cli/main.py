@@ -1,7 +1,8 @@
 """The entry point: one parser, one dispatch, one place where an exception becomes a message.
 
 Knows the commands by their modules and nothing of what they do. Exit codes: 0 done, 1 an error
-that the message explains, 2 wrong usage, 70 a bug of ours, 130 Ctrl-C, 141 closed pipe.
+that the message explains, 2 wrong usage, 70 a bug of ours, 130 Ctrl-C, 141 closed pipe. A second
+Ctrl-C ends the process at once, whatever runs.
 """
 
 from __future__ import annotations
@@ -32,6 +33,7 @@ from edge_memllm.cli import (
 )
 from edge_memllm.cli.options import HelpFormatter
 from edge_memllm.errors import EdgeMemLLMError
+from edge_memllm.interrupts import interruptible
 
 COMMANDS = (
     demo,
@@ -99,7 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
 def run_command(execute: Callable[[argparse.Namespace], int], arguments: argparse.Namespace) -> int:
     """Run one command and return its exit code; what goes wrong becomes one line on stderr."""
     try:
-        code = execute(arguments)
+        with interruptible():
+            code = execute(arguments)
         sys.stdout.flush()  # a closed pipe must show here, not while the interpreter ends
     except KeyboardInterrupt:
         print(file=sys.stderr)
@@ -107,14 +110,16 @@ def run_command(execute: Callable[[argparse.Namespace], int], arguments: argpars
     except BrokenPipeError:
         _discard_output()
         return EXIT_CLOSED_PIPE
-    except Exception as error:
+    except SystemExit:
+        raise
+    except BaseException as error:  # a panic of a library in Rust is no Exception
         if os.environ.get("EDGE_MEMLLM_DEBUG") == "1":
             raise
         return _explain(error)
     return code
 
 
-def _explain(error: Exception) -> int:
+def _explain(error: BaseException) -> int:
     """Print one line about ``error`` and return the exit code that goes with it."""
     if isinstance(error, EdgeMemLLMError):
         print(f"error: {error}", file=sys.stderr)

@@ -16,6 +16,7 @@ from edge_memllm.cli.options import add_command, add_json, add_loading, loading_
 from edge_memllm.cli.serve_options import add_serving, settings_from
 from edge_memllm.cli.text import write_json
 from edge_memllm.errors import missing_extra
+from edge_memllm.interrupts import leave
 
 if TYPE_CHECKING:
     import socket
@@ -26,7 +27,7 @@ if TYPE_CHECKING:
     from edge_memllm.serving.http.service import Service
     from edge_memllm.serving.http.settings import Settings
 
-EXIT_FORCED = 130
+EXIT_STUCK = 1
 _PACKAGES = ("starlette", "uvicorn")
 
 _DESCRIPTION = """\
@@ -121,7 +122,11 @@ def _serve(
         server = Server(service)
         _announce(service, bound, as_json=arguments.json)
         server.run(sockets=[bound])
-    return EXIT_FORCED if server.forced else 0
+        if not engine.close(0):
+            # Nothing that the step uses may be closed, and no thread can be stopped.
+            print("error: a step of the model does not come back; left it there.", file=sys.stderr)
+            leave(EXIT_STUCK)
+    return 0
 
 
 def _announce(service: Service, bound: socket.socket, *, as_json: bool) -> None:

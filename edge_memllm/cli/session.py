@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 
 from edge_memllm.cli.answer import Answer, Message, ask, chat_prompt, has_template, statistics_line
 from edge_memllm.errors import RequestError
+from edge_memllm.interrupts import go_on
 
 if TYPE_CHECKING:
     from edge_memllm.cli.settings import Settings
@@ -71,6 +72,7 @@ class Session:
                     print()
                     return
                 warned = True
+                go_on()
                 _note("\nCtrl-C again, or Ctrl-D, leaves.")
                 continue
             warned = False
@@ -101,6 +103,7 @@ class Session:
                     print(piece.text, end="", flush=True)
                     answer.add(piece)
         except KeyboardInterrupt:
+            go_on()
             _note(" [stopped]", end="")
         except RequestError as error:
             _note(f"error: {error}" + (" /reset forgets the conversation." if self.chat else ""))

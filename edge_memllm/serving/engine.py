@@ -72,6 +72,7 @@ class Engine:
         self._costs = StepCosts()
         self._changed = Condition()
         self._under_way = 0
+        self._scheduler: Scheduler | None = None
         self._draining = self._stopped = False
         self._open = ExitStack()
         self._open.enter_context(model.in_use())
@@ -135,15 +136,16 @@ class Engine:
             self._changed.notify_all()
         return reply
 
-    def drain(self, timeout: float) -> bool:
+    def drain(self, timeout: float, patience: float | None = None) -> bool:
         """Take no more requests, finish those there are within `timeout` seconds, and close.
 
-        Returns whether all were finished; the others end with `DrainingError`.
+        Returns whether all were finished; the others end with `DrainingError`. For the last step
+        under way it waits `patience` seconds longer, as `close` does.
         """
         with self._changed:
             self._draining = True
             done = self._changed.wait_for(self._idle, timeout)
-        self.close()
+        self.close(patience)
         return done
 
     def close(self, timeout: float | None = None) -> bool:
@@ -154,6 +156,9 @@ class Engine:
         """
         with self._changed:
             self._draining = self._stopped = True
+            self._fail_waiting(_ended())
+            if self._scheduler is not None:  # at once: its step may not come back
+                self._scheduler.fail_all(_ended())
             self._changed.notify_all()
         self._thread.join(timeout)
         return not self._thread.is_alive()
@@ -212,6 +217,7 @@ class Engine:
             scheduler = Scheduler(
                 feeder, context, self._chunk, self._tally, invariant=self._invariant
             )
+            self._scheduler = scheduler
             try:
                 while self._wait_for_work(scheduler):
                     scheduler.advance()

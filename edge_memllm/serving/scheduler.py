@@ -75,7 +75,11 @@ class Scheduler:
     def give_up(self, error: BaseException) -> None:
         """End every choice with an error; the cache may be gone already."""
         self._tally.given_up += len(self._places)
-        for choice in self._places:
+        self.fail_all(error)
+
+    def fail_all(self, error: BaseException) -> None:
+        """Tell those who wait for any choice that it failed; from any thread, amid a step too."""
+        for choice in list(self._places):
             choice.fail(error)
 
     def _next_to_fill(self) -> Choice:

@@ -1,6 +1,7 @@
 """A server that ends well: what is under way is finished by a deadline, then it goes.
 
-Puts the application on uvicorn. The first signal drains, the second ends at once.
+Puts the application on uvicorn. The first signal drains; the second is the system's, which ends
+the process at once.
 """
 
 from __future__ import annotations
@@ -9,12 +10,16 @@ import asyncio
 import logging
 import os
 import socket
+from collections.abc import Iterator
+from contextlib import contextmanager
 from functools import partial
 from types import FrameType
 
 import uvicorn
+from uvicorn.server import HANDLED_SIGNALS
 
 from edge_memllm.errors import RequestError
+from edge_memllm.interrupts import taking_one
 from edge_memllm.serving.http.application import application
 from edge_memllm.serving.http.protocol import PatientProtocol
 from edge_memllm.serving.http.service import Service
@@ -79,8 +84,14 @@ class Server(uvicorn.Server):
             )
         )
 
+    @contextmanager
+    def capture_signals(self) -> Iterator[None]:
+        """Take the first signal, where this is the main thread."""
+        with taking_one(HANDLED_SIGNALS, self.handle_exit):
+            yield
+
     def handle_exit(self, sig: int, frame: FrameType | None) -> None:
-        """Take a signal: finish what is under way, or with the second one let go of it."""
+        """Finish what is under way and end; asked for a second time, let go of it."""
         if self.should_exit:
             self.forced = self.force_exit = True
         self.should_exit = True
@@ -89,9 +100,9 @@ class Server(uvicorn.Server):
         """Take nothing new, let the engine finish until the deadline, then end."""
         engine, seconds = self._service.engine, self._service.settings.drain_seconds
         _log.info("ending: replies under way have %g s", seconds)
-        draining = asyncio.create_task(asyncio.to_thread(engine.drain, seconds))
+        draining = asyncio.create_task(asyncio.to_thread(engine.drain, seconds, _GRACE_SECONDS))
         await super().shutdown(sockets)
         if self.forced:
-            await asyncio.to_thread(engine.close)
+            await asyncio.to_thread(engine.close, _GRACE_SECONDS)
         if not await draining:
             _log.warning("ended before all replies were finished")
