@@ -7,13 +7,14 @@ prompt. Knows ids and buffers; nothing of runtimes, logits or text.
 from __future__ import annotations
 
 from collections.abc import Generator, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor, wait
+from concurrent.futures import Future, wait
 from dataclasses import dataclass
 from time import perf_counter
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.forking import Workers
 from edge_memllm.record_source import RecordSource
 from edge_memllm.records import RecordBuffer
 from edge_memllm.statistics import StepCosts
@@ -39,7 +40,7 @@ class ChunkReader:
         self.table = table
         self.costs = costs
         self._buffers: dict[int, RecordBuffer] = {}
-        self._helper: ThreadPoolExecutor | None = None
+        self._ahead = Workers(1, "edge-memllm-records")
 
     def read(self, tokens: Sequence[int], place: int = 0) -> Chunk:
         """Read the records of one chunk into the buffer number `place`, waiting for them."""
@@ -60,7 +61,7 @@ class ChunkReader:
             return
         chunk = self.read(parts[0])
         for number, part in enumerate(parts[1:], 1):
-            coming = self._thread().submit(self._fetch, part, number % 2)
+            coming = self._ahead.submit(self._fetch, part, number % 2)
             try:
                 yield chunk
             finally:
@@ -75,9 +76,7 @@ class ChunkReader:
 
     def close(self) -> None:
         """Wait for the thread to end, if there is one."""
-        if self._helper is not None:
-            self._helper.shutdown(cancel_futures=True)
-            self._helper = None
+        self._ahead.close()
 
     def _fetch(self, tokens: Sequence[int], place: int) -> Chunk:
         distinct, index = number_distinct(tokens)
@@ -91,11 +90,6 @@ class ChunkReader:
         start = perf_counter()
         wait([coming])
         self.costs.wait_seconds += perf_counter() - start
-
-    def _thread(self) -> ThreadPoolExecutor:
-        if self._helper is None:
-            self._helper = ThreadPoolExecutor(1, thread_name_prefix="edge-memllm-records")
-        return self._helper
 
 
 def number_distinct(tokens: Sequence[int]) -> tuple[Ids, Ids]:

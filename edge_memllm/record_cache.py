@@ -8,12 +8,12 @@ nothing of files, checksums or what a record means.
 
 from __future__ import annotations
 
-import threading
 from collections.abc import Sequence
 
 import numpy as np
 
 from edge_memllm.errors import RequestError
+from edge_memllm.forking import ProcessLock
 from edge_memllm.readers.reader import scatter
 
 _FREE = -1
@@ -45,7 +45,7 @@ class RecordCache:
         self._slot_of: dict[int, int] = {}
         self._token_in = [_FREE] * slots
         self._used = bytearray(slots)  # 1: asked for since the hand was here
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
 
     def __contains__(self, token: int) -> bool:
         return token in self._slot_of

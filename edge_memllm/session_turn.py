@@ -4,9 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
-from threading import Lock
 
 from edge_memllm.errors import RequestError
+from edge_memllm.forking import ProcessLock
 from edge_memllm.runtime_protocol import KVCache
 
 
@@ -17,8 +17,8 @@ class SessionTurn:
     """
 
     def __init__(self, cache: KVCache, use: Callable[[], AbstractContextManager[None]]) -> None:
-        self.step = Lock()  # held while keys and values are worked on, or freed
-        self._call = Lock()  # held by a call, and by a stream until it ends
+        self.step = ProcessLock()  # held while keys and values are worked on, or freed
+        self._call = ProcessLock()  # held by a call, and by a stream until it ends
         self._cache = cache
         self._use = use
 

@@ -7,7 +7,6 @@ they mean a codec's.
 from __future__ import annotations
 
 import hashlib
-import threading
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple, Self
@@ -18,6 +17,7 @@ from numpy.typing import NDArray
 from edge_memllm.artifact import Artifact
 from edge_memllm.codecs.codec import Floats
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError, StorageError
+from edge_memllm.forking import ProcessLock
 from edge_memllm.manifest import Manifest
 from edge_memllm.readers import Reader, open_reader
 from edge_memllm.readers.pread import PreadReader
@@ -79,7 +79,7 @@ class Table:
         self._reader = reader
         self._cache = cache
         self._closed = False
-        self._lock = threading.Lock()
+        self._lock = ProcessLock()
         self._records_read = 0
         self._bytes_read = 0
         self._reads = 0

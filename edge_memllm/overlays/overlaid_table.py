@@ -9,12 +9,12 @@ from __future__ import annotations
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from threading import Lock
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.codecs.codec import Bytes, Floats
+from edge_memllm.forking import ProcessLock
 from edge_memllm.overlays.composing import Composer, Ids, WireRows
 from edge_memllm.overlays.overlay import Overlay
 from edge_memllm.record_source import RecordSource
@@ -143,7 +143,7 @@ class _ChangedRecords:
         self._most = most
         self._bytes = 0
         self._records: OrderedDict[int, _Changed] = OrderedDict()
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def get(self, token: int) -> _Changed | None:
         with self._lock:

@@ -7,10 +7,10 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Sequence
-from threading import Lock
 from typing import NamedTuple
 
 from edge_memllm.errors import RequestError
+from edge_memllm.forking import ProcessLock
 from edge_memllm.manifest import Manifest
 from edge_memllm.overlays.overlaid_table import OverlaidTable
 from edge_memllm.overlays.overlay import Overlay
@@ -36,7 +36,7 @@ class OverlayShelf:
         self._manifest = manifest
         self._overlays: dict[str, Overlay] = {}
         self._sources: OrderedDict[tuple[str, ...], OverlaidTable] = OrderedDict()
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     @property
     def names(self) -> tuple[str, ...]:

@@ -7,11 +7,11 @@ Every fetch goes to storage, so it wants a record cache beside it.
 from __future__ import annotations
 
 import errno
-import threading
 from collections.abc import Sequence
-from concurrent.futures import ThreadPoolExecutor, wait
+from concurrent.futures import wait
 from itertools import pairwise
 
+from edge_memllm.forking import Workers
 from edge_memllm.readers.arena import Arena, Span
 from edge_memllm.readers.open_file import OpenFile
 from edge_memllm.readers.reader import ASKED_FOR, Region, scatter
@@ -41,8 +41,7 @@ class DirectReader:
             self.file.close()
             raise
         self._arenas: list[Arena] = []  # those not in use
-        self._lock = threading.Lock()
-        self._pool: ThreadPoolExecutor | None = None
+        self._workers = Workers(_THREADS, "edge-memllm-direct")
 
     def read(self, offsets: Sequence[int], targets: Sequence[list[memoryview]]) -> int:
         """Fill each target from its offset; see `Reader.read`."""
@@ -51,8 +50,7 @@ class DirectReader:
             return self._read_in_turn(offsets, targets)
         edges = [len(offsets) * i // threads for i in range(threads + 1)]
         pieces = [slice(*pair) for pair in pairwise(edges)]
-        pool = self._workers()
-        work = [pool.submit(self._read_in_turn, offsets[p], targets[p]) for p in pieces]
+        work = [self._workers.submit(self._read_in_turn, offsets[p], targets[p]) for p in pieces]
         wait(work)  # all of them, so that nobody writes into targets when an error is raised
         return sum(piece.result() for piece in work)
 
@@ -62,17 +60,8 @@ class DirectReader:
     def close(self) -> None:
         """Close the file and end the threads."""
         self.file.close()
-        with self._lock:
-            if self._pool is not None:
-                self._pool.shutdown()
-                self._pool = None
+        self._workers.close()
         self._arenas.clear()
-
-    def _workers(self) -> ThreadPoolExecutor:
-        with self._lock:
-            if self._pool is None:
-                self._pool = ThreadPoolExecutor(_THREADS, "edge-memllm-direct")
-            return self._pool
 
     def _read_in_turn(self, offsets: Sequence[int], targets: Sequence[list[memoryview]]) -> int:
         try:

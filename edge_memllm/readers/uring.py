@@ -7,6 +7,7 @@ x86-64 only.
 from __future__ import annotations
 
 import errno
+import os
 import platform
 import sys
 import threading
@@ -41,10 +42,11 @@ class UringReader:
         self._arena = Arena(_DEPTH, region, self._direct.alignment)
         self._lock = threading.Lock()
         self._closed = False
+        self._process = os.getpid()
 
     def read(self, offsets: Sequence[int], targets: Sequence[list[memoryview]]) -> int:
         """Fill each target from its offset; see `Reader.read`."""
-        if len(offsets) <= 1:
+        if len(offsets) <= 1 or os.getpid() != self._process:  # the ring is the parent's
             return self._direct.read(offsets, targets)
         with self._lock:
             if self._closed:
@@ -62,6 +64,9 @@ class UringReader:
 
     def close(self) -> None:
         """Wait for what is being read, close the ring and the file."""
+        if os.getpid() != self._process:  # what is being read is the parent's
+            self._direct.close()
+            return
         with self._lock:
             if not self._closed:
                 self._closed = True

@@ -14,6 +14,7 @@ from typing import Self
 
 from edge_memllm.errors import DrainingError, QueueFullError
 from edge_memllm.feeding import Feeder
+from edge_memllm.forking import ProcessLock
 from edge_memllm.model import Model
 from edge_memllm.overlays.shelf import Selection
 from edge_memllm.request import check_positive
@@ -70,7 +71,7 @@ class Engine:
         self._queue = FairQueue[Choice]()
         self._tally = Tally()
         self._costs = StepCosts()
-        self._changed = Condition()
+        self._changed = Condition(ProcessLock())  # type: ignore[arg-type]  # it is one
         self._under_way = 0
         self._scheduler: Scheduler | None = None
         self._draining = self._stopped = False
@@ -170,6 +171,11 @@ class Engine:
         self.close()
 
     def _require_room(self, client: str, count: int) -> None:
+        if not self._draining and not self._thread.is_alive():
+            raise DrainingError(
+                "The engine's thread is not of this process, which was forked from the one that "
+                "started it. Start an engine in each process."
+            )
         if self._draining:
             self._tally.refused += 1
             raise DrainingError("The engine is ending and takes no more requests.")

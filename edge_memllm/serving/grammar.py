@@ -12,13 +12,13 @@ import sys
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from threading import Lock
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import RequestError, missing_extra
+from edge_memllm.forking import ProcessLock
 from edge_memllm.manifest import ModelSpec
 from edge_memllm.steering import Constraint
 from edge_memllm.tokenization import Tokenizer
@@ -50,8 +50,8 @@ class Grammars:
     def __init__(self, tokenizer: Tokenizer, model: ModelSpec) -> None:
         self._tokenizer = tokenizer
         self._model = model
-        self._lock = Lock()
-        self._trying = Lock()
+        self._lock = ProcessLock()
+        self._trying = ProcessLock()
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 

@@ -7,11 +7,11 @@ values lie is the business of the runtime that derives from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from threading import Lock
 
 import numpy as np
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.forking import ProcessLock
 from edge_memllm.runtime_protocol import Held, HeldLayout
 
 FIRST_CAPACITY = 256
@@ -38,7 +38,7 @@ class KVBudget:
         self.limit = limit
         self.score_bytes = score_bytes
         self._held = 0
-        self._lock = Lock()
+        self._lock = ProcessLock()
 
     def exchange(self, held: int, wanted: int) -> int | None:
         """Hold `wanted` bytes instead of `held`. Returns None, or the bytes that would have fit.

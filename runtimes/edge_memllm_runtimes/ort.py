@@ -17,6 +17,7 @@ from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.records import RecordBuffer
 from edge_memllm.runtime_protocol import KVCache, StepLogits
 from edge_memllm_runtimes.cuda_graphs import CudaGraphs
+from edge_memllm_runtimes.forking import Home
 from edge_memllm_runtimes.kv_cache import KVBudget
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_cache import OrtCache
@@ -54,6 +55,7 @@ class OrtRuntime:
         self.name = f"onnxruntime {import_library().__version__}"
         self._where = str(artifact.path / artifact.manifest.graph.file)
         self._session: Any = _session(artifact, device, options)
+        self._home = Home(self._session, device)
         self._shape = read_shape(self._session, artifact.manifest, self._where)
         self._budget = (
             None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
@@ -110,6 +112,7 @@ class OrtRuntime:
     def _open(self) -> Any:
         if self._session is None:
             raise EdgeMemLLMError(f"{self._where}: the runtime is closed. Load the model again.")
+        self._home.check(self._where)
         return self._session
 
 
