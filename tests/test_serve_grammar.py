@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import sys
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -119,6 +120,49 @@ def test_a_frozen_program_does_without_trials(monkeypatch: pytest.MonkeyPatch) -
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "executable", "nowhere")
     assert Grammars(TOKENIZER, SPEC).json_schema({"const": 1})
+
+
+@pytest.fixture
+def host(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """What a program that Python is embedded in would leave, were it started once more."""
+    program, trace = tmp_path / "host", tmp_path / "started"
+    program.write_text(f"#!/bin/sh\ntouch {trace}\n")
+    program.chmod(0o755)
+    monkeypatch.setattr(sys, "executable", str(program))
+    return trace
+
+
+@pytest.mark.parametrize("executable", ["", None, "no such file", "the host's"])
+def test_an_embedded_python_is_found(
+    executable: str | None, host: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if executable != "the host's":
+        monkeypatch.setattr(sys, "executable", executable)
+    grammars = Grammars(TOKENIZER, SPEC)
+    assert written(grammars.json_schema({"const": 12})(), lambda ids: ids[0]) == "12"
+    with pytest.raises(RequestError, match="Unimplemented keys"):
+        grammars.json_schema({"type": "object", "if": {}})
+    assert not host.exists()
+
+
+@pytest.mark.parametrize("name", ["python3", "python3.11", "host"])
+def test_without_a_python_it_is_said(
+    name: str, host: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """There is none, or something of its name that is not one: it does not take over the trial."""
+    other = tmp_path / "bin" / name
+    other.parent.mkdir()
+    other.write_text("#!/bin/sh\necho something else\n")
+    other.chmod(0o755)
+    for prefix in ("prefix", "exec_prefix", "base_prefix", "base_exec_prefix"):
+        monkeypatch.setattr(sys, prefix, str(tmp_path))
+    monkeypatch.setattr(sys, "_base_executable", None)
+    monkeypatch.setattr("sysconfig.get_config_var", lambda _: None)
+    grammars = Grammars(TOKENIZER, SPEC)
+    with pytest.raises(RuntimeUnavailableError, match=r"no Python was found for it .*/host'"):
+        grammars.json_schema({"const": 1})
+    assert grammars.json_object()()  # a schema of our own needs no trial
+    assert not host.exists()
 
 
 def test_words_of_a_schema_cannot_be_overlooked() -> None:

@@ -7,6 +7,7 @@ Needs the extra `serve`.
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 from collections import OrderedDict
@@ -17,9 +18,11 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import RequestError, missing_extra
+from edge_memllm.errors import RequestError, RuntimeUnavailableError, missing_extra
 from edge_memllm.forking import ProcessLock
 from edge_memllm.manifest import ModelSpec
+from edge_memllm.serving.grammar_trial import READY
+from edge_memllm.serving.interpreter import interpreters
 from edge_memllm.steering import Constraint
 from edge_memllm.tokenization import Tokenizer
 
@@ -57,32 +60,36 @@ class Grammars:
 
     def json_object(self) -> MakeConstraint:
         """Return what makes a constraint to any one JSON object."""
-        return self.json_schema({"type": "object"})
+        return self._constraints(json.dumps({"type": "object"}), trial=False)
 
     def json_schema(self, schema: Mapping[str, object]) -> MakeConstraint:
         """Return what makes a constraint to JSON that a schema accepts.
 
         Raises `RequestError` for a schema that is none, that nothing fits, that asks for what
-        cannot be kept to, or takes too long; `RuntimeUnavailableError` without llguidance.
+        cannot be kept to, or takes too long; `RuntimeUnavailableError` without llguidance, or
+        where there is no Python to try it out in.
         """
-        text = json.dumps(schema)
+        return self._constraints(json.dumps(schema), trial=True)
+
+    def _constraints(self, text: str, *, trial: bool) -> MakeConstraint:
         with self._lock:
             compiled = self._compiled.pop(text, None)
         if compiled is None:
-            compiled = self._compile(text)
+            compiled = self._compile(text, trial)
         with self._lock:
             self._compiled[text] = compiled
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         return lambda: GrammarConstraint(compiled.deep_copy())
 
-    def _compile(self, schema: str) -> LLMatcher:
+    def _compile(self, schema: str, trial: bool) -> LLMatcher:
         vocabulary = self._prepared()
         from llguidance import LLMatcher
 
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
-        with self._trying:  # one at a time, so that whoever asks much takes one core at most
-            _try_out(grammar)
+        if trial:
+            with self._trying:  # one at a time, so that whoever asks much takes one core at most
+                _try_out(grammar)
         compiled = LLMatcher(vocabulary, grammar, log_level=_SILENT)
         if compiled.is_error():
             raise _refusal(compiled.get_error())
@@ -138,24 +145,47 @@ class GrammarConstraint:
 def _try_out(grammar: str) -> None:
     """Compile a grammar in a process of its own, and raise `RequestError` if it cannot be.
 
-    A frozen program has no Python to run; it trusts whoever gives it schemas.
+    Raises `RuntimeUnavailableError` where there is no Python to start. A frozen program has none;
+    it trusts whoever gives it schemas.
     """
     if getattr(sys, "frozen", False):
         return
+    for python in interpreters():
+        outcome = _outcome(python, grammar)
+        if outcome is None:
+            continue
+        if outcome:
+            raise _refusal(outcome)
+        return
+    raise RuntimeUnavailableError(
+        "a schema is tried out in a process of its own, and no Python was found for it that has "
+        f"llguidance: this program is {sys.executable or 'of no name'!r}. Serve with a Python "
+        "interpreter, or ask for any JSON object, which needs no trial."
+    )
+
+
+def _outcome(python: str, grammar: str) -> str | None:
+    """Return what is wrong with a grammar, "" for nothing; None if it was not tried."""
+    import llguidance
+
+    place = str(Path(llguidance.__file__).parents[1])  # a Python of another start may not know it
     try:
         done = subprocess.run(
-            [sys.executable, "-P", str(_TRIAL)],
+            [python, "-P", str(_TRIAL)],
             input=grammar,
             capture_output=True,
             encoding="utf-8",
             timeout=TRIAL_SECONDS,
+            env=os.environ | {"PYTHONPATH": place},
         )
     except subprocess.TimeoutExpired:
-        raise _refusal(f"compiling it takes more than {TRIAL_SECONDS:g} seconds") from None
-    if done.returncode:
-        raise _refusal("compiling it fails, or takes too much memory")
-    if done.stdout.strip():
-        raise _refusal(done.stdout)
+        return f"compiling it takes more than {TRIAL_SECONDS:g} seconds"
+    except OSError:
+        return None
+    ready, _, found = done.stdout.partition("\n")
+    if ready != READY:
+        return None
+    return "compiling it fails, or takes too much memory" if done.returncode else found.strip()
 
 
 def _refusal(reason: str) -> RequestError:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import sys
 
 MOST_MEMORY = 1 << 30
+READY = "ready"  # said first: what happens from here on is the grammar's doing
 
 
 def limit_memory() -> None:
@@ -25,6 +26,7 @@ def main() -> None:
     """Compile, and compute what may come first, for a vocabulary of single bytes."""
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
+    print(READY, flush=True)  # noqa: T201 - this is a program
     limit_memory()
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(LLTokenizer("byte"), sys.stdin.read(), log_level=0, limits=limits)
