@@ -98,6 +98,49 @@ def test_a_name_of_the_hub_is_loaded(
         assert torch.equal(opened.generate(ids("x"), **GREEDY), model.generate(ids("x"), **GREEDY))
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"trust_remote_code": True, "low_cpu_mem_usage": True, "use_safetensors": True},
+        {"dtype": "auto", "attn_implementation": None, "quantization_config": None},
+        {"torch_dtype": torch.float32, "load_in_4bit": False, "subfolder": "", "config": None},
+        {"device_map": "auto", "revision": "main", "max_memory": None, "_commit_hash": None},
+        {"device_map": {"": "cpu"}, "device": "cpu"},
+        {"device_map": torch.device("cpu"), "output_loading_info": False},
+    ],
+)
+def test_options_of_transformers_that_ask_for_what_is_the_case_are_taken(
+    options: dict[str, Any], path: Path
+) -> None:
+    with EdgeMemLLMForCausalLM.from_pretrained(path, threads=1, **options) as opened:
+        assert opened.model.device == "cpu"
+        assert opened.dtype == torch.float32
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"dtype": torch.float16}, r"dtype is torch\.float16: logits are float32, .* Leave it out"),
+        ({"torch_dtype": "bfloat16"}, "torch_dtype is 'bfloat16': logits are float32"),
+        ({"attn_implementation": "sdpa"}, "attn_implementation is 'sdpa': the graph has an"),
+        ({"load_in_8bit": True}, "load_in_8bit is True: how weights are stored was chosen"),
+        ({"low_cpu_mem_usage": "much"}, "low_cpu_mem_usage is 'much'"),
+        ({"use_safetensors": False}, "pickles are never read"),
+        ({"subfolder": "onnx"}, "subfolder is 'onnx': give the folder of the artifact itself"),
+        ({"output_loading_info": True}, "the model alone is returned"),
+        ({"device_map": {"model.layers.0": 0, "lm_head": "cpu"}}, "an artifact is on one device"),
+        ({"device_map": "cpu", "device": "cuda"}, "device_map is 'cpu' and device is 'cuda'. Give"),
+        ({"device_map": "mps"}, "device_map is 'mps'"),
+        ({"thread": 1}, "thread: there is no such option. There are device, reader, threads,"),
+    ],
+)
+def test_options_that_cannot_be_met_are_refused(
+    options: dict[str, Any], message: str, path: Path
+) -> None:
+    with pytest.raises(RequestError, match=message):
+        EdgeMemLLMForCausalLM.from_pretrained(path, **options)
+
+
 def test_a_checkpoint_is_exported_on_the_way(
     make_checkpoint: MakeCheckpoint, path: Path, tmp_path: Path
 ) -> None:

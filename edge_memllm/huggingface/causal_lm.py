@@ -26,6 +26,7 @@ from edge_memllm.huggingface.cache import GenerationCache
 from edge_memllm.huggingface.configuration import EdgeMemLLMConfig, generation_config
 from edge_memllm.huggingface.generating import Generating
 from edge_memllm.huggingface.inputs import StepInputs
+from edge_memllm.huggingface.loading_options import loading_keywords
 from edge_memllm.huggingface.publishing import copy_artifact, upload_artifact
 from edge_memllm.loading import load
 from edge_memllm.model import Model
@@ -72,13 +73,16 @@ class EdgeMemLLMForCausalLM(OptimizedModel, Generating):
         folder that `save_pretrained` makes lasting; `export_options` are those of
         `edge_memllm_export.export_model`. `revision`, `cache_dir`, `token`, `local_files_only`
         and `force_download` are for the Hub, see `edge_memllm.hub`; `loading` takes the options
-        of `edge_memllm.load`: device, reader, threads, memory_limit and the others.
+        of `edge_memllm.load`: device, reader, threads, memory_limit and the others. Of
+        transformers' own, such as `device_map`, `dtype` and `trust_remote_code`, it takes values
+        that ask for what is the case.
 
-        Raises `RequestError` for `export_options` without `export`, and what loading, downloading
-        and exporting raise.
+        Raises `RequestError` for an option that cannot be met and for `export_options` without
+        `export`, and what loading, downloading and exporting raise.
         """
+        loading = loading_keywords(loading)
         hub: dict[str, Any] = {
-            "revision": revision,
+            "revision": None if revision == "main" else revision,  # what None is, for folders too
             "cache_dir": cache_dir,
             "token": token,
             "local_files_only": local_files_only,
