@@ -13,11 +13,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from edge_memllm.manifest import Manifest
+from edge_memllm.prefill import PREFILL_CHUNKS
 from edge_memllm.record_places import PLACE_BYTES
 from edge_memllm.records import CHECKSUM_BYTES, EMBEDDING_DTYPES
-
-# Tokens of one prefill step: more is a little faster and takes memory in proportion.
-PREFILL_CHUNKS = {"cpu": 128, "cuda": 1024}
 
 # Measured with ONNX Runtime 1.31 on a CPU; docs/memory.md has the figures and how to repeat them.
 # The interpreter with all libraries and an open session, no model:

@@ -12,6 +12,7 @@ from typing import Literal
 
 from edge_memllm.cancellation import Cancellation
 from edge_memllm.feeding import Feeder
+from edge_memllm.prefill import PREFILL_CHUNKS
 from edge_memllm.record_source import RecordSource
 from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.sampling import Sampler
@@ -19,7 +20,6 @@ from edge_memllm.speculation import PromptLookup
 from edge_memllm.statistics import StepCosts
 
 FinishReason = Literal["stop", "length"]
-PREFILL_CHUNK = 128
 
 
 @dataclass(slots=True)
@@ -57,7 +57,7 @@ def generate_tokens(
     table: RecordSource,
     sequences: Sequence[TokenSequence],
     *,
-    prefill_chunk: int = PREFILL_CHUNK,
+    prefill_chunk: int = PREFILL_CHUNKS["cpu"],
     speculate: int = 0,
     costs: StepCosts | None = None,
     cancellation: Cancellation | None = None,

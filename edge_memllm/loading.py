@@ -16,13 +16,14 @@ from typing import TYPE_CHECKING
 
 from edge_memllm.artifact import Artifact, Progress
 from edge_memllm.errors import RequestError
-from edge_memllm.footprint import PREFILL_CHUNKS, Choices
+from edge_memllm.footprint import Choices
 from edge_memllm.heap import give_back
 from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import MemoryPlan, plan_memory
 from edge_memllm.model import Model
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.overlaid_table import CACHE_BYTES
+from edge_memllm.prefill import PREFILL_CHUNKS
 from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
 from edge_memllm.statistics import process_memory

@@ -18,7 +18,6 @@ from edge_memllm.async_stream import in_thread
 from edge_memllm.cancellation import Cancellation
 from edge_memllm.description import describe
 from edge_memllm.errors import RequestError
-from edge_memllm.footprint import PREFILL_CHUNKS
 from edge_memllm.generation import TokenSequence
 from edge_memllm.generation_config import artifact_sampling
 from edge_memllm.generation_options import CancellablePromptOptions, PromptOptions
@@ -27,6 +26,7 @@ from edge_memllm.lifetime import Lifetime
 from edge_memllm.memory_plan import MemoryPlan
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.shelf import OverlayShelf, Selection
+from edge_memllm.prefill import PREFILL_CHUNKS
 from edge_memllm.record_source import RecordSource
 from edge_memllm.request import (
     Prompt,

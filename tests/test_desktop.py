@@ -148,6 +148,47 @@ def test_the_window_goes_on_with_a_text(make_artifact: MakeArtifact, tmp_path: P
         check_report(shown(screen, command, tmp_path / "report.json"))
 
 
+PRESS = """
+import sys, tkinter as tk
+from window import Window
+class Still:
+    went_on = stopped = 0
+    def events(self): return []
+    def load(self, path): pass
+    def go_on(self, *asked): self.went_on += 1
+    def stop(self): self.stopped += 1
+worker = Still()
+window = Window(worker, [])
+window._choice.set("a model")
+window._page.insert("end", "A beginning")
+window._page.focus_force()
+window._root.update()
+for key in ("<Control-Return>", "<Control-KP_Enter>", "<Return>"):
+    window._busy = False
+    window._page.event_generate(key)
+    window._root.update()
+    print(key, worker.went_on, repr(window._text()))
+"""
+
+
+@needs_screen
+def test_the_key_that_goes_on_writes_nothing(tmp_path: Path) -> None:
+    with virtual_screen(tmp_path) as screen:
+        done = subprocess.run(
+            [sys.executable, "-c", PRESS],
+            cwd=EXAMPLE,
+            env={**os.environ, **screen.environment},
+            capture_output=True,
+            text=True,
+            timeout=60,
+        )
+    assert done.stdout.splitlines() == [
+        "<Control-Return> 1 'A beginning'",
+        "<Control-KP_Enter> 2 'A beginning'",
+        "<Return> 2 'A beginning\\n'",
+    ], done.stderr
+
+
 @pytest.mark.desktop
 @needs_screen
 @needs_packer

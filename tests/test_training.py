@@ -19,7 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling import training
 from edge_memllm.modeling.corpus import TokenWindows
+from edge_memllm.modeling.loss import next_token_loss
 from edge_memllm.modeling.recipe import Recipe
+from edge_memllm.modeling.trainer import LanguageModelTrainer
 from edge_memllm.modeling.training import train
 
 SENTENCES = [
@@ -214,11 +216,61 @@ class TestTrain:
         assert model.dtype == torch.bfloat16
         assert model.config.vocab_size == len(tokenizer) == 300
 
+    @pytest.mark.parametrize("words", [40, 200])
+    def test_a_validation_text_is_measured_whole(
+        self, words: int, text: str, tmp_path: Path
+    ) -> None:
+        """One smaller than a batch, and one that is no multiple of it."""
+        valid = tmp_path / "valid.txt"
+        valid.write_text(" ".join(f"The cat {i} sat." for i in range(words)))
+        recipe = recipe_for(text, steps=2, batch_size=16, precision="fp32")
+        recipe.data.valid = [str(valid)]
+        record = train(recipe, tmp_path / "out")
+        windows = TokenWindows(tmp_path / "out/checkpoints/valid.npy", 32)
+        assert len(windows) % 16
+        model = AutoModelForCausalLM.from_pretrained(tmp_path / "out").eval()
+        ids = torch.stack([windows[i]["input_ids"] for i in range(len(windows))])
+        with torch.no_grad():
+            expected = next_token_loss(model(ids).logits, ids, 0.0)
+        assert record["valid_loss"] == pytest.approx(float(expected), rel=1e-4)
+
+    def test_a_failing_evaluation_loses_no_training(
+        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        whole = train(recipe_for(text, steps=3, save_every=100), tmp_path / "whole")
+
+        def fail(*_: Any, **__: Any) -> None:
+            raise MemoryError
+
+        with monkeypatch.context() as patch:
+            patch.setattr(LanguageModelTrainer, "evaluate", fail)
+            with pytest.raises(MemoryError):
+                train(recipe_for(text, steps=3, save_every=100), tmp_path / "out")
+        record = train(recipe_for(text, steps=3, save_every=100), tmp_path / "out", resume=True)
+        assert record["valid_loss"] == pytest.approx(whole["valid_loss"], rel=1e-4)
+
+    def test_data_shorter_than_a_batch(self, text: str, tmp_path: Path) -> None:
+        recipe = recipe_for(text, batch_size=4096)
+        with pytest.raises(RecipeError, match=r"training text holds \d+ sequences .* of 4096\."):
+            train(recipe, tmp_path / "out")
+
+    def test_a_text_after_one_that_was_refused_is_read(self, text: str, tmp_path: Path) -> None:
+        small = tmp_path / "small.txt"
+        small.write_text("zzz zzz")
+        with pytest.raises(RecipeError, match="The training text holds"):
+            train(recipe_for(str(small), steps=1), tmp_path / "out")
+        train(recipe_for(text, steps=1), tmp_path / "out")
+        train(recipe_for(text, steps=1), tmp_path / "new")
+        for name in ("tokenizer.json", "model.safetensors"):
+            assert (tmp_path / "out" / name).read_bytes() == (tmp_path / "new" / name).read_bytes()
+
     def test_data_shorter_than_a_sequence(self, text: str, tmp_path: Path) -> None:
         recipe = recipe_for(text)
         recipe.data.valid = []
         Path(text).write_text("Too short.")
-        with pytest.raises(RecipeError, match="fewer than one sequence of 32"):
+        with pytest.raises(
+            RecipeError, match=r"training text holds \d+ tokens, fewer than one sequence of"
+        ):
             train(recipe, tmp_path / "out")
 
     def test_sequence_beyond_the_context(self, text: str, tmp_path: Path) -> None:

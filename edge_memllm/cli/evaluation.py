@@ -89,6 +89,7 @@ def _add_tasks(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--task",
         type=Path,
+        action="extend",
         nargs="+",
         metavar="FILE",
         help="JSON-lines files, or folders of .jsonl files, whose mean is shown as well",

@@ -103,6 +103,7 @@ def _add_questions(group: argparse._ArgumentGroup) -> None:
 def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--layers",
+        action="extend",
         type=layer_list,
         metavar="LAYER[,...]",
         help="of tokens, similar tokens, clusters and curves (default: all)",
@@ -131,6 +132,7 @@ def _add_limits(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--task",
         type=Path,
+        action="extend",
         nargs="+",
         metavar="FILE",
         help="tasks that the sweep of gains is scored on, as for eval",
@@ -223,7 +225,7 @@ def _questions(arguments: argparse.Namespace) -> Questions:
         cluster_count=arguments.cluster_count,
         curves=arguments.layer_curves,
         tasks=tuple(read_tasks(arguments.task or (), limit=arguments.limit)),
-        layers=arguments.layers,
+        layers=arguments.layers and tuple(arguments.layers),
         **{name: value for name, value in chosen.items() if value is not None},
     )
 

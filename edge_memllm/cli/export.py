@@ -71,7 +71,7 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--matrix-weights",
-        type=_matrix_weights,
+        action=_MatrixWeights,
         metavar="NAME=FORM,...",
         help="store some matrices of an int4 or int8 graph in the other form, such as "
         "lm_head=int8: qkv_proj, o_proj, gate_up_proj, down_proj, projections, lm_head",
@@ -129,17 +129,25 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def _matrix_weights(text: str) -> dict[str, str]:
-    """Parse "lm_head=int8,o_proj=int8"."""
-    forms: dict[str, str] = {}
-    for part in text.split(","):
-        name, equals, form = part.partition("=")
-        if not (name and equals and form):
-            raise argparse.ArgumentTypeError(f"{part!r} is not of the form lm_head=int8")
-        if name in forms:
-            raise argparse.ArgumentTypeError(f"{name} is there twice")
-        forms[name] = form
-    return forms
+class _MatrixWeights(argparse.Action):
+    """Gather "lm_head=int8,o_proj=int8" of one or several options into one mapping."""
+
+    def __call__(
+        self,
+        parser: argparse.ArgumentParser,
+        namespace: argparse.Namespace,
+        values: Any,
+        option_string: str | None = None,
+    ) -> None:
+        forms: dict[str, str] = dict(getattr(namespace, self.dest) or {})
+        for part in values.split(","):
+            name, equals, form = part.partition("=")
+            if not (name and equals and form):
+                raise argparse.ArgumentError(self, f"{part!r} is not of the form lm_head=int8")
+            if name in forms:
+                raise argparse.ArgumentError(self, f"{name} is there twice")
+            forms[name] = form
+        setattr(namespace, self.dest, forms)
 
 
 def _add_table(parser: argparse.ArgumentParser) -> None:

@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.files import read_text
+from edge_memllm.prefill import PREFILL_CHUNKS
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -91,8 +92,14 @@ def add_json(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
-    """Options of ``edge_memllm.load``; ``loading_keywords`` turns them into its arguments."""
+def add_loading(
+    parser: argparse.ArgumentParser,
+    prefill: str = "{cpu}, on CUDA {cuda}".format(**PREFILL_CHUNKS),
+) -> argparse._ArgumentGroup:
+    """Options of ``edge_memllm.load``; ``loading_keywords`` turns them into its arguments.
+
+    ``prefill`` is what the command takes where --prefill-chunk is left out.
+    """
     group = parser.add_argument_group("loading")
     group.add_argument(
         "--device",
@@ -118,8 +125,7 @@ def add_loading(parser: argparse.ArgumentParser) -> argparse._ArgumentGroup:
         "--prefill-chunk",
         type=positive_int,
         metavar="N",
-        help="read the prompt N tokens at a time: less takes less memory (default: 256, "
-        "on CUDA 1024)",
+        help=f"read the prompt N tokens at a time: less takes less memory (default: {prefill})",
     )
     group.add_argument(
         "--table-quality",
@@ -252,7 +258,9 @@ def target(arguments: argparse.Namespace) -> Target | None:
 
 def add_windows(group: argparse._ArgumentGroup) -> None:
     """Add --text, and --context and --stride of the windows it is judged in."""
-    group.add_argument("--text", type=Path, nargs="+", metavar="FILE", help="UTF-8 text files")
+    group.add_argument(
+        "--text", type=Path, action="extend", nargs="+", metavar="FILE", help="UTF-8 text files"
+    )
     group.add_argument(
         "--context",
         type=positive_int,

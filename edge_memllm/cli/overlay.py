@@ -154,10 +154,15 @@ def _add_show(commands: Commands) -> None:
 
 def _add_places(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
-        "--token", nargs="+", metavar="WORD", help="the tokens whose rows to change"
+        "--token",
+        action="extend",
+        nargs="+",
+        metavar="WORD",
+        help="the tokens whose rows to change",
     )
     parser.add_argument(
         "--layers",
+        action="extend",
         type=layer_list,
         metavar="LIST",
         help="only in these layers, such as 0,3-5 (default: all)",

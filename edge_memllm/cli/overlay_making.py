@@ -56,7 +56,7 @@ def graft(arguments: argparse.Namespace) -> int:
             spec,
             donor,
             tokens,
-            checked_layers(arguments.layers, spec.layers),
+            checked_layers(arguments.layers and tuple(arguments.layers), spec.layers),
             overwrite=arguments.force,
             progress=opened.enter_context(StageBars()),
         )
@@ -154,7 +154,7 @@ def _alterations(arguments: argparse.Namespace, texts: TokenTexts) -> list[Alter
     return [
         Alteration(
             tokens=tuple(map(texts.find, arguments.token)),
-            layers=arguments.layers,
+            layers=arguments.layers and tuple(arguments.layers),
             scale=arguments.scale,
             blank=arguments.blank,
             like=None if arguments.like is None else texts.find(arguments.like),

@@ -13,8 +13,12 @@ Sections = dict[str, dict[str, Any]]
 
 def add_texts(parser: argparse.ArgumentParser, purpose: str) -> None:
     """Add --data, whose text is there for `purpose`, and --valid."""
-    parser.add_argument("--data", nargs="+", metavar="FILE", help=f"text or .jsonl to {purpose}")
-    parser.add_argument("--valid", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on")
+    parser.add_argument(
+        "--data", action="extend", nargs="+", metavar="FILE", help=f"text or .jsonl to {purpose}"
+    )
+    parser.add_argument(
+        "--valid", action="extend", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on"
+    )
 
 
 def add_overrides(parser: argparse.ArgumentParser, out: str) -> None:

@@ -17,6 +17,7 @@ from edge_memllm.cli.serve_options import add_serving, settings_from
 from edge_memllm.cli.text import write_json
 from edge_memllm.errors import missing_extra
 from edge_memllm.interrupts import leave
+from edge_memllm.prefill import SERVING_CHUNK
 
 if TYPE_CHECKING:
     import socket
@@ -64,7 +65,7 @@ def add_parser(commands: Commands) -> None:
     )
     add_json(parser)
     add_serving(parser)
-    add_loading(parser)
+    add_loading(parser, prefill=str(SERVING_CHUNK))
 
 
 def execute(arguments: argparse.Namespace) -> int:
@@ -116,6 +117,7 @@ def _serve(
         slots=arguments.slots,
         queue=arguments.queue,
         per_client=arguments.per_client,
+        prefill_chunk=arguments.prefill_chunk,
         batch_invariant=arguments.batch_invariant,
     ) as engine:
         service = Service(engine, settings, template)

@@ -58,7 +58,12 @@ def add_parser(commands: Commands) -> None:
         "model", type=Path, metavar="MODEL", help="a checkpoint or an exported model"
     )
     parser.add_argument(
-        "--words", nargs="+", required=True, metavar="WORD", help="words, or tokens as #12"
+        "--words",
+        action="extend",
+        nargs="+",
+        required=True,
+        metavar="WORD",
+        help="words, or tokens as #12",
     )
     parser.add_argument(
         "--out",
@@ -98,6 +103,7 @@ def _add_way(group: argparse._ArgumentGroup) -> None:
     )
     group.add_argument(
         "--layers",
+        action="extend",
         type=layer_list,
         metavar="LIST",
         help="only what these layers add, such as 0,3-5 (default: all)",
@@ -193,7 +199,7 @@ def _wish(arguments: argparse.Namespace) -> Wish:
         pieces=arguments.pieces,
         by=arguments.by,
         strength=arguments.strength,
-        layers=arguments.layers,
+        layers=arguments.layers and tuple(arguments.layers),
         corpus=None if arguments.corpus is None else read_text(arguments.corpus),
         **chosen,
     )

@@ -53,6 +53,7 @@ def add_parser(commands: Commands) -> None:
     )
     parser.add_argument(
         "--codecs",
+        action="extend",
         type=_names,
         required=True,
         metavar="CODEC[,...]",
@@ -96,6 +97,7 @@ def _add_measures(group: argparse._ArgumentGroup) -> None:
     group.add_argument(
         "--task",
         type=Path,
+        action="extend",
         nargs="+",
         metavar="FILE",
         help="JSON-lines files, or folders of .jsonl files, as for eval",
@@ -126,7 +128,7 @@ def execute(arguments: argparse.Namespace) -> int:
     request = SweepRequest(
         source=arguments.source,
         out=arguments.out,
-        codecs=arguments.codecs,
+        codecs=tuple(arguments.codecs),
         texts=dict(zip(short_names(paths), map(read_text, paths), strict=True)),
         tasks=tuple(read_tasks(arguments.task or (), limit=arguments.limit)),
         reference=arguments.reference,

@@ -75,7 +75,8 @@ def convert(
     with state.main_process_first():
         _carry(dense, out)
         if boundary is not None:
-            prepare_tokens(recipe, tokenizer, boundary, out)
+            anew = state.is_main_process and not resume
+            prepare_tokens(recipe, tokenizer, boundary, out, anew)
     torch.manual_seed(recipe.training.seed)
     student = MemoryLLMForCausalLM(config).to(state.device)
     if boundary is None or not config.has_memory:

@@ -101,12 +101,13 @@ def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
 class TokenWindows(Dataset[dict[str, torch.Tensor]]):
     """Consecutive windows of a token file: documents packed end to end, no padding."""
 
-    def __init__(self, path: Path, length: int) -> None:
+    def __init__(self, path: Path, length: int, name: str = "The text") -> None:
+        """Open the file; ``name`` is what a RecipeError calls a text that is shorter than that."""
         self.tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         self.length = length
         if len(self.tokens) < length:
             raise RecipeError(
-                f"The data holds {len(self.tokens)} tokens, fewer than one sequence of {length}. "
+                f"{name} holds {len(self.tokens)} tokens, fewer than one sequence of {length}. "
                 "Give more text or a smaller [data] sequence_length."
             )
 

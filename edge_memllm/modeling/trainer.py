@@ -30,6 +30,14 @@ class LanguageModelTrainer(Trainer):
         names: list[str] = super().get_decay_parameter_names(model)
         return [name for name in names if not name.endswith(UNDECAYED)]
 
+    def get_eval_dataloader(self, eval_dataset: Any = None) -> Any:
+        """The batches to evaluate on: all of the text, a rest smaller than a batch too."""
+        dropping, self.args.dataloader_drop_last = self.args.dataloader_drop_last, False
+        try:
+            return super().get_eval_dataloader(eval_dataset)
+        finally:
+            self.args.dataloader_drop_last = dropping
+
     def compute_loss(
         self,
         model: torch.nn.Module,

@@ -58,15 +58,16 @@ def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
     check_target(out, resume)
     out.mkdir(parents=True, exist_ok=True)
     state = process_state()
+    anew = state.is_main_process and not resume
     with state.main_process_first():
-        tokenizer = _tokenizer(recipe, config, out)
+        tokenizer = _tokenizer(recipe, config, out, anew)
     _fit(config, tokenizer, recipe)
     torch.manual_seed(recipe.training.seed)
     model = MemoryLLMForCausalLM(config)
     record: dict[str, Any] = {"recipe": recipe.as_dict(), "parameters": count_parameters(model)}
     if recipe.training.steps:
         with state.main_process_first():
-            prepare_tokens(recipe, tokenizer, config.bos_token_id, out)
+            prepare_tokens(recipe, tokenizer, config.bos_token_id, out, anew)
         record |= run(recipe, model, out, resume)
     model.generation_config = GenerationConfig(
         bos_token_id=config.bos_token_id,
@@ -121,10 +122,10 @@ def model_config(recipe: Recipe) -> MemoryLLMConfig:
     return config
 
 
-def _tokenizer(recipe: Recipe, config: MemoryLLMConfig, out: Path) -> Tokenizer:
-    """The tokenizer in ``out``, made on the first call; later processes and resumes read it."""
+def _tokenizer(recipe: Recipe, config: MemoryLLMConfig, out: Path, anew: bool) -> Tokenizer:
+    """The tokenizer in ``out``, made ``anew`` or where there is none."""
     path = out / "tokenizer.json"
-    if path.exists():
+    if path.exists() and not anew:
         return read_tokenizer(path)
     if recipe.tokenizer.path is not None:
         tokenizer = given_tokenizer(Path(recipe.tokenizer.path))
@@ -164,12 +165,17 @@ def _fit(config: MemoryLLMConfig, tokenizer: Tokenizer, recipe: Recipe) -> None:
         )
 
 
-def prepare_tokens(recipe: Recipe, tokenizer: Tokenizer, boundary: int, out: Path) -> None:
-    """Write the token files of both splits under ``out``, unless they are there.
+def prepare_tokens(
+    recipe: Recipe, tokenizer: Tokenizer, boundary: int, out: Path, anew: bool
+) -> None:
+    """Write the token files of both splits under ``out``: ``anew``, or where there are none.
 
-    ``boundary`` is the token in front of each document.
+    ``boundary`` is the token in front of each document. What a run left that was refused before
+    its first checkpoint may be of another text: only later processes and resumes read it.
     """
     for split, paths in (("train", recipe.data.train), ("valid", recipe.data.valid)):
+        if anew:
+            token_file(out, split).unlink(missing_ok=True)
         if paths:
             _write_split(recipe.data, paths, tokenizer, boundary, token_file(out, split))
 
@@ -211,9 +217,17 @@ def run(
     """Train ``model`` on the token files under ``out``; what was reached, as plain data."""
     training, folder = recipe.training, out / _CHECKPOINTS
     length = recipe.data.sequence_length
-    windows = TokenWindows(token_file(out, "train"), length)
-    valid = TokenWindows(token_file(out, "valid"), length) if recipe.data.valid else None
+    windows = TokenWindows(token_file(out, "train"), length, "The training text")
+    valid = None
+    if recipe.data.valid:
+        valid = TokenWindows(token_file(out, "valid"), length, "The validation text")
     arguments = training_arguments(recipe, folder)
+    if len(windows) < training.batch_size * arguments.world_size:
+        raise RecipeError(
+            f"The training text holds {len(windows)} sequences of {length} tokens, fewer than one "
+            f"batch of {training.batch_size * arguments.world_size}. Give more text or a smaller "
+            "[training] batch_size."
+        )
     if arguments.device.type == "cpu":
         keep_freed_memory()
     tokens_per_step = (

@@ -17,6 +17,7 @@ from edge_memllm.feeding import Feeder
 from edge_memllm.forking import ProcessLock
 from edge_memllm.model import Model
 from edge_memllm.overlays.shelf import Selection
+from edge_memllm.prefill import SERVING_CHUNK
 from edge_memllm.request import check_positive
 from edge_memllm.serving.channel import Deadline, Reply
 from edge_memllm.serving.choice import Choice
@@ -26,9 +27,6 @@ from edge_memllm.serving.request import CheckedRequest, Request, check_request
 from edge_memllm.serving.scheduler import Scheduler
 from edge_memllm.serving.tally import EngineStatistics, Tally
 from edge_memllm.statistics import StepCosts
-
-# Tokens of a prompt that are computed while texts under way wait.
-CHUNK = 64
 
 _log = logging.getLogger(__name__)
 
@@ -61,7 +59,7 @@ class Engine:
         self._client_limit = check_positive(
             "per_client", queue if per_client is None else per_client
         )
-        self._chunk = min(CHUNK, model.prefill_chunk)
+        self._chunk = min(SERVING_CHUNK, model.prefill_chunk)
         if prefill_chunk is not None:
             self._chunk = check_positive("prefill_chunk", prefill_chunk)
         self._invariant = batch_invariant

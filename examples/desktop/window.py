@@ -47,7 +47,10 @@ class Window:
         self._build_page().grid(row=1, column=0, sticky="nsew", padx=20, pady=(16, 8))
         self._build_controls().grid(row=2, column=0, sticky="ew", padx=20, pady=(4, 10))
         self._build_foot().grid(row=3, column=0, sticky="ew")
-        root.bind("<Control-Return>", lambda _: self._pressed())
+        # On the page as well, and there first: it would write a line before the window is asked.
+        for place in (self._page, root):
+            for key in ("<Control-Return>", "<Control-KP_Enter>"):
+                place.bind(key, lambda _: self._pressed())
         root.bind("<Escape>", lambda _: self._worker.stop())
         root.protocol("WM_DELETE_WINDOW", self._close)
         self._show_state()
