@@ -31,19 +31,30 @@ class Artifact:
         self._directory = directory
 
     @classmethod
-    def open(cls, path: str | os.PathLike[str], progress: Progress | None = None) -> Self:
+    def open(
+        cls,
+        path: str | os.PathLike[str],
+        progress: Progress | None = None,
+        *,
+        check_graph: bool = True,
+    ) -> Self:
         """Open the folder at `path`: check the manifest, and the size of every file it names.
 
         Also checks the sha256 digest of every file but the table, whose records are checked as
-        they are read. `progress` is told bytes checked and to be checked, under "files".
-        Raises `ArtifactError`, `CorruptionError` or `StorageError`.
+        they are read, and without `check_graph` also but the graph and its weights, which are
+        checked as `read_bytes` reads them. `progress` is told bytes checked and to be checked,
+        under "files". Raises `ArtifactError`, `CorruptionError` or `StorageError`.
         """
         directory = Directory(Path(path))
         try:
             artifact = cls(directory.path, directory, _read_manifest(directory))
-            for name in artifact.manifest.files:
+            manifest = artifact.manifest
+            for name in manifest.files:
                 os.close(artifact.open_file(name))
-            artifact._verify(artifact.manifest.table.file, progress)
+            later = {manifest.table.file}
+            if not check_graph:
+                later |= {manifest.graph.file, manifest.graph.external_data or ""}
+            artifact._verify(later, progress)
         except BaseException:
             directory.close()
             raise
@@ -67,15 +78,20 @@ class Artifact:
         return file
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the content of a file the manifest names. Raises as `open_file` does."""
-        return _read(self.open_file(name), self.manifest.files[name].bytes, self.path / name)
+        """Return the content of a file the manifest names: these bytes have the digest it says.
+
+        Raises as `open_file` does, `CorruptionError` also for another digest.
+        """
+        data = _read(self.open_file(name), self.manifest.files[name].bytes, self.path / name)
+        self._compare(name, hashlib.sha256(data).hexdigest())
+        return data
 
     def verify_digests(self) -> None:
         """Read every file, the table too, and compare its sha256 digest with the manifest's.
 
         Raises `CorruptionError` naming the first file that differs.
         """
-        self._verify(without=None, progress=None)
+        self._verify(later=set(), progress=None)
 
     def close(self) -> None:
         """Close the folder; descriptors that were handed out stay open."""
@@ -92,16 +108,19 @@ class Artifact:
     ) -> None:
         self.close()
 
-    def _verify(self, without: str | None, progress: Progress | None) -> None:
-        files = {name: spec for name, spec in self.manifest.files.items() if name != without}
-        watched = _Watched(progress, sum(spec.bytes for spec in files.values()))
-        for name, spec in files.items():
-            found = watched.sha256(self.open_file(name), self.path / name)
-            if found != spec.sha256:
-                raise CorruptionError(
-                    f"{self.path / name}: sha256 is {found[:12]}, the manifest says "
-                    f"{spec.sha256[:12]}. {_COPY_AGAIN}"
-                )
+    def _verify(self, later: set[str], progress: Progress | None) -> None:
+        names = [name for name in self.manifest.files if name not in later]
+        watched = _Watched(progress, sum(self.manifest.files[name].bytes for name in names))
+        for name in names:
+            self._compare(name, watched.sha256(self.open_file(name), self.path / name))
+
+    def _compare(self, name: str, found: str) -> None:
+        expected = self.manifest.files[name].sha256
+        if found != expected:
+            raise CorruptionError(
+                f"{self.path / name}: sha256 is {found[:12]}, the manifest says {expected[:12]}. "
+                f"{_COPY_AGAIN}"
+            )
 
 
 def _read_manifest(directory: Directory) -> Manifest:

@@ -78,7 +78,8 @@ def load(
     generation may choose among them. The table itself stays as it is.
 
     `progress(stage, done, total)` is called on the way, from this thread: the stages are "files"
-    (bytes checked), "graph" and "table" (0 of 1, then 1 of 1). What it raises ends the loading.
+    (bytes checked, but for graph and table), "graph" and "table" (0 of 1, then 1 of 1). What it
+    raises ends the loading.
 
     What was chosen is in `Model.describe()` and is logged. Raises `ArtifactError` for a folder
     that cannot be used, `RuntimeUnavailableError` for a device or package that is not there,
@@ -97,7 +98,9 @@ def load(
     laid_over = _open_overlays(overlays)
     cache = None if packed_cache is None else Path(packed_cache)
     with ExitStack() as opened:
-        artifact = opened.enter_context(Artifact.open(artifact_folder(path), progress))
+        # The runtime reads the graph and checks what it read: once is enough.
+        folder = artifact_folder(path)
+        artifact = opened.enter_context(Artifact.open(folder, progress, check_graph=False))
         for overlay in laid_over:
             overlay.check_fits(artifact.manifest)  # before the graph is loaded for nothing
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +13,7 @@ import pytest
 from conftest import VOCABULARY, MakeArtifact
 from hypothesis import given
 from hypothesis import strategies as st
-from small_artifact import write_artifact
+from small_artifact import file_spec, write_artifact
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.benchmark import bandwidth
@@ -23,7 +25,7 @@ from edge_memllm.benchmark.prompts import check_room, distinct_prompt, text_prom
 from edge_memllm.benchmark.rounds import _turns
 from edge_memllm.benchmark.spread import quartiles, ratio_of_medians
 from edge_memllm.benchmark.storage import describe_storage
-from edge_memllm.benchmark.weights import _tensors, weight_bytes
+from edge_memllm.benchmark.weights import weight_bytes
 from edge_memllm.errors import RequestError, RuntimeUnavailableError, StorageError
 
 PLAN = Plan(contexts=(6,), new_tokens=3, repeats=2, seed=5)
@@ -194,15 +196,24 @@ def test_weights_in_a_file_of_their_own_are_counted(
 ) -> None:
     import onnx
 
-    path = make_artifact(graph_weights="fp32", beta=3)
+    source = make_artifact(graph_weights="fp32", beta=3)
+    path = Path(shutil.copytree(source, tmp_path / "artifact"))
     with Artifact.open(path) as artifact:
-        inside = weight_bytes(artifact)
+        inside, manifest = weight_bytes(artifact), artifact.manifest
     model = onnx.load(path / "graph.onnx")
-    outside = tmp_path / "graph.onnx"
-    onnx.save_model(model, outside, save_as_external_data=True, location="w", size_threshold=0)
-    with outside.open("rb") as file:
-        sizes = dict(_tensors(file, outside.stat().st_size))
-    assert sum(sizes.values()) - sizes["cos_cache"] - sizes["sin_cache"] == inside
+    names = ("graph.onnx", "w")
+    onnx.save_model(
+        model, path / names[0], save_as_external_data=True, location="w", size_threshold=0
+    )
+    files = {name: file_spec((path / name).read_bytes()) for name in names}
+    changed = replace(
+        manifest,
+        graph=replace(manifest.graph, external_data="w"),
+        files=manifest.files | files,
+    )
+    (path / "manifest.json").write_bytes(changed.to_json())
+    with Artifact.open(path) as artifact:
+        assert weight_bytes(artifact) == inside
 
 
 # storage

@@ -1,134 +1,413 @@
-"""What a graph file refers to, read before any library loads it: metadata and outside files.
+"""A graph file as plain data, read before any library loads it, and more strictly than any would.
 
-A graph may name other files to take weights from. Only the one the manifest names is allowed, so
-this walks the protobuf encoding of ONNX (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto)
-by itself; it skips weights without reading them and needs no onnx package.
+A graph may name other files to take weights from, hold graphs in graphs, or be written so that two
+readers see two different things. So this reads the protobuf encoding of ONNX by itself
+(https://github.com/onnx/onnx/blob/main/onnx/onnx.proto) and takes one spelling only: known fields
+of the known kind, nothing twice that there is once, numbers in their shortest form. What it refuses
+may be ONNX, but our exporter does not write it. Weights are skipped, not read; no onnx package is
+needed. What a graph means is the business of `graph_check`.
 """
 
 from __future__ import annotations
 
+import math
 import re
-from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import BinaryIO
+import struct
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any, BinaryIO
 
 from edge_memllm.errors import ArtifactError
 
-# message -> field number -> message: only the ways that lead to tensors and metadata.
-_FIELDS = {
-    "Model": {7: "Graph", 14: "Metadata", 20: "Training", 25: "Function"},
-    "Training": {1: "Graph", 2: "Graph"},
-    "Function": {7: "Node"},
-    "Graph": {1: "Node", 5: "Tensor", 15: "SparseTensor"},
-    "Node": {5: "Attribute"},
-    "Attribute": {
-        5: "Tensor",
-        6: "Graph",
-        10: "Tensor",
-        11: "Graph",
-        22: "SparseTensor",
-        23: "SparseTensor",
+# Kinds of fields. A tuple is one of them, repeated.
+_INT, _FLOAT, _TEXT, _SPAN = "int", "float", "text", "span"
+# message -> field number -> name and kind: a scalar, or another message.
+_MESSAGES: dict[str, dict[int, tuple[str, str, bool]]] = {
+    "model": {
+        1: ("ir_version", _INT, False),
+        2: ("producer_name", _TEXT, False),
+        3: ("producer_version", _TEXT, False),
+        4: ("domain", _TEXT, False),
+        5: ("model_version", _INT, False),
+        6: ("doc_string", _TEXT, False),
+        7: ("graph", "graph", False),
+        8: ("opset_import", "opset", True),
+        14: ("metadata_props", "entry", True),
     },
-    "SparseTensor": {1: "Tensor", 2: "Tensor"},
-    "Tensor": {13: "ExternalData"},
+    "opset": {1: ("domain", _TEXT, False), 2: ("version", _INT, False)},
+    "entry": {1: ("key", _TEXT, False), 2: ("value", _TEXT, False)},
+    "graph": {
+        1: ("node", "node", True),
+        2: ("name", _TEXT, False),
+        5: ("initializer", "tensor", True),
+        10: ("doc_string", _TEXT, False),
+        11: ("input", "value", True),
+        12: ("output", "value", True),
+        13: ("value_info", "value", True),
+        16: ("metadata_props", "entry", True),
+    },
+    "node": {
+        1: ("input", _TEXT, True),
+        2: ("output", _TEXT, True),
+        3: ("name", _TEXT, False),
+        4: ("op_type", _TEXT, False),
+        5: ("attribute", "attribute", True),
+        6: ("doc_string", _TEXT, False),
+        7: ("domain", _TEXT, False),
+        9: ("metadata_props", "entry", True),
+    },
+    "attribute": {
+        1: ("name", _TEXT, False),
+        2: ("f", _FLOAT, False),
+        3: ("i", _INT, False),
+        4: ("s", _TEXT, False),
+        7: ("floats", _FLOAT, True),
+        8: ("ints", _INT, True),
+        9: ("strings", _TEXT, True),
+        13: ("doc_string", _TEXT, False),
+        20: ("type", _INT, False),
+    },
+    "tensor": {
+        1: ("dims", _INT, True),
+        2: ("data_type", _INT, False),
+        8: ("name", _TEXT, False),
+        9: ("raw_data", _SPAN, False),
+        12: ("doc_string", _TEXT, False),
+        13: ("external_data", "entry", True),
+        14: ("data_location", _INT, False),
+        16: ("metadata_props", "entry", True),
+    },
+    "value": {
+        1: ("name", _TEXT, False),
+        2: ("type", "type", False),
+        3: ("doc_string", _TEXT, False),
+        4: ("metadata_props", "entry", True),
+    },
+    "type": {1: ("tensor_type", "tensor type", False), 6: ("denotation", _TEXT, False)},
+    "tensor type": {1: ("elem_type", _INT, False), 2: ("shape", "shape", False)},
+    "shape": {1: ("dim", "dimension", True)},
+    "dimension": {
+        1: ("dim_value", _INT, False),
+        2: ("dim_param", _TEXT, False),
+        3: ("denotation", _TEXT, False),
+    },
+}
+# What there is elsewhere in ONNX and never in ours, for a sentence that says more than a number.
+_FOREIGN = {
+    ("model", 20): "training information",
+    ("model", 25): "functions",
+    ("model", 26): "device configurations",
+    ("graph", 15): "sparse initializers",
+    ("node", 8): "an overloaded operator",
+    ("attribute", 5): "a tensor in an attribute",
+    ("attribute", 6): "a graph in an attribute (a branch or the body of a loop)",
+    ("attribute", 10): "tensors in an attribute",
+    ("attribute", 11): "graphs in an attribute",
+    ("attribute", 21): "a reference to an attribute",
+    ("attribute", 22): "a sparse tensor in an attribute",
+    ("attribute", 23): "sparse tensors in an attribute",
+    ("tensor", 3): "a segment of a tensor",
+    **{("tensor", number): "weights that are not raw bytes" for number in (4, 5, 6, 7, 10, 11)},
 }
 _VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_MAX_DEPTH = 32
+_KINDS = (_VARINT, _FIXED64, _BYTES, _FIXED32)
+_WIRE = {_INT: _VARINT, _FLOAT: _FIXED32}
+_LONGEST_VARINT = 10
+_MAX_TEXT = 4096
+# A graph of a hundred layers has some hundred thousand; each takes memory while it is read.
+_MAX_FIELDS = 1 << 20
+
+DATA_TYPES = {1: "float32", 2: "uint8", 3: "int8", 6: "int32", 7: "int64", 10: "float16"}
+ITEM_BYTES = {1: 4, 2: 1, 3: 1, 6: 4, 7: 8, 10: 2}
+_EXTERNAL = 1
+_PLACE = re.compile(r"0|[1-9][0-9]{0,17}")
 # ONNX Runtime's own: "prepacked_0" -> "kernel+hash|offset;length;checksum|offset;..."
 _PACKED = "prepacked"
-_MAX_TEXT = 4096
 _BLOB = re.compile(r"\d{1,18};\d{1,18};[0-9A-Za-z]*")
 
-
-@dataclass(slots=True)
-class GraphReferences:
-    """The graph's own metadata, and the names of the files it takes tensors from."""
-
-    metadata: dict[str, str] = field(default_factory=dict)
-    external_files: set[str] = field(default_factory=set)
-    packed_offsets: set[int] = field(default_factory=set)  # of repacked weights in those files
+Attribute = int | float | str | tuple[int, ...] | tuple[float, ...] | tuple[str, ...]
 
 
-def read_references(file: BinaryIO, size: int) -> GraphReferences:
-    """Walk an ONNX file of `size` bytes; raises `ArtifactError` when it is not one."""
-    found = GraphReferences()
-    _walk(file, "Model", (0, size), 0, found)
+@dataclass(frozen=True, slots=True)
+class Tensor:
+    """A weight: where its bytes lie, in the graph file or in the one beside it."""
+
+    name: str
+    data_type: int  # of ONNX
+    dims: tuple[int, ...]
+    outside: str | None  # the file beside it
+    start: int
+    size: int
+
+
+@dataclass(frozen=True, slots=True)
+class Node:
+    """One operator."""
+
+    op_type: str
+    domain: str
+    inputs: tuple[str, ...]
+    outputs: tuple[str, ...]
+    attributes: dict[str, Attribute]
+
+
+@dataclass(frozen=True, slots=True)
+class Value:
+    """An input or output: its element type, and its sizes or the words for them."""
+
+    name: str
+    data_type: int
+    dims: tuple[int | str, ...]
+
+
+@dataclass(frozen=True, slots=True)
+class GraphFile:
+    """Everything a graph file says, weights left out."""
+
+    metadata: dict[str, str]
+    opsets: dict[str, int]
+    nodes: tuple[Node, ...]
+    tensors: dict[str, Tensor]
+    inputs: tuple[Value, ...]
+    outputs: tuple[Value, ...]
+    packed_offsets: frozenset[int]  # of repacked weights in the file beside it
+
+    @property
+    def external_files(self) -> set[str]:
+        """The names of the files that weights are taken from."""
+        return {each.outside for each in self.tensors.values() if each.outside is not None}
+
+
+def read_graph(file: BinaryIO, size: int) -> GraphFile:
+    """Read an ONNX file of `size` bytes.
+
+    Raises `ArtifactError` when it is not one, and when it holds what our exporter does not write.
+    """
+    model = _Reader(file).message("model", 0, size)
+    graph = model.get("graph", {})
+    packed: set[int] = set()
+    tensors = [_tensor(each, packed) for each in graph.get("initializer", ())]
+    opsets = model.get("opset_import", ())
+    return GraphFile(
+        metadata=_entries(model.get("metadata_props", ()), "metadata"),
+        opsets=_unique(
+            [(each.get("domain", ""), each.get("version", 0)) for each in opsets], "operator set"
+        ),
+        nodes=tuple(_node(each) for each in graph.get("node", ())),
+        tensors=_unique([(each.name, each) for each in tensors], "initializer"),
+        inputs=tuple(_value(each) for each in graph.get("input", ())),
+        outputs=tuple(_value(each) for each in graph.get("output", ())),
+        packed_offsets=frozenset(packed),
+    )
+
+
+class _Reader:
+    """Reads messages into dicts of their fields' names; a span of bytes stays a pair of places."""
+
+    def __init__(self, file: BinaryIO) -> None:
+        self._file = file
+        self._fields = 0
+
+    def message(self, kind: str, start: int, end: int) -> dict[str, Any]:
+        known = _MESSAGES[kind]
+        found: dict[str, Any] = {}
+        while start < end:
+            self._count()
+            self._file.seek(start)
+            tag = self._varint(end)
+            number, wire = tag >> 3, tag & 7
+            if wire not in _KINDS:
+                raise _malformed(f"it has a field of kind {wire}")
+            if not number:
+                raise _malformed("it has a field of number 0")
+            if number not in known:
+                raise _foreign(_FOREIGN.get((kind, number), f"field {number} of a {kind}"))
+            name, each, repeated = known[number]
+            if wire == _BYTES:
+                length = self._varint(end)
+                start = self._file.tell()
+                if length > end - start:
+                    raise _malformed("a field is longer than what holds it")
+                values = self._delimited(each, repeated, start, start + length)
+                start += length
+            else:
+                values = [self._scalar(each, wire, end)]
+                start = self._file.tell()
+            if repeated:
+                found.setdefault(name, []).extend(values)
+            elif name in found:
+                raise _malformed(f"{name} of a {kind} is there twice")
+            else:
+                (found[name],) = values
+        return found
+
+    def _delimited(self, kind: str, repeated: bool, start: int, end: int) -> list[Any]:
+        if kind == _SPAN:
+            return [(start, end)]
+        if kind == _TEXT:
+            return [self._text(start, end)]
+        if kind not in (_INT, _FLOAT):
+            return [self.message(kind, start, end)]
+        if not repeated:
+            raise _malformed("a number is written as bytes")
+        values = []
+        while self._file.tell() < end:
+            self._count()
+            values.append(self._scalar(kind, _WIRE[kind], end))
+        return values
+
+    def _scalar(self, kind: str, wire: int, end: int) -> int | float:
+        if _WIRE.get(kind) != wire:
+            raise _malformed(f"it has a field of kind {wire} where none is expected")
+        if kind == _INT:
+            value = self._varint(end)
+            return value - (1 << 64) if value >> 63 else value
+        number: float = struct.unpack("<f", self._bytes(4, end))[0]
+        if not math.isfinite(number):
+            raise _malformed("a number is not finite")
+        return number
+
+    def _varint(self, end: int) -> int:
+        """Return a number of at most 64 bits that is written as short as it can be."""
+        value = 0
+        for place in range(_LONGEST_VARINT):
+            byte = self._bytes(1, end)[0]
+            value |= (byte & 0x7F) << 7 * place
+            if byte < 0x80:
+                if value >> 64 or (place and not byte):
+                    raise _malformed("a number is written longer than it is")
+                return value
+        raise _malformed("a number is too long")
+
+    def _text(self, start: int, end: int) -> str:
+        if end - start > _MAX_TEXT:
+            raise _malformed(f"a text has {end - start} bytes")
+        self._file.seek(start)
+        try:
+            return self._bytes(end - start, end).decode("utf-8")
+        except UnicodeDecodeError:
+            raise _malformed("a text is not UTF-8") from None
+
+    def _bytes(self, count: int, end: int) -> bytes:
+        data = self._file.read(count) if self._file.tell() + count <= end else b""
+        if len(data) < count:
+            raise _malformed("it ends inside a field")
+        return data
+
+    def _count(self) -> None:
+        self._fields += 1
+        if self._fields > _MAX_FIELDS:
+            raise _malformed(f"it has more than {_MAX_FIELDS} parts")
+
+
+def _tensor(fields: dict[str, Any], packed: set[int]) -> Tensor:
+    name, dims = fields.get("name", ""), tuple(fields.get("dims", ()))
+    data_type = fields.get("data_type", 0)
+    if data_type not in ITEM_BYTES:
+        raise _malformed(f"{name!a:.80} has elements of type {data_type}")
+    if any(size < 0 for size in dims):
+        raise _malformed(f"{name!a:.80} has a negative size")
+    outside = _entries(fields.get("external_data", ()), "external data")
+    if fields.get("data_location", 0) != (_EXTERNAL if outside else 0) or (
+        ("raw_data" in fields) == bool(outside)
+    ):
+        raise _malformed(f"{name!a:.80} has its bytes in two places or in none")
+    if outside:
+        where, start, size = _place(name, outside)
+        packed.update(_packed_offsets(outside))
+    else:
+        where, (start, end) = None, fields["raw_data"]
+        size = end - start
+    expected = math.prod(dims) * ITEM_BYTES[data_type]
+    if size != expected:
+        raise _malformed(f"{name!a:.80} has {size} bytes, its shape {list(dims)} needs {expected}")
+    return Tensor(name, data_type, dims, where, start, size)
+
+
+def _place(name: str, outside: dict[str, str]) -> tuple[str, int, int]:
+    """Return file, offset and length that a tensor's external data names."""
+    keys = {key for key in outside if not key.startswith(_PACKED)}
+    if keys != {"location", "offset", "length"}:
+        raise _malformed(
+            f"{name!a:.80} says where its bytes are by {', '.join(sorted(keys))!a:.80}"
+        )
+    offset, length = outside["offset"], outside["length"]
+    if not (_PLACE.fullmatch(offset) and _PLACE.fullmatch(length)):
+        raise _malformed(f"{name!a:.80} has {length!a:.20} bytes at {offset!a:.20}")
+    return outside["location"], int(offset), int(length)
+
+
+def _packed_offsets(outside: dict[str, str]) -> list[int]:
+    offsets = []
+    for key, text in outside.items():
+        if key.startswith(_PACKED):
+            blobs = text.split("|")[1:]
+            if not all(_BLOB.fullmatch(blob) for blob in blobs):
+                raise _malformed(f"repacked weights at {text!a:.80}")
+            offsets += [int(blob.split(";")[0]) for blob in blobs]
+    return offsets
+
+
+# Types of attributes as ONNX numbers them -> the field that holds the value, and how to take it.
+_ATTRIBUTES: dict[int, tuple[str, Callable[[Any], Attribute]]] = {
+    1: ("f", float),
+    2: ("i", int),
+    3: ("s", str),
+    6: ("floats", tuple),
+    7: ("ints", tuple),
+    8: ("strings", tuple),
+}
+
+
+def _node(fields: dict[str, Any]) -> Node:
+    attributes = []
+    for each in fields.get("attribute", ()):
+        name, kind = each.get("name", ""), each.get("type", 0)
+        values = each.keys() & {"f", "i", "s", "floats", "ints", "strings"}
+        if kind not in _ATTRIBUTES or not values <= {_ATTRIBUTES[kind][0]}:
+            raise _malformed(f"attribute {name!a:.80} is of type {kind} and holds something else")
+        field, take = _ATTRIBUTES[kind]
+        if field not in each and field in ("f", "i", "s"):
+            raise _malformed(f"attribute {name!a:.80} has no value")
+        attributes.append((name, take(each.get(field, ()))))
+    return Node(
+        op_type=fields.get("op_type", ""),
+        domain=fields.get("domain", ""),
+        inputs=tuple(fields.get("input", ())),
+        outputs=tuple(fields.get("output", ())),
+        attributes=_unique(attributes, "attribute"),
+    )
+
+
+def _value(fields: dict[str, Any]) -> Value:
+    tensor = fields.get("type", {}).get("tensor_type", {})
+    dims = []
+    for each in tensor.get("shape", {}).get("dim", ()):
+        if ("dim_value" in each) == ("dim_param" in each):
+            raise _malformed("a size is a number and a word, or neither")
+        dims.append(each["dim_value"] if "dim_value" in each else each["dim_param"])
+    return Value(fields.get("name", ""), tensor.get("elem_type", 0), tuple(dims))
+
+
+def _entries(entries: Any, what: str) -> dict[str, str]:
+    return _unique([(each.get("key", ""), each.get("value", "")) for each in entries], what)
+
+
+def _unique(pairs: list[tuple[str, Any]], what: str) -> dict[str, Any]:
+    """Return the pairs as a dict; a library that takes the last of two would see another one."""
+    found: dict[str, Any] = {}
+    for name, value in pairs:
+        if name in found:
+            raise _malformed(f"{what} {name!a:.80} is there twice")
+        found[name] = value
     return found
 
 
-def _walk(
-    file: BinaryIO, message: str, span: tuple[int, int], depth: int, found: GraphReferences
-) -> None:
-    if depth > _MAX_DEPTH:
-        raise _malformed("it is nested too deeply")
-    for number, start, end in message_parts(file, *span):
-        match inner := _FIELDS[message].get(number):
-            case None:
-                continue
-            case "Metadata":
-                found.metadata.update([text_entry(file, start, end)])
-            case "ExternalData":
-                key, value = text_entry(file, start, end)
-                if key == "location":
-                    found.external_files.add(value)
-                elif key.startswith(_PACKED):
-                    found.packed_offsets.update(_packed_offsets(value))
-            case _:
-                _walk(file, inner, (start, end), depth + 1, found)
-
-
-def message_parts(file: BinaryIO, start: int, end: int) -> Iterator[tuple[int, int, int]]:
-    """Yield field number, start and end of every length-delimited field of one message."""
-    while start < end:
-        file.seek(start)
-        tag = _varint(file)
-        number, kind = tag >> 3, tag & 7
-        if kind == _BYTES:
-            length = _varint(file)
-            start = file.tell()
-            if length > end - start:
-                raise _malformed("a field is longer than what holds it")
-            yield number, start, start + length
-            start += length
-        elif kind == _VARINT:
-            _varint(file)
-            start = file.tell()
-        elif kind in (_FIXED32, _FIXED64):
-            start = file.tell() + (4 if kind == _FIXED32 else 8)
-        else:
-            raise _malformed(f"it has a field of kind {kind}")
-    if start != end:
-        raise _malformed("it ends inside a field")
-
-
-def _varint(file: BinaryIO) -> int:
-    value = 0
-    for shift in range(0, 70, 7):
-        byte = file.read(1)
-        if not byte:
-            raise _malformed("it ends inside a number")
-        value |= (byte[0] & 0x7F) << shift
-        if byte[0] < 0x80:
-            return value
-    raise _malformed("a number is too long")
-
-
-def text_entry(file: BinaryIO, start: int, end: int) -> tuple[str, str]:
-    """Return key and value of a StringStringEntry."""
-    texts = {1: "", 2: ""}
-    for number, begin, stop in message_parts(file, start, end):
-        if stop - begin > _MAX_TEXT:
-            raise _malformed(f"a metadata text has {stop - begin} bytes")
-        file.seek(begin)
-        texts[number] = file.read(stop - begin).decode("utf-8", "replace")
-    return texts[1], texts[2]
-
-
-def _packed_offsets(text: str) -> list[int]:
-    blobs = text.split("|")[1:]
-    if not all(_BLOB.fullmatch(blob) for blob in blobs):
-        raise _malformed(f"repacked weights at {text!a:.80}")
-    return [int(blob.split(";")[0]) for blob in blobs]
+def _foreign(what: str) -> ArtifactError:
+    return ArtifactError(
+        f"not a graph of this format: it has {what}, which no graph of ours has. Do not use this "
+        "artifact."
+    )
 
 
 def _malformed(reason: str) -> ArtifactError:

@@ -8,14 +8,13 @@ that memory stays small however large the vocabulary is.
 from __future__ import annotations
 
 import os
-from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import ArtifactError, StorageError
-from edge_memllm_runtimes.graph_file import message_parts, text_entry
+from edge_memllm_runtimes.graph_file import Tensor, read_graph
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
@@ -26,19 +25,6 @@ Ids = NDArray[np.int64]
 
 _NORM, _FLOAT = "model.norm.weight", "lm_head.weight"
 _CODES, _SCALES = "lm_head.weight_codes", "lm_head.weight_scales"
-# Fields of ONNX messages (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto).
-_GRAPH, _INITIALISER = 7, 5
-_NAME, _RAW, _EXTERNAL = 8, 9, 13
-_MOST_NAME = 4096
-
-
-@dataclass(frozen=True, slots=True)
-class _Span:
-    """Where a tensor's bytes lie: in the graph file, or in the one beside it."""
-
-    outside: bool
-    start: int
-    size: int
 
 
 class GraphHead:
@@ -55,9 +41,10 @@ class GraphHead:
         self._files = [artifact.open_file(name) for name in names if name is not None]
         try:
             with os.fdopen(os.dup(self._files[0]), "rb") as file:
-                self._spans = _spans(file, manifest.files[manifest.graph.file].bytes)
+                size = manifest.files[manifest.graph.file].bytes
+                self._weights = read_graph(file, size).tensors
             self._norm = self._values(_NORM, self._shape[1])
-            self._form = None if _FLOAT in self._spans else self._blocks()
+            self._form = None if _FLOAT in self._weights else self._blocks()
         except BaseException:
             self.close()
             raise
@@ -107,7 +94,7 @@ class GraphHead:
     def _blocks(self) -> tuple[int, int, int]:
         """Bits, blocks of a row and bytes of a block, from the sizes of the tensors."""
         vocabulary, width = self._shape
-        codes, scales = self._span(_CODES).size, self._span(_SCALES).size
+        codes, scales = self._weight(_CODES).size, self._weight(_SCALES).size
         blocks = scales // (vocabulary * self._dtype.itemsize)
         block_bytes = codes // (vocabulary * max(1, blocks))
         for bits in (self._prefers, 12 - self._prefers):
@@ -124,48 +111,19 @@ class GraphHead:
         return np.frombuffer(data, self._dtype).astype(np.float32)
 
     def _read(self, name: str, offset: int, size: int) -> bytes:
-        span = self._span(name)
-        if offset + size > span.size or span.outside >= len(self._files):
+        weight = self._weight(name)
+        outside = weight.outside is not None
+        if offset + size > weight.size or outside >= len(self._files):
             raise ArtifactError(
-                f"{self._where}: {name} has {span.size} bytes, too few for the manifest's shape. "
+                f"{self._where}: {name} has {weight.size} bytes, too few for the manifest's shape. "
                 "Export again."
             )
-        data = os.pread(self._files[span.outside], size, span.start + offset)
+        data = os.pread(self._files[outside], size, weight.start + offset)
         if len(data) != size:
             raise StorageError(f"{self._where}: the file was truncated while it was open.")
         return data
 
-    def _span(self, name: str) -> _Span:
-        if name not in self._spans:
+    def _weight(self, name: str) -> Tensor:
+        if name not in self._weights:
             raise ArtifactError(f"{self._where}: has no weight {name}. Export again.")
-        return self._spans[name]
-
-
-def _spans(file: BinaryIO, size: int) -> dict[str, _Span]:
-    """Where each initialiser of the graph lies."""
-    found = {}
-    for graph, start, end in message_parts(file, 0, size):
-        if graph == _GRAPH:
-            for number, begin, stop in message_parts(file, start, end):
-                if number == _INITIALISER:
-                    name, span = _tensor(file, begin, stop)
-                    found[name] = span
-    return found
-
-
-def _tensor(file: BinaryIO, start: int, end: int) -> tuple[str, _Span]:
-    name, span = "", _Span(False, 0, 0)
-    outside: dict[str, str] = {}
-    for number, begin, stop in message_parts(file, start, end):
-        if number == _NAME:
-            file.seek(begin)
-            name = file.read(min(stop - begin, _MOST_NAME)).decode("utf-8", "replace")
-        elif number == _RAW:
-            span = _Span(False, begin, stop - begin)
-        elif number == _EXTERNAL:
-            outside.update([text_entry(file, begin, stop)])
-    if outside:
-        places = [outside.get(key, "0") for key in ("offset", "length")]
-        if all(place.isdecimal() for place in places):
-            span = _Span(True, *map(int, places))
-    return name, span
+        return self._weights[name]

@@ -21,7 +21,7 @@ from edge_memllm_runtimes.forking import Home
 from edge_memllm_runtimes.kv_cache import KVBudget
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_cache import OrtCache
-from edge_memllm_runtimes.ort_graph import check_references, read_shape
+from edge_memllm_runtimes.ort_graph import GraphShape, read_checked_graph
 from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.ort_session import (
     open_packed,
@@ -50,13 +50,12 @@ class OrtRuntime:
         options = options or RuntimeOptions()
         options.check_device(device)
         require_device(artifact, device)
-        check_references(artifact)
         self.device = device
         self.name = f"onnxruntime {import_library().__version__}"
         self._where = str(artifact.path / artifact.manifest.graph.file)
         self._session: Any = _session(artifact, device, options)
         self._home = Home(self._session, device)
-        self._shape = read_shape(self._session, artifact.manifest, self._where)
+        self._shape = GraphShape.of(artifact.manifest)
         self._budget = (
             None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
         )
@@ -118,12 +117,12 @@ class OrtRuntime:
 
 def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
     if options.packed_cache is None:
-        return open_session(artifact, device, options)
+        return open_session(read_checked_graph(artifact), artifact, device, options)
     graph = packed_graph(
         options.packed_cache,
         artifact,
         import_library().__version__,
-        lambda folder: pack_graph(artifact, options, folder),
+        lambda folder: pack_graph(read_checked_graph(artifact), artifact, options, folder),
     )
     return open_packed(graph, artifact, options)
 

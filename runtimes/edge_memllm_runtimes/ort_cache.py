@@ -15,8 +15,9 @@ from numpy.typing import NDArray
 from edge_memllm.records import RecordBuffer
 from edge_memllm.runtime_protocol import Held, HeldLayout
 from edge_memllm_runtimes.cuda_graphs import CudaGraphs
+from edge_memllm_runtimes.graph_check import cache_names
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
-from edge_memllm_runtimes.ort_graph import GraphShape, cache_names
+from edge_memllm_runtimes.ort_graph import GraphShape
 from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.step_buffers import (
     CudaBuffers,

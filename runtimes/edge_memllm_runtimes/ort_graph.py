@@ -1,37 +1,32 @@
-"""What a runtime must know of a graph before running it, and whether it fits its manifest.
+"""The graph of an artifact as ONNX Runtime is given it: bytes that were checked, and no path.
 
-Refuses a graph of another model, one that takes weights from files it should not, and one whose
-inputs and outputs are not those of the format. Runs nothing.
+What was checked and is then opened again by its name may be another file by then; and what is
+mapped can end the process when the file is cut short or the device fails. So the graph and its
+weights are read once, into memory of our own. Runs nothing.
 """
 
 from __future__ import annotations
 
+import io
 import math
-import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, BinaryIO
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
-from edge_memllm_runtimes.graph_file import GraphReferences, read_references
+from edge_memllm_runtimes.graph_check import check_graph
+from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
     from edge_memllm.manifest import Manifest
 
-_STEP_INPUTS = ("token_index", "embedding", "logits_index", "seqlens_k", "total_sequence_length")
-_WIRE_INPUTS = {
-    "none": (),
-    "f32": ("memory_rows", "memory_gain"),
-    "f16": ("memory_rows", "memory_gain"),
-    "q8": ("memory_codes", "memory_scales", "memory_gain"),
-    "q4": ("memory_codes", "memory_scales", "memory_gain"),
-}
-_EXPORT_AGAIN = "Graph and table are from different exports; export again."
+# The most that a writer leaves between two weights, so that each begins on a page of any system.
+_MAX_GAP = 1 << 16
 
 
 @dataclass(frozen=True, slots=True)
@@ -47,6 +42,21 @@ class GraphShape:
     kv_dtype: np.dtype[Any]  # of keys and values
     memory_gain: tuple[float, ...]  # one per layer with memory
 
+    @classmethod
+    def of(cls, manifest: Manifest) -> GraphShape:
+        """Return the sizes of the graph that `read_checked_graph` lets through."""
+        model = manifest.model
+        return cls(
+            layers=model.num_hidden_layers,
+            vocab_size=model.vocab_size,
+            kv_heads=model.num_key_value_heads,
+            head_width=model.head_dim,
+            context=model.max_position_embeddings,
+            dtype=np.dtype(manifest.graph.compute_dtype),
+            kv_dtype=np.dtype(manifest.graph.kv_dtype),
+            memory_gain=model.memory_gain if model.memory_layers else (),
+        )
+
     def cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int]:
         """Return the shape of one layer's keys, or values: [B, Hk, C, d]."""
         return (batch, self.kv_heads, capacity, self.head_width)
@@ -57,32 +67,55 @@ class GraphShape:
         return 2 * self.layers * one * self.kv_dtype.itemsize
 
 
-def cache_names(layers: int) -> list[str]:
-    """Return the names of all keys and values, without the word for past or present."""
-    return [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+@dataclass(frozen=True, slots=True)
+class CheckedGraph:
+    """The bytes of a graph file, and the weights that it takes from the file beside it."""
+
+    where: Path
+    content: bytes
+    weights: dict[str, NDArray[Any]]
 
 
-def check_references(artifact: Artifact) -> None:
-    """Raise `ArtifactError` unless the graph file is of the manifest's model and self-contained.
+def read_checked_graph(artifact: Artifact) -> CheckedGraph:
+    """Read the artifact's graph into memory, checked.
 
-    Weights may lie in the one file that the manifest names for them, and nowhere else.
+    Raises `CorruptionError` for bytes that the manifest does not promise, `ArtifactError` for a
+    graph of another model, one that our exporter does not write (see `graph_check`) and one that
+    takes weights from any file but the manifest's.
     """
-    spec, identity = artifact.manifest.graph, artifact.manifest.model.identity
-    size = artifact.manifest.files[spec.file].bytes
-    with os.fdopen(artifact.open_file(spec.file), "rb") as file:
-        check_graph_file(file, size, artifact.path / spec.file, spec.external_data, identity)
+    manifest, spec = artifact.manifest, artifact.manifest.graph
+    where = artifact.path / spec.file
+    content = artifact.read_bytes(spec.file)
+    file = io.BytesIO(content)
+    graph = check_graph_file(file, len(content), where, spec.external_data, manifest.model.identity)
+    try:
+        check_graph(graph, file, manifest)
+        if spec.external_data is None:
+            return CheckedGraph(where, content, {})
+        outside = [each for each in graph.tensors.values() if each.outside is not None]
+        _check_places(outside, manifest.files[spec.external_data].bytes)
+    except ArtifactError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    data = artifact.read_bytes(spec.external_data)
+    weights = {
+        each.name: np.frombuffer(
+            data, DATA_TYPES[each.data_type], math.prod(each.dims), each.start
+        ).reshape(each.dims)
+        for each in outside
+    }
+    return CheckedGraph(where, content, weights)
 
 
 def check_graph_file(
     file: BinaryIO, size: int, where: Path, external_data: str | None, identity: str
-) -> GraphReferences:
+) -> GraphFile:
     """Raise `ArtifactError` unless an open graph is of the model `identity` and self-contained.
 
     Weights may lie in the file `external_data` beside it, and nowhere else. Returns what the
-    graph refers to.
+    graph says.
     """
     try:
-        found = read_references(file, size)
+        found = read_graph(file, size)
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}") from error
     if outside := found.external_files - {external_data}:
@@ -94,49 +127,26 @@ def check_graph_file(
     if theirs != identity:
         raise ArtifactError(
             f"{where}: graph and manifest are of different models, {_short(theirs)} and "
-            f"{_short(identity)}. {_EXPORT_AGAIN}"
+            f"{_short(identity)}. Graph and table are from different exports; export again."
         )
     return found
 
 
-def read_shape(session: Any, manifest: Manifest, where: str) -> GraphShape:
-    """Return the sizes of a session's graph; raises `ArtifactError` if the manifest's differ."""
-    model = manifest.model
-    names = cache_names(model.num_hidden_layers)
-    inputs = {node.name: node.shape for node in session.get_inputs()}
-    outputs = [node.name for node in session.get_outputs()]
-    past = [f"past_key_values.{name}" for name in names]
-    wire = get_codec(manifest.table.codec).wire
-    _expect_names(where, "inputs", inputs, (*_STEP_INPUTS, *_WIRE_INPUTS[wire], *past))
-    _expect_names(where, "outputs", outputs, ("logits", *(f"present.{name}" for name in names)))
-    _, kv_heads, _, head_width = inputs[past[0]]
-    if (kv_heads, head_width) != (model.num_key_value_heads, model.head_dim):
+def _check_places(weights: Iterable[Tensor], size: int) -> None:
+    """Raise `ArtifactError` unless weights lie one behind the other and fill their file."""
+    end = 0
+    for each in sorted(weights, key=lambda each: (each.start, each.size)):
+        aligned = each.start % np.dtype(DATA_TYPES[each.data_type]).itemsize == 0
+        if not (end <= each.start <= end + _MAX_GAP and aligned):
+            raise ArtifactError(
+                f"not a graph of this format: {each.name!a:.80} begins at {each.start} of its "
+                f"file, the weights before it end at {end}. Do not use this artifact."
+            )
+        end = each.start + each.size
+    if not end <= size <= end + _MAX_GAP:
         raise ArtifactError(
-            f"{where}: the graph's keys have {kv_heads} heads of {head_width}, the manifest says "
-            f"{model.num_key_value_heads} of {model.head_dim}. {_EXPORT_AGAIN}"
-        )
-    return GraphShape(
-        layers=model.num_hidden_layers,
-        vocab_size=model.vocab_size,
-        kv_heads=kv_heads,
-        head_width=head_width,
-        context=model.max_position_embeddings,
-        dtype=np.dtype(manifest.graph.compute_dtype),
-        kv_dtype=np.dtype(manifest.graph.kv_dtype),
-        memory_gain=model.memory_gain if model.memory_layers else (),
-    )
-
-
-def _expect_names(where: str, what: str, found: Iterable[str], expected: Iterable[str]) -> None:
-    extra, missing = set(found) - set(expected), set(expected) - set(found)
-    if extra or missing:
-        lists = [
-            f"{word} {', '.join(sorted(names))}"
-            for word, names in (("unexpected", extra), ("missing", missing))
-            if names
-        ]
-        raise ArtifactError(
-            f"{where}: the graph's {what} differ: {'; '.join(lists)}. {_EXPORT_AGAIN}"
+            f"not a graph of this format: its weights end at {end} of a file of {size} bytes. "
+            "Copy the artifact again."
         )
 
 

@@ -5,16 +5,23 @@ Knows no graph inputs and no generation.
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RuntimeUnavailableError
+from edge_memllm.errors import (
+    ArtifactError,
+    EdgeMemLLMError,
+    RequestError,
+    RuntimeUnavailableError,
+)
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.processors import physical_cores
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
+    from edge_memllm_runtimes.ort_graph import CheckedGraph
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Every error comes back as an exception; the library need not write it to stderr as well.
@@ -44,21 +51,24 @@ def require_device(artifact: Artifact, device: str) -> None:
         )
 
 
-def open_session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
+def open_session(
+    graph: CheckedGraph, artifact: Artifact, device: str, options: RuntimeOptions
+) -> Any:
     """Open the artifact's graph on a device, and nowhere else.
 
-    Raises `RuntimeUnavailableError` if the device does not work, `ArtifactError` if the graph
-    cannot be loaded on a CPU.
+    The library copies what it keeps: `graph` may go afterwards. Raises `RuntimeUnavailableError`
+    if the device does not work, `ArtifactError` if the graph cannot be loaded on a CPU.
     """
-    graph = artifact.path / artifact.manifest.graph.file
     return _open(graph, artifact, device, options, {})
 
 
-def pack_graph(artifact: Artifact, options: RuntimeOptions, folder: Path) -> None:
+def pack_graph(
+    graph: CheckedGraph, artifact: Artifact, options: RuntimeOptions, folder: Path
+) -> None:
     """Write the graph with its weights as this processor wants them into `folder`."""
     name = artifact.manifest.graph.file
     _open(
-        artifact.path / name,
+        graph,
         artifact,
         "cpu",
         options,
@@ -83,7 +93,7 @@ def open_packed(graph: Path, artifact: Artifact, options: RuntimeOptions) -> Any
 
 
 def _open(
-    graph: Path,
+    graph: CheckedGraph | Path,
     artifact: Artifact,
     device: str,
     options: RuntimeOptions,
@@ -98,21 +108,39 @@ def _open(
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
     if saved is not None:
-        settings.optimized_model_filepath = str(saved)
+        settings.optimized_model_filepath = _spelt(saved)
     for key, value in (_entries(artifact, device) | entries).items():
         settings.add_session_config_entry(key, value)
     provider = (_PROVIDERS[device], _provider_options(device, options))
+    where = graph if isinstance(graph, Path) else graph.where
+    source = _spelt(graph) if isinstance(graph, Path) else graph.content
+    if not isinstance(graph, Path) and graph.weights:
+        values = map(library.OrtValue.ortvalue_from_numpy, graph.weights.values())
+        settings.add_external_initializers(list(graph.weights), list(values))
     try:
         # Without this the library prints on failure and goes on with another device.
         session = library.InferenceSession(
-            str(graph), settings, providers=[provider], enable_fallback=False
+            source, settings, providers=[provider], enable_fallback=False
         )
     except Exception as error:  # the library's exceptions share no base
-        raise _refused(f"{graph}: ONNX Runtime {library.__version__}", device, error) from error
+        raise _refused(f"{where}: ONNX Runtime {library.__version__}", device, error) from error
     found = session.get_providers()[0]
     if found != provider[0]:
-        raise _refused(str(graph), device, f"it took {found} instead of {provider[0]}")
+        raise _refused(str(where), device, f"it took {found} instead of {provider[0]}")
+    # Kept for making the session again on another provider, which nobody does here.
+    vars(session)["_model_bytes"] = None
     return session
+
+
+def _spelt(path: Path) -> str:
+    """Return a path as the library takes it: text that is UTF-8, whatever the locale says."""
+    try:
+        return os.fsencode(path).decode("utf-8")
+    except UnicodeDecodeError:
+        raise RequestError(
+            f"packed_cache is {str(path)!a}: ONNX Runtime opens only paths that are UTF-8. Give "
+            "another folder, or leave packed_cache out."
+        ) from None
 
 
 def _entries(artifact: Artifact, device: str) -> dict[str, str]:

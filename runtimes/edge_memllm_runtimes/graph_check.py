@@ -1,0 +1,550 @@
+"""Whether a graph is one that our exporter writes for a manifest: its operators and its shapes.
+
+ONNX Runtime runs what it is given: loops, operators of other libraries, constants that unfold to
+any size while it loads. So a graph is worked through once without numbers, before the library sees
+it: every operator must be known and used as the exporter uses it, every weight must have the shape
+its operator needs, and no value may be larger than the manifest's numbers explain. Shapes are
+tuples of sizes and of the letters that docs/format.md gives to inputs. A new operator of the
+exporter gets a rule here.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Collection, Iterable, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, BinaryIO, NoReturn
+
+from edge_memllm.codecs import get_codec
+from edge_memllm.errors import ArtifactError
+from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Node, Tensor
+
+if TYPE_CHECKING:
+    from edge_memllm.manifest import Manifest
+
+Dims = tuple[int | str, ...]
+
+_EXPORT_AGAIN = "Graph and table are from different exports; export again."
+_CONTRIB = "com.microsoft"
+_CODES = {name: code for code, name in DATA_TYPES.items()}
+_FLOATS = (_CODES["float16"], _CODES["float32"])
+_INT64 = _CODES["int64"]
+_WIRE_BITS = {"q8": 8, "q4": 4}
+# Which sizes that are only known in a step may come together in one value, and how.
+_VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C")]
+# The most of its other sizes, in widths, where neither all layers nor the vocabulary are more.
+_WIDTHS = 64
+# The widest layer takes some twenty nodes, the rest of a graph some ten.
+_NODES = 48
+# Integers that shapes are made from.
+_MOST_NUMBERS = 8
+
+
+@dataclass(frozen=True, slots=True)
+class _Known:
+    """What is known of a value before anything runs."""
+
+    data_type: int
+    dims: Dims
+    tensor: Tensor | None = None  # for a weight
+    numbers: tuple[int, ...] | None = None  # of a small weight of integers
+
+    @property
+    def width(self) -> int | str:
+        return self.dims[-1] if self.dims else 1
+
+
+def check_graph(graph: GraphFile, file: BinaryIO, manifest: Manifest) -> None:
+    """Raise `ArtifactError` unless `graph`, read from `file`, is one of the manifest's model."""
+    _Check(graph, file, manifest).run()
+
+
+def cache_names(layers: int) -> list[str]:
+    """Return the names of all keys and values, without the word for past or present."""
+    return [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+
+
+class _Check:
+    """One walk through a graph."""
+
+    def __init__(self, graph: GraphFile, file: BinaryIO, manifest: Manifest) -> None:
+        self._graph = graph
+        self._manifest = manifest
+        self._file = file
+        self._compute = _CODES[manifest.graph.compute_dtype]
+        self._values: dict[str, _Known] = {}
+        model = manifest.model
+        self._widest = max(
+            model.num_hidden_layers * model.hidden_size,
+            model.vocab_size,
+            _WIDTHS * max(model.hidden_size, model.head_dim),
+        )
+
+    def run(self) -> None:
+        graph, manifest = self._graph, self._manifest
+        expected = {"": manifest.graph.opset, _CONTRIB: 1}
+        if graph.opsets != expected:
+            _refuse(f"its operator sets are {graph.opsets}, expected {expected}")
+        most = _NODES * (manifest.model.num_hidden_layers + 1)
+        if max(len(graph.nodes), len(graph.tensors)) > most:
+            _refuse(
+                f"it has {len(graph.nodes)} nodes and {len(graph.tensors)} weights, expected at "
+                f"most {most} of each for {manifest.model.num_hidden_layers} layers"
+            )
+        self._check_inputs()
+        for tensor in graph.tensors.values():
+            self._define(tensor.name, self._weight(tensor))
+        for node in graph.nodes:
+            self._apply(node)
+        self._check_outputs()
+
+    def _check_inputs(self) -> None:
+        expected = graph_inputs(self._manifest)
+        _expect_names("inputs", [each.name for each in self._graph.inputs], expected)
+        for each in self._graph.inputs:
+            known = expected[each.name]
+            # The letters may be others, but a letter stands where one is expected.
+            sizes = [size if isinstance(size, int) else "" for size in each.dims]
+            wanted = [size if isinstance(size, int) else "" for size in known.dims]
+            if (each.data_type, sizes) != (known.data_type, wanted):
+                raise ArtifactError(
+                    f"the graph's input {each.name} is {_type(each.data_type)} "
+                    f"{list(each.dims)}, the manifest says {_type(known.data_type)} "
+                    f"{list(known.dims)}. {_EXPORT_AGAIN}"
+                )
+            self._define(each.name, known)
+
+    def _check_outputs(self) -> None:
+        model = self._manifest.model
+        cache = graph_inputs(self._manifest)["past_key_values.0.key"]
+        expected = {f"present.{name}": cache for name in cache_names(model.num_hidden_layers)}
+        logits = _Known(self._compute, ("B", "K", model.vocab_size))
+        expected = {"logits": logits, **expected}
+        _expect_names("outputs", [each.name for each in self._graph.outputs], expected)
+        for name, known in expected.items():
+            found = self._value(name)
+            if (found.data_type, found.dims) != (known.data_type, known.dims):
+                _refuse(
+                    f"its output {name} is {_type(found.data_type)} {list(found.dims)}, expected "
+                    f"{_type(known.data_type)} {list(known.dims)}"
+                )
+
+    def _weight(self, tensor: Tensor) -> _Known:
+        numbers = None
+        small = tensor.size <= _MOST_NUMBERS * 8
+        if tensor.data_type == _INT64 and tensor.outside is None and small:
+            self._file.seek(tensor.start)
+            data = self._file.read(tensor.size)
+            numbers = tuple(
+                int.from_bytes(data[place : place + 8], "little", signed=True)
+                for place in range(0, len(data), 8)
+            )
+        return _Known(tensor.data_type, tensor.dims, tensor, numbers)
+
+    def _define(self, name: str, known: _Known) -> None:
+        if not name or name in self._values:
+            _refuse(f"{name!a:.80} is made twice, or has no name")
+        self._values[name] = known
+
+    def _value(self, name: str) -> _Known:
+        if name not in self._values:
+            _refuse(f"{name!a:.80} is used before it is made")
+        return self._values[name]
+
+    def _apply(self, node: Node) -> None:
+        rule = _RULES.get((node.domain, node.op_type))
+        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
+        if rule is None:
+            _refuse(f"it has the operator {name!a:.80}, which no graph of ours has")
+        inputs = [self._value(each) if each else None for each in node.inputs]
+        step = _Step(node, name, inputs, self._manifest.model.max_position_embeddings)
+        if unknown := node.attributes.keys() - rule.attributes:
+            step.refuse(f"has the attribute {min(unknown)!a:.80}")
+        if all(known is None or known.tensor is not None for known in step.inputs):
+            step.refuse("computes with weights alone")
+        results = rule.infer(step)
+        if len(node.outputs) != len(results):
+            step.refuse(f"has {len(node.outputs)} outputs, expected {len(results)}")
+        for output, known in zip(node.outputs, results, strict=True):
+            if known is None:
+                if output:
+                    step.refuse(f"has the output {output!a:.80}, which ours leaves out")
+                continue
+            self._check_size(step, known)
+            self._define(output, known)
+
+    def _check_size(self, step: _Step, known: _Known) -> None:
+        letters = tuple(size for size in known.dims if isinstance(size, str))
+        size = math.prod(size for size in known.dims if isinstance(size, int))
+        if letters not in _VARIABLE or size > self._widest:
+            step.refuse(
+                f"makes a value of {list(known.dims)}, expected at most {self._widest} numbers for "
+                "each token"
+            )
+
+
+def graph_inputs(manifest: Manifest) -> dict[str, _Known]:
+    """Return type and shape of every input that docs/format.md gives a graph of this model."""
+    model, table = manifest.model, manifest.table
+    compute = _CODES[manifest.graph.compute_dtype]
+    integer, half = _CODES["int32"], _CODES["float16"]
+    codec, cells = get_codec(table.codec), model.memory_layers * model.hidden_size
+    inputs = {
+        "token_index": _Known(_INT64, ("B", "T")),
+        "embedding": _Known(_CODES[table.embedding_dtype], ("U", model.hidden_size)),
+        "logits_index": _Known(_INT64, ("B", "K")),
+        "seqlens_k": _Known(integer, ("B",)),
+        "total_sequence_length": _Known(integer, ()),
+    }
+    if codec.wire in _WIRE_BITS:
+        assert codec.group is not None  # both quantised wire forms have groups
+        bits = _WIRE_BITS[codec.wire]
+        inputs["memory_codes"] = _Known(_CODES["uint8"], ("U", cells * bits // 8))
+        inputs["memory_scales"] = _Known(half, ("U", cells // codec.group))
+    elif codec.wire != "none":
+        stored = _CODES["float32"] if codec.wire == "f32" else half
+        inputs["memory_rows"] = _Known(stored, ("U", cells))
+    if codec.wire != "none":
+        inputs["memory_gain"] = _Known(compute, (model.num_hidden_layers,))
+    cache = ("B", model.num_key_value_heads, "C", model.head_dim)
+    for name in cache_names(model.num_hidden_layers):
+        inputs[f"past_key_values.{name}"] = _Known(_CODES[manifest.graph.kv_dtype], cache)
+    return inputs
+
+
+class _Step:
+    """One node with what is known of its inputs; None for one that is left out."""
+
+    def __init__(
+        self, node: Node, name: str, inputs: Sequence[_Known | None], positions: int
+    ) -> None:
+        self.inputs = inputs
+        self.positions = positions  # that the model's context holds
+        self._node = node
+        self._name = name
+
+    def refuse(self, what: str) -> NoReturn:
+        where = self._node.outputs[0] if self._node.outputs else ""
+        _refuse(f"{self._name} at {where!a:.80} {what}")
+
+    def given(self, pattern: str) -> list[_Known]:
+        """Return the inputs that are there; `pattern` has a letter for each place.
+
+        "x" is a value, "w" a weight, "n" a weight of integers that shapes are made from, "-" a
+        place that is left out.
+        """
+        if len(self.inputs) != len(pattern):
+            self.refuse(f"has {len(self.inputs)} inputs, expected {len(pattern)}")
+        found = []
+        for letter, known in zip(pattern, self.inputs, strict=True):
+            kind = "-"
+            if known is not None:
+                kind = "x" if known.tensor is None else "w" if known.numbers is None else "n"
+                found.append(known)
+            if kind != letter:
+                words = {"x": "a value", "w": "a weight", "n": "a few integers", "-": "nothing"}
+                self.refuse(f"has {words[kind]} where {words[letter]} is expected")
+        return found
+
+    def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
+        """Return an attribute that is an integer in [low, high]."""
+        value = self._node.attributes.get(name, default)
+        if type(value) is not int or not low <= value <= high:
+            self.refuse(f"has {name} {value!a:.40}, expected an integer from {low} to {high}")
+        return value
+
+    def positive(self, name: str) -> float:
+        """Return an attribute that is a number above zero."""
+        value = self._node.attributes.get(name)
+        if type(value) is not float or not value > 0:
+            self.refuse(f"has {name} {value!a:.40}, expected a number above 0")
+        return value
+
+    def text(self, name: str, default: str, choices: Collection[str]) -> str:
+        """Return an attribute that is one of a few words."""
+        value = self._node.attributes.get(name, default)
+        if value not in choices:
+            self.refuse(f"has {name} {value!a:.40}, expected {' or '.join(choices)}")
+        assert isinstance(value, str)
+        return value
+
+    def expect(self, what: str, found: object, expected: object) -> None:
+        """Refuse a shape, size or type that is not the expected one."""
+        if found != expected:
+            self.refuse(f"has {what} {_shown(found)}, expected {_shown(expected)}")
+
+    def expect_float(self, *values: _Known) -> None:
+        """Refuse values that are not of one and the same float type."""
+        kinds = {known.data_type for known in values}
+        if len(kinds) != 1 or not kinds <= set(_FLOATS):
+            self.refuse(f"has inputs of {', '.join(sorted(map(_type, kinds)))}")
+
+    def count(self, dims: Iterable[int | str]) -> int:
+        """Return the product of sizes that must all be numbers."""
+        product = 1
+        for size in dims:
+            if not isinstance(size, int):
+                self.refuse(f"has the variable size {size} where a number is expected")
+            product *= size
+        return product
+
+
+Results = Sequence[_Known | None]
+
+
+@dataclass(frozen=True, slots=True)
+class _Rule:
+    """How an operator may be used, and what comes out."""
+
+    infer: Callable[[_Step], Results]
+    attributes: frozenset[str]
+
+
+def _gather(step: _Step) -> Results:
+    axis = step.integer("axis", 0, 2, default=0)
+    if axis:  # one layer's memory out of all layers'
+        data, index = step.given("xn")
+        step.expect("an index of shape", index.dims, ())
+        assert index.numbers is not None
+        step.expect("values of", len(data.dims), 4)
+        layers = step.count(data.dims[2:3])
+        if not 0 <= index.numbers[0] < layers:
+            step.refuse(f"takes number {index.numbers[0]} of {layers}")
+        return [_Known(data.data_type, (*data.dims[:2], *data.dims[3:]))]
+    data, index = step.given("xx")  # the records of a step, by position
+    step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "T")))
+    step.expect("rows of", (len(data.dims), data.dims[0]), (2, "U"))
+    return [_Known(data.data_type, (*index.dims, *data.dims[1:]))]
+
+
+def _gather_quantized(step: _Step) -> Results:
+    codes, index, scales = step.given("xxx")
+    bits = step.integer("bits", 4, 8)
+    block = step.integer("block_size", 16, 1 << 16)
+    step.integer("gather_axis", 0, 0)
+    step.integer("quantize_axis", 1, 1)
+    step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "T")))
+    step.expect("codes of", (codes.data_type, codes.dims[:1]), (_CODES["uint8"], ("U",)))
+    step.expect_float(scales)
+    width = step.count(codes.dims[1:]) * 8 // bits
+    step.expect("scales of", scales.dims, ("U", width // block))
+    step.expect("codes for", width // block * block, width)
+    step.expect("4 or 8 bits", bits in (4, 8), True)
+    return [_Known(scales.data_type, (*index.dims, width))]
+
+
+def _gather_nd(step: _Step) -> Results:
+    data, index = step.given("xx")
+    step.integer("batch_dims", 1, 1)
+    step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "K", 1)))
+    step.expect("values of", (len(data.dims), data.dims[:2]), (3, ("B", "T")))
+    return [_Known(data.data_type, ("B", "K", data.width))]
+
+
+def _unsqueeze(step: _Step) -> Results:
+    data, axes = step.given("xn")
+    step.expect("axes", axes.numbers, (-1,))
+    return [_Known(data.data_type, (*data.dims, 1))]
+
+
+def _cast(step: _Step) -> Results:
+    (data,) = step.given("x")
+    step.expect_float(data)
+    kind = step.integer("to", min(_FLOATS), max(_FLOATS))
+    step.expect("a result of floats", kind in _FLOATS, True)
+    return [_Known(kind, data.dims)]
+
+
+def _reshape(step: _Step) -> Results:
+    data, shape = step.given("xn")
+    assert shape.numbers is not None
+    step.expect("a shape of shape", shape.dims, (len(shape.numbers),))
+    dims: list[int | str] = []
+    for place, size in enumerate(shape.numbers):
+        if size == 0 and place >= len(data.dims):
+            step.refuse("copies a size that is not there")
+        dims.append(data.dims[place] if size == 0 else size)
+    letters = [size for size in dims if isinstance(size, str)]
+    step.expect("the sizes", letters, [size for size in data.dims if isinstance(size, str)])
+    whole = step.count(size for size in data.dims if isinstance(size, int))
+    given = math.prod(size for size in dims if isinstance(size, int) and size != -1)
+    if -1 in dims:
+        step.expect("sizes left open", dims.count(-1), 1)
+        dims[dims.index(-1)] = whole // given if given else 0
+    step.expect("numbers", math.prod(size for size in dims if isinstance(size, int)), whole)
+    if any(isinstance(size, int) and size < 1 for size in dims):
+        step.refuse(f"makes a value of {dims}")
+    return [_Known(data.data_type, tuple(dims))]
+
+
+def _elementwise(step: _Step) -> Results:
+    first, second = (known for known in step.inputs if known is not None)
+    step.given("xx" if second.tensor is None else "xw")
+    step.expect_float(first, second)
+    count = max(len(first.dims), len(second.dims))
+    sizes = [(1,) * (count - len(each.dims)) + each.dims for each in (first, second)]
+    dims = []
+    for one, other in zip(*sizes, strict=True):
+        if one != other and 1 not in (one, other):
+            step.refuse(f"has values of {list(first.dims)} and {list(second.dims)}")
+        dims.append(other if one == 1 else one)
+    return [_Known(first.data_type, tuple(dims))]
+
+
+def _sigmoid(step: _Step) -> Results:
+    (data,) = step.given("x")
+    step.expect_float(data)
+    return [data]
+
+
+def _split(step: _Step) -> Results:
+    data, parts = step.given("xn")
+    step.integer("axis", -1, -1)
+    assert parts.numbers is not None
+    if min(parts.numbers, default=0) < 1:
+        step.refuse(f"makes parts of {list(parts.numbers)}")
+    step.expect("parts of", sum(parts.numbers), data.width)
+    return [_Known(data.data_type, (*data.dims[:-1], size)) for size in parts.numbers]
+
+
+def _norm(step: _Step) -> Results:
+    data, weight = step.given("xw")
+    step.integer("axis", -1, -1)
+    step.positive("epsilon")
+    step.expect_float(data, weight)
+    step.expect("a weight of", weight.dims, (data.width,))
+    return [data]
+
+
+def _add_norm(step: _Step) -> Results:
+    first, second, weight = step.given("xxw")
+    step.positive("epsilon")
+    step.expect_float(first, second, weight)
+    step.expect("values of", second.dims, first.dims)
+    step.expect("dimensions", len(first.dims), 3)
+    step.expect("a weight of", weight.dims, (first.width,))
+    return [first, None, None, first]
+
+
+def _matrix(step: _Step) -> Results:
+    data, weight = step.given("xw")
+    step.expect_float(data, weight)
+    step.expect("a matrix of", (len(weight.dims), weight.dims[:1]), (2, (data.width,)))
+    return [_Known(data.data_type, (*data.dims[:-1], weight.dims[-1]))]
+
+
+def _matrix_bits(step: _Step) -> Results:
+    data, codes, scales = step.given("xww")
+    width, rows = (step.integer(name, 1, 1 << 31) for name in ("K", "N"))
+    bits, block = step.integer("bits", 4, 8), step.integer("block_size", 16, 256)
+    step.integer("accuracy_level", 4, 4)
+    step.expect("4 or 8 bits", bits in (4, 8), True)
+    step.expect("blocks of a power of two", block & (block - 1), 0)
+    step.expect_float(data, scales)
+    blocks = -(-width // block)
+    step.expect("a width of", data.width, width)
+    expected = (_CODES["uint8"], (rows, blocks, block * bits // 8))
+    step.expect("codes of", (codes.data_type, codes.dims), expected)
+    step.expect("scales of", scales.dims, (rows, blocks))
+    return [_Known(data.data_type, (*data.dims[:-1], rows))]
+
+
+def _attention(step: _Step) -> Results:
+    kinds = [
+        "-" if known is None else "x" if known.tensor is None else "w" for known in step.inputs
+    ]
+    packed, quantised = kinds[1:3] == ["-", "-"], len(kinds) > 9
+    tail = "---ww" if quantised else ""
+    found = step.given(("x--" if packed else "xxx") + "xxxxww" + tail)
+    queries, (key, value, lengths, total, cosine, sine, *scales) = (
+        found[: 1 if packed else 3],
+        found[1 if packed else 3 :],
+    )
+    heads, kv_heads = (step.integer(name, 1, 1 << 17) for name in ("num_heads", "kv_num_heads"))
+    step.integer("do_rotary", 1, 1)
+    step.positive("scale")
+    bits = step.integer("kv_cache_bit_width", 8, 8, default=8)
+    for name in ("k_quant_type", "v_quant_type"):
+        step.text(name, "NONE", ("PER_CHANNEL",) if quantised else ("NONE",))
+    step.expect_float(*queries, cosine, sine)
+    cache = ("B", kv_heads, "C", key.width)
+    step.expect("keys of", (key.dims, bits), (cache, 8))
+    step.expect("values of", (value.dims, value.data_type), (cache, key.data_type))
+    stored = _CODES["int8"] if quantised else queries[0].data_type
+    step.expect("keys of type", key.data_type, stored)
+    step.expect("heads in groups", heads % kv_heads, 0)
+    head = step.count(cache[3:])
+    widths = [heads * head, kv_heads * head, kv_heads * head]
+    for known, width in zip(queries, [sum(widths)] if packed else widths, strict=True):
+        step.expect("queries of", known.dims, ("B", "T", width))
+    integer = _CODES["int32"]
+    step.expect("lengths of", (lengths.data_type, lengths.dims), (integer, ("B",)))
+    step.expect("a length of", (total.data_type, total.dims), (integer, ()))
+    for angles in (cosine, sine):
+        step.expect("angles of", angles.dims, (step.positions, head // 2))
+    for scale in scales:
+        step.expect("steps of", (scale.data_type, scale.dims), (_CODES["float32"], (widths[1],)))
+    return [_Known(queries[0].data_type, ("B", "T", widths[0])), key, value]
+
+
+def _rules() -> dict[tuple[str, str], _Rule]:
+    plain = {
+        "Add": _Rule(_elementwise, frozenset()),
+        "Cast": _Rule(_cast, frozenset({"to"})),
+        "Gather": _Rule(_gather, frozenset({"axis"})),
+        "GatherND": _Rule(_gather_nd, frozenset({"batch_dims"})),
+        "MatMul": _Rule(_matrix, frozenset()),
+        "Mul": _Rule(_elementwise, frozenset()),
+        "RMSNormalization": _Rule(_norm, frozenset({"axis", "epsilon"})),
+        "Reshape": _Rule(_reshape, frozenset()),
+        "Sigmoid": _Rule(_sigmoid, frozenset()),
+        "Split": _Rule(_split, frozenset({"axis"})),
+        "Unsqueeze": _Rule(_unsqueeze, frozenset()),
+    }
+    contrib = {
+        "GatherBlockQuantized": _Rule(
+            _gather_quantized, frozenset({"bits", "block_size", "gather_axis", "quantize_axis"})
+        ),
+        "GroupQueryAttention": _Rule(
+            _attention,
+            frozenset(
+                {"num_heads", "kv_num_heads", "do_rotary", "scale"}
+                | {"kv_cache_bit_width", "k_quant_type", "v_quant_type"}
+            ),
+        ),
+        "MatMulNBits": _Rule(
+            _matrix_bits, frozenset({"K", "N", "bits", "block_size", "accuracy_level"})
+        ),
+        "SkipSimplifiedLayerNormalization": _Rule(_add_norm, frozenset({"epsilon"})),
+    }
+    return {("", name): rule for name, rule in plain.items()} | {
+        (_CONTRIB, name): rule for name, rule in contrib.items()
+    }
+
+
+_RULES = _rules()
+
+
+def _expect_names(what: str, found: Sequence[str], expected: Iterable[str]) -> None:
+    extra, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
+    if extra or missing:
+        lists = [
+            f"{word} {', '.join(names)}"
+            for word, names in (("unexpected", extra), ("missing", missing))
+            if names
+        ]
+        raise ArtifactError(f"the graph's {what} differ: {'; '.join(lists):.400}. {_EXPORT_AGAIN}")
+    if len(set(found)) != len(found):
+        _refuse(f"it has {what} of the same name")
+
+
+def _type(data_type: int) -> str:
+    return DATA_TYPES.get(data_type, f"type {data_type}")
+
+
+def _shown(value: object) -> str:
+    return f"{list(value) if isinstance(value, tuple) else value}"[:200]
+
+
+def _refuse(what: str) -> NoReturn:
+    raise ArtifactError(f"not a graph of this format: {what}. Do not use this artifact.")
