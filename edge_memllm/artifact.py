@@ -19,6 +19,9 @@ from edge_memllm.strict_json import MAX_JSON_BYTES
 
 Progress = Callable[[str, int, int], None]
 
+# Hashed while they are still in the processor's cache.
+_CHUNK_BYTES = 1 << 18
+
 _COPY_AGAIN = "The copy is incomplete or damaged; copy the folder again."
 
 
@@ -78,12 +81,29 @@ class Artifact:
         return file
 
     def read_bytes(self, name: str) -> bytes:
-        """Return the content of a file the manifest names: these bytes have the digest it says.
+        """Return the content of a file the manifest names; see `read_checked`."""
+        return bytes(self.read_checked(name))
 
-        Raises as `open_file` does, `CorruptionError` also for another digest.
+    def read_checked(self, name: str) -> bytearray:
+        """Read a file the manifest names: the bytes returned are those whose digest it says.
+
+        Raises as `open_file` does, `CorruptionError` also for another digest, and `StorageError`
+        when reading fails or there is no memory for it.
         """
-        data = _read(self.open_file(name), self.manifest.files[name].bytes, self.path / name)
-        self._compare(name, hashlib.sha256(data).hexdigest())
+        where, size = self.path / name, self.manifest.files[name].bytes
+        with os.fdopen(self.open_file(name), "rb", buffering=0) as file:
+            try:
+                data, digest = bytearray(size), hashlib.sha256()
+                with memoryview(data) as view:
+                    done = 0
+                    while count := file.readinto(view[done : done + _CHUNK_BYTES]):
+                        digest.update(view[done : done + count])
+                        done += count
+            except OSError as error:
+                raise _unreadable(where, error) from error
+            except MemoryError:
+                raise StorageError(f"{where}: no memory for its {size:,} bytes.") from None
+        self._compare(name, digest.hexdigest())
         return data
 
     def verify_digests(self) -> None:

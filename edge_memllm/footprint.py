@@ -24,15 +24,16 @@ BASE_BYTES = 40_000_000
 _TOKENIZER_FACTOR = 14
 # Bytes per byte of graph, by how its weights are stored and where they are read from. Low-bit
 # matrices are repacked, so the packed copy stays; reading them from the graph file itself leaves
-# a rest behind. Float16 ones become float32 where the processor computes in that.
+# a rest behind. Float16 ones become float32 where the processor computes in that, float32 ones
+# stay as they are read.
 _GRAPH_FACTORS = {
     "inside": {"int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
-    "beside": {"int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 0.1},
+    "beside": {"int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
     "packed": {"int4": 0.3, "int8": 0.3},
 }
 _GRAPH_WORDS = {
     "inside": "graph: {} weights repacked",
-    "beside": "graph: {} weights repacked, the originals mapped from their file",
+    "beside": "graph: {} weights repacked",
     "packed": "graph: {} weights mapped from the packed cache, what is left of them",
 }
 # What a step works on besides the rows of all layers, in values per token and unit of width:

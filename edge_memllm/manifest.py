@@ -41,6 +41,8 @@ _MAX_POSITIONS = 1 << 24
 _MAX_WIDTH = 1 << 17
 _MAX_LAYERS = 1024
 _MAX_FILE_BYTES = 1 << 60
+# Tokenizer, chat template and the like together; those of 250,000 tokens have some 40 MB.
+_MAX_TEXT_BYTES = 1 << 28
 
 
 @dataclass(frozen=True, slots=True)
@@ -369,6 +371,13 @@ def _check_graph(manifest: Manifest, where: str) -> None:
         _listed(manifest, name, where)
     if len({manifest.table.file, *names}) != 1 + len(names):
         raise ArtifactError(f"{where}: table, graph and external data must be different files.")
+    others = manifest.files.keys() - {manifest.table.file, *names}
+    size = sum(manifest.files[name].bytes for name in others)
+    if size > _MAX_TEXT_BYTES:
+        raise ArtifactError(
+            f"{where}: the files besides table and graph have {size} bytes, expected at most "
+            f"{_MAX_TEXT_BYTES} together."
+        )
 
 
 def _listed(manifest: Manifest, name: str, where: str) -> FileSpec:

@@ -15,6 +15,7 @@ from conftest import MakeArtifact
 
 import edge_memllm
 from edge_memllm.artifact import Artifact
+from edge_memllm.manifest import FileSpec
 from edge_memllm_runtimes.ort_graph import read_checked_graph
 
 onnx = pytest.importorskip("onnx")
@@ -332,6 +333,16 @@ def test_weights_lie_one_behind_the_other(
 ) -> None:
     beside(folder, place, more)
     refused(folder, message)
+
+
+def test_a_graph_file_beyond_all_measure_is_not_read(folder: Path) -> None:
+    manifest = manifest_of(folder)
+    with (folder / "graph.onnx").open("r+b") as file:
+        file.truncate(1 << 40)  # sparse: no disk is used
+    files = manifest.files | {"graph.onnx": FileSpec(1 << 40, "0" * 64)}
+    changed = dataclasses.replace(manifest, files=files)
+    (folder / "manifest.json").write_bytes(changed.to_json())
+    refused(folder, "1,099,511,627,776 bytes, a graph has at most 2,147,483,647")
 
 
 @pytest.mark.parametrize("name", ["graph.onnx", "w"])

@@ -235,6 +235,25 @@ def test_file_that_cannot_be_read(small: SmallArtifact, monkeypatch: pytest.Monk
         Artifact.open(small.path)
 
 
+def test_bytes_are_those_that_were_checked(small: SmallArtifact) -> None:
+    with Artifact.open(small.path) as artifact:
+        (small.path / "tokenizer.json").write_bytes(b"[]\n")
+        with pytest.raises(CorruptionError, match=r"tokenizer.json: sha256 is"):
+            artifact.read_bytes("tokenizer.json")
+
+
+def test_a_file_beyond_memory_is_one_error(
+    small: SmallArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> bytearray:
+        raise MemoryError
+
+    with Artifact.open(small.path) as artifact:
+        monkeypatch.setattr("edge_memllm.artifact.bytearray", refuse, raising=False)
+        with pytest.raises(StorageError, match=r"graph\.onnx: no memory for its \d+ bytes"):
+            artifact.read_bytes("graph.onnx")
+
+
 def test_huge_manifest_is_not_read(small: SmallArtifact) -> None:
     os.truncate(small.path / "manifest.json", 1 << 40)  # sparse: no disk is used
     with pytest.raises(ArtifactError, match=r"manifest.json: 1048577 bytes of JSON, the limit is"):

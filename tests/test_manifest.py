@@ -241,6 +241,10 @@ def test_writing_is_as_strict_as_reading() -> None:
             "files: 'graph.onnx' is there already, case does not",
         ),
         (put("files", "manifest.json", {}), "files: 'manifest.json' is there already"),
+        (
+            put("files", "tokenizer.json", {"bytes": 1 << 40, "sha256": "0" * 64}),
+            "graph: the files besides table and graph have 1099511627776 bytes, expected at most",
+        ),
     ],
 )
 def test_refuses(change: Callable[[dict[str, Any]], object], message: str) -> None:

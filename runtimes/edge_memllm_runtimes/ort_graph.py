@@ -27,6 +27,7 @@ if TYPE_CHECKING:
 
 # The most that a writer leaves between two weights, so that each begins on a page of any system.
 _MAX_GAP = 1 << 16
+_MAX_GRAPH_BYTES = (1 << 31) - 1  # protobuf's own limit
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,10 +85,15 @@ def read_checked_graph(artifact: Artifact) -> CheckedGraph:
     takes weights from any file but the manifest's.
     """
     manifest, spec = artifact.manifest, artifact.manifest.graph
-    where = artifact.path / spec.file
+    where, size = artifact.path / spec.file, manifest.files[spec.file].bytes
+    if size > _MAX_GRAPH_BYTES:
+        raise ArtifactError(
+            f"{where}: {size:,} bytes, a graph has at most {_MAX_GRAPH_BYTES:,}, its weights "
+            "beside it. Export the model again."
+        )
     content = artifact.read_bytes(spec.file)
     file = io.BytesIO(content)
-    graph = check_graph_file(file, len(content), where, spec.external_data, manifest.model.identity)
+    graph = check_graph_file(file, size, where, spec.external_data, manifest.model.identity)
     try:
         check_graph(graph, file, manifest)
         if spec.external_data is None:
@@ -96,7 +102,7 @@ def read_checked_graph(artifact: Artifact) -> CheckedGraph:
         _check_places(outside, manifest.files[spec.external_data].bytes)
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}") from error
-    data = artifact.read_bytes(spec.external_data)
+    data = artifact.read_checked(spec.external_data)
     weights = {
         each.name: np.frombuffer(
             data, DATA_TYPES[each.data_type], math.prod(each.dims), each.start
