@@ -6,45 +6,62 @@ Decoding also works token by token, without ever giving out half a character. Kn
 
 from __future__ import annotations
 
-import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.chat import ChatTemplate
+from edge_memllm.chat import TEMPLATE_FILE, ChatTemplate
 from edge_memllm.errors import ArtifactError, RequestError
+from edge_memllm.strict_json import parse_json_object
+from edge_memllm.tokenizer_config import CONFIG_FILE, TOKENS_FILE, TokenizerConfig
 from edge_memllm.tokenizer_file import TOKENIZER_FILE, is_unicode, library_errors, open_tokenizer
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
 
 _UNFINISHED = "\ufffd"  # what bytes decode to while their character is not complete
+MAX_CONFIG_BYTES = 16 << 20  # thousands of added tokens take about a million bytes
 _BRIEF = 4096  # characters that are encoded in a few milliseconds
 
 
 class Tokenizer:
     """The tokenizer of one artifact; stateless, so several threads may share it."""
 
-    def __init__(self, definition: bytes, *, template: ChatTemplate | None = None) -> None:
-        """Take the bytes of a `tokenizer.json`; raises `ArtifactError` if they are not one."""
+    def __init__(
+        self,
+        definition: bytes,
+        *,
+        config: TokenizerConfig | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        """Take the bytes of a `tokenizer.json`, and what else is said of it.
+
+        Raises `ArtifactError` for what is no tokenizer.
+        """
         self._tokenizer = open_tokenizer(definition)
+        if config is not None:
+            config.apply(self._tokenizer)
+        self.named_tokens = {} if config is None else config.named
         self._template = template
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Tokenizer:
-        """Read `tokenizer.json` and, if there is one, the chat template."""
+        """Read `tokenizer.json`, what is said of its tokens and, if there is one, the template.
+
+        A template that is none ends chat only: it is found out when it is used.
+        """
         files = artifact.manifest.files
         if TOKENIZER_FILE not in files:
             raise ArtifactError(
                 f"{artifact.path}: no tokenizer.json in the manifest, so text cannot be read. "
                 "Export again from a checkpoint folder that has a tokenizer."
             )
-        config = read_json(artifact, "tokenizer_config.json")
-        if "chat_template.jinja" in files:
-            source: object = artifact.read_bytes("chat_template.jinja").decode("utf-8", "replace")
-        else:
-            source = config.get("chat_template")
-        template = None if source is None else ChatTemplate(source, _special_tokens(config))
-        return cls(artifact.read_bytes(TOKENIZER_FILE), template=template)
+        fields = read_json(artifact, CONFIG_FILE)
+        config = TokenizerConfig(fields, read_json(artifact, TOKENS_FILE))
+        source = fields.get("chat_template")
+        if TEMPLATE_FILE in files:
+            source = artifact.read_bytes(TEMPLATE_FILE)
+        template = None if source is None else ChatTemplate(source, config.named)
+        return cls(artifact.read_bytes(TOKENIZER_FILE), config=config, template=template)
 
     @property
     def definition(self) -> str:
@@ -131,23 +148,4 @@ def read_json(artifact: Artifact, name: str) -> dict[str, Any]:
     """Return a JSON object of the artifact, or an empty one when the artifact lacks the file."""
     if name not in artifact.manifest.files:
         return {}
-    try:
-        value = json.loads(artifact.read_bytes(name))
-    except ValueError as error:
-        raise ArtifactError(f"{artifact.path / name}: not JSON ({error}).") from error
-    if not isinstance(value, dict):
-        raise ArtifactError(
-            f"{artifact.path / name}: holds a {type(value).__name__}, expected a JSON object."
-        )
-    return value
-
-
-def _special_tokens(config: Mapping[str, Any]) -> dict[str, str]:
-    """Return bos_token, eos_token and the like, whichever of their two spellings is used."""
-    found = {}
-    for name in ("bos_token", "eos_token", "pad_token", "unk_token"):
-        value = config.get(name)
-        content = value.get("content") if isinstance(value, dict) else value
-        if isinstance(content, str):
-            found[name] = content
-    return found
+    return parse_json_object(artifact.read_bytes(name), str(artifact.path / name), MAX_CONFIG_BYTES)

@@ -11,7 +11,6 @@ from hypothesis import strategies as st
 from small_model import byte_tokenizer, write_small_artifact
 
 from edge_memllm.artifact import Artifact
-from edge_memllm.chat import MAX_TEMPLATE_BYTES, ChatTemplate
 from edge_memllm.errors import ArtifactError, RequestError
 from edge_memllm.tokenization import Detokenizer, Tokenizer
 
@@ -190,36 +189,7 @@ def test_an_artifact_may_have_no_template(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
 def test_a_broken_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
-    with pytest.raises(ArtifactError, match=r"tokenizer_config\.json: (not JSON|holds a list)"):
+    with pytest.raises(
+        ArtifactError, match=r"tokenizer_config\.json: (not valid JSON|found a list)"
+    ):
         opened(tmp_path, tokenizer_config__json=content)
-
-
-@pytest.mark.parametrize(
-    ("source", "message"),
-    [
-        ("x" * (MAX_TEMPLATE_BYTES + 1), "65537 bytes, expected at most 65536"),
-        ("{% if %}", "not valid Jinja"),
-        ("{{" + "(" * 5000 + "}}", "not valid Jinja"),
-        (["a", "b"], "a list, expected one text"),
-    ],
-)
-def test_a_wrong_template_is_refused(source: object, message: str) -> None:
-    with pytest.raises(ArtifactError, match=message):
-        ChatTemplate(source, {})
-
-
-@pytest.mark.parametrize(
-    "source",
-    [
-        "{{ raise_exception('roles must alternate') }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ messages.append(1) }}",
-        "{{ cycler.__init__.__globals__ }}",
-        "{% for i in range(1000000000) %}{% endfor %}",
-        "{{ messages[0].content + 1 }}",
-        "{% macro again() %}{{ again() }}{% endmacro %}{{ again() }}",
-    ],
-)
-def test_a_template_can_refuse_but_not_escape(source: str) -> None:
-    with pytest.raises(RequestError, match="The chat template refuses these messages"):
-        ChatTemplate(source, {}).render(MESSAGES)

@@ -97,8 +97,13 @@ def _template(path: Path, model: Model) -> ChatTemplate:
     named = {
         "bos_token": None if start is None else spell(start),
         "eos_token": spell(ends[0]) if ends else None,
+        **model.tokenizer.named_tokens,
     }
-    return ChatTemplate(read_text(path), {name: text for name, text in named.items() if text})
+    template = ChatTemplate(
+        read_text(path), {name: text for name, text in named.items() if text}, str(path)
+    )
+    template.check()
+    return template
 
 
 def _serve(
