@@ -1,7 +1,7 @@
 """JSON from files nobody has checked yet: one strict parser and typed access to its objects.
 
-It refuses what the standard parser lets through (duplicate keys, NaN, numbers that overflow,
-deep nesting) and knows nothing of manifests or tables.
+It refuses what the standard parser lets through (duplicate keys, NaN, numbers that overflow, deep
+nesting, halves of surrogate pairs) and knows nothing of manifests or tables.
 """
 
 from __future__ import annotations
@@ -15,13 +15,16 @@ from typing import Any, NoReturn
 from edge_memllm.errors import ArtifactError
 
 MAX_JSON_BYTES = 1 << 20
+# What walks a value afterwards may recurse; no file of ours or of a tokenizer comes near.
+_MAX_DEPTH = 64
 
 
 def parse_json_object(data: bytes, where: str, most: int = MAX_JSON_BYTES) -> dict[str, object]:
     """Parse `data` as one JSON object.
 
     Raises `ArtifactError` naming `where` when it is larger than `most` bytes, is not UTF-8, is not
-    JSON, repeats a key, holds a number that is not finite, or is not an object.
+    JSON, repeats a key, holds a number that is not finite or a text that is not Unicode, is nested
+    too deeply, or is not an object.
     """
     if len(data) > most:
         raise ArtifactError(f"{where}: {len(data)} bytes of JSON, the limit is {most}.")
@@ -38,7 +41,36 @@ def parse_json_object(data: bytes, where: str, most: int = MAX_JSON_BYTES) -> di
         raise ArtifactError(f"{where}: not valid JSON ({error}).") from None
     if not isinstance(value, dict):
         raise ArtifactError(f"{where}: found {_kind(value)}, expected a JSON object.")
+    _check_values(value, where)
     return value
+
+
+def _check_values(value: object, where: str) -> None:
+    """Raise `ArtifactError` for deep nesting and for half a surrogate pair, wherever it is."""
+    level: list[object] = [value]
+    for _ in range(_MAX_DEPTH):
+        inner: list[object] = []
+        for each in level:
+            if isinstance(each, dict):
+                inner += each.keys()
+                inner += each.values()
+            elif isinstance(each, list):
+                inner += each
+            elif isinstance(each, str) and not each.isascii():
+                _check_text(each, where)
+        if not inner:
+            return
+        level = inner
+    raise ArtifactError(f"{where}: the JSON is nested too deeply.")
+
+
+def _check_text(text: str, where: str) -> None:
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        raise ArtifactError(
+            f"{where}: the text {_quote(text)} is not Unicode: half of a surrogate pair."
+        ) from None
 
 
 def _object_without_duplicates(pairs: list[tuple[str, object]]) -> dict[str, object]:

@@ -130,5 +130,7 @@ def test_a_prefill_chunk_must_be_positive(folder: Path, chunk: Any) -> None:
 @pytest.mark.parametrize("config", [b'{"temperature": "hot", "do_sample": true}', b'{"top_p'])
 def test_a_broken_generation_config_is_refused(tmp_path: Path, config: bytes) -> None:
     made = write_small_artifact(tmp_path / "a", generation_config__json=config)
-    with pytest.raises(ArtifactError, match=r"generation_config\.json: (temperature is|not JSON)"):
+    with pytest.raises(
+        ArtifactError, match=r"generation_config\.json: (temperature is|not valid JSON|found)"
+    ):
         open_small_model(made.path)

@@ -27,6 +27,9 @@ from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
         (b'{"a": ' + b"9" * 5000 + b"}", "here: not valid JSON"),
         (b'{"a": ' + b"[" * 200_000 + b"]" * 200_000 + b"}", "here: the JSON is nested too deeply"),
         (b'{"a": ' * 100_000, "here: the JSON is nested too deeply"),
+        (b'{"a": ' + b"[" * 64 + b"]" * 64 + b"}", "here: the JSON is nested too deeply"),
+        (b'{"a": ["\\ud800"]}', r"here: the text '\\ud800' is not Unicode: half of a surrogate"),
+        (b'{"\\udfff": 1}', "half of a surrogate pair"),
         (b"[]", "here: found a list of 0, expected a JSON object"),
         (b'"text"', "here: found 'text', expected a JSON object"),
         (b"null", "here: found null, expected"),
@@ -35,6 +38,11 @@ from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
 def test_refuses(data: bytes, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
         parse_json_object(data, "here")
+
+
+def test_pairs_of_surrogates_and_some_nesting_are_fine() -> None:
+    data = b'{"a\\ud83d\\ude00": ' + b"[" * 60 + b'"\\ud83d\\ude00"' + b"]" * 60 + b"}"
+    assert list(parse_json_object(data, "here")) == ["a\U0001f600"]
 
 
 def test_message_stays_short_whatever_the_file_holds() -> None:

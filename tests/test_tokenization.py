@@ -187,7 +187,7 @@ def test_an_artifact_may_have_no_template(tmp_path: Path) -> None:
     assert opened(tmp_path).chat_template is None
 
 
-@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]"])
+@pytest.mark.parametrize("content", [b"{", b"\xff", b"[]", b'{"a": 1, "a": 2}'])
 def test_a_broken_configuration_is_refused(tmp_path: Path, content: bytes) -> None:
     with pytest.raises(
         ArtifactError, match=r"tokenizer_config\.json: (not valid JSON|found a list)"
