@@ -14,7 +14,7 @@ from itertools import islice
 from edge_memllm.request import check_tokens
 from edge_memllm.tokenization import Tokenizer
 
-_BLOCK = 1 << 18  # characters; a tokenizer takes up to some 200 bytes for each
+BLOCK = 1 << 18  # characters; a tokenizer takes up to some 200 bytes for each
 _AROUND = 128  # characters on each side of a cut that are tokenized with and without it
 _TRIES = 16
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
@@ -32,10 +32,23 @@ def long_text_tokens(tokenizer: Tokenizer, text: str, vocab_size: int) -> array[
     return ids
 
 
+def tokens_beyond(tokenizer: Tokenizer, text: str, most: int) -> int | None:
+    """Return a number of tokens, above `most`, that a text has at least; None if it has fewer.
+
+    Looks no further into the text than it has to. Special tokens around it are not counted.
+    """
+    count = 0
+    for block in _blocks(tokenizer, text):
+        count += len(tokenizer.encode(block, special=False))
+        if count > most:
+            return count
+    return None
+
+
 def _blocks(tokenizer: Tokenizer, text: str) -> Iterator[str]:
     begin = 0
     while begin < len(text):
-        end = _cut(tokenizer, text, begin + _BLOCK)
+        end = _cut(tokenizer, text, begin + BLOCK)
         yield text[begin:end]
         begin = end
 

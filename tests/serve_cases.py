@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 import socket
 import threading
@@ -168,11 +169,17 @@ def reading(folder: Path) -> Iterator[Service]:
 
 
 def complete(service: Service, **body: Any) -> Call:
-    return read_completion(Fields({"prompt": "Hello", **body}), service)
+    return compiled(read_completion(Fields({"prompt": "Hello", **body}), service), service)
 
 
 def chat(service: Service, **body: Any) -> Call:
-    return read_chat(Fields({"messages": HELLO, **body}), service)
+    return compiled(read_chat(Fields({"messages": HELLO, **body}), service), service)
+
+
+def compiled(call: Call, service: Service) -> Call:
+    """A call whose schema, if it has one, can be kept to."""
+    asyncio.run(service.constraint(call.wishes.schema))
+    return call
 
 
 def refusal(read: Any, service: Service, **body: Any) -> ApiError:

@@ -122,7 +122,7 @@ def test_a_signal_twice_ends_a_server_that_hangs(
     assert process.returncode == -number
 
 
-@pytest.mark.parametrize("where", [_STEP], ids=["a step"])
+@pytest.mark.parametrize("where", [_STEP, _ENCODE], ids=["a step", "a tokenizer"])
 def test_one_signal_ends_a_server_that_hangs_when_its_time_is_over(
     make_artifact: MakeArtifact, where: dict[str, str]
 ) -> None:
@@ -140,7 +140,7 @@ def test_one_signal_ends_a_server_that_hangs_when_its_time_is_over(
     assert "Traceback" not in errors
 
 
-@pytest.mark.parametrize("where", [_STEP], ids=["a step"])
+@pytest.mark.parametrize("where", [_STEP, _ENCODE], ids=["a step", "a tokenizer"])
 def test_a_hang_does_not_survive_a_timeout(
     make_artifact: MakeArtifact, where: dict[str, str]
 ) -> None:

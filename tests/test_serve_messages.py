@@ -57,7 +57,11 @@ def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
             "messages[0].colour",
             "no parameter",
         ),
-        ({"messages": [{"role": "user", "content": "x" * 200}]}, "messages", "context holds"),
+        (
+            {"messages": [{"role": "user", "content": "x" * 200}]},
+            "messages",
+            "However, your messages resulted in",
+        ),
         ({"top_logprobs": 2}, "top_logprobs", "top_logprobs needs logprobs true"),
         ({"max_tokens": 3, "max_completion_tokens": 4}, "max_completion_tokens", "Give one of"),
         ({"max_tokens": 0}, "max_tokens", "max_tokens is 0, expected an integer from 1 to 50"),

@@ -285,8 +285,12 @@ def test_errors_are_those_of_the_client(client: OpenAI, served: Served) -> None:
             tools=[{"type": "function", "function": {"name": "f"}}],
         )
     assert tools.value.code == "unsupported_parameter"
-    with pytest.raises(openai.BadRequestError, match="600 tokens and the model's context"):
+    with pytest.raises(openai.BadRequestError, match="resulted in 600 tokens") as long:
         client.completions.create(model=MODEL_ID, prompt="x" * 600)
+    # What litellm and langchain-openai look for.
+    assert "This model's maximum context length is 512 tokens" in str(long.value)
+    assert "context_length_exceeded" in str(long.value)
+    assert long.value.code == "context_length_exceeded"
 
 
 def test_the_asynchronous_client(served: Served, model: Model) -> None:

@@ -129,9 +129,9 @@ def _serve(
         server = Server(service)
         _announce(service, bound, as_json=arguments.json)
         server.run(sockets=[bound])
-        if not engine.close(0):
-            # Nothing that the step uses may be closed, and no thread can be stopped.
-            print("error: a step of the model does not come back; left it there.", file=sys.stderr)
+        if not engine.close(0) or service.busy:
+            # Nothing that they use may be closed, and no thread can be stopped.
+            print("error: work on a request does not come back. Left it there.", file=sys.stderr)
             leave(EXIT_STUCK)
     return 0
 

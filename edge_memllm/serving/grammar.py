@@ -54,16 +54,21 @@ class Grammars:
         self._tokenizer = tokenizer
         self._model = model
         self._lock = ProcessLock()
-        self._trying = ProcessLock()
         self._vocabulary: LLTokenizer | None = None
         self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
 
     def json_object(self) -> MakeConstraint:
-        """Return what makes a constraint to any one JSON object."""
+        """Return what makes a constraint to any one JSON object; this is quick."""
         return self._constraints(json.dumps({"type": "object"}), trial=False)
 
+    def kept(self, schema: Mapping[str, object]) -> MakeConstraint | None:
+        """Return what `json_schema` returned for a schema, if that was not long ago."""
+        text = json.dumps(schema)
+        with self._lock:
+            return _maker(self._compiled[text]) if text in self._compiled else None
+
     def json_schema(self, schema: Mapping[str, object]) -> MakeConstraint:
-        """Return what makes a constraint to JSON that a schema accepts.
+        """Return what makes a constraint to JSON that a schema accepts; may take seconds.
 
         Raises `RequestError` for a schema that is none, that nothing fits, that asks for what
         cannot be kept to, or takes too long; `RuntimeUnavailableError` without llguidance, or
@@ -80,7 +85,7 @@ class Grammars:
             self._compiled[text] = compiled
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
-        return lambda: GrammarConstraint(compiled.deep_copy())
+        return _maker(compiled)
 
     def _compile(self, schema: str, trial: bool) -> LLMatcher:
         vocabulary = self._prepared()
@@ -88,8 +93,7 @@ class Grammars:
 
         grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         if trial:
-            with self._trying:  # one at a time, so that whoever asks much takes one core at most
-                _try_out(grammar)
+            _try_out(grammar)
         compiled = LLMatcher(vocabulary, grammar, log_level=_SILENT)
         if compiled.is_error():
             raise _refusal(compiled.get_error())
@@ -115,6 +119,10 @@ class Grammars:
                         f"llguidance cannot use the model's tokenizer: {_one_line(str(error))}"
                     ) from error
             return self._vocabulary
+
+
+def _maker(compiled: LLMatcher) -> MakeConstraint:
+    return lambda: GrammarConstraint(compiled.deep_copy())
 
 
 class GrammarConstraint:

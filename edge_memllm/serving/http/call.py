@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from edge_memllm.sampling import Sampling
 from edge_memllm.serving.grammar import MakeConstraint
+from edge_memllm.serving.http.response_format import WantedSchema
 from edge_memllm.serving.request import Request
 from edge_memllm.steering import Steering
 
@@ -17,7 +18,7 @@ class Wishes:
 
     sampling: Sampling
     steering: Steering
-    constraint: MakeConstraint | None
+    schema: WantedSchema | None
     choices: int
     seed: int | None
     stops: tuple[str, ...]
@@ -41,8 +42,17 @@ class Call:
     top: int | None  # likeliest tokens to tell for each token, None to tell no likelihoods
     echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
 
-    def requests(self, client: str, timeout: float | None) -> list[Request]:
-        """Return what the engine is asked for, one request for each prompt."""
+    def requests(
+        self,
+        client: str,
+        timeout: float | None = None,
+        since: float | None = None,
+        constraint: MakeConstraint | None = None,
+    ) -> list[Request]:
+        """Return what the engine is asked for, one request for each prompt.
+
+        `constraint` is what was made of `wishes.schema`; the rest is as in `Request`.
+        """
         wishes = self.wishes
         whose = f"{client}/{wishes.user}" if wishes.user else client
         return [
@@ -52,7 +62,7 @@ class Call:
                 stop=wishes.stops,
                 sampling=wishes.sampling,
                 steering=wishes.steering,
-                constraint=wishes.constraint,
+                constraint=constraint,
                 seed=wishes.seed,
                 ignore_eos=wishes.ignore_eos,
                 choices=wishes.choices,
@@ -63,6 +73,7 @@ class Call:
                 trace=wishes.trace,
                 client=whose,
                 timeout=timeout,
+                since=since,
             )
             for prompt in self.prompts
         ]

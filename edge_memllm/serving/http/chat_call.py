@@ -10,7 +10,7 @@ from edge_memllm.serving.http.call import Call
 from edge_memllm.serving.http.fields import Fields
 from edge_memllm.serving.http.generation_fields import take_wishes
 from edge_memllm.serving.http.messages import Message, take_messages
-from edge_memllm.serving.http.prompts import check_length
+from edge_memllm.serving.http.prompts import encoded_text
 from edge_memllm.serving.http.service import Service
 
 MOST_TOP = 20
@@ -42,16 +42,14 @@ def read_chat(fields: Fields, service: Service) -> Call:
     limits, model = service.settings.limits, service.model
     service.check_model(fields)
     messages = take_messages(fields, limits)
-    wishes = take_wishes(fields, model, service.grammars, limits)
+    wishes = take_wishes(fields, model, limits)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
     context = model.manifest.model.max_position_embeddings
     fields.finish(_UNSUPPORTED)
-    prompt = _prompt(messages, service)
-    check_length(prompt, context, "messages", limits)
     return Call(
         wishes=wishes,
-        prompts=[prompt],
+        prompts=[_prompt(messages, service)],
         max_tokens=max_tokens or min(service.most_tokens, context),
         top=top,
     )
@@ -86,4 +84,4 @@ def _prompt(messages: list[Message], service: Service) -> list[int]:
         text = service.template.render(messages)
     except RequestError as error:
         raise refused("messages", str(error)) from error
-    return service.model.tokenizer.encode(text, special=False)
+    return encoded_text(text, service, "messages", special=False)

@@ -22,7 +22,7 @@ def read_completion(fields: Fields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
     limits = service.settings.limits
     service.check_model(fields)
-    wishes = take_wishes(fields, service.model, service.grammars, limits)
+    wishes = take_wishes(fields, service.model, limits)
     _check_best_of(fields, wishes.choices)
     prompts = take_prompts(fields, limits.choices // wishes.choices, limits)
     most = service.most_tokens
@@ -30,7 +30,7 @@ def read_completion(fields: Fields, service: Service) -> Call:
     top = fields.integer("logprobs", 0, MOST_TOP)
     echo = fields.flag("echo")
     fields.finish(_UNSUPPORTED)
-    ids = [encoded(each, service.model, limits) for each in prompts]
+    ids = [encoded(each, service) for each in prompts]
     return Call(
         wishes=wishes,
         prompts=ids,

@@ -13,6 +13,8 @@ from edge_memllm.serving.http.token_scores import PlacedScore
 from edge_memllm.serving.pieces import ReplyPiece
 from edge_memllm.tokenization import Detokenizer
 
+_MANY = 512  # tokens that are quickly written out
+
 
 class Addition(NamedTuple):
     """What a piece adds to a choice."""
@@ -32,10 +34,15 @@ class Gathering:
         self._service = service
         self._replies = replies
 
+    def takes_long(self, prompt: int, piece: ReplyPiece) -> bool:
+        """Whether adding a piece will: where each token of a prompt begins has to be found out."""
+        scores = self._replies[prompt].prompt_scores or ()
+        return self._call.echo is not None and len(scores) > _MANY and not self._has(prompt, piece)
+
     def add(self, prompt: int, piece: ReplyPiece) -> Addition:
         """Take a piece of a prompt's reply."""
-        index = prompt * self._call.wishes.choices + piece.choice
-        first = index not in self._begun
+        index = self._index(prompt, piece)
+        first = not self._has(prompt, piece)
         self._begun.add(index)
         whole, part = self.wholes[index], self._echo(prompt) if first else Content()
         if piece.score is not None:
@@ -56,6 +63,12 @@ class Gathering:
         count = self._call.wishes.choices
         known = [each.statistics for each in self.wholes if each.statistics is not None]
         return usage_of(known[at : at + count] for at in range(0, len(known), count))
+
+    def _index(self, prompt: int, piece: ReplyPiece) -> int:
+        return prompt * self._call.wishes.choices + piece.choice
+
+    def _has(self, prompt: int, piece: ReplyPiece) -> bool:
+        return self._index(prompt, piece) in self._begun
 
     def _echo(self, prompt: int) -> Content:
         """Return what a choice begins with: its prompt, where that was wished for."""

@@ -6,16 +6,26 @@ Whoever asked may leave at any time: everything is cancelled then, within one to
 from __future__ import annotations
 
 import asyncio
-from collections.abc import AsyncGenerator, AsyncIterator, Callable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
 from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager
+from time import monotonic
+from typing import TypeVar
 
-from starlette.concurrency import run_in_threadpool
-from starlette.requests import Request
+from starlette.requests import ClientDisconnect, Request
 from starlette.responses import JSONResponse
 from starlette.types import Receive, Scope, Send
 
+from edge_memllm.errors import DeadlineError
 from edge_memllm.serving.channel import Reply
-from edge_memllm.serving.http.body import read_object
+from edge_memllm.serving.grammar import MakeConstraint
+from edge_memllm.serving.http.body import Body, parsed, received
 from edge_memllm.serving.http.call import Call
 from edge_memllm.serving.http.events import DONE, WAITING, EventStream, event
 from edge_memllm.serving.http.fields import Fields
@@ -24,7 +34,9 @@ from edge_memllm.serving.http.guard import client_of
 from edge_memllm.serving.http.merging import merged
 from edge_memllm.serving.http.reply_format import Json, ReplyFormat, ReplyWriter
 from edge_memllm.serving.http.service import Service
+from edge_memllm.serving.http.settings import Limits
 
+Found = TypeVar("Found")
 ReadCall = Callable[[Fields, Service], Call]
 
 
@@ -38,29 +50,58 @@ class Generating:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI). Raises `ApiError` while nothing has been sent."""
-        values = await read_object(Request(scope, receive), self._service.settings.limits)
-        call = await run_in_threadpool(self._read, Fields(values), self._service)
+        since = monotonic()
         async with AsyncExitStack() as stack:
-            replies = await run_in_threadpool(self._submit, call, client_of(scope))
+            try:
+                async with asyncio.timeout(self._service.settings.limits.reply_seconds):
+                    async with received(
+                        Request(scope, receive), self._limits, self._service.long_bodies
+                    ) as body:
+                        client = await stack.enter_async_context(_watched(receive))
+                        call = await client.wait_for(self._understood(body))
+                    constraint = await client.wait_for(self._service.constraint(call.wishes.schema))
+                    replies = await self._service.quick.run(
+                        self._submit, call, client_of(scope), since, constraint
+                    )
+            except TimeoutError:
+                raise self._too_late() from None
             for reply in replies:
                 stack.callback(reply.cancel)
-            left = await stack.enter_async_context(_cancelled_when_left(receive, replies))
-            answer = _Answer(call, self._service, self._format, replies, left)
+                client.on_leaving(reply.cancel)
+            answer = _Answer(call, self._service, self._format, replies, client)
             if call.wishes.stream:
                 await answer.stream(send)
             elif await answer.gather():
                 await JSONResponse(answer.whole())(scope, receive, send)
 
-    def _submit(self, call: Call, client: str) -> list[Reply]:
+    @property
+    def _limits(self) -> Limits:
+        return self._service.settings.limits
+
+    async def _understood(self, body: Body) -> Call:
+        return await self._service.lane(body).run(self._read_body, body)
+
+    def _read_body(self, body: Body) -> Call:
+        return self._read(Fields(parsed(body, self._limits)), self._service)
+
+    def _submit(
+        self, call: Call, client: str, since: float, constraint: MakeConstraint | None
+    ) -> list[Reply]:
         """Ask for all prompts, or none: if the queue is full on the way, no reply is kept."""
-        service = self._service
+        timeout = self._limits.reply_seconds
         with ExitStack() as undo:
             replies: list[Reply] = []
-            for request in call.requests(client, service.settings.limits.reply_seconds):
-                replies.append(service.engine.submit(request))
+            for request in call.requests(client, timeout, since, constraint):
+                replies.append(self._service.engine.submit(request))
                 undo.callback(replies[-1].cancel)
             undo.pop_all()
         return replies
+
+    def _too_late(self) -> DeadlineError:
+        return DeadlineError(
+            f"The request was given {self._limits.reply_seconds:g} seconds, and it was not read by "
+            "then: others were before it, or it is long. Try again when less is asked."
+        )
 
 
 class _Answer:
@@ -72,10 +113,10 @@ class _Answer:
         service: Service,
         format: ReplyFormat,
         replies: Sequence[Reply],
-        left: asyncio.Event,
+        client: _Client,
     ) -> None:
         self._wishes = call.wishes
-        self._left = left
+        self._client = client
         self._service = service
         self._replies = replies
         self._gathering = Gathering(call, service, replies)
@@ -86,7 +127,7 @@ class _Answer:
         async with aclosing(self._additions()) as additions:
             async for _ in additions:
                 pass
-        return not self._left.is_set()
+        return not self._client.left
 
     def whole(self) -> Json:
         """Return the complete reply."""
@@ -101,7 +142,7 @@ class _Answer:
             if not stream.begun:
                 raise
             await stream.put(event(self._service.explained(error).body()))
-        if not self._left.is_set():
+        if not self._client.left:
             await stream.end()
 
     async def _stream_into(self, stream: EventStream) -> None:
@@ -109,7 +150,7 @@ class _Answer:
             async for addition in additions:
                 for data in self._events(addition):
                     await stream.put(data)
-        if self._left.is_set():
+        if self._client.left:
             return
         if self._wishes.usage:
             await stream.put(event(self._writer.last(self._gathering.usage())))
@@ -135,25 +176,58 @@ class _Answer:
                     yield None
                     continue
                 self._service.note_piece(item[1])
-                yield self._gathering.add(*item)
+                if self._gathering.takes_long(*item):
+                    yield await self._service.quick.run(self._gathering.add, *item)
+                else:
+                    yield self._gathering.add(*item)
+
+
+class _Client:
+    """Who asked, as far as it is still there."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._leaving: list[Callable[[], object]] = []
+        self._task = asyncio.create_task(self._watch())
+
+    @property
+    def left(self) -> bool:
+        """Whether it has gone."""
+        return self._task.done()
+
+    def on_leaving(self, act: Callable[[], object]) -> None:
+        """Call something as soon as it has gone."""
+        if self.left:
+            act()
+        self._leaving.append(act)
+
+    async def wait_for(self, work: Coroutine[None, None, Found]) -> Found:
+        """Return what `work` comes to. Raises `ClientDisconnect` if the client goes before."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait((task, self._task), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientDisconnect
+            return task.result()
+        finally:
+            task.cancel()
+
+    def forget(self) -> None:
+        """Look no longer."""
+        self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        for act in self._leaving:
+            act()
 
 
 @asynccontextmanager
-async def _cancelled_when_left(
-    receive: Receive, replies: Sequence[Reply]
-) -> AsyncIterator[asyncio.Event]:
-    """Cancel the replies as soon as the client has gone; the event says that it has."""
-    left = asyncio.Event()
-
-    async def watch() -> None:
-        while (await receive())["type"] != "http.disconnect":
-            pass
-        left.set()
-        for reply in replies:
-            reply.cancel()
-
-    task = asyncio.create_task(watch())
+async def _watched(receive: Receive) -> AsyncIterator[_Client]:
+    """Watch a client; its whole request must have been received."""
+    client = _Client(receive)
     try:
-        yield left
+        yield client
     finally:
-        task.cancel()
+        client.forget()

@@ -8,11 +8,10 @@ from typing import Any
 
 from edge_memllm.model import Model
 from edge_memllm.sampling import SEED_LIMIT, Sampling
-from edge_memllm.serving.grammar import Grammars
 from edge_memllm.serving.http.api_error import refused
 from edge_memllm.serving.http.call import Wishes
 from edge_memllm.serving.http.fields import Fields, checked_text, shown
-from edge_memllm.serving.http.response_format import take_constraint
+from edge_memllm.serving.http.response_format import take_schema
 from edge_memllm.serving.http.settings import Limits
 from edge_memllm.steering import MOST_BIAS, MOST_PENALTY, Steering
 from edge_memllm.stopping import MAX_STOP_CHARACTERS
@@ -26,14 +25,14 @@ _LEAST_TOP_P = 1e-9
 _SEED_LOW, _SEED_HIGH = -(1 << 63), SEED_LIMIT - 1
 
 
-def take_wishes(fields: Fields, model: Model, grammars: Grammars, limits: Limits) -> Wishes:
+def take_wishes(fields: Fields, model: Model, limits: Limits) -> Wishes:
     """Take the shared fields. Raises `ApiError` for the first that cannot be granted."""
     stream = fields.flag("stream")
     seed = fields.integer("seed", _SEED_LOW, _SEED_HIGH)
     return Wishes(
         sampling=_take_sampling(fields, model.sampling),
         steering=_take_steering(fields, model.manifest.model.vocab_size, limits.biases),
-        constraint=take_constraint(fields, grammars, limits.schema_bytes),
+        schema=take_schema(fields, limits.schema_bytes),
         choices=_or(fields.integer("n", 1, limits.choices), 1),
         seed=None if seed is None else seed % SEED_LIMIT,
         stops=_take_stops(fields, limits.stops),

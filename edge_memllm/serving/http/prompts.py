@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
 from typing import NamedTuple
 
-from edge_memllm.model import Model
+from edge_memllm.long_text import BLOCK, tokens_beyond
 from edge_memllm.request import check_tokens
 from edge_memllm.serving.http.api_error import ApiError, blaming, refused
 from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.service import Service
 from edge_memllm.serving.http.settings import Limits
+
+# Shorter texts are tokenized in less time than it would take to say how long they are.
+_SHORT = 4096
 
 
 class Prompt(NamedTuple):
@@ -36,36 +39,50 @@ def take_prompts(fields: Fields, most: int, limits: Limits) -> list[Prompt]:
     return [_checked(each, f"{where}[{number}]", limits) for number, each in enumerate(value)]
 
 
-def encoded(prompt: Prompt, model: Model, limits: Limits) -> list[int]:
+def encoded(prompt: Prompt, service: Service) -> list[int]:
     """Return the ids of a prompt. Raises `ApiError` for one that does not fit the context."""
-    spec, (value, where) = model.manifest.model, prompt
+    value, where = prompt
     if isinstance(value, str):
-        ids = model.tokenizer.encode(value)
-    else:
-        with blaming(where):
-            ids = check_tokens(value, spec.vocab_size)
-    check_length(ids, spec.max_position_embeddings, where, limits)
+        return encoded_text(value, service, where)
+    _check_length(len(value), service, where)
+    with blaming(where):
+        return check_tokens(value, service.spec.vocab_size)
+
+
+def encoded_text(text: str, service: Service, where: str, *, special: bool = True) -> list[int]:
+    """Return the ids of a text; what cannot fit is refused before, or while, it is tokenized."""
+    tokenizer = service.model.tokenizer
+    if len(text) > _SHORT:
+        _check_length(service.token_bound.fewest(len(text)), service, where, least=True)
+    if len(text) > BLOCK:
+        beyond = tokens_beyond(tokenizer, text, _room(service))
+        _check_length(beyond or 0, service, where, least=True)
+    ids = tokenizer.encode(text, special=special)
+    _check_length(len(ids), service, where)
     return ids
 
 
-def check_length(ids: Sequence[int], context: int, where: str, limits: Limits) -> None:
-    """Refuse a prompt that is longer than the context, or than the server lets it be."""
-    if len(ids) > context:
-        raise ApiError(
-            400,
-            f"The prompt has {len(ids)} tokens and the model's context holds {context}. "
-            "Shorten it.",
-            code="context_length_exceeded",
-            param=where,
-        )
-    if limits.prompt_tokens is not None and len(ids) > limits.prompt_tokens:
-        raise ApiError(
-            400,
-            f"The prompt has {len(ids)} tokens, and this server takes at most "
-            f"{limits.prompt_tokens}. Shorten it.",
-            code="prompt_too_long",
-            param=where,
-        )
+def _room(service: Service) -> int:
+    """Return how many tokens a prompt may have."""
+    context, limit = service.spec.max_position_embeddings, service.settings.limits.prompt_tokens
+    return context if limit is None else min(context, limit)
+
+
+def _check_length(length: int, service: Service, where: str, *, least: bool = False) -> None:
+    """Refuse what is too long, in the words by which clients know that they have to shorten it."""
+    room, context = _room(service), service.spec.max_position_embeddings
+    if length <= room:
+        return
+    own = "" if room == context else f", and this server takes prompts of at most {room}"
+    what = "messages" if where == "messages" else "prompt"
+    raise ApiError(
+        400,
+        f"This model's maximum context length is {context} tokens{own}. However, your {what} "
+        f"resulted in {'at least ' if least else ''}{length} tokens. Please reduce the length of "
+        f"the {what}.",
+        code="context_length_exceeded",
+        param=where,
+    )
 
 
 def _checked(value: object, where: str, limits: Limits) -> Prompt:

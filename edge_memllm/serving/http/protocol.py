@@ -1,6 +1,7 @@
 """HTTP/1.1 of uvicorn with the patience of `Limits`: slow headers, slow readers, too many at once.
 
-uvicorn itself waits for ever for the header of a request, and for a client to read its reply.
+uvicorn itself waits for ever for the header of a request, and for a client to read its reply; how
+long a connection may be idle between two requests is its affair.
 """
 
 from __future__ import annotations
@@ -38,10 +39,15 @@ class PatientProtocol(H11Protocol):
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Begin to wait for a header, if there is room for one more."""
         super().connection_made(transport)
-        if len(self.connections) > self._limits.connections:
+        if len(self.connections) > self._limits.connections and not self._close_an_idle_one():
             transport.write(_no_room())
             transport.close()
         self._watch_header()
+
+    @property
+    def idle(self) -> bool:
+        """Whether the last request was answered and nothing of another has come."""
+        return self.timeout_keep_alive_task is not None
 
     def data_received(self, data: bytes) -> None:
         """Take some bytes; once they make a header, its time is no longer counted."""
@@ -49,12 +55,10 @@ class PatientProtocol(H11Protocol):
         self._watch_header()
 
     def on_response_complete(self) -> None:
-        """Begin to wait for the next header, or for the last bytes to be read."""
+        """Begin to be idle, or to wait for the last bytes to be read."""
         super().on_response_complete()
         if self.transport.is_closing():
             self._watch_reader()
-        else:
-            self._watch_header()
 
     def pause_writing(self) -> None:
         """The client reads more slowly than it is sent to."""
@@ -71,6 +75,14 @@ class PatientProtocol(H11Protocol):
         super().connection_lost(exc)
         self._stop_header_timer()
         self._stop_send_timer()
+
+    def _close_an_idle_one(self) -> bool:
+        """Make room at the expense of a client that only keeps its connection for later."""
+        for other in self.connections:
+            if isinstance(other, PatientProtocol) and other.idle:
+                other.transport.close()
+                return True
+        return False
 
     def _stop_header_timer(self) -> None:
         if self._header_timer is not None:

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import json
 import re
+from collections.abc import Mapping
+from typing import NamedTuple
 
-from edge_memllm.serving.grammar import Grammars, MakeConstraint
-from edge_memllm.serving.http.api_error import blaming, refused
+from edge_memllm.serving.http.api_error import refused
 from edge_memllm.serving.http.fields import Fields, shown
 
 KINDS = ("text", "json_object", "json_schema")
@@ -14,7 +15,14 @@ _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
 _MOST_DESCRIPTION = 4096
 
 
-def take_constraint(fields: Fields, grammars: Grammars, most_bytes: int) -> MakeConstraint | None:
+class WantedSchema(NamedTuple):
+    """JSON of a form; compiling the schema may take a while, and it may turn out not to do."""
+
+    schema: Mapping[str, object] | None  # None for any one object
+    where: str  # the field that asks for it
+
+
+def take_schema(fields: Fields, most_bytes: int) -> WantedSchema | None:
     """Take the field; None when the text is free. A schema is always kept to, strict or not."""
     wanted = fields.group("response_format")
     if wanted is None:
@@ -27,14 +35,13 @@ def take_constraint(fields: Fields, grammars: Grammars, most_bytes: int) -> Make
         wanted.required("json_schema")
     wanted.finish()
     if schema is not None:
-        return _take_schema(schema, grammars, most_bytes)
+        return _taken(schema, most_bytes)
     if kind == "text":
         return None
-    with blaming(wanted.param("type")):
-        return grammars.json_object()
+    return WantedSchema(None, wanted.param("type"))
 
 
-def _take_schema(fields: Fields, grammars: Grammars, most_bytes: int) -> MakeConstraint:
+def _taken(fields: Fields, most_bytes: int) -> WantedSchema:
     name = fields.required("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         where = fields.param("name")
@@ -51,5 +58,4 @@ def _take_schema(fields: Fields, grammars: Grammars, most_bytes: int) -> MakeCon
     size = len(json.dumps(schema))
     if size > most_bytes:
         raise refused(where, f"{where} has {size} bytes, expected at most {most_bytes}.")
-    with blaming(where):
-        return grammars.json_schema(schema)
+    return WantedSchema(schema, where)

@@ -26,9 +26,8 @@ from edge_memllm.serving.http.service import Service
 
 _log = logging.getLogger(__name__)
 
-# Bytes of a request's header, and seconds that a connection may be idle between two.
+# Bytes of a request's header.
 HEADER_BYTES = 16 << 10
-IDLE_SECONDS = 5
 BACKLOG = 512
 # After the engine has given up, replies still have to be written.
 _GRACE_SECONDS = 3
@@ -78,7 +77,7 @@ class Server(uvicorn.Server):
                 server_header=False,
                 proxy_headers=False,
                 backlog=BACKLOG,
-                timeout_keep_alive=IDLE_SECONDS,
+                timeout_keep_alive=settings.limits.idle_seconds,  # type: ignore[arg-type]
                 timeout_graceful_shutdown=round(settings.drain_seconds) + _GRACE_SECONDS,
                 h11_max_incomplete_event_size=HEADER_BYTES,
             )

@@ -5,13 +5,12 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import Any
 
-from starlette.concurrency import run_in_threadpool
 from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from edge_memllm.request import check_tokens, start_token
 from edge_memllm.serving.http.api_error import blaming
-from edge_memllm.serving.http.body import read_object
+from edge_memllm.serving.http.body import Body, parsed, received
 from edge_memllm.serving.http.fields import Fields, checked_text
 from edge_memllm.serving.http.service import Service
 
@@ -48,12 +47,16 @@ class TextTokens:
         )
 
     async def _answer(self, request: Request, work: Callable[[Fields], Json]) -> Response:
-        values = await read_object(request, self._service.settings.limits)
-        return JSONResponse(await run_in_threadpool(work, Fields(values)))
+        service = self._service
+        async with received(request, service.settings.limits, service.long_bodies) as body:
+            return await service.lane(body).run(self._done, body, work)
+
+    def _done(self, body: Body, work: Callable[[Fields], Json]) -> Response:
+        return JSONResponse(work(Fields(parsed(body, self._service.settings.limits))))
 
     def _tokenize(self, fields: Fields) -> Json:
         self._service.check_model(fields)
-        most = self._service.settings.limits.body_bytes
+        most = self._service.settings.limits.text_characters
         text = checked_text(fields.required("prompt"), "prompt", most)
         special = fields.flag("add_special_tokens", default=True)
         fields.finish()
@@ -63,7 +66,7 @@ class TextTokens:
 
     def _detokenize(self, fields: Fields) -> Json:
         self._service.check_model(fields)
-        most = self._service.settings.limits.body_bytes
+        most = self._service.settings.limits.text_tokens
         given = fields.items("tokens", most)
         if given is None:
             fields.required("tokens")
