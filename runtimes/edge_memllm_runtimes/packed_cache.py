@@ -139,13 +139,15 @@ def _checked(place: Path, artifact: Artifact, facts: dict[str, str]) -> Path:
 def _check_alignment(offsets: Collection[int]) -> None:
     """Raise `RequestError` for weights that the library would read from the wrong place.
 
-    It repacks into memory that is aligned, finds the parts again by aligning the address, and
-    aligns what it saves only from a megabyte on: what is smaller comes back as other numbers.
+    It repacks into memory that is aligned and finds the parts again by aligning the address.
+    Version 1.31 aligns what it saves only from a megabyte on: what is smaller comes back as other
+    numbers. Version 1.32 aligns everything.
     """
     if not offsets or any(offset % _ALIGNMENT for offset in offsets):
         raise RequestError(
-            "packed_cache cannot hold this graph: this version of onnxruntime reads repacked "
-            "matrices back right only if each is larger than 1 MB. Leave it out."
+            "packed_cache cannot hold this graph: the installed onnxruntime saves repacked "
+            "matrices where it does not find them again, as 1.31 does with those below 1 MB. "
+            "Install onnxruntime 1.32, or leave packed_cache out."
         )
 
 
