@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -194,6 +196,17 @@ def test_demo_reads_one_record_per_generated_token(
     for prompt in demo.PROMPTS:
         assert prompt in shown
     assert f"edge-memllm run {tmp_path / 'out'}" in shown
+
+
+def test_demo_tells_nothing_else(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    words = ["demo", "--checkpoint", str(make_checkpoint()), "--out", str(tmp_path / "out")]
+    done = subprocess.run(
+        [sys.executable, "-m", "edge_memllm.cli.main", *words],
+        capture_output=True,
+        text=True,
+        timeout=300,
+    )
+    assert (done.returncode, done.stderr) == (0, "")  # no warning of ours or of a library
 
 
 def test_demo_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -191,7 +191,7 @@ def test_few_distinct_vectors_get_few_clusters() -> None:
 def test_the_extra_is_named_before_any_work(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "sklearn", None)
     monkeypatch.setitem(sys.modules, "sklearn.cluster", None)
-    with pytest.raises(RuntimeUnavailableError, match=r"scikit-learn.*edge-memllm\[explain\]"):
+    with pytest.raises(RuntimeUnavailableError, match=r"scikit-learn.*pip install .\.\[explain\]"):
         cluster_layers(Planted(EVERY % 9), texts=TEXTS, layers=[0])
 
 

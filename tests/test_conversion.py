@@ -28,8 +28,6 @@ from edge_memllm.modeling.distillation import divergence
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm_export import export_model
 
-pytestmark = pytest.mark.filterwarnings("ignore")  # Trainer's own deprecation warnings
-
 
 @pytest.fixture(autouse=True)
 def one_thread() -> None:

@@ -17,13 +17,14 @@ import pytest
 
 ROOT = Path(__file__).parents[1]
 PACKAGES = (ROOT / "edge_memllm", ROOT / "runtimes", ROOT / "export")
-FOLDERS = (*PACKAGES, *(ROOT / name for name in ("tests", "docs", "examples", "benchmarks", ".ci")))
+NAMES = ("tests", "docs", "examples", "benchmarks", ".ci", ".github")
+FOLDERS = (*PACKAGES, *(ROOT / name for name in NAMES))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 # In a namespace that Optimum and its plugins share: nobody's `__init__.py` may be there.
 PLUGIN = Path("optimum/commands/register/register_edge_memllm.py")
 
-TEXT = {".py", ".md", ".toml", ".txt", ".json", ".svg", ".css", ".js", ".yml", ".sh", ""}
+TEXT = {".py", ".md", ".toml", ".txt", ".json", ".svg", ".css", ".js", ".yml", ".sh", ".lock", ""}
 MOST_LINES = 600
 
 

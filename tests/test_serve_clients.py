@@ -14,7 +14,6 @@ import edge_memllm
 from edge_memllm import Model, Sampling
 from edge_memllm.evaluation.likelihood import Scorer
 
-pytestmark = pytest.mark.filterwarnings("default")
 HARNESS = importlib.util.find_spec("lm_eval") is not None
 PAIRS = [
     ("The river ran", " down to the sea"),

@@ -17,8 +17,6 @@ import edge_memllm
 from edge_memllm import Model, Sampling
 from edge_memllm.perplexity import next_token_losses
 
-pytestmark = pytest.mark.filterwarnings("ignore::DeprecationWarning")
-
 GREEDY = Sampling()
 PROMPT = "The river"
 

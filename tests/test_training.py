@@ -54,7 +54,6 @@ def one_thread() -> None:
     torch.set_num_threads(1)
 
 
-@pytest.mark.filterwarnings("ignore")  # Trainer's own deprecation warnings are not ours
 class TestTrain:
     def test_learns_and_saves_a_loadable_checkpoint(self, text: str, tmp_path: Path) -> None:
         record = train(recipe_for(text, steps=30, learning_rate=5e-3), tmp_path / "out")
