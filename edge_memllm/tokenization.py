@@ -6,7 +6,11 @@ Decoding also works token by token, without ever giving out half a character. Kn
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import json
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Sequence
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.chat import TEMPLATE_FILE, ChatTemplate
@@ -18,8 +22,10 @@ from edge_memllm.tokenizer_file import TOKENIZER_FILE, is_unicode, library_error
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
 
-_UNFINISHED = "\ufffd"  # what bytes decode to while their character is not complete
 MAX_CONFIG_BYTES = 16 << 20  # thousands of added tokens take about a million bytes
+_UNFINISHED = "\ufffd"  # what bytes are decoded to that are no character, or not yet
+_MOST_BYTES = 3  # of a character that is not complete
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
 _BRIEF = 4096  # characters that are encoded in a few milliseconds
 
 
@@ -42,6 +48,10 @@ class Tokenizer:
             config.apply(self._tokenizer)
         self.named_tokens = {} if config is None else config.named
         self._template = template
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {number for number, token in added.items() if token.special}
+        self._spelling, self.mixes_bytes = _bytes_in(self._tokenizer.decoder)
+        self._bytes: dict[int, bytes | None] = {}
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Tokenizer:
@@ -101,47 +111,150 @@ class Tokenizer:
         return found
 
     def decode(self, ids: Sequence[int]) -> str:
-        """Return the text of `ids` without special tokens."""
+        """Return the text of `ids` without special tokens.
+
+        Bytes that are no character become U+FFFD, those around them stay what they are.
+        """
+        text = self.decode_at_once(ids)
+        if self.mixes_bytes and _UNFINISHED in text:
+            detokenizer = Detokenizer(self)
+            text = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+        return text
+
+    def decode_at_once(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` as the library decodes them.
+
+        Where only some tokens stand for bytes, it gives up all bytes in a row when they are not
+        all characters.
+        """
         with library_errors(f"{TOKENIZER_FILE}: fails to decode tokens"):
             text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
+
+    def is_silent(self, token: int) -> bool:
+        """Whether a token has no text, wherever it stands: a special one, or none at all."""
+        return token in self._special or self.spelling(token) is None
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """Return the bytes that a token stands for; None where its neighbours have a say."""
+        if token not in self._bytes:
+            self._bytes[token] = self._spelling(self.spelling(token) or "")
+        return self._bytes[token]
 
 
 class Detokenizer:
     """Turns ids into text one by one: the pieces joined are the decoded whole.
 
-    Exact for byte-level BPE. A piece ends at a character boundary, so it may be empty until the
-    tokens that complete a character have come.
+    A piece ends at a character boundary, so it may be empty until the tokens that complete a
+    character have come. At most three bytes wait; what cannot become a character does not.
     """
 
     def __init__(self, tokenizer: Tokenizer) -> None:
         self._tokenizer = tokenizer
-        # Decoders look at their neighbours (leading spaces), so each piece is decoded behind the
-        # tokens of the piece before; `_shown` characters of that window are out already.
+        self._utf8 = getincrementaldecoder("utf-8")("replace")
+        self._waiting: list[int] = []  # tokens whose bytes wait
+        # Decoders look at their neighbours (leading spaces), so text is decoded behind the tokens
+        # of the piece before. The last `_pending` tokens of that window wait, and the first
+        # `_shown` characters of its text are out.
         self._window: list[int] = []
         self._pending = 0
         self._shown = 0
 
     def push(self, token: int) -> str:
         """Take the next id and return the text that is now certain."""
-        self._window.append(token)
-        self._pending += 1
-        text = self._tokenizer.decode(self._window)
-        certain = len(text.rstrip(_UNFINISHED))
-        piece = text[self._shown : certain]
-        if piece and certain == len(text):
-            self._window = self._window[-self._pending :]
-            self._pending = 0
-            self._shown = len(self._tokenizer.decode(self._window))
-        else:
-            self._shown = max(self._shown, certain)
-        return piece
+        if self._tokenizer.is_silent(token):
+            return ""
+        spelt = self._tokenizer.bytes_of(token)
+        if spelt is None:
+            return self._end_bytes() + self._push_text(token)
+        text = self._utf8.decode(spelt)
+        return self._end_text() + self._settle(token, text)
 
     def flush(self) -> str:
         """Return what was held back: the tokens have ended, complete or not."""
-        text = self._tokenizer.decode(self._window)
-        piece, self._shown = text[self._shown :], len(text)
+        return self._end_bytes() + self._end_text()
+
+    def _settle(self, token: int, text: str) -> str:
+        """Return the text of bytes; remember their tokens where other text may follow."""
+        if not self._tokenizer.mixes_bytes:
+            return text
+        self._waiting.append(token)  # one byte each
+        if not text:
+            return ""
+        known = len(self._waiting) - len(self._utf8.getstate()[0])
+        unit, self._waiting = self._waiting[:known], self._waiting[known:]
+        if not self._window and _UNFINISHED not in text:
+            text = self._tokenizer.decode_at_once(unit)  # a space may fall away at the beginning
+        self._window = unit
+        return text
+
+    def _end_bytes(self) -> str:
+        """Give up waiting for bytes: something else follows, or nothing."""
+        text = self._utf8.decode(b"", final=True)
+        if self._waiting:
+            self._window, self._waiting = self._waiting, []
+        return text
+
+    def _end_text(self) -> str:
+        """Give up waiting for text."""
+        if not self._pending:
+            return ""
+        self._pending = 0
+        return self._tokenizer.decode_at_once(self._window)[self._shown :]
+
+    def _push_text(self, token: int) -> str:
+        decode = self._tokenizer.decode_at_once
+        if not self._pending:
+            self._shown = len(decode(self._window))
+        self._window = [*self._window, token]
+        self._pending += 1
+        text = decode(self._window)
+        # Only a decoder that mixes bytes into text in a way of its own leaves them incomplete.
+        waits = text.endswith(_UNFINISHED) and self._pending <= _MOST_BYTES
+        certain = len(text) - waits
+        piece = text[self._shown : certain]
+        if waits:
+            self._shown = max(self._shown, certain)
+        else:
+            self._window, self._pending = self._window[-self._pending :], 0
         return piece
+
+
+def _bytes_in(decoder: Any) -> tuple[Callable[[str], bytes | None], bool]:
+    """Return how to tell a token's bytes from its spelling, and whether there is other text too."""
+    parts = _parts(decoder)
+    if parts == ["ByteLevel"]:
+        return _byte_level, False
+    if "ByteFallback" in parts:
+        return _byte_fallback, True
+    return lambda spelling: None, False
+
+
+def _parts(decoder: Any) -> list[str]:
+    """The names of what a decoder does, in its order."""
+    fields = {} if decoder is None else json.loads(decoder.__getstate__())
+    return [each["type"] for each in fields.get("decoders", [fields]) if each]
+
+
+def _byte_level(spelling: str) -> bytes:
+    letters = _byte_letters()
+    found = [letters.get(letter) for letter in spelling]
+    return spelling.encode() if None in found else bytes(found)  # type: ignore[arg-type]
+
+
+def _byte_fallback(spelling: str) -> bytes | None:
+    match = _BYTE.fullmatch(spelling)
+    return None if match is None else bytes([int(match[1], 16)])
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter stands for, where every token is bytes."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {
+        chr(256 + place): byte for place, byte in enumerate(unseen)
+    }
 
 
 def read_json(artifact: Artifact, name: str) -> dict[str, Any]:

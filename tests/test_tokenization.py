@@ -1,6 +1,8 @@
 from __future__ import annotations
 
 import json
+import time
+from itertools import accumulate
 from pathlib import Path
 from typing import Any
 
@@ -9,6 +11,8 @@ from conftest import BOS, EOS, VOCABULARY, _byte_tokenizer
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from small_model import byte_tokenizer, write_small_artifact
+from tokenizers import Tokenizer as Library
+from tokenizers import decoders, models, pre_tokenizers, trainers
 
 from edge_memllm.artifact import Artifact
 from edge_memllm.errors import ArtifactError, RequestError
@@ -20,9 +24,6 @@ TEXT = "The naïve café — 東京 is far; the river is not. 🙂 The the  then
 @pytest.fixture(scope="module")
 def word_tokenizer() -> Tokenizer:
     """Byte-level BPE with merges, so that tokens carry leading spaces and parts of characters."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models, pre_tokenizers, trainers
-
     library = Library(models.BPE())
     library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
     library.decoder = decoders.ByteLevel()
@@ -39,9 +40,6 @@ def word_tokenizer() -> Tokenizer:
 @pytest.fixture(scope="module")
 def sentence_tokenizer() -> Tokenizer:
     """Pieces with a mark for the space and bytes for the rest, as SentencePiece models have."""
-    from tokenizers import Tokenizer as Library
-    from tokenizers import decoders, models
-
     pieces = ["▁", "▁the", "a", "▁a", "b", "▁b", "!"] + [f"<0x{byte:02X}>" for byte in range(256)]
     library = Library(models.BPE({piece: i for i, piece in enumerate(pieces)}, []))
     library.decoder = decoders.Sequence(
@@ -110,6 +108,109 @@ def test_characters_spelt_in_bytes_wait_until_they_are_whole(
     pieces = pieces_of(sentence_tokenizer, [7 + byte for byte in text.encode()])
     assert "".join(pieces) == text
     assert all(piece in (*text, "") for piece in pieces)
+
+
+def library_of(kind: str) -> Library:
+    """A tokenizer without merges, of the named way to decode."""
+    letters = ["▁", "▁the", "a", "▁a", "##b", ".", "n", "'", "do", "not", "x</w>", "\ufffd", "|"]
+    rest = [f"<0x{byte:02X}>" for byte in range(256)]
+    if kind == "bytes":
+        letters, rest = sorted(pre_tokenizers.ByteLevel.alphabet()), []
+    names = letters + rest if kind.startswith("fallback") else letters
+    library = Library(models.BPE({name: i for i, name in enumerate(names)}, []))
+    fallback = [decoders.Replace("▁", " "), decoders.ByteFallback(), decoders.Fuse()]
+    library.decoder = {
+        "bytes": decoders.ByteLevel(),
+        "fallback": decoders.Sequence(fallback),
+        "fallback, stripped": decoders.Sequence([*fallback, decoders.Strip(" ", 1, 0)]),
+        "metaspace": decoders.Metaspace(),
+        "wordpiece": decoders.WordPiece(),
+        "suffixes": decoders.BPEDecoder(),
+        "ctc": decoders.CTC(pad_token="a"),
+        "words": None,
+        "odd": decoders.Sequence([decoders.Replace("x", "y"), decoders.ByteLevel()]),
+    }[kind]
+    library.add_special_tokens(["<s>"])
+    library.add_tokens(["  ", " é x", "<tool>"])
+    return library
+
+
+KINDS = ("bytes", "metaspace", "wordpiece", "suffixes", "ctc", "words", "odd")
+FALLBACKS = ("fallback", "fallback, stripped")
+
+
+@settings(deadline=None)
+@given(st.sampled_from(KINDS), st.lists(st.integers(0, 265), max_size=24))
+@example("bytes", [0x80 + 30] * 9)
+def test_pieces_are_what_the_library_decodes_at_once(kind: str, ids: list[int]) -> None:
+    library = library_of(kind)
+    tokenizer = Tokenizer(library.to_str().encode())
+    whole = "".join(pieces_of(tokenizer, ids))
+    assert whole == tokenizer.decode(ids) == library.decode(ids)
+
+
+@settings(deadline=None)
+@given(st.sampled_from(FALLBACKS), st.lists(st.integers(0, 272), max_size=24))
+@example("fallback", [13 + 0xE6, 13 + 0x9D, 13 + 0xB1, 13 + 0x80, 2])
+@example("fallback, stripped", [13 + 0x20, 13 + 0x20, 1])
+def test_pieces_are_the_whole_where_bytes_stand_between_text(kind: str, ids: list[int]) -> None:
+    library = library_of(kind)
+    tokenizer = Tokenizer(library.to_str().encode())
+    whole = "".join(pieces_of(tokenizer, ids))
+    assert whole == tokenizer.decode(ids)
+    if "\ufffd" not in whole:
+        assert whole == library.decode(ids)
+
+
+@settings(deadline=None)
+@given(
+    st.sampled_from(FALLBACKS),
+    st.lists(
+        st.one_of(
+            st.lists(st.integers(0, 12), min_size=1, max_size=1),
+            st.text(min_size=1, max_size=2).map(lambda text: [13 + b for b in text.encode()]),
+        )
+    ),
+)
+def test_characters_spelt_in_bytes_are_decoded_as_by_the_library(
+    kind: str, parts: list[list[int]]
+) -> None:
+    library, ids = library_of(kind), [token for part in parts for token in part]
+    tokenizer = Tokenizer(library.to_str().encode())
+    assert "".join(pieces_of(tokenizer, ids)) == library.decode(ids)
+
+
+def test_bytes_around_a_broken_character_stay_characters() -> None:
+    tokenizer = Tokenizer(library_of("fallback").to_str().encode())
+    ids = [13 + byte for byte in "東".encode() + b"\x80\xe6\x9d" + "é".encode()]
+    assert tokenizer.decode([2, *ids, 2]) == "a東\ufffd\ufffdéa"
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback", "odd"])
+def test_bytes_that_become_no_text_do_not_wait(kind: str) -> None:
+    library = library_of(kind)
+    tokenizer = Tokenizer(library.to_str().encode())
+    bad = library.token_to_id("<0x80>" if kind == "fallback" else "Ģ")
+    bad = library.token_to_id("\ufffd") if bad is None else bad
+    begin = time.process_time()
+    detokenizer = Detokenizer(tokenizer)
+    pieces = [detokenizer.push(bad) for _ in range(20_000)]
+    assert time.process_time() - begin < 4
+    shown = [len("".join(pieces[:count])) for count in (1, 10, 100)]
+    assert all(count - 3 <= length for count, length in zip((1, 10, 100), shown, strict=True))
+
+
+@pytest.mark.parametrize("kind", ["bytes", "fallback"])
+def test_at_most_three_bytes_wait(kind: str) -> None:
+    library = library_of(kind)
+    tokenizer = Tokenizer(library.to_str().encode())
+    text = "🙂é東a"
+    ids = [13 + byte for byte in text.encode()]
+    if kind == "bytes":
+        library.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False)
+        ids = library.encode(text).ids
+    pieces = map(Detokenizer(tokenizer).push, ids)
+    assert list(map(len, accumulate(pieces))) == [0, 0, 0, 1, 1, 2, 2, 2, 3, 4]
 
 
 def test_special_tokens_are_no_text() -> None:
