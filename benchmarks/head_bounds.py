@@ -18,7 +18,7 @@ import torch
 
 from edge_memllm.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.texts import default_text
+from edge_memllm_export.texts import judging_text
 
 _RESCORED = 64  # the most promising rows are finished first: their best logit is the bar
 
@@ -29,7 +29,7 @@ def main() -> None:
     parser.add_argument("--text", type=Path)
     parser.add_argument("--tokens", type=int, default=512)
     arguments = parser.parse_args()
-    text = arguments.text.read_text("utf-8") if arguments.text else default_text()
+    text = arguments.text.read_text("utf-8") if arguments.text else judging_text()
     hidden, head = _hidden_and_head(arguments.checkpoint, text, arguments.tokens)
     rows, width = head.shape
     print(f"head {rows} x {width}, {len(hidden)} positions")

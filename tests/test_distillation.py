@@ -9,6 +9,7 @@ from torch.nn import functional
 from edge_memllm.modeling.distillation import LayerSchedule, divergence, hidden_distance
 from edge_memllm.modeling.feed_forward import SwiGLU
 from edge_memllm.modeling.feed_forward_split import TokenGroups, activations, split_neurons
+from edge_memllm.modeling.memory_regression import batch_and_steps
 
 
 def test_divergence_is_the_plain_formula() -> None:
@@ -74,3 +75,12 @@ def test_groups_add_up() -> None:
     ((positions, group),) = groups.chunks()
     assert positions.tolist() == [1, 4, 0, 2, 3]
     assert group.tolist() == [0, 1, 2, 2, 2]
+
+
+@pytest.mark.parametrize("vocabulary", [300, 1024, 8192, 50_000, 262_144])
+def test_the_fit_of_rows_grows_with_the_vocabulary(vocabulary: int) -> None:
+    batch, steps = batch_and_steps(vocabulary)
+    assert batch <= vocabulary
+    assert steps >= 600
+    assert batch * steps >= 16 * vocabulary
+    assert steps == 600 or batch * steps < 16 * vocabulary + batch

@@ -15,14 +15,12 @@ from edge_memllm.cli import export as command
 from edge_memllm.cli.main import build_parser, main
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
-from edge_memllm_export.calibrated_weights import default_calibration_text
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph_attention import AttentionShape, widen_heads
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.matrix_forms import METHODS
 from edge_memllm_export.quality import mean_kl
 from edge_memllm_export.quantizer import dequantize
-from edge_memllm_export.texts import default_text
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
 QUICK = {"verify": False, "calibration_text": TEXT, "graph_method": "gptq"}
@@ -202,13 +200,6 @@ def test_a_text_needs_the_model_s_tokenizer(
         checkpoint = make_checkpoint(vocab_size=64, **special)
     with pytest.raises(ExportError, match=r"expected some of the model's (300|64)\. Give a text"):
         export_model(checkpoint, tmp_path / "out", **QUICK)
-
-
-def test_calibration_and_judgement_read_different_texts() -> None:
-    calibrated, judged = default_calibration_text(), default_text()
-    assert len(calibrated) > 30_000
-    shared = {judged[i : i + 40] for i in range(len(judged) - 40)}
-    assert not any(calibrated[i : i + 40] in shared for i in range(len(calibrated)))
 
 
 def test_command_line_names_method_text_and_matrices(tmp_path: Path) -> None:

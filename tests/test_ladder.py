@@ -18,7 +18,7 @@ from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.ladder import Rung, climb
 from edge_memllm_export.quality import mean_kl, measure_quality, text_tokens, token_budget
-from edge_memllm_export.texts import default_text
+from edge_memllm_export.texts import judging_text
 
 FORMS = [
     ("fp32", "f32", {"beta": 0}),
@@ -172,7 +172,7 @@ def test_quality_is_that_of_a_plain_computation(
 ) -> None:
     network = Checkpoint.open(make_checkpoint()).network()
     with JudgedArtifact(make_artifact(), network) as judged:
-        ids = text_tokens(judged, default_text(), 300)  # a whole window and a part
+        ids = text_tokens(judged, judging_text(), 300)  # a whole window and a part
         quality = measure_quality(judged, ids)
         logits = {"network": [], "graph": []}
         for part in (ids[:256], ids[256:]):
@@ -200,7 +200,7 @@ def test_quality_of_the_exact_form_is_lossless(
     network = Checkpoint.open(make_checkpoint()).network()
     artifact = make_artifact(graph_weights="fp32", table_codec="f32")
     with JudgedArtifact(artifact, network) as judged:
-        quality = measure_quality(judged, text_tokens(judged, default_text(), 64))
+        quality = measure_quality(judged, text_tokens(judged, judging_text(), 64))
     assert quality.mean_kl < 1e-9
     assert abs(quality.perplexity_increase) < 1e-5
 
@@ -226,6 +226,6 @@ def test_larger_models_are_compared_on_fewer_tokens() -> None:
 
 
 def test_text_of_the_package_is_prose() -> None:
-    text = default_text()
+    text = judging_text()
     assert 16_000 < len(text.encode()) < 24_000
     assert len(set(text.split())) > 1000

@@ -188,16 +188,21 @@ def test_bits_are_judged_against_the_exact_table() -> None:
 def test_decoding_is_compared_with_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, int, Path]] = []
     monkeypatch.setattr(decoding, "make_synthetic", lambda *words: made.append(words))
-    monkeypatch.setattr(decoding, "_bench", lambda *paths: bench_report())
+    monkeypatch.setattr(
+        decoding, "_bench", lambda base, other, _: bench_report(25 if "flex" in other.name else 100)
+    )
     (tmp_path / "tiny-base").mkdir()
     list(decoding.measure_decoding("tiny", tmp_path, [], tmp_path))
     assert [beta for _, beta, _ in made] == [3, 2, 1, 0]
     section = decode_section(Results("decode", tmp_path).all())
-    assert "| MemoryLLM | 5.00 | 2.00x (1.90 to 2.10) | 900 | 100 MB |" in section.text
+    for name, ms in (("MemoryLLM", "10.00"), ("Flex-3", "40.00")):
+        row = f"| {name} | 5.00 (Base {ms}) | 2.00x (1.90 to 2.10) | 900 (Base 400) | 100 (Base 300) |"
+        assert row in section.text
     assert section.claims[0].verdict == "yes"
 
 
-def bench_report() -> dict[str, Any]:
+def bench_report(base_speed: float) -> dict[str, Any]:
+    """Of a model, and of the Base that it was measured in turns with."""
     cell = {
         **dict.fromkeys(decoding._KEPT, 0),
         "decode_tokens_per_second": 200.0,
@@ -205,9 +210,14 @@ def bench_report() -> dict[str, Any]:
         "rss_anon_bytes": 10**8,
         "model": {"graph_weights": "int4", "codec": "int8-g64"},
     }
+    base = cell | {
+        "decode_tokens_per_second": base_speed,
+        "prefill_tokens_per_second": 400.0,
+        "rss_anon_bytes": 3 * 10**8,
+    }
     ratio = {"ratio": 2.0, "low": 1.9, "high": 2.1, "text": "2.00x (1.90 to 2.10)"}
     return {
-        "variants": [cell | {"name": "A warm"}, cell | {"name": "B warm"}],
+        "variants": [cell | {"name": "A warm"}, base | {"name": "B warm"}],
         "comparisons": [{"decode": ratio}],
         "repeats": 5,
         "environment": {"processor": "one", "load_average": 0.0},

@@ -124,8 +124,8 @@ def _add_rounding(parser: argparse.ArgumentParser) -> None:
         "--calibration-text",
         type=Path,
         metavar="FILE",
-        help="text for gptq, best one like those the model is for (default: prose that comes "
-        "along)",
+        help="text for gptq and for int8 keys and values, best one like those the model is for "
+        "(default: prose that comes along)",
     )
 
 
@@ -193,7 +193,8 @@ def _add_judgement(parser: argparse.ArgumentParser) -> None:
         "--quality-text",
         type=Path,
         metavar="FILE",
-        help="measure the loss of quality on this text (default: prose that comes along)",
+        help="measure the loss of quality on this text, which may not be one of the others "
+        "(default: prose that comes along, other than theirs)",
     )
     judgement.add_argument(
         "--accept-quality-loss",

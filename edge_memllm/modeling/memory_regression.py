@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 
 import torch
 
 from edge_memllm.modeling.network import DecoderLayer, MemoryLLMModel
 
-_STEPS = 600
+_STEPS, _PASSES = 600, 16  # at least so many steps, and draws of each token in the mean
 _BATCH = 1024  # tokens a step, or the whole vocabulary where that is less
 _RATE = 5e-3  # for an FFN-M of 256 columns; less for wider ones
 
@@ -32,6 +33,12 @@ def fit_memory_networks(
         progress("memory", number + 1, len(network.layers))
 
 
+def batch_and_steps(vocabulary: int) -> tuple[int, int]:
+    """Tokens drawn in a step, and steps, of the fit over a vocabulary of so many tokens."""
+    batch = min(_BATCH, vocabulary)
+    return batch, max(_STEPS, math.ceil(_PASSES * vocabulary / batch))
+
+
 def _fit(
     layer: DecoderLayer,
     source: torch.Tensor,
@@ -41,12 +48,12 @@ def _fit(
 ) -> None:
     rate = _RATE * (256 / source.shape[1]) ** 0.5
     parameters = [*layer.memory.parameters(), *layer.memory_layernorm.parameters()]
+    batch, steps = batch_and_steps(len(rows))
     optimizer = torch.optim.AdamW(parameters, lr=rate, weight_decay=0.0)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=_STEPS)
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, rate, total_steps=steps)
     scale = rows.square().mean()
-    batch = min(_BATCH, len(rows))
     with torch.enable_grad():
-        for _ in range(_STEPS):
+        for _ in range(steps):
             drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
             drawn = drawn.to(rows.device)
             missed = layer.recall(source[drawn], None) - rows[drawn]

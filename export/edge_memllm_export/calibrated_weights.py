@@ -5,8 +5,6 @@ A calibrated method reads the network's inputs to each matrix on a text; see `in
 
 from __future__ import annotations
 
-from importlib import resources
-
 import numpy as np
 
 from edge_memllm_export.calibration import text_tokens
@@ -15,6 +13,7 @@ from edge_memllm_export.gptq import Feedback
 from edge_memllm_export.input_moments import InputMoments, Progress
 from edge_memllm_export.matrix_forms import QuantizeMatrix
 from edge_memllm_export.quantizer import quantize
+from edge_memllm_export.texts import fitting_text
 
 _TOKENS = 8192  # half or twice as many change nothing measurable
 
@@ -24,12 +23,12 @@ def matrix_quantizer(
 ) -> QuantizeMatrix:
     """What quantises a graph's matrices, to be called in the graph's order.
 
-    ``text`` is calibrated on, None takes the one that ships; ``progress(layers done)`` is called
+    ``text`` is calibrated on, None takes the one that comes along; ``progress(layers done)`` is called
     by a calibrated method. Raises ExportError for a text that the model cannot read.
     """
     if method != "gptq":
         return quantize
-    tokens = text_tokens(source, text, default_calibration_text(), _TOKENS)
+    tokens = text_tokens(source, text, fitting_text(), _TOKENS)
     moments = InputMoments(source.network(), tokens, progress)
 
     def with_feedback(
@@ -39,8 +38,3 @@ def matrix_quantizer(
         return quantize(weight, bits, block, scale_dtype, name, choose)
 
     return with_feedback
-
-
-def default_calibration_text() -> str:
-    """About 40 kB of public-domain English prose, other than what quality is measured on."""
-    return resources.files("edge_memllm_export").joinpath("calibration_text.txt").read_text("utf-8")

@@ -19,18 +19,19 @@ from edge_memllm.errors import ExportError
 from edge_memllm.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph_attention import KVScales
+from edge_memllm_export.texts import fitting_text
 
-_TOKENS = 1024
+_TOKENS, _WINDOW = 8192, 1024
 # Other texts reach a little further than this one; what is beyond is clipped.
 _HEADROOM = 1.1
 _LARGEST_CODE = 127
 _SMALLEST_STEP = 1e-6  # of a channel that is zero on all of the text
 
 
-def kv_scales(source: Checkpoint, text: str) -> list[KVScales]:
+def kv_scales(source: Checkpoint, text: str | None) -> list[KVScales]:
     """Steps for every layer, from the network's keys and values on the first tokens of a text.
 
-    Without a tokenizer, random tokens take the place of the text.
+    None takes the text that comes along, or random tokens where there is no tokenizer.
     """
     network = source.network()
     keys: dict[int, torch.Tensor] = {}
@@ -44,9 +45,10 @@ def kv_scales(source: Checkpoint, text: str) -> list[KVScales]:
         keys_from.register_forward_hook(keep_key)
         attention.v_proj.register_forward_hook(partial(_keep_largest, values, number))
     with torch.inference_mode():
-        most = min(_TOKENS, source.config.max_position_embeddings)
-        tokens = text_tokens(source, None, text, most)
-        network.model(torch.tensor([tokens]), use_cache=False)
+        window = min(_WINDOW, source.config.max_position_embeddings)
+        tokens = text_tokens(source, text, fitting_text(), _TOKENS)
+        for part in torch.tensor([tokens]).split(window, dim=1):
+            network.model(part, use_cache=False)
     return [
         KVScales(*(_steps(largest[number], heads) for largest in (keys, values)))
         for number in range(len(keys))
@@ -79,7 +81,7 @@ def _keep_largest(
     found: dict[int, torch.Tensor], number: int, _: object, __: object, output: torch.Tensor
 ) -> None:
     """Keep the largest magnitude of each channel of [B, T, Hk * d]."""
-    found[number] = output.float().abs().amax((0, 1))
+    _keep(found, number, output.float().abs().amax((0, 1)))
 
 
 def _keep_largest_pair(
@@ -96,7 +98,12 @@ def _keep_largest_pair(
     """
     halves = output.float().flatten(2).unflatten(-1, (heads, 2, -1))
     lengths = halves.norm(dim=-2, keepdim=True).amax((0, 1))
-    found[number] = lengths.expand(-1, 2, -1).flatten()
+    _keep(found, number, lengths.expand(-1, 2, -1).flatten())
+
+
+def _keep(found: dict[int, torch.Tensor], number: int, largest: torch.Tensor) -> None:
+    """Keep what is larger than in the windows before."""
+    found[number] = torch.maximum(found.get(number, largest), largest)
 
 
 def _steps(largest: torch.Tensor, heads: int) -> np.ndarray:

@@ -70,7 +70,7 @@ from edge_memllm_export.table_export import (
     check_table_options,
     write_table,
 )
-from edge_memllm_export.texts import default_text
+from edge_memllm_export.texts import check_separate, fitting_text, judging_text
 
 TABLE_FILE = "table.safetensors"
 TOKENIZER_FILES = (
@@ -134,11 +134,11 @@ def export_model(
     `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights` stores kinds
     of matrices in another form, {"lm_head": "int8"}: see docs/graph-weights.md. `kv_dtype` of
     keys and values is the graph's own float or "int8", whose steps are calibrated on
-    `quality_text`. `device` (cpu or cuda),
-    `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
-    computed. `verify` climbs the parity ladder and measures the loss of quality on
-    `quality_text` (None: a text that ships with the package); a loss beyond the bounds of
-    `quality` is refused unless accepted. `progress(stage, done, total)` is called on the way.
+    `calibration_text` too. `device` (cpu or cuda), `compute_dtype` (float32 or bfloat16) and
+    `chunk` (tokens at a time) say how the rows are computed. `verify` climbs the parity ladder and
+    measures the loss of quality on `quality_text`; a loss beyond the bounds of `quality` is refused
+    unless accepted. Two texts come along for those that are None: one that judges, and another for
+    all that is fitted or planned. `progress(stage, done, total)` is called on the way.
 
     Raises ExportError, or RuntimeUnavailableError for a device that is not there; nothing is
     left behind then, and an artifact that was in OUT is untouched.
@@ -149,6 +149,9 @@ def export_model(
         source, graph_weights, table_codec, graph_block, kv_dtype, graph_method, matrix_weights
     )
     check_calibration(form, calibration_text)
+    text = judging_text() if quality_text is None else quality_text
+    fitted = {"table text": table_text, "calibration text": calibration_text}
+    check_separate(text, {name: each or fitting_text() for name, each in fitted.items()})
     check_computation(device, compute_dtype, chunk)
     layout = record_layout(source, form, alignment)
     if table_target is None:
@@ -164,8 +167,7 @@ def export_model(
             table = complete_form(source, table, rows, table_target, table_text, report)
             form = replace(form, codec=table.layout.codec)
             export = _Export(source, form, table, rows, staging.path, report)
-            text = quality_text if quality_text is not None else default_text()
-            manifest = export.write(text, calibration_text)
+            manifest = export.write(calibration_text)
             rungs: tuple[Rung, ...] = ()
             quality = None
             if verify:
@@ -198,16 +200,13 @@ class _Export:
         self._progress = progress
         self._files: dict[str, FileSpec] = {}
 
-    def write(self, text: str, calibration_text: str | None) -> Manifest:
-        """Write all files, the manifest last, and force them to the disk.
-
-        Keys and values are calibrated on `text`, matrices on `calibration_text`.
-        """
+    def write(self, calibration_text: str | None) -> Manifest:
+        """Write all files, the manifest last, and force them to the disk."""
         self._progress("identity", 0, 1)
         identity = self._source.identity()
         self._progress("identity", 1, 1)
         self._copy_tokenizer()
-        graph = self._write_graph(identity, text, calibration_text)
+        graph = self._write_graph(identity, calibration_text)
         table, self._files[TABLE_FILE] = write_table(
             self._table, self._rows, self._path / TABLE_FILE, identity
         )
@@ -272,11 +271,11 @@ class _Export:
                 shutil.copyfile(self._source.path / name, self._path / name)
                 self._files[name] = seal(self._path / name)
 
-    def _write_graph(self, identity: str, text: str, calibration_text: str | None) -> GraphSpec:
+    def _write_graph(self, identity: str, calibration_text: str | None) -> GraphSpec:
         steps = self._source.config.num_hidden_layers + 1
         self._progress("graph", 0, steps)
         rotary = rotary_tables(self._source)
-        scales = kv_scales(self._source, text) if self._form.int8_cache else None
+        scales = kv_scales(self._source, calibration_text) if self._form.int8_cache else None
         quantize = matrix_quantizer(
             self._source,
             self._form.method,

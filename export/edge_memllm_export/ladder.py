@@ -24,7 +24,7 @@ from edge_memllm.records import RecordLayout
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.judged_artifact import JudgedArtifact
 from edge_memllm_export.quality import mean_kl, text_tokens
-from edge_memllm_export.texts import default_text
+from edge_memllm_export.texts import judging_text
 
 _SPREAD_TOKENS = 64
 _SEQUENCE = 48
@@ -92,7 +92,7 @@ def _sequence(judged: JudgedArtifact) -> list[int]:
     artifact = judged.artifact
     length = min(_SEQUENCE, artifact.manifest.model.max_position_embeddings)
     if "tokenizer.json" in artifact.manifest.files:
-        return text_tokens(judged, default_text(), length)
+        return text_tokens(judged, judging_text(), length)
     return _spread(judged)[:length].tolist()
 
 

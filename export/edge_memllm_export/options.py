@@ -66,10 +66,11 @@ def graph_form(
 
 def check_calibration(form: GraphForm, text: str | None) -> None:
     """Refuse a calibration text that nothing would read."""
-    if text is not None and form.method != "gptq":
+    if text is not None and form.method != "gptq" and not form.int8_cache:
         raise ExportError(
             f"calibration text: graph weights {form.weights} by the method {form.method or 'none'} "
-            "are not calibrated. Leave it out, or choose the graph method gptq."
+            "are not calibrated, nor are keys and values. Leave it out, or choose the graph method "
+            "gptq or int8 keys and values."
         )
 
 

@@ -21,27 +21,29 @@ def decode_section(entries: Entries) -> Section:
 
 
 def _table(runs: Mapping[str, Any]) -> str:
-    head = ["", "decode, ms/token", "speed over Base", "prefill, tokens/s", "memory of its own"]
+    head = ["", "decode, ms/token", "speed over Base", "prefill, tokens/s", "memory of its own, MB"]
     rows = []
     for variant in TABLE_6:
-        if variant == "base":
-            base = next(iter(runs.values()))["base"]
-            rows.append([VARIANTS[variant], *_cells(base, "1")])
-        elif variant in runs:
+        if variant in runs:
             ratio = runs[variant]["ratios"][0]["decode"]["text"]
-            rows.append([VARIANTS[variant], *_cells(runs[variant]["model"], ratio)])
-        else:
+            decode, prefill, memory = _beside_base(runs[variant])
+            rows.append([VARIANTS[variant], decode, ratio, prefill, memory])
+        elif variant != "base":
             rows.append([VARIANTS[variant], MISSING, *["-"] * (len(head) - 2)])
     return table(head, rows)
 
 
-def _cells(cell: Mapping[str, Any], ratio: str) -> list[str]:
-    return [
-        f"{1000 / cell['decode_tokens_per_second']:.2f}",
-        ratio,
-        f"{cell['prefill_tokens_per_second']:.0f}",
-        f"{cell['rss_anon_bytes'] / 1e6:.0f} MB",
+def _beside_base(run: Mapping[str, Any]) -> list[str]:
+    """Figures of a model, each with that of the Base it was measured in turns with."""
+    found = [
+        (
+            f"{1000 / cell['decode_tokens_per_second']:.2f}",
+            f"{cell['prefill_tokens_per_second']:.0f}",
+            f"{cell['rss_anon_bytes'] / 1e6:.0f}",
+        )
+        for cell in (run["model"], run["base"])
     ]
+    return [f"{own} (Base {base})" for own, base in zip(*found, strict=True)]
 
 
 def _circumstances(preset: str, runs: Mapping[str, Any]) -> str:
@@ -51,7 +53,9 @@ def _circumstances(preset: str, runs: Mapping[str, Any]) -> str:
         f"Preset `{preset}` with random weights, graph in {cell['model']['graph_weights']}, table "
         f"in {cell['model']['codec']}, records {cell['cache']} ({cell['reader']}); prompt of "
         f"{cell['context']} tokens, {cell['new_tokens']} decoded, {found['repeats']} rounds, each "
-        f"model in turns with Base. {where['processor']}, {cell['threads']} threads."
+        "model in turns with Base, whose figures of the same rounds are in brackets; the speed over "
+        "it is the ratio of the two, and the interval that holds it in 95 % of resampled rounds. "
+        f"{where['processor']}, {cell['threads']} threads."
     )
 
 
