@@ -13,8 +13,10 @@ import errno
 import os
 import stat
 from pathlib import Path
+from weakref import finalize
 
 from edge_memllm.errors import ArtifactError
+from edge_memllm.open_files import close_file
 
 # O_NONBLOCK: opening a pipe must not wait for a writer. Windows has only O_BINARY of these.
 _FLAGS = (
@@ -40,9 +42,11 @@ class Directory:
         self._descriptor: int | None = None
         if os.open in os.supports_dir_fd:
             try:
-                self._descriptor = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
+                folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
                 raise ArtifactError(f"{path}: cannot be opened ({error.strerror}).") from error
+            self._descriptor = folder
+            self._free = finalize(self, close_file, folder)  # also if nobody calls `close`
 
     def open_file(self, name: str) -> int:
         """Open a file for reading and return its descriptor, which the caller closes.
@@ -56,15 +60,20 @@ class Directory:
             raise ArtifactError(f"{where}: {_reason(error)}") from error
         try:
             _refuse_unless_plain(os.fstat(file), where)
+            if hasattr(os, "O_NONBLOCK"):
+                os.set_blocking(file, True)  # reads are to wait, whatever the file system
+        except OSError as error:
+            close_file(file)
+            raise ArtifactError(f"{where}: {_reason(error)}") from error
         except BaseException:
-            os.close(file)
+            close_file(file)
             raise
         return file
 
     def close(self) -> None:
         """Close the folder; closing twice is fine."""
         if self._descriptor is not None:
-            os.close(self._descriptor)
+            self._free()
             self._descriptor = None
 
     def _open(self, name: str) -> int:

@@ -10,7 +10,7 @@ import mmap
 import os
 import stat
 from collections.abc import Callable, Iterator, Mapping
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import replace
 from io import BufferedReader
 from pathlib import Path
@@ -20,8 +20,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.atomic import WholeFile
-from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
+from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.manifest import ModelSpec
+from edge_memllm.open_files import close_file, not_read
 from edge_memllm.request import check_tokens
 from edge_memllm.runtime_protocol import HeldLayout
 from edge_memllm.sampling import random_draws
@@ -72,11 +73,10 @@ class SessionFile:
         self._where = str(path)
         self._file = self._open(path)
         try:
-            self._size = os.fstat(self._file.fileno()).st_size
             self._head = self._read_header()
             self._header = Header.parse(self._head[LENGTH.size :], self._where)
         except BaseException:
-            self._file.close()
+            self._close()
             raise
         self.origin = self._header.origin
 
@@ -106,7 +106,11 @@ class SessionFile:
         return self
 
     def __exit__(self, *_: object) -> None:
-        self._file.close()
+        self._close()
+
+    def _close(self) -> None:
+        with suppress(OSError):  # nothing was written, so nothing can be lost
+            self._file.close()
 
     def _open(self, path: Path) -> BufferedReader:
         try:
@@ -115,9 +119,12 @@ class SessionFile:
             raise ArtifactError(f"{path}: the file does not exist, expected a session.") from None
         except OSError as error:
             raise ArtifactError(f"{path}: cannot be opened ({error.strerror}).") from error
-        if not stat.S_ISREG(os.fstat(file).st_mode):
-            os.close(file)
+        with self._reading():
+            status = os.fstat(file)
+        if not stat.S_ISREG(status.st_mode):
+            close_file(file)
             raise ArtifactError(f"{path}: this is not a regular file, expected a session.")
+        self._size = status.st_size
         return os.fdopen(file, "rb")
 
     def _read_header(self) -> bytes:
@@ -159,7 +166,7 @@ class SessionFile:
         try:
             yield
         except OSError as error:
-            raise StorageError(f"{self._where}: reading failed ({error.strerror}).") from error
+            raise not_read(self._where, error) from error
 
 
 def _views(data: mmap.mmap, position: int, kinds: HeldLayout) -> dict[str, NDArray[Any]]:

@@ -208,6 +208,52 @@ def test_partial_reads_are_continued(
     reader.close()
 
 
+def cut(parts: list[memoryview], count: int) -> int:
+    """Take back what lies behind `count` bytes of what was read."""
+    count = min(count, len(parts[0]))
+    parts[0][count:] = bytes(len(parts[0]) - count)
+    for part in parts[1:]:
+        part[:] = bytes(len(part))
+    return count
+
+
+@pytest.mark.parametrize("failing", range(3))
+@pytest.mark.parametrize("short", [0, 1, 100, 511, 513, 1000])
+@pytest.mark.parametrize("kind", ["pread", "direct", "uring"], indirect=True)
+def test_a_single_short_read_is_no_end_of_the_file(
+    kind: str, path: Path, monkeypatch: pytest.MonkeyPatch, short: int, failing: int
+) -> None:
+    if kind == "pread" and short == 0:
+        pytest.skip("means the end of the file")
+    content, real, calls = path.read_bytes(), os.preadv, iter(range(1000))
+    reader = open_(kind, path)
+
+    def once_short(file: int, parts: list[memoryview], offset: int) -> int:
+        count = real(file, parts, offset)
+        return cut(parts, short) if next(calls) == failing else count
+
+    monkeypatch.setattr(os, "preadv", once_short)
+    target = buffers([[10, 0, 900, 90]])
+    for _ in range(3):
+        reader.read([200], views(target))
+    joined = b"".join(target[0])
+    assert joined == content[200 : 200 + len(joined)]
+    reader.close()
+
+
+@pytest.mark.parametrize("kind", ["direct"], indirect=True)
+def test_a_device_that_never_gives_a_block(
+    kind: str, path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    reader, real = open_(kind, path), os.preadv
+    monkeypatch.setattr(
+        os, "preadv", lambda file, parts, at: real(file, parts, at) and cut(parts, 100)
+    )
+    with pytest.raises(StorageError, match=r"less than a block of \d+ bytes at \d+ 16 times"):
+        reader.read([200], views(buffers([[10, 900]])))
+    reader.close()
+
+
 @pytest.mark.parametrize("failing", range(4))
 @pytest.mark.parametrize("kind", ["pread", "direct"], indirect=True)
 def test_an_error_of_the_device_at_any_read(

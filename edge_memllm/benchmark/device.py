@@ -27,6 +27,7 @@ if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
 
 _THREADS = 16
+_TRIES = 16
 _PAGE = 4096  # devices that cannot address less want reads of whole pages
 _READERS = ("direct", "uring", "pread")
 
@@ -145,11 +146,13 @@ class DeviceProbe:
         wanted = offset + record_bytes - aligned
         size = -(-wanted // self._alignment) * self._alignment
         with memoryview(buffer)[:size] as target:
-            count = os.preadv(self._file, [target], aligned)
-        if count < wanted:
-            raise StorageError(
-                f"The table ends at byte {aligned + count}, within the record at {offset}."
-            )
+            for _ in range(_TRIES):  # a read may come back short; one that does is not timed well
+                count = os.preadv(self._file, [target], aligned)
+                if count >= wanted:
+                    return
+        raise StorageError(
+            f"Reading the table at byte {aligned} gives {count} bytes, expected {wanted}."
+        )
 
     def _buffer(self) -> mmap.mmap:
         """Memory that starts on a page, as direct reads want, and holds any record."""

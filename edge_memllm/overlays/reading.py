@@ -19,7 +19,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.codecs.codec import Bytes
-from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
+from edge_memllm.errors import ArtifactError, CorruptionError
+from edge_memllm.open_files import close_file, not_read
 from edge_memllm.overlays.columns import places_of
 from edge_memllm.overlays.header import COLUMNS, Header
 from edge_memllm.overlays.overlay import (
@@ -65,9 +66,9 @@ def open_overlay(path: str | os.PathLike[str]) -> Overlay:
         with os.fdopen(file, "rb", closefd=False) as stream:
             return _read(stream, status.st_size, str(where))
     except OSError as error:
-        raise StorageError(f"{where}: reading failed ({error.strerror or error}).") from error
+        raise not_read(where, error) from error
     finally:
-        os.close(file)  # a map keeps a descriptor of its own
+        close_file(file)  # a map keeps a descriptor of its own
 
 
 def _read(stream: BufferedReader, size: int, where: str) -> Overlay:

@@ -11,6 +11,7 @@ from collections.abc import Sequence
 from concurrent.futures import wait
 from itertools import pairwise
 
+from edge_memllm.errors import StorageError
 from edge_memllm.forking import Workers
 from edge_memllm.readers.arena import Arena, Span
 from edge_memllm.readers.open_file import OpenFile
@@ -20,6 +21,9 @@ _ALIGNMENTS = (512, 4096)  # of blocks, in practice
 _THREADS = 8
 # Fewer records than this for each thread are not worth waking it.
 _LEAST_PER_THREAD = 4
+# Reads in succession that may come back with less than a block before the end of the file: a signal
+# or a network cuts one short, not all.
+_VAIN_READS = 16
 
 
 class DirectReader:
@@ -77,20 +81,31 @@ class DirectReader:
     def _fill(self, bounce: memoryview, offset: int, parts: list[memoryview]) -> int:
         size = sum(map(len, parts))
         span = Span.around(offset, size, self.alignment)
-        calls = done = 0
+        calls = done = vain = 0
         while done < span.needed:
             target = bounce[done : span.length]
             count = self.file.read_some([target], span.begin + done, size)
             calls += 1
             have = done + count
-            # To go on within a block is not allowed; at the end of the file there is no other way.
-            aligned = have // self.alignment * self.alignment
-            if have < span.needed and aligned == done:
-                end = max(span.begin + have, offset)
-                raise self.file.cut_short(end, offset + size - end)
-            done = have if have >= span.needed else aligned
+            if have >= span.needed:
+                break
+            aligned = have // self.alignment * self.alignment  # within a block none may go on
+            vain = vain + 1 if aligned == done else 0
+            done = aligned
+            if vain:
+                self._check_vain(vain, max(span.begin + have, offset), offset + size)
         scatter(bounce, span.skip, parts)
         return calls
+
+    def _check_vain(self, times: int, end: int, wanted: int) -> None:
+        """Raise `StorageError` if reads that came back with less than a block are no accident."""
+        if self.file.size() < wanted:
+            raise self.file.cut_short(end, wanted - end)
+        if times == _VAIN_READS:
+            raise StorageError(
+                f"{self.file.where}: the device gave less than a block of {self.alignment} bytes "
+                f"at {end} {times} times. Use the reader 'pread'."
+            )
 
 
 def _find_alignment(file: OpenFile, region: Region) -> int:

@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 from contextlib import suppress
 
 from edge_memllm.errors import RequestError, StorageError
+from edge_memllm.open_files import not_read
 from edge_memllm.readers.reader import scatter
 
 try:
@@ -36,7 +37,8 @@ class OpenFile:
     def expect_random_reads(self) -> None:
         """Tell the system not to read ahead: behind a record lies one that nobody asked for."""
         if hasattr(os, "posix_fadvise"):
-            os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
+            with suppress(OSError):  # a hint
+                os.posix_fadvise(self.descriptor, 0, 0, os.POSIX_FADV_RANDOM)
 
     def bypass_page_cache(self) -> None:
         """Have all reads go to the device. Raises `RequestError` where that cannot be had."""
@@ -86,7 +88,10 @@ class OpenFile:
         """The size of the file now."""
         if self._stream.closed:
             raise StorageError(f"{self.where}: the reader is closed.")
-        return os.fstat(self.descriptor).st_size
+        try:
+            return os.fstat(self.descriptor).st_size
+        except OSError as error:
+            raise not_read(self.where, error) from error
 
     def failed(self, error: OSError, offset: int, missing: int) -> StorageError:
         """Return the error for a read that the system refused."""
@@ -111,7 +116,8 @@ class OpenFile:
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
-        self._stream.close()
+        with suppress(OSError):  # nothing was written, so nothing can be lost
+            self._stream.close()
 
     def _positioned(self, parts: list[memoryview], offset: int) -> int:
         return os.preadv(self.descriptor, parts, offset)

@@ -15,6 +15,9 @@ import struct
 import time
 from collections.abc import Iterator
 from typing import Any
+from weakref import finalize
+
+from edge_memllm.open_files import close_file
 
 _SETUP, _ENTER = 425, 426  # numbers of the system calls
 _GETEVENTS = 1
@@ -36,10 +39,11 @@ class Ring:
         self._call = _system_call()
         parameters = ctypes.create_string_buffer(_PARAMETERS.size)
         self._descriptor = self._call(_SETUP, depth, parameters, 0, 0, 0, 0)
+        self._free = finalize(self, close_file, self._descriptor)  # also if nobody calls `close`
         try:
             self._map(_PARAMETERS.unpack(parameters.raw))
         except BaseException:
-            os.close(self._descriptor)
+            self._free()
             raise
         self.depth = depth
         self.in_flight = 0
@@ -109,7 +113,7 @@ class Ring:
         self._words.release()
         self._entries.close()
         self._queues.close()
-        os.close(self._descriptor)
+        self._free()
 
 
 def _system_call() -> Any:
