@@ -15,6 +15,7 @@ from typing import Self
 from edge_memllm.directory import Directory
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
 from edge_memllm.manifest import MANIFEST_NAME, Manifest
+from edge_memllm.open_files import close_file, reading
 from edge_memllm.strict_json import MAX_JSON_BYTES
 
 Progress = Callable[[str, int, int], None]
@@ -53,7 +54,7 @@ class Artifact:
             artifact = cls(directory.path, directory, _read_manifest(directory))
             manifest = artifact.manifest
             for name in manifest.files:
-                os.close(artifact.open_file(name))
+                close_file(artifact.open_file(name))
             later = {manifest.table.file}
             if not check_graph:
                 later |= {manifest.graph.file, manifest.graph.external_data or ""}
@@ -74,7 +75,7 @@ class Artifact:
         file = self._directory.open_file(name)
         found, expected = os.fstat(file).st_size, self.manifest.files[name].bytes
         if found != expected:
-            os.close(file)
+            close_file(file)
             raise CorruptionError(
                 f"{self.path / name}: {found} bytes, the manifest says {expected}. {_COPY_AGAIN}"
             )
@@ -91,7 +92,7 @@ class Artifact:
         when reading fails or there is no memory for it.
         """
         where, size = self.path / name, self.manifest.files[name].bytes
-        with os.fdopen(self.open_file(name), "rb", buffering=0) as file:
+        with reading(self.open_file(name), where) as file:
             try:
                 data, digest = bytearray(size), hashlib.sha256()
                 with memoryview(data) as view:
@@ -99,8 +100,6 @@ class Artifact:
                     while count := file.readinto(view[done : done + _CHUNK_BYTES]):
                         digest.update(view[done : done + count])
                         done += count
-            except OSError as error:
-                raise _unreadable(where, error) from error
             except MemoryError:
                 raise StorageError(f"{where}: no memory for its {size:,} bytes.") from None
         self._compare(name, digest.hexdigest())
@@ -146,17 +145,9 @@ class Artifact:
 def _read_manifest(directory: Directory) -> Manifest:
     where = directory.path / MANIFEST_NAME
     # One byte more than allowed: the parser refuses it, whatever size the file claims to have.
-    data = _read(directory.open_file(MANIFEST_NAME), MAX_JSON_BYTES + 1, where)
+    with reading(directory.open_file(MANIFEST_NAME), where) as file:
+        data = file.read(MAX_JSON_BYTES + 1)
     return Manifest.from_json(data, str(where))
-
-
-def _read(file: int, limit: int, where: Path) -> bytes:
-    """Read up to `limit` bytes and close the file."""
-    try:
-        with os.fdopen(file, "rb") as stream:
-            return stream.read(limit)
-    except OSError as error:
-        raise _unreadable(where, error) from error
 
 
 class _Watched:
@@ -170,11 +161,8 @@ class _Watched:
 
     def sha256(self, file: int, where: Path) -> str:
         """Return the hex digest of the whole file and close it."""
-        try:
-            with os.fdopen(file, "rb", buffering=0) as self._stream:
-                return hashlib.file_digest(self, "sha256").hexdigest()
-        except OSError as error:
-            raise _unreadable(where, error) from error
+        with reading(file, where) as self._stream:
+            return hashlib.file_digest(self, "sha256").hexdigest()
 
     def readable(self) -> bool:
         """As `file_digest` asks."""
@@ -190,7 +178,3 @@ class _Watched:
         self._done += count
         if self._progress is not None:
             self._progress("files", self._done, self._total)
-
-
-def _unreadable(where: Path, error: OSError) -> StorageError:
-    return StorageError(f"{where}: reading failed ({error.strerror}). Check the storage device.")

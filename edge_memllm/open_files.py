@@ -5,8 +5,8 @@ from __future__ import annotations
 import os
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
+from io import BufferedReader
 from pathlib import Path
-from typing import BinaryIO
 
 from edge_memllm.errors import StorageError
 
@@ -18,13 +18,13 @@ def close_file(file: int) -> None:
 
 
 @contextmanager
-def reading(file: int, where: str | Path) -> Iterator[BinaryIO]:
-    """Yield a stream of an open file, not buffered, and close it.
+def reading(file: int, where: str | Path) -> Iterator[BufferedReader]:
+    """Yield a stream of an open file, and close it.
 
     Raises `StorageError`, naming `where`, when reading fails.
     """
     try:
-        with os.fdopen(file, "rb", buffering=0, closefd=False) as stream:
+        with os.fdopen(file, "rb", closefd=False) as stream:
             yield stream
     except OSError as error:
         raise not_read(where, error) from error

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
+
+from edge_memllm.open_files import reading
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
@@ -21,6 +22,6 @@ def weight_bytes(artifact: Artifact) -> int:
 
     spec = artifact.manifest.graph
     size = artifact.manifest.files[spec.file].bytes
-    with os.fdopen(artifact.open_file(spec.file), "rb") as file:
+    with reading(artifact.open_file(spec.file), artifact.path / spec.file) as file:
         tensors = read_graph(file, size).tensors.values()
     return sum(each.size for each in tensors if each.name not in _BY_POSITION)

@@ -7,13 +7,14 @@ that memory stays small however large the vocabulary is.
 
 from __future__ import annotations
 
-import os
 from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import ArtifactError, StorageError
+from edge_memllm.errors import ArtifactError
+from edge_memllm.open_files import reading
+from edge_memllm.readers.open_file import OpenFile
 from edge_memllm_runtimes.graph_file import Tensor, read_graph
 
 if TYPE_CHECKING:
@@ -38,9 +39,13 @@ class GraphHead:
         self._dtype = np.dtype(manifest.graph.compute_dtype)
         self._prefers = 8 if manifest.graph.weights == "int8" else 4
         names = [manifest.graph.file, manifest.graph.external_data]
-        self._files = [artifact.open_file(name) for name in names if name is not None]
+        self._files = [
+            OpenFile(artifact.open_file(name), str(artifact.path / name))
+            for name in names
+            if name is not None
+        ]
         try:
-            with os.fdopen(os.dup(self._files[0]), "rb") as file:
+            with reading(artifact.open_file(manifest.graph.file), self._where) as file:
                 size = manifest.files[manifest.graph.file].bytes
                 self._weights = read_graph(file, size).tensors
             self._norm = self._values(_NORM, self._shape[1])
@@ -65,7 +70,7 @@ class GraphHead:
     def close(self) -> None:
         """Close the files; closing twice is fine."""
         while self._files:
-            os.close(self._files.pop())
+            self._files.pop().close()
 
     def _transposed(self, start: int, count: int) -> Floats:
         """Rows out of a float matrix [D, V]."""
@@ -110,7 +115,7 @@ class GraphHead:
         data = self._read(name, 0, count * self._dtype.itemsize)
         return np.frombuffer(data, self._dtype).astype(np.float32)
 
-    def _read(self, name: str, offset: int, size: int) -> bytes:
+    def _read(self, name: str, offset: int, size: int) -> bytearray:
         weight = self._weight(name)
         outside = weight.outside is not None
         if offset + size > weight.size or outside >= len(self._files):
@@ -118,9 +123,8 @@ class GraphHead:
                 f"{self._where}: {name} has {weight.size} bytes, too few for the manifest's shape. "
                 "Export again."
             )
-        data = os.pread(self._files[outside], size, weight.start + offset)
-        if len(data) != size:
-            raise StorageError(f"{self._where}: the file was truncated while it was open.")
+        data = bytearray(size)
+        self._files[outside].fill([memoryview(data)], weight.start + offset)
         return data
 
     def _weight(self, name: str) -> Tensor:
