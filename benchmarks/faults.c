@@ -79,34 +79,39 @@ OPENS(open) OPENS(open64)
         return fails(OPEN, path_below(folder, path)) ? -1 : REAL(name)(folder, path, flags, mode); }
 OPENS_AT(openat) OPENS_AT(openat64)
 
+/* Cut short is half of what could be moved. Direct reads must ask for whole blocks. */
+static ssize_t half(ssize_t size) { return size > 1 ? size / 2 : size; }
 #define MOVES(kind, name, data, ...)                                                    \
     if (fails(kind, file_below(file))) {                                                \
         if (!SHORT) return -1;                                                          \
-        size = size > 1 ? size / 2 : size;                                              \
+        size = half(size);                                                              \
     }                                                                                   \
     return REAL(name)(file, data, size, ##__VA_ARGS__);
+#define READS_AT(name, data, ...)                                                       \
+    int failing = fails(READ, file_below(file));                                        \
+    if (failing && !SHORT) return -1;                                                   \
+    ssize_t done = REAL(name)(file, data, ##__VA_ARGS__);                               \
+    return failing ? half(done) : done;
 ssize_t read(int file, void *data, size_t size) { MOVES(READ, read, data) }
-ssize_t pread(int file, void *data, size_t size, off_t at) { MOVES(READ, pread, data, at) }
-ssize_t pread64(int file, void *data, size_t size, off64_t at) { MOVES(READ, pread64, data, at) }
+ssize_t pread(int file, void *data, size_t size, off_t at) { READS_AT(pread, data, size, at) }
+ssize_t pread64(int file, void *data, size_t size, off64_t at) { READS_AT(pread64, data, size, at) }
+ssize_t preadv(int file, const struct iovec *parts, int count, off_t at) { READS_AT(preadv, parts, count, at) }
+ssize_t preadv64(int file, const struct iovec *parts, int count, off64_t at) { READS_AT(preadv64, parts, count, at) }
+ssize_t preadv2(int file, const struct iovec *parts, int count, off_t at, int flags) { READS_AT(preadv2, parts, count, at, flags) }
+ssize_t preadv64v2(int file, const struct iovec *parts, int count, off64_t at, int flags) { READS_AT(preadv64v2, parts, count, at, flags) }
 ssize_t write(int file, const void *data, size_t size) { MOVES(WRITE, write, data) }
 ssize_t pwrite(int file, const void *data, size_t size, off_t at) { MOVES(WRITE, pwrite, data, at) }
 ssize_t pwrite64(int file, const void *data, size_t size, off64_t at) { MOVES(WRITE, pwrite64, data, at) }
 
-/* Several parts cut short are the first of them, or half of it. */
-#define SCATTERS(kind, name, ...)                                                       \
+/* Several parts cut short are half of the first of them. */
+#define SCATTERS(kind, name)                                                            \
     struct iovec first = parts[0];                                                      \
-    if (fails(kind, file_below(file))) {                                                \
-        if (!SHORT) return -1;                                                          \
-        first.iov_len = first.iov_len > 1 ? first.iov_len / 2 : first.iov_len;          \
-        return REAL(name)(file, &first, 1, ##__VA_ARGS__);                              \
-    }                                                                                   \
-    return REAL(name)(file, parts, count, ##__VA_ARGS__);
+    if (!fails(kind, file_below(file))) return REAL(name)(file, parts, count);          \
+    if (!SHORT) return -1;                                                              \
+    first.iov_len = half(first.iov_len);                                                \
+    return REAL(name)(file, &first, 1);
 ssize_t readv(int file, const struct iovec *parts, int count) { SCATTERS(READ, readv) }
 ssize_t writev(int file, const struct iovec *parts, int count) { SCATTERS(WRITE, writev) }
-ssize_t preadv(int file, const struct iovec *parts, int count, off_t at) { SCATTERS(READ, preadv, at) }
-ssize_t preadv64(int file, const struct iovec *parts, int count, off64_t at) { SCATTERS(READ, preadv64, at) }
-ssize_t preadv2(int file, const struct iovec *parts, int count, off_t at, int flags) { SCATTERS(READ, preadv2, at, flags) }
-ssize_t preadv64v2(int file, const struct iovec *parts, int count, off64_t at, int flags) { SCATTERS(READ, preadv64v2, at, flags) }
 
 ssize_t sendfile(int to, int from, off_t *at, size_t size) {
     if (!SHORT && (fails(WRITE, file_below(to)) || fails(READ, file_below(from)))) return -1;

@@ -92,7 +92,7 @@ def test_a_file_cut_while_it_is_open_is_an_error(
     with Artifact.open(path) as artifact:
         head = GraphHead(artifact)
         os.truncate(path / "graph.onnx", 100)
-        with pytest.raises(StorageError, match="truncated while it was open"):
+        with pytest.raises(StorageError, match=r"ends at \d+, \d+ bytes early"):
             head.rows(SOME)
         head.close()
 

@@ -10,9 +10,10 @@ import struct
 import threading
 from collections.abc import Callable, Sequence
 from contextlib import suppress
+from weakref import finalize
 
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.open_files import not_read
+from edge_memllm.open_files import close_file, not_read
 from edge_memllm.readers.reader import scatter
 
 try:
@@ -27,9 +28,8 @@ class OpenFile:
     def __init__(self, descriptor: int, where: str) -> None:
         self.where = where
         self.descriptor = descriptor
-        self._stream = os.fdopen(descriptor, "rb", buffering=0)
+        self._free = finalize(self, close_file, descriptor)  # also if nobody calls `close`
         self._lock = threading.Lock()
-        self._scratch = bytearray()
         # One call to the system, with its own error: bytes read, 0 at the end of the file.
         self.read_once = self._positioned if hasattr(os, "preadv") else self._seeking
         self._advise = _adviser()
@@ -58,7 +58,7 @@ class OpenFile:
 
     def announce(self, offset: int, size: int) -> None:
         """Ask the system to have these bytes in memory soon, where it takes such hints."""
-        if self._advise is not None and not self._stream.closed:
+        if self._advise is not None and not self._closed:
             with suppress(OSError):  # a hint; the read that follows has something to say
                 self._advise(self.descriptor, offset, size)
 
@@ -77,7 +77,7 @@ class OpenFile:
 
     def read_some(self, parts: list[memoryview], offset: int, missing: int) -> int:
         """Read once; return how many bytes came, 0 at the end of the file."""
-        if self._stream.closed:
+        if self._closed:
             raise StorageError(f"{self.where}: the reader is closed.")
         try:
             return self.read_once(parts, offset)
@@ -86,7 +86,7 @@ class OpenFile:
 
     def size(self) -> int:
         """The size of the file now."""
-        if self._stream.closed:
+        if self._closed:
             raise StorageError(f"{self.where}: the reader is closed.")
         try:
             return os.fstat(self.descriptor).st_size
@@ -116,23 +116,22 @@ class OpenFile:
 
     def close(self) -> None:
         """Close the file; closing twice is fine."""
-        with suppress(OSError):  # nothing was written, so nothing can be lost
-            self._stream.close()
+        self._free()
+
+    @property
+    def _closed(self) -> bool:
+        return not self._free.alive
 
     def _positioned(self, parts: list[memoryview], offset: int) -> int:
         return os.preadv(self.descriptor, parts, offset)
 
     def _seeking(self, parts: list[memoryview], offset: int) -> int:
-        size = sum(map(len, parts))
+        # One read for all parts: a read for each would be three calls a record.
         with self._lock:
-            if len(self._scratch) < size:
-                self._scratch = bytearray(size)
-            # One read for all parts: a read for each would be three calls a record.
-            with memoryview(self._scratch) as scratch:
-                self._stream.seek(offset)
-                count = self._stream.readinto(scratch[:size]) or 0
-                scatter(scratch[:count], 0, _first(parts, count))
-        return count
+            os.lseek(self.descriptor, offset, os.SEEK_SET)
+            data = os.read(self.descriptor, sum(map(len, parts)))
+        scatter(memoryview(data), 0, _first(parts, len(data)))
+        return len(data)
 
 
 def _adviser() -> Callable[[int, int, int], None] | None:

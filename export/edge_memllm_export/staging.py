@@ -87,6 +87,8 @@ class Staging:
                 self.path.mkdir(exist_ok=True)
                 lock = FolderLock(self.path)
             except OSError as error:
+                with suppress(OSError):  # unless there was something in it
+                    self.path.rmdir()
                 raise ExportError(
                     f"{self.path}: cannot be made a folder ({reason(error)}). An export into "
                     f"{self._out} is built there; move away what stands in the way."
