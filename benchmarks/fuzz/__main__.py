@@ -1,11 +1,12 @@
 """Open artifacts with something changed in them, and see that none does harm.
 
-    python -m benchmarks.fuzz [--count 100000] [--seed 0] [--workers 1] [--artifact FOLDER]
+    python -m benchmarks.fuzz [--count 100000] [--first 0] [--seed 0] [--artifact FOLDER]
     python -m benchmarks.fuzz --only NUMBER --keep FOLDER      one mutant again, left in FOLDER
 
 Every mutant has one file changed (bytes, or a value, field or word of what it means), and in seven
-of ten all digests are written again, so that they vouch for the change. It is loaded, two texts are
-continued by four tokens and one chat is rendered, in a process that is used for many. What may come:
+of ten all digests are written again, so that they vouch for the change. It is loaded, two texts
+are continued by four tokens and one chat is rendered, in a process that is used for many. What may
+come of it:
 
     refused    an error of ours, by type
     same       the same answers: the change is in what no answer needs
@@ -43,6 +44,7 @@ _SECONDS = 10.0
 _START_SECONDS = 120.0
 # A process for so many: what a library keeps for good must not look like a mutant's doing.
 _PER_PROCESS = 5000
+WORKER = "benchmarks.fuzz.worker"
 FAULTS = ("untyped", "crash", "hang", "memory", "leak")
 
 
@@ -85,7 +87,7 @@ def _lines(
     source: Path, folder: Path, seed: int, number: int, stop: int
 ) -> Iterator[dict[str, Any]]:
     """Yield the lines of one process, and a line of our own for a mutant that ended it."""
-    command = [sys.executable, "-m", "benchmarks.fuzz.worker", str(source), str(folder)]
+    command = [sys.executable, "-m", WORKER, str(source), str(folder)]
     command += map(str, (seed, number, stop))
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
     assert process.stdout is not None

@@ -19,7 +19,19 @@ from edge_memllm.manifest import MANIFEST_NAME
 _VALUES: tuple[Any, ...] = (
     *(None, True, False, 0, -1, 1, 2, 7, 255, 256, 1 << 31, (1 << 31) - 1, 1 << 32, 1 << 63),
     *(1 << 64, -(1 << 63), 10**30, 0.0, -0.5, 1e-300, 1e308, 0.1),
-    *("", "a", " ", "\x00", "\ud800", "é", "../x", "/etc/passwd", "a" * 70_000, "<s>", "🙂"),
+    *(
+        "",
+        "a",
+        " ",
+        "\x00",
+        "\ud800",
+        "é",
+        "../x",
+        "/etc/passwd",
+        "a" * 70_000,
+        "<s>",
+        "\U0001f642",
+    ),
     *([], {}, [[]], [None], {"a": 1}, ["a", "b"], [0] * 3000),
 )
 # The same as text, for what a writer of JSON would not write.
@@ -27,40 +39,35 @@ _TEXTS = (b"NaN", b"Infinity", b"-0", b"1e999", b"9" * 5000, b"[" * 5000, b'{"a"
 _NUMBERS = (0, 1, 2, 7, 8, 16, 31, 32, 127, 128, 255, 1 << 14, (1 << 31) - 1, 1 << 31)
 _WIDE = (*_NUMBERS, 1 << 32, (1 << 32) + 106, (1 << 35) + 106, 1 << 62, (1 << 64) - 1)
 _JINJA = (
-    *(
-        "{{ 'a' * 1000000000 }}",
-        "{% for i in range(1000000000) %}{% endfor %}",
-        "{{ range(10**9)|list }}",
-    ),
-    *(
-        "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
-        "{{ ''.__class__.__mro__ }}",
-        "{{ x.y.z }}",
-    ),
-    *(
-        "{% set a = ['x'] %}",
-        "{% for m in messages %}",
-        "{% endfor %}",
-        "{%",
-        "}}",
-        "{# ",
-        "{{ messages }}",
-    ),
-    *("{{ raise_exception('no') }}", "{{ 10**100000 }}", "{{ '%999999999d' % 1 }}", "{{ 1/0 }}"),
-    *(
-        "{% include 'x' %}",
-        "{% break %}",
-        "{{ messages|tojson(indent=999999999) }}",
-        "{{ '{:>999999999}'.format(1) }}",
-    ),
-    *(
-        "{% set ns = namespace(a='x') %}{% for i in range(99) %}{% set ns.a = ns.a + ns.a %}{% endfor %}{{ ns.a }}",
-    ),
-    *(
-        "{{ " + "(" * 500 + ")" * 500 + " }}",
-        "{% if true %}" * 300,
-        "{{ strftime_now('%Y' * 100000) }}",
-    ),
+    "{{ 'a' * 1000000000 }}",
+    "{% for i in range(1000000000) %}{% endfor %}",
+    "{{ range(10**9)|list }}",
+    "{% macro m() %}{{ m() }}{% endmacro %}{{ m() }}",
+    "{{ ''.__class__.__mro__ }}",
+    "{{ x.y.z }}",
+    "{% set a = ['x'] %}",
+    "{% for m in messages %}",
+    "{% endfor %}",
+    "{%",
+    "}}",
+    "{# ",
+    "{{ messages }}",
+    "{{ raise_exception('no') }}",
+    "{{ 10**100000 }}",
+    "{{ 10**10**10 }}",
+    "{{ '%999999999d' % 1 }}",
+    "{{ 1/0 }}",
+    "{% include 'x' %}",
+    "{% break %}",
+    "{{ messages|tojson(indent=999999999) }}",
+    "{{ '{:>999999999}'.format(1) }}",
+    "{% set n = namespace(a='x') %}{% for i in range(99) %}{% set n.a = n.a + n.a %}{% endfor %}",
+    "{{ " + "(" * 500 + ")" * 500 + " }}",
+    "{% if true %}" * 300,
+    "{{ strftime_now('%Y' * 100000) }}",
+    "{{ lipsum(n=1000000) }}",
+    "{{ 'a'|center(1000000000) }}",
+    "{{ messages|batch(1, 1000000000)|list }}",
 )
 
 
@@ -149,13 +156,9 @@ def _numbers(choose: Random, data: bytes) -> bytes:
 
 def _places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
     found = [path]
-    keys = (
-        value
-        if isinstance(value, dict)
-        else range(min(len(value), 40))
-        if isinstance(value, list)
-        else ()
-    )
+    keys: Any = value if isinstance(value, dict) else ()
+    if isinstance(value, list):
+        keys = range(min(len(value), 40))
     for key in keys:
         found += _places(value[key], (*path, key))
     return found
@@ -237,7 +240,7 @@ def _fields(data: bytes) -> list[tuple[int, Any]] | None:
                 continue
             if tag & 7 == 2:
                 width, place = _take(data, place)
-            if not width and tag & 7 != 2 or tag >> 3 == 0 or place + width > len(data):
+            if tag & 7 not in (1, 2, 5) or tag >> 3 == 0 or place + width > len(data):
                 return None
             found.append((tag, data[place : place + width]))
             place += width

@@ -48,6 +48,7 @@ class Folder:
         self.put(base)
 
     def put(self, files: Files) -> None:
+        """Make the folder hold `files`."""
         changed = {name for name in files if files[name] is not self._base[name]}
         for name in self._changed | changed:
             (self._path / name).write_bytes(files[name])
@@ -90,13 +91,12 @@ def work(source: Path, folder: Path, seed: int, numbers: range) -> None:
             what, why = "memory", f"{grown:,} bytes; {what} {why}"
         if len(os.listdir("/proc/self/fd")) > descriptors + 1:
             what, why = "leak", f"{what} {why}"
-        same = mutant.files.keys() == base.keys() and mutant.files == base
         _say(
             {
                 "number": number,
                 "file": mutant.name,
                 "how": mutant.how,
-                "rewritten": mutant.rewritten or same,
+                "rewritten": mutant.rewritten,
                 "what": what,
                 "why": why,
                 "seconds": round(seconds, 3),
