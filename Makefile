@@ -62,6 +62,7 @@ check: setup  ## format, lint, types, generated documents
 	$(BIN)/ruff check $(SOURCE)
 	$(BIN)/mypy
 	$(BIN)/python docs/cli_reference.py --check
+	$(BIN)/python docs/fields_reference.py --check
 	$(BIN)/python docs/roofline.py --check
 	$(BIN)/python -m benchmarks.paper page --check
 
@@ -94,8 +95,9 @@ format: setup  ## rewrite files in the house format
 	$(BIN)/ruff format $(SOURCE)
 	$(BIN)/ruff check --fix $(SOURCE)
 
-docs: setup  ## write docs/cli.md again from --help
+docs: setup  ## write docs/cli.md again from --help, docs/fields.md from its table
 	$(BIN)/python docs/cli_reference.py
+	$(BIN)/python docs/fields_reference.py
 
 clean:  ## remove caches and build output, keep environments
 	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

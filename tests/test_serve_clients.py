@@ -77,6 +77,12 @@ def test_langchain_is_told_that_there_are_no_tools(chat: Any) -> None:
         chat.bind_tools([{"type": "function", "function": {"name": "f"}}]).invoke("Hi")
 
 
+def test_langchain_knows_that_a_chat_is_too_long(chat: Any) -> None:
+    base = pytest.importorskip("langchain_openai.chat_models.base")
+    with pytest.raises(base.OpenAIContextOverflowError, match="maximum context length is 512"):
+        chat.invoke("x " * 1000)
+
+
 def test_langchain_completes(served: Served, model: Model) -> None:
     langchain = pytest.importorskip("langchain_openai")
     found = langchain.OpenAI(

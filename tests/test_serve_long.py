@@ -115,7 +115,8 @@ def test_what_cannot_fit_is_refused_without_tokenizing_it(
     assert error["type"] == "invalid_request_error"
     assert error["param"].startswith(what)
     assert error["message"].startswith("This model's maximum context length is 128 tokens. However")
-    assert f"your {what} resulted in" in error["message"]
+    assert "your prompt is too long: " in error["message"]
+    assert f"Please reduce the length of the {what}." in error["message"]
 
 
 def test_what_may_fit_is_tokenized_only_until_it_cannot(

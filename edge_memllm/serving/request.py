@@ -32,17 +32,19 @@ class Request:
 
     `max_new_tokens` may be 0 where only the prompt's scores are wanted. `choices` replies are
     drawn, each with random numbers of its own, as `Model.generate` draws them for equal prompts.
-    `constraint` makes one constraint for each of them. `top` gives every token its score and that
-    many likeliest ones, None gives none; `score_prompt` scores the prompt's tokens as well.
-    `client` is whose request it is: clients take turns. After `timeout` seconds it is given up:
-    from when it is submitted, or from `since` on the clock `time.monotonic`. `overlays` are looked
-    up when it is submitted, and kept. `without_memory` computes as if the memory of all layers
-    were zero. `trace` tells where each token's record came from.
+    `stop_tokens` end a text as those of the model do, which `ignore_eos` passes over. `constraint`
+    makes one constraint for each choice. `top` gives every token its score and that many likeliest
+    ones, None gives none; `score_prompt` scores the prompt's tokens as well. `client` is whose
+    request it is: clients take turns. After `timeout` seconds it is given up: from when it is
+    submitted, or from `since` on the clock `time.monotonic`. `overlays` are looked up when it is
+    submitted, and kept. `without_memory` computes as if the memory of all layers were zero.
+    `trace` tells where each token's record came from.
     """
 
     prompt: Prompt
     max_new_tokens: int = 128
     stop: str | Sequence[str] = ()
+    stop_tokens: Sequence[int] = ()
     sampling: Sampling | None = None
     steering: Steering | None = None
     constraint: Callable[[], Constraint] | None = None
@@ -101,8 +103,17 @@ def check_request(
         sampling=default if wish.sampling is None else wish.sampling,
         seed=draw_seed() if wish.seed is None else check_seed(wish.seed),
         top=_check_top(wish.top),
-        ends=frozenset() if wish.ignore_eos else frozenset(model.eos_token_ids),
+        ends=_ends(wish, model),
     )
+
+
+def _ends(wish: Request, model: ModelSpec) -> frozenset[int]:
+    """Return the tokens that end a text."""
+    try:
+        own = check_tokens(wish.stop_tokens, model.vocab_size)
+    except RequestError as error:
+        raise RequestError(f"stop_tokens: {error}") from None
+    return frozenset(own) if wish.ignore_eos else frozenset((*own, *model.eos_token_ids))
 
 
 def _limit(max_new_tokens: object, prompt_length: int, context: int) -> int:

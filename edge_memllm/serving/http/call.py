@@ -22,12 +22,14 @@ class Wishes:
     choices: int
     seed: int | None
     stops: tuple[str, ...]
+    stop_tokens: tuple[int, ...]
     ignore_eos: bool
     overlays: tuple[str, ...] | None
     without_memory: bool
     trace: bool
     stream: bool
     usage: bool  # at the end of a stream
+    running_usage: bool  # with each of its parts
     statistics: bool
     user: str
 
@@ -60,6 +62,7 @@ class Call:
                 prompt=prompt,
                 max_new_tokens=self.max_tokens,
                 stop=wishes.stops,
+                stop_tokens=wishes.stop_tokens,
                 sampling=wishes.sampling,
                 steering=wishes.steering,
                 constraint=constraint,

@@ -2,39 +2,18 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
 from edge_memllm.errors import RequestError
 from edge_memllm.serving.http.api_error import ApiError, refused
 from edge_memllm.serving.http.call import Call
 from edge_memllm.serving.http.fields import Fields
 from edge_memllm.serving.http.generation_fields import take_wishes
 from edge_memllm.serving.http.messages import Message, take_messages
+from edge_memllm.serving.http.parameters import not_honoured
 from edge_memllm.serving.http.prompts import encoded_text
 from edge_memllm.serving.http.service import Service
 
 MOST_TOP = 20
-# What this server does not do, with the values that ask for nothing.
-_UNSUPPORTED: Mapping[str, Collection[object]] = {
-    "audio": (),
-    "function_call": ("none",),
-    "functions": ([],),
-    "metadata": ({},),
-    "modalities": (["text"],),
-    "moderation": (),
-    "parallel_tool_calls": (),
-    "prediction": (),
-    "prompt_cache_key": (),
-    "prompt_cache_options": (),
-    "prompt_cache_retention": (),
-    "reasoning_effort": ("none",),
-    "service_tier": ("auto", "default"),
-    "store": (False,),
-    "tool_choice": ("none",),
-    "tools": ([],),
-    "verbosity": (),
-    "web_search_options": (),
-}
+_UNSUPPORTED = not_honoured("chat")
 
 
 def read_chat(fields: Fields, service: Service) -> Call:

@@ -2,20 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
 from functools import partial
 
 from edge_memllm.serving.http.api_error import refused
 from edge_memllm.serving.http.call import Call
 from edge_memllm.serving.http.fields import Fields
 from edge_memllm.serving.http.generation_fields import take_wishes
+from edge_memllm.serving.http.parameters import not_honoured
 from edge_memllm.serving.http.prompts import Prompt, encoded, take_prompts
 from edge_memllm.serving.http.service import Service
 
 # OpenAI's default.
 MAX_TOKENS = 16
 MOST_TOP = 20
-_UNSUPPORTED: Mapping[str, Collection[object]] = {"suffix": ()}
+_UNSUPPORTED = not_honoured("completions")
 
 
 def read_completion(fields: Fields, service: Service) -> Call:
@@ -27,7 +27,7 @@ def read_completion(fields: Fields, service: Service) -> Call:
     prompts = take_prompts(fields, limits.choices // wishes.choices, limits)
     most = service.most_tokens
     given = fields.integer("max_tokens", 0, most)
-    top = fields.integer("logprobs", 0, MOST_TOP)
+    top = _take_top(fields)
     echo = fields.flag("echo")
     fields.finish(_UNSUPPORTED)
     ids = [encoded(each, service) for each in prompts]
@@ -38,6 +38,13 @@ def read_completion(fields: Fields, service: Service) -> Call:
         top=top,
         echo=[*map(partial(_text, service), prompts, ids)] if echo else None,
     )
+
+
+def _take_top(fields: Fields) -> int | None:
+    """Take how many likeliest tokens to tell; false, which is chat's word, tells nothing."""
+    if fields.peek("logprobs") is False:
+        fields.value("logprobs")
+    return fields.integer("logprobs", 0, MOST_TOP)
 
 
 def _check_best_of(fields: Fields, choices: int) -> None:

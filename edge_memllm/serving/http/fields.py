@@ -11,8 +11,9 @@ from collections.abc import Collection, Mapping
 from typing import Any, NoReturn
 
 from edge_memllm.serving.http.api_error import refused
+from edge_memllm.serving.http.parameters import Parameter
 
-NOTHING: Mapping[str, Collection[object]] = {}
+NOTHING: Mapping[str, Parameter] = {}
 _SHOWN = 60
 
 
@@ -37,6 +38,10 @@ class Fields:
     def value(self, name: str) -> object:
         """Take a value of any type; None when it is not there."""
         return self._left.pop(name, None)
+
+    def peek(self, name: str) -> object:
+        """Look at a value of any type without taking it; None when it is not there."""
+        return self._left.get(name)
 
     def required(self, name: str) -> object:
         """Take a value of any type that has to be there."""
@@ -106,16 +111,16 @@ class Fields:
             self._refuse(name, value, f"an object of at most {most} entries")
         return value
 
-    def finish(self, unsupported: Mapping[str, Collection[object]] = NOTHING) -> None:
-        """Refuse what is left. `unsupported` are known names, with values that ask for nothing."""
+    def finish(self, unsupported: Mapping[str, Parameter] = NOTHING) -> None:
+        """Refuse what is left, but for what is `unsupported` and asks for nothing."""
         for name, value in self._left.items():
             where = self.param(name)
             if name not in unsupported:
                 message = f"There is no parameter {shown(where)}. Leave it out."
                 raise refused(where, message, "unknown_parameter")
-            if not any(_same(value, idle) for idle in unsupported[name]):
-                message = f"{where} is not supported by this server. Leave it out."
-                raise refused(where, message, "unsupported_parameter")
+            if not unsupported[name].asks_for_nothing(value):
+                message = f"{where} is not supported by this server: {unsupported[name].meaning}."
+                raise refused(where, f"{message} Leave it out.", "unsupported_parameter")
 
     def _refuse(self, name: str, value: object, expected: str) -> NoReturn:
         where = self.param(name)
@@ -146,8 +151,3 @@ def shown(value: object) -> str:
         return "an integer beyond 64 bits"
     text: Any = json.dumps(value)
     return text if len(text) <= _SHOWN else f"{text[: _SHOWN - 4]}...{text[-1]}"
-
-
-def _same(first: object, second: object) -> bool:
-    """Whether two JSON values are the same; false is not 0."""
-    return type(first) is type(second) and first == second

@@ -34,6 +34,16 @@ class Gathering:
         self._service = service
         self._replies = replies
 
+    def usage_so_far(self) -> Json:
+        """Return the tokens of what has come."""
+        prompt = sum(len(each.prompt) for each in self._replies)
+        completion = sum(len(each.tokens) for each in self.wholes)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
     def takes_long(self, prompt: int, piece: ReplyPiece) -> bool:
         """Whether adding a piece will: where each token of a prompt begins has to be found out."""
         scores = self._replies[prompt].prompt_scores or ()

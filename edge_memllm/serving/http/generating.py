@@ -165,7 +165,8 @@ class _Answer:
         if opening is not None:
             yield event(opening)
         if part.text or part.scores or part.reason or part.records:
-            yield event(self._writer.part(index, part))
+            usage = self._gathering.usage_so_far() if self._wishes.running_usage else None
+            yield event(self._writer.part(index, part, usage))
 
     async def _additions(self) -> AsyncGenerator[Addition | None, None]:
         """Yield what comes; None when nothing has come for a while."""

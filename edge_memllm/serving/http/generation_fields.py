@@ -7,10 +7,12 @@ from dataclasses import replace
 from typing import Any
 
 from edge_memllm.model import Model
+from edge_memllm.request import check_tokens
 from edge_memllm.sampling import SEED_LIMIT, Sampling
-from edge_memllm.serving.http.api_error import refused
+from edge_memllm.serving.http.api_error import blaming, refused
 from edge_memllm.serving.http.call import Wishes
 from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.parameters import nothing_of
 from edge_memllm.serving.http.response_format import take_schema
 from edge_memllm.serving.http.settings import Limits
 from edge_memllm.steering import MOST_BIAS, MOST_PENALTY, Steering
@@ -20,6 +22,8 @@ MOST_TEMPERATURE = 2.0
 MOST_REPETITION = 10.0
 MOST_USER = 256
 MOST_NAME = 256
+_MOST_METADATA, _MOST_METADATA_TEXT = 16, 512
+_STREAM_UNSUPPORTED = nothing_of("events are not padded", include_obfuscation=(False,))
 # OpenAI's top_p may be 0, which keeps the likeliest token alone.
 _LEAST_TOP_P = 1e-9
 _SEED_LOW, _SEED_HIGH = -(1 << 63), SEED_LIMIT - 1
@@ -29,6 +33,8 @@ def take_wishes(fields: Fields, model: Model, limits: Limits) -> Wishes:
     """Take the shared fields. Raises `ApiError` for the first that cannot be granted."""
     stream = fields.flag("stream")
     seed = fields.integer("seed", _SEED_LOW, _SEED_HIGH)
+    usage, running = _take_usage(fields, stream)
+    _take_hints(fields)
     return Wishes(
         sampling=_take_sampling(fields, model.sampling),
         steering=_take_steering(fields, model.manifest.model.vocab_size, limits.biases),
@@ -36,12 +42,14 @@ def take_wishes(fields: Fields, model: Model, limits: Limits) -> Wishes:
         choices=_or(fields.integer("n", 1, limits.choices), 1),
         seed=None if seed is None else seed % SEED_LIMIT,
         stops=_take_stops(fields, limits.stops),
+        stop_tokens=_take_stop_tokens(fields, limits.stops, model),
         ignore_eos=fields.flag("ignore_eos"),
         overlays=_take_overlays(fields, model.overlays, limits.overlays),
         without_memory=fields.flag("without_memory"),
         trace=fields.flag("trace"),
         stream=stream,
-        usage=_take_usage(fields, stream),
+        usage=usage,
+        running_usage=running,
         statistics=fields.flag("statistics"),
         user=_take_user(fields),
     )
@@ -50,10 +58,11 @@ def take_wishes(fields: Fields, model: Model, limits: Limits) -> Wishes:
 def _take_sampling(fields: Fields, default: Sampling) -> Sampling:
     """Take how tokens are chosen; what is left out comes from the artifact."""
     top_p = fields.number("top_p", 0, 1)
+    top_k = fields.integer("top_k", -1, 1 << 31)  # -1 is vLLM's word for all
     given: dict[str, Any] = {
         "temperature": fields.number("temperature", 0, MOST_TEMPERATURE),
         "top_p": None if top_p is None else max(top_p, _LEAST_TOP_P),
-        "top_k": fields.integer("top_k", 0, 1 << 31),
+        "top_k": None if top_k is None else max(top_k, 0),
         "min_p": fields.number("min_p", 0, 1),
         "repetition_penalty": fields.number("repetition_penalty", 0.01, MOST_REPETITION),
     }
@@ -114,22 +123,41 @@ def _take_overlays(fields: Fields, loaded: tuple[str, ...], most: int) -> tuple[
     return chosen
 
 
-def _take_usage(fields: Fields, stream: bool) -> bool:
+def _take_stop_tokens(fields: Fields, most: int, model: Model) -> tuple[int, ...]:
+    tokens = fields.items("stop_token_ids", most) or []
+    with blaming(fields.param("stop_token_ids")):
+        return tuple(check_tokens(tokens, model.manifest.model.vocab_size))
+
+
+def _take_usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
+    """Take whether a stream tells its usage at its end, and whether with each part as well."""
     options = fields.group("stream_options")
     if options is None:
-        return False
-    if not stream:
-        where = fields.param("stream_options")
+        return False, False
+    usage, running = options.flag("include_usage"), options.flag("continuous_usage_stats")
+    options.finish(_STREAM_UNSUPPORTED)
+    where = fields.param("stream_options")
+    if usage and not stream:
         raise refused(where, f"{where} is for streams. Ask with stream true, or leave it out.")
-    usage = options.flag("include_usage")
-    options.finish({"include_obfuscation": (False,)})
-    return usage
+    if running and not usage:
+        message = f"{where}.continuous_usage_stats needs include_usage true. Add it."
+        raise refused(f"{where}.continuous_usage_stats", message)
+    return usage, running
 
 
 def _take_user(fields: Fields) -> str:
     """Take who asks, under either of OpenAI's names: users of one client take turns."""
     names = (fields.text(name, MOST_USER) for name in ("user", "safety_identifier"))
     return "/".join(name for name in names if name)
+
+
+def _take_hints(fields: Fields) -> None:
+    """Take what may be said of a request and changes nothing about its reply."""
+    fields.text("prompt_cache_key", MOST_USER)
+    pairs = fields.pairs("metadata", _MOST_METADATA)
+    where = fields.param("metadata")
+    for name, value in pairs.items():
+        checked_text(value, f"{where}.{name}", _MOST_METADATA_TEXT)
 
 
 def _or(value: int | None, default: int) -> int:

@@ -2,10 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Collection, Mapping
-
 from edge_memllm.serving.http.api_error import refused
 from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.parameters import nothing_of
 from edge_memllm.serving.http.settings import Limits
 
 MOST_MESSAGES = 4096
@@ -15,13 +14,20 @@ ROLES = ("system", "developer", "user", "assistant")
 _ALIASES = {"developer": "system"}
 _OTHER_ROLES = ("tool", "function")
 # Fields of messages for what this server does not do, with values that ask for nothing.
-_UNSUPPORTED: Mapping[str, Collection[object]] = {
-    "audio": (),
-    "function_call": (),
-    "refusal": (),
-    "tool_calls": ([],),
-    "tool_call_id": (),
+_UNSUPPORTED = {
+    **nothing_of("it has no tools", tool_calls=([],), tool_call_id=("",), function_call=()),
+    **nothing_of("it takes text only", audio=()),
+    **nothing_of(
+        "a template makes no use of it",
+        refusal=("",),
+        annotations=([],),
+        reasoning=("",),
+        reasoning_content=("",),
+    ),
 }
+_PART_UNSUPPORTED = nothing_of(
+    "it takes text only", prompt_cache_breakpoint=(), cache_control=({"type": "ephemeral"},)
+)
 
 Message = dict[str, str]
 
@@ -75,5 +81,5 @@ def _part(fields: Fields, most: int) -> str:
         message = f"{where} is {shown(kind)}: this server takes parts of type 'text' only."
         raise refused(where, message, "unsupported_parameter")
     text = checked_text(fields.required("text"), fields.param("text"), most)
-    fields.finish({"prompt_cache_breakpoint": ()})
+    fields.finish(_PART_UNSUPPORTED)
     return text

@@ -69,17 +69,21 @@ def _room(service: Service) -> int:
 
 
 def _check_length(length: int, service: Service, where: str, *, least: bool = False) -> None:
-    """Refuse what is too long, in the words by which clients know that they have to shorten it."""
+    """Refuse what is too long.
+
+    In words that clients look for, so that they know to shorten it: litellm for the first half
+    sentence, langchain-openai for "prompt is too long".
+    """
     room, context = _room(service), service.spec.max_position_embeddings
     if length <= room:
         return
     own = "" if room == context else f", and this server takes prompts of at most {room}"
-    what = "messages" if where == "messages" else "prompt"
+    what, it = ("messages", "your messages") if where == "messages" else ("prompt", "it")
     raise ApiError(
         400,
-        f"This model's maximum context length is {context} tokens{own}. However, your {what} "
-        f"resulted in {'at least ' if least else ''}{length} tokens. Please reduce the length of "
-        f"the {what}.",
+        f"This model's maximum context length is {context} tokens{own}. However, your prompt is "
+        f"too long: {it} resulted in {'at least ' if least else ''}{length} tokens. Please reduce "
+        f"the length of the {what}.",
         code="context_length_exceeded",
         param=where,
     )

@@ -122,10 +122,11 @@ class ReplyWriter:
         fields = self._format.opening()
         return None if fields is None else self._chunk([self._choice(index, fields, Content())])
 
-    def part(self, index: int, content: Content) -> Json:
-        """Return what adds to a choice in a stream."""
+    def part(self, index: int, content: Content, usage: Json | None = None) -> Json:
+        """Return what adds to a choice in a stream; `usage` is what the reply has taken so far."""
         fields = self._format.part(content, self._scored, self._texts)
-        return self._chunk([self._choice(index, fields, content)])
+        chunk = self._chunk([self._choice(index, fields, content)])
+        return chunk if usage is None else {**chunk, "usage": usage}
 
     def last(self, usage: Json) -> Json:
         """Return the end of a stream that tells its usage."""

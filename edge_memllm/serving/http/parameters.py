@@ -1,0 +1,239 @@
+"""Every field of a request that is known: what is done with it, or which values ask for nothing.
+
+The one table of them. Those of OpenAI, and of the servers whose clients send more: vLLM, llama.cpp.
+A field that is not honoured is taken with the values that ask for nothing, or for what is done
+anyway; with any other it is refused, for a reason that the client is told. docs/fields.md is made
+from this table.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any, Literal
+
+Endpoint = Literal["completions", "chat"]
+
+COMPLETIONS: tuple[Endpoint, ...] = ("completions",)
+CHAT: tuple[Endpoint, ...] = ("chat",)
+BOTH: tuple[Endpoint, ...] = ("completions", "chat")
+
+
+@dataclass(frozen=True, slots=True)
+class Parameter:
+    """A field by its name. `meaning` says what is done with it, or why it is refused."""
+
+    name: str
+    endpoints: tuple[Endpoint, ...]
+    meaning: str
+    honoured: bool
+    nothing: Sequence[Any] = ()  # values that ask for nothing, where it is not honoured
+
+    def asks_for_nothing(self, value: object) -> bool:
+        """Whether a value of a field that is not honoured changes nothing."""
+        return any(same(value, each) for each in self.nothing)
+
+
+def same(first: object, second: object) -> bool:
+    """Whether two JSON values are the same; 1.0 is 1, and false is not 0."""
+    if isinstance(first, bool) or isinstance(second, bool):
+        return first is second
+    if isinstance(first, int | float) and isinstance(second, int | float):
+        return first == second
+    return type(first) is type(second) and first == second
+
+
+def _done(endpoints: tuple[Endpoint, ...], **meanings: str) -> Iterator[Parameter]:
+    for name, meaning in meanings.items():
+        yield Parameter(name, endpoints, meaning, honoured=True)
+
+
+def _not_done(
+    why: str, endpoints: tuple[Endpoint, ...] = BOTH, **nothing: Sequence[Any]
+) -> Iterator[Parameter]:
+    for name, values in nothing.items():
+        yield Parameter(name, endpoints, why, honoured=False, nothing=values)
+
+
+PARAMETERS: tuple[Parameter, ...] = (
+    *_done(
+        COMPLETIONS,
+        prompt="a text, token ids, or a list of either",
+        echo="the reply begins with the prompt; with `logprobs`, its tokens are scored too",
+        logprobs="so many likeliest tokens with each; false is none",
+        best_of="the same as `n`",
+        max_tokens="16 if left out, as OpenAI has it",
+    ),
+    *_done(
+        CHAT,
+        messages="text of system, developer, user and assistant",
+        logprobs="each token's likelihood",
+        top_logprobs="so many likeliest tokens with each",
+        max_completion_tokens="what the context holds, if left out",
+        max_tokens="the older name of `max_completion_tokens`",
+    ),
+    *_done(
+        BOTH,
+        model="the name of the model that is served",
+        n="so many replies to each prompt",
+        stream="the reply in parts",
+        stream_options="`include_usage`; with it, `continuous_usage_stats`",
+        stop="texts that end a reply",
+        stop_token_ids="tokens that end a reply",
+        seed="the same request with the same seed gets the same reply",
+        temperature="from 0 to 2; 0 takes the likeliest token",
+        top_p="from 0 to 1",
+        top_k="0 and -1 are all",
+        min_p="from 0 to 1",
+        repetition_penalty="1 is none",
+        frequency_penalty="from -2 to 2",
+        presence_penalty="from -2 to 2",
+        logit_bias="by token id",
+        response_format="`text`, `json_object` or `json_schema`",
+        user="users of one client take turns",
+        safety_identifier="as `user`",
+        metadata="for whoever stores replies, which this server does not",
+        prompt_cache_key="a hint, which this server does without",
+        ignore_eos="the text goes on behind the tokens that end it",
+        overlays="names of those that act",
+        without_memory="computes as if the memory were zero",
+        statistics="times, reused tokens and the seed, with the end of a choice",
+        trace="where the record of each token came from",
+    ),
+    *_not_done("nothing is filled in between two texts", COMPLETIONS, suffix=("",)),
+    *_not_done("nothing is chosen among replies", CHAT, best_of=(1,)),
+    *_not_done("a chat's reply does not repeat its messages", CHAT, echo=(False,)),
+    *_not_done(
+        "this server has no tools",
+        CHAT,
+        tools=([],),
+        tool_choice=("none", "auto"),
+        parallel_tool_calls=(False, True),
+        functions=([],),
+        function_call=("none", "auto"),
+        web_search_options=(),
+    ),
+    *_not_done("this server makes text only", CHAT, audio=(), modalities=(["text"],)),
+    *_not_done(
+        "this model has one way of answering",
+        CHAT,
+        reasoning_effort=("none",),
+        reasoning=({},),
+        include_reasoning=(False, True),
+        thinking=({"type": "disabled"},),
+        verbosity=("medium",),
+    ),
+    *_not_done("replies are not stored", CHAT, store=(False,)),
+    *_not_done("replies are not looked over", CHAT, moderation=()),
+    *_not_done("the reply is not known before", CHAT, prediction=()),
+    *_not_done("all requests are served alike", service_tier=("auto", "default"), priority=(0,)),
+    *_not_done(
+        "beginnings of prompts are always kept, as long as there is room",
+        cache_prompt=(True,),
+        prompt_cache_retention=("in_memory",),
+        prompt_cache_options=({},),
+        cache_salt=(),
+        kv_transfer_params=(),
+    ),
+    # vLLM
+    *_not_done(
+        "tokens are drawn one after the other",
+        use_beam_search=(False,),
+        length_penalty=(1,),
+        early_stopping=(False,),
+    ),
+    *_not_done(
+        "tokens are chosen by the fields above",
+        min_tokens=(0,),
+        bad_words=([],),
+        allowed_token_ids=(),
+        logits_processors=([],),
+        vllm_xargs=({},),
+    ),
+    *_not_done(
+        "a reply is its text, without special tokens and without what ended it",
+        skip_special_tokens=(True,),
+        spaces_between_special_tokens=(True,),
+        include_stop_str_in_output=(False,),
+        return_tokens_as_token_ids=(False,),
+        return_token_ids=(False,),
+    ),
+    *_not_done("prompts are never cut", truncate_prompt_tokens=()),
+    *_not_done(
+        "with `echo` and `logprobs`, /v1/completions scores the prompt", prompt_logprobs=(0,)
+    ),
+    *_not_done("a text begins as the model was trained", COMPLETIONS, add_special_tokens=(True,)),
+    *_not_done(
+        "the model's template makes the prompt",
+        CHAT,
+        add_special_tokens=(False,),
+        add_generation_prompt=(True,),
+        continue_final_message=(False,),
+        chat_template=(),
+        chat_template_kwargs=({},),
+        documents=([],),
+        mm_processor_kwargs=({},),
+    ),
+    *_not_done(
+        "the form of a reply is asked for with `response_format`",
+        guided_json=(),
+        guided_regex=(),
+        guided_choice=(),
+        guided_grammar=(),
+        guided_decoding_backend=(),
+        guided_whitespace_pattern=(),
+        structured_outputs=(),
+        grammar=("",),
+        json_schema=(),
+    ),
+    # llama.cpp
+    *_not_done("the field is called `max_tokens`", n_predict=(-1,)),
+    *_not_done("the field is called `logprobs`", n_probs=(0,), post_sampling_probs=(False,)),
+    *_not_done("the field is called `repetition_penalty`", repeat_penalty=(1,)),
+    *_not_done("penalties look at the whole text", repeat_last_n=(-1,), penalize_nl=(True,)),
+    *_not_done(
+        "tokens are chosen by the fields above",
+        typical_p=(1,),
+        tfs_z=(1,),
+        top_a=(0,),
+        top_n_sigma=(-1, 0),
+        xtc_probability=(0,),
+        dynatemp_range=(0,),
+        mirostat=(0,),
+        dry_multiplier=(0,),
+        min_keep=(0, 1),
+        samplers=([],),
+    ),
+    *_not_done("a place is chosen by what it holds", id_slot=(-1,), n_keep=(0,), n_discard=(0,)),
+    *_not_done("overlays are asked for with `overlays`", lora=([],)),
+    *_not_done("images are not understood", image_data=([],)),
+    *_not_done("time is limited by the server", t_max_predict_ms=(0, -1), t_max_prompt_ms=(0, -1)),
+    *_not_done(
+        "times are told with `statistics`",
+        timings_per_token=(False,),
+        return_progress=(False,),
+        return_tokens=(False,),
+        response_fields=([],),
+    ),
+    *_not_done("replies hold no reasoning", CHAT, reasoning_format=("none", "auto")),
+)
+
+
+def not_honoured(endpoint: Endpoint) -> Mapping[str, Parameter]:
+    """Return the fields of an endpoint that are known and not honoured."""
+    return {
+        each.name: each for each in PARAMETERS if endpoint in each.endpoints and not each.honoured
+    }
+
+
+def honoured(endpoint: Endpoint) -> Mapping[str, Parameter]:
+    """Return the fields of an endpoint that something is done with."""
+    return {each.name: each for each in PARAMETERS if endpoint in each.endpoints and each.honoured}
+
+
+def nothing_of(why: str, **nothing: Sequence[Any]) -> Mapping[str, Parameter]:
+    """Return fields inside others that are known and not honoured, for one reason."""
+    return {
+        name: Parameter(name, BOTH, why, honoured=False, nothing=values)
+        for name, values in nothing.items()
+    }
