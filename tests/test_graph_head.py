@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -67,8 +68,10 @@ def test_a_head_of_another_shape_is_refused(
     with Artifact.open(make_artifact(graph_weights=weights)) as artifact:
         model = dataclasses.replace(artifact.manifest.model, **changes)
         artifact.manifest = dataclasses.replace(artifact.manifest, model=model)
-        with pytest.raises(ArtifactError, match=message):
-            head = GraphHead(artifact)
+        with (
+            pytest.raises(ArtifactError, match=message),
+            closing(GraphHead(artifact)) as head,
+        ):
             head.rows(np.arange(model.vocab_size))
 
 

@@ -38,13 +38,12 @@ class GraphHead:
         self._shape = manifest.model.vocab_size, manifest.model.hidden_size
         self._dtype = np.dtype(manifest.graph.compute_dtype)
         self._prefers = 8 if manifest.graph.weights == "int8" else 4
-        names = [manifest.graph.file, manifest.graph.external_data]
-        self._files = [
-            OpenFile(artifact.open_file(name), str(artifact.path / name))
-            for name in names
-            if name is not None
-        ]
+        self._files: list[OpenFile] = []
         try:
+            for name in (manifest.graph.file, manifest.graph.external_data):
+                if name is not None:
+                    descriptor = artifact.open_file(name)
+                    self._files.append(OpenFile(descriptor, str(artifact.path / name)))
             with reading(artifact.open_file(manifest.graph.file), self._where) as file:
                 size = manifest.files[manifest.graph.file].bytes
                 self._weights = read_graph(file, size).tensors
