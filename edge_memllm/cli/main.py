@@ -8,7 +8,6 @@ Ctrl-C ends the process at once, whatever runs.
 from __future__ import annotations
 
 import argparse
-import io
 import os
 import sys
 from collections.abc import Callable, Sequence
@@ -32,6 +31,7 @@ from edge_memllm.cli import (
     verify,
 )
 from edge_memllm.cli.options import HelpFormatter
+from edge_memllm.cli.streams import prepare_streams, say, unwritten_output
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.interrupts import interruptible
 
@@ -90,11 +90,12 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     With ``EDGE_MEMLLM_DEBUG=1`` in the environment exceptions are let through.
     """
-    _tolerate_narrow_output()
+    prepare_streams()
     try:
         arguments = build_parser().parse_args(argv)
     except SystemExit as leaving:  # argparse has printed the help or what is wrong
-        return leaving.code if isinstance(leaving.code, int) else 0
+        code = leaving.code if isinstance(leaving.code, int) else 0
+        return run_command(lambda _: code, argparse.Namespace())
     return run_command(arguments.execute, arguments)
 
 
@@ -103,52 +104,50 @@ def run_command(execute: Callable[[argparse.Namespace], int], arguments: argpars
     try:
         with interruptible():
             code = execute(arguments)
-        sys.stdout.flush()  # a closed pipe must show here, not while the interpreter ends
     except KeyboardInterrupt:
-        print(file=sys.stderr)
-        return EXIT_INTERRUPTED
+        say("")
+        code = EXIT_INTERRUPTED
     except BrokenPipeError:
-        _discard_output()
-        return EXIT_CLOSED_PIPE
+        code = EXIT_CLOSED_PIPE
     except SystemExit:
         raise
     except BaseException as error:  # a panic of a library in Rust is no Exception
         if os.environ.get("EDGE_MEMLLM_DEBUG") == "1":
             raise
-        return _explain(error)
+        code = _explain(error)
+    else:
+        unwritten = unwritten_output()
+        if unwritten is not None:
+            code = _explain(unwritten)
+    unwritten_output()  # not while the interpreter ends, where it would be told once more
     return code
 
 
 def _explain(error: BaseException) -> int:
     """Print one line about ``error`` and return the exit code that goes with it."""
-    if isinstance(error, EdgeMemLLMError):
-        print(f"error: {error}", file=sys.stderr)
-        return 1
-    if isinstance(error, OSError):
-        where = f"{error.filename}: " if error.filename else ""
-        print(f"error: {where}{error.strerror or error}.", file=sys.stderr)
-        return 1
-    print(
-        f"error: {type(error).__name__}: {error}\n"
-        "This is a bug in edge-memllm. Run the command again with EDGE_MEMLLM_DEBUG=1 "
-        "and send us what it prints (CONTRIBUTING.md says how).",
-        file=sys.stderr,
-    )
-    return EXIT_BUG
-
-
-def _tolerate_narrow_output() -> None:
-    """Show '?' for a character that a terminal's encoding lacks, instead of failing on it."""
-    for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="replace")
-
-
-def _discard_output() -> None:
-    """Point stdout at nothing, so that the interpreter's last flush is silent too."""
-    nothing = os.open(os.devnull, os.O_WRONLY)
-    os.dup2(nothing, sys.stdout.fileno())
-    os.close(nothing)
+    match error:
+        case EdgeMemLLMError():
+            say(f"error: {error}")
+        case BrokenPipeError():
+            return EXIT_CLOSED_PIPE
+        case OSError():
+            where = f"{error.filename}: " if error.filename else ""
+            say(f"error: {where}{error.strerror or error}.")
+        case MemoryError():
+            say(
+                "error: there is not enough memory for this. Close other programs, or ask for "
+                "less: a smaller model, context or batch."
+            )
+        case RecursionError():
+            say("error: something that was given is nested too deeply to be read.")
+        case _:
+            say(
+                f"error: {type(error).__name__}: {error}\n"
+                "This is a bug in edge-memllm. Run the command again with EDGE_MEMLLM_DEBUG=1 "
+                "and send us what it prints (CONTRIBUTING.md says how)."
+            )
+            return EXIT_BUG
+    return 1
 
 
 if __name__ == "__main__":
