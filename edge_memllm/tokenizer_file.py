@@ -14,6 +14,8 @@ from contextlib import contextmanager
 import tokenizers
 
 from edge_memllm.errors import ArtifactError
+from edge_memllm.strict_json import parse_json_object
+from edge_memllm.tokenizer_check import check_tokenizer
 
 TOKENIZER_FILE = "tokenizer.json"
 # The largest known vocabularies, of 262,144 tokens, take 35 million bytes.
@@ -25,10 +27,7 @@ def open_tokenizer(definition: bytes, where: str = TOKENIZER_FILE) -> tokenizers
 
     Raises `ArtifactError`, which names `where`.
     """
-    if len(definition) > MAX_TOKENIZER_BYTES:
-        raise ArtifactError(
-            f"{where}: {len(definition)} bytes, expected at most {MAX_TOKENIZER_BYTES}."
-        )
+    check_tokenizer(parse_json_object(definition, where, MAX_TOKENIZER_BYTES), where)
     with library_errors(f"{where}: not a tokenizer that tokenizers {tokenizers.__version__} reads"):
         tokenizer = tokenizers.Tokenizer.from_str(definition.decode("utf-8"))
         tokenizer.no_truncation()

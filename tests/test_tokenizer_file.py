@@ -15,6 +15,7 @@ from conftest import _byte_tokenizer
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
+from edge_memllm.atomic import WholeFile
 from edge_memllm.errors import ArtifactError, RecipeError
 from edge_memllm.modeling.corpus import write_tokens
 from edge_memllm.modeling.tokenizer_training import given_tokenizer, read_tokenizer
@@ -75,7 +76,8 @@ def test_a_text_is_encoded_whole_and_for_sure(
 
     path = tmp_path / "tokenizer.json"
     path.write_bytes(definition)
-    count = write_tokens([TEXT], read_tokenizer(path), 0, tmp_path / "tokens.npy")
+    with WholeFile(tmp_path / "tokens.npy") as file:
+        count = write_tokens([TEXT], read_tokenizer(path), 0, file)
     assert count == 1 + len(plain)
 
 
@@ -128,7 +130,7 @@ def test_an_interruption_is_not_taken_for_a_failure() -> None:
 
 
 def test_a_huge_file_is_refused_unread() -> None:
-    with pytest.raises(ArtifactError, match=r"^x: 67108865 bytes, expected at most 67108864"):
+    with pytest.raises(ArtifactError, match=r"^x: 67108865 bytes of JSON, the limit is 67108864"):
         open_tokenizer(b"[" * (MAX_TOKENIZER_BYTES + 1), "x")
 
 
