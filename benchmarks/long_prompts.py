@@ -49,7 +49,7 @@ class Found:
 def kinds(size: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
     """Yield requests of about `size` bytes: what they are, their path and their body."""
     words = (_WORDS * (size // len(_WORDS) + 1))[:size]
-    yield "none that is long", "/health", {}
+    yield "none that is long", "/tokenize", {"prompt": _WORDS}
     yield "words", "/v1/completions", {"prompt": words}
     yield "one word", "/v1/completions", {"prompt": "a" * size}
     yield "spaces", "/v1/completions", {"prompt": " " * size}

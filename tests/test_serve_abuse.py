@@ -66,10 +66,10 @@ HEAD = b"POST /v1/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: appli
         (b'{"prompt": "x", "temperature": NaN}', "NaN is not a JSON number"),
         (b'{"prompt": "x", "temperature": 1e999}', "too large for a float"),
         (b'{"prompt": "x", "n": ' + b"9" * 5000 + b"}", "not valid JSON"),
-        (b'{"prompt": ' + b"[" * 9000 + b"]" * 9000 + b"}", "nested too deeply|inside one another"),
+        (b'{"prompt": ' + b"[" * 9000 + b"]" * 9000 + b"}", "nested too deeply"),
         (
             b'{"prompt": "x", "stop": ' + b"[" * 70 + b"]" * 70 + b"}",
-            "more than 64 objects",
+            "nested too deeply",
         ),
         (b'{"prompt": "\\ud800"}', "half of a surrogate pair"),
         (b'{"prompt": "x", "user": "\\udfff"}', "half of a surrogate pair"),

@@ -6,6 +6,7 @@ import argparse
 import json
 import logging
 import os
+import re
 import signal
 import socket
 import subprocess
@@ -88,6 +89,9 @@ def test_the_name_is_that_of_the_folder_or_of_the_hub(tmp_path: Path) -> None:
         (["--api-key", "with a space"], "without spaces"),
         (["--name", "a\nb"], "which nobody can type. Give --name"),
         (["--name", " "], "which nobody can type"),
+        (["--cors", "example.org"], "--cors 'example.org' is no origin"),
+        (["--cors", "*", "--cors", "https://a/"], "--cors 'https://a/' never matches"),
+        (["--allow-host", "ai.lan:80"], "--allow-host 'ai.lan:80' never matches"),
         (["--max-choices", "9", "--queue", "8"], "--queue 8: a request of that many replies would"),
         (["--per-client", "8"], "--max-choices is 16 and --per-client 8: a request of that many"),
     ],
@@ -197,12 +201,14 @@ def test_one_command_serves_and_a_signal_ends_it(
         asked = {"messages": [{"role": "user", "content": "Hi"}], "max_tokens": 2}
         reply = httpx.post(f"{said['url']}/v1/chat/completions", json=asked, headers=key)
         assert reply.json()["usage"]["prompt_tokens"] == 4  # <s> H i </s>
-        httpx.get(f"{said['url']}/a%0d%0a%1b[31mb", headers=key)
+        named = key | {"x-request-id": "abc-1"}
+        httpx.get(f"{said['url']}/a%0d%0a%1b[31mb", headers=named)
         process.send_signal(signal.SIGTERM)
         _, errors = process.communicate(timeout=20)
     assert process.returncode == 0, errors
     assert "127.0.0.1 POST /v1/chat/completions 200 " in errors
-    assert "GET /a\\r\\n\\x1b[31mb 404" in errors
+    assert re.search(r"GET /a\\r\\n\\x1b\[31mb 404 \d\.\d+ s abc-1\n", errors)
+    assert f" s {reply.headers['x-request-id']}\n" in errors
     assert KEY not in errors
     assert "Traceback" not in errors
 

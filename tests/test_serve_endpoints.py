@@ -210,6 +210,37 @@ def test_every_response_forbids_sniffing(served: Served) -> None:
         assert "server" not in served.get(path).headers
 
 
+@pytest.mark.parametrize("name", ["abc-1", "2f9a/8:1.0", "x" * 128])
+def test_a_request_has_the_name_its_client_gave_it(served: Served, name: str) -> None:
+    for path in ("/health", "/nothing", "/v1/models"):
+        assert served.get(path, headers={"x-request-id": name}).headers["x-request-id"] == name
+    response = served.post("/v1/completions", {"prompt": 3}, headers={"X-Request-ID": name})
+    assert response.headers["x-request-id"] == response.json()["error"]["request_id"] == name
+
+
+@pytest.mark.parametrize("name", ["", "a b", "x" * 129, 'a"b', "a;b", "\u00e4".encode()])
+def test_a_request_without_a_good_name_gets_one(served: Served, name: str | bytes) -> None:
+    names = {
+        served.get("/health", headers={"x-request-id": name}).headers["x-request-id"]
+        for _ in range(3)
+    }
+    assert len(names) == 3
+    assert all(re.fullmatch("req_[0-9a-f]{32}", each) for each in names)
+
+
+def test_what_is_not_the_clients_fault_is_logged_under_its_name(
+    served: Served, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def fail(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(type(served.engine), "submit", fail)
+    response = served.post("/v1/completions", {"prompt": "x"}, headers={"x-request-id": "abc-7"})
+    assert response.status_code == 500
+    assert response.json()["error"]["request_id"] == "abc-7"
+    assert "abc-7: the request failed" in caplog.text
+
+
 def test_end_of_text_tokens_count_and_are_scored(served: Served) -> None:
     """A client that cuts off the last score must not cut off one of the prompt's."""
     bias = {str(EOS): 100}

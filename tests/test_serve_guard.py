@@ -10,7 +10,13 @@ import pytest
 from serve_cases import Served, serving_small
 from small_model import write_small_artifact
 
-from edge_memllm.serving.http.guard import is_loopback, missing_protection
+from edge_memllm.errors import RequestError
+from edge_memllm.serving.http.guard import (
+    checked_host,
+    checked_origin,
+    is_loopback,
+    missing_protection,
+)
 from edge_memllm.serving.http.settings import Settings
 
 KEYS = ("first-long-key", "second-long-key")
@@ -62,6 +68,14 @@ def test_a_rebound_name_is_not(plain: Served, host: str) -> None:
     assert response.status_code == 403
     assert response.json()["error"]["code"] == "unknown_host"
     assert "--allow-host NAME" in response.json()["error"]["message"]
+
+
+@pytest.mark.parametrize("host", ["evil.example", "10.0.3.7:8080", "x]y"])
+def test_health_is_told_under_any_name(plain: Served, host: str) -> None:
+    assert status(plain, "/health", host=host) == 200
+    with plain.connect() as found:
+        found.sendall(b"HEAD /health HTTP/1.0\r\n\r\n")
+        assert found.recv(100).startswith(b"HTTP/1.1 200 ")
 
 
 def test_further_names_are_good_where_they_are_given(locked: Served) -> None:
@@ -171,3 +185,84 @@ def test_what_is_open_to_others_is_said_loudly() -> None:
 )
 def test_is_loopback(host: str, expected: bool) -> None:
     assert is_loopback(host) is expected
+
+
+@pytest.mark.parametrize(
+    "origin",
+    [
+        *(
+            "https://example.org",
+            "http://localhost:3000",
+            "https://a.b-c.d:8443",
+            "http://[::1]:90",
+        ),
+        *("http://127.0.0.1", "chrome-extension://abc", "tauri://localhost", "*", "null"),
+        "https://xn--bcher-kva.example",
+    ],
+)
+def test_origins_that_browsers_send(folder: Path, origin: str) -> None:
+    assert checked_origin(origin) == origin
+    if origin != "*":
+        with serving_small(folder, origins=(origin,)) as served:
+            assert status(served, origin=origin) == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "sent"),
+    [
+        ("https://example.org/", "https://example.org"),
+        ("HTTPS://Example.org", "https://example.org"),
+        ("https://example.org:443", "https://example.org"),
+        ("http://example.org:80", "http://example.org"),
+        ("http://example.org:080", "http://example.org"),
+        ("http://[0:0::1]:90", "http://[::1]:90"),
+        ("https://b\u00fccher.example", "https://xn--bcher-kva.example"),
+    ],
+)
+def test_origins_written_as_browsers_do_not_are_corrected(given: str, sent: str) -> None:
+    with pytest.raises(RequestError, match="never matches: browsers call that origin") as refused:
+        checked_origin(given)
+    assert f"{sent}. Give that." in str(refused.value)
+    assert checked_origin(sent) == sent
+
+
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("", "example.org", "localhost:3000", "//example.org", "https://", "https:///", "file://"),
+        *("https://*.example.org", "https://*", "https://example.org/app", "https://a?b", "a b"),
+        *("https://me@example.org", "https://example.org:99999", "https://example.org:0"),
+        *("https://-a", "https://a..b", "https://a,https://b", "https://example.org:"),
+    ],
+)
+def test_what_is_no_origin_is_refused(given: str) -> None:
+    with pytest.raises(RequestError, match=r"is no origin.*expected one like https://example\.org"):
+        checked_origin(given)
+
+
+@pytest.mark.parametrize("name", ["ai.lan", "AI.Lan", "192.168.1.5", "[fe80::1]", "a_b", "ai.lan."])
+def test_names_that_clients_send(folder: Path, name: str) -> None:
+    with serving_small(folder, hosts=(checked_host(name),)) as served:
+        assert status(served, host=name) == 200
+        assert status(served, host=f"{name}:80") == 200
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        ("ai.lan:80", r"ports are not compared\. Give ai\.lan\."),
+        ("[::1]:80", r"ports are not compared\. Give \[::1\]\."),
+        ("fe80::0:1", r"clients write that name \[fe80::1\]\. Give that"),
+        ("b\u00fccher.example", r"clients write that name xn--bcher-kva\.example\. Give that"),
+        ("", "expected a name like"),
+        ("http://ai.lan", "no scheme, no path"),
+        ("ai.lan/", "no scheme, no path"),
+        ("*", "expected a name like"),
+        ("*.lan", "expected a name like"),
+        ("a b", "expected a name like"),
+        ("a,b", "Repeat the option for several"),
+    ],
+)
+def test_names_that_no_client_sends_are_refused(given: str, message: str) -> None:
+    with pytest.raises(RequestError, match=f"never matches.*{message}"):
+        checked_host(given)

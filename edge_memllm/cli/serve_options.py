@@ -153,6 +153,7 @@ def _add_limits(parser: argparse.ArgumentParser) -> None:
 
 def settings_from(arguments: argparse.Namespace) -> Settings:
     """Return the settings that the options stand for. Raises `RequestError`."""
+    from edge_memllm.serving.http.guard import checked_host, checked_origin
     from edge_memllm.serving.http.settings import Limits, Settings
 
     for option, room in (("--queue", arguments.queue), ("--per-client", arguments.per_client)):
@@ -172,8 +173,8 @@ def settings_from(arguments: argparse.Namespace) -> Settings:
         model_id=_model_id(arguments),
         host=arguments.host,
         api_keys=_keys(arguments),
-        origins=tuple(arguments.cors),
-        hosts=tuple(arguments.allow_host),
+        origins=tuple(map(checked_origin, arguments.cors)),
+        hosts=tuple(map(checked_host, arguments.allow_host)),
         drain_seconds=arguments.drain_seconds,
         log_requests=arguments.log_requests,
         limits=limits,

@@ -10,6 +10,7 @@ import logging
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from contextvars import ContextVar
 from typing import Any
 
 from starlette.exceptions import HTTPException
@@ -28,6 +29,8 @@ from edge_memllm.errors import (
 
 _log = logging.getLogger(__name__)
 
+# What the request that is being answered is called, in its answer and in the log.
+REQUEST_ID = ContextVar("request_id", default="")
 # Seconds after which a server that is ending has probably been started again.
 RESTART_SECONDS = 5
 _KINDS = {
@@ -66,6 +69,7 @@ class ApiError(Exception):
                 "type": _KINDS.get(self.status, "invalid_request_error"),
                 "param": self.param,
                 "code": self.code,
+                "request_id": REQUEST_ID.get() or None,
             }
         }
 
@@ -127,10 +131,10 @@ def _of_routing(error: HTTPException) -> ApiError:
 def _of_our_own(error: Exception) -> ApiError:
     """Log an error with all there is to know, and tell the client little: it may be anybody."""
     if isinstance(error, EdgeMemLLMError):
-        _log.error("%s: %s", type(error).__name__, error)
+        _log.error("%s: %s: %s", REQUEST_ID.get(), type(error).__name__, error)
         what = "The model's files cannot be read" if is_storage(error) else "The model failed"
         return ApiError(500, f"{what}. The server's log says more.", code=type(error).__name__)
-    _log.error("a request failed", exc_info=error)
+    _log.error("%s: the request failed", REQUEST_ID.get(), exc_info=error)
     return ApiError(500, "The server failed on this request. Its log says more.")
 
 

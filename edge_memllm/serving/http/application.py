@@ -66,7 +66,7 @@ def _layers(service: Service) -> Iterator[Middleware]:
             allow_origins=settings.origins,
             allow_methods=("GET", "POST"),
             allow_headers=("*",),
-            expose_headers=("Retry-After",),
+            expose_headers=("Retry-After", "X-Request-Id"),
             max_age=_ONE_DAY,
         )
     yield Middleware(Guard, settings)

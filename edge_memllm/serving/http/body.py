@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import gzip
 import zlib
-from collections.abc import AsyncGenerator, AsyncIterator, Iterable, Mapping
+from collections.abc import AsyncGenerator, AsyncIterator, Mapping
 from contextlib import AsyncExitStack, aclosing, asynccontextmanager
 from io import BytesIO
 from typing import NamedTuple, NoReturn
@@ -69,11 +69,9 @@ def parsed(body: Body, limits: Limits) -> dict[str, object]:
     """Return the object that a body holds; this takes a while for long ones. Raises `ApiError`."""
     data = _unzipped(body.data, limits.body_bytes) if body.zipped else body.data
     try:
-        value = parse_json_object(data, "the body", limits.body_bytes)
+        return parse_json_object(data, "the body", limits.body_bytes)
     except ArtifactError as error:
         raise ApiError(400, str(error), code="invalid_json") from None
-    _check_depth(value, limits.body_depth)
-    return value
 
 
 def _check_type(request: Request) -> None:
@@ -165,23 +163,3 @@ def _unzipped(data: bytes, most: int) -> bytes:
 
 def _too_large(most: int, headers: Mapping[str, str] | None = None) -> ApiError:
     return ApiError(413, f"The body has more than {most} bytes.", headers=headers)
-
-
-def _check_depth(value: object, most: int) -> None:
-    """Refuse what is nested more deeply than the code that reads it later can bear."""
-    level: list[object] = [value]
-    for _ in range(most):
-        level = [inner for outer in level for inner in _inside(outer)]
-        if not level:
-            return
-    message = f"The body has more than {most} objects and lists inside one another."
-    raise ApiError(400, message, code="invalid_json")
-
-
-def _inside(value: object) -> Iterable[object]:
-    found: Iterable[object] = ()
-    if isinstance(value, dict):
-        found = value.values()
-    elif isinstance(value, list):
-        found = value
-    return (each for each in found if isinstance(each, dict | list))

@@ -10,19 +10,25 @@ from __future__ import annotations
 import hashlib
 import hmac
 import ipaddress
+import re
 from collections.abc import Collection, Iterable
 
 from starlette.datastructures import Headers
 from starlette.types import ASGIApp, Receive, Scope, Send
 
+from edge_memllm.errors import RequestError
 from edge_memllm.serving.http.api_error import ApiError
 from edge_memllm.serving.http.settings import Settings
 
 ANY = "*"
 # Without a key: what a monitor asks for, and the page, which asks its reader for the key.
-OPEN_PATHS = ("/", "/health")
 OPEN_FOLDER = "/page/"
+# Balancers and orchestrators ask for it by whatever address they have; it tells next to nothing.
+HEALTH = "/health"
 _CLIENT = "edge_memllm.client"
+_ORIGIN = re.compile(r"([a-z][a-z0-9+.-]*)://([^/?#@\s]+)")
+_LABELS = re.compile(r"[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?(\.[a-z0-9_]([a-z0-9_-]*[a-z0-9_])?)*")
+_USUAL_PORTS = {"http": 80, "https": 443, "ws": 80, "wss": 443}
 
 
 def is_loopback(host: str) -> bool:
@@ -65,7 +71,7 @@ class Guard:
         """Return whose turn a request takes; raises `ApiError` for one that may not come in."""
         headers = Headers(scope=scope)
         host = headers.get("host", "")
-        if not self._any_host:
+        if not self._any_host and scope["path"] != HEALTH:
             self._check_host(host)
         _check_origin(headers, host, self._origins)
         return self._client(scope, headers)
@@ -116,10 +122,81 @@ def _check_origin(headers: Headers, host: str, allowed: Collection[str]) -> None
         )
 
 
+def checked_origin(text: str) -> str:
+    """Return an origin as browsers send it. Raises `RequestError` for what none ever sends.
+
+    That is a scheme, a host and a port that is not the usual one, in lower case, and nothing more.
+    """
+    if text in (ANY, "null"):
+        return text
+    found = _ORIGIN.fullmatch(text.strip().lower().rstrip("/"))
+    expected = "expected one like https://example.org or http://localhost:3000, or '*' for any"
+    if found is None:
+        raise RequestError(f"--cors {text!a:.80} is no origin, {expected}.")
+    scheme, authority = found.groups()
+    name, port = _split_port(authority)
+    host = _browsers_host(name)
+    if host is None or (port is not None and not 0 < port < 1 << 16):
+        raise RequestError(f"--cors {text!a:.80} is no origin: no host is called that, {expected}.")
+    usual = port is None or port == _USUAL_PORTS.get(scheme)
+    sent = f"{scheme}://{host}" if usual else f"{scheme}://{host}:{port}"
+    if sent != text:
+        raise RequestError(
+            f"--cors {text!a:.80} never matches: browsers call that origin {sent}. Give that."
+        )
+    return sent
+
+
+def checked_host(text: str) -> str:
+    """Return a name that requests may call the server by. Raises `RequestError` if none ever will.
+
+    Names are compared whole, without port and without regard to case.
+    """
+    name, port = _split_port(text.lower())
+    host = _browsers_host(name)
+    if port is not None and host is not None:
+        raise RequestError(
+            f"--allow-host {text!a:.80} never matches: ports are not compared. Give {host}."
+        )
+    if host is None:
+        raise RequestError(
+            f"--allow-host {text!a:.80} never matches, expected a name like ai.example.org, or an "
+            "address: no scheme, no path, no '*'. Repeat the option for several."
+        )
+    if host != text.lower():
+        raise RequestError(
+            f"--allow-host {text!a:.80} never matches: clients write that name {host}. Give that."
+        )
+    return host
+
+
+def _split_port(authority: str) -> tuple[str, int | None]:
+    """Return the name and the port, if there is one; a lone IPv6 address has none."""
+    name, colon, port = authority.rpartition(":")
+    if colon and port.isascii() and port.isdecimal() and (":" not in name or name.endswith("]")):
+        return name, int(port[:6])
+    return authority, None
+
+
+def _browsers_host(name: str) -> str | None:
+    """Return a host as it is written in requests; None for what is none."""
+    try:
+        address = ipaddress.ip_address(name.strip("[]"))
+    except ValueError:
+        pass
+    else:
+        return f"[{address}]" if address.version == 6 else str(address)
+    try:
+        ascii_name = name.encode("ascii" if name.isascii() else "idna").decode("ascii")
+    except UnicodeError:
+        return None
+    return ascii_name if _LABELS.fullmatch(ascii_name.removesuffix(".")) else None
+
+
 def _is_open(scope: Scope) -> bool:
     path: str = scope["path"]
     return scope["method"] in ("GET", "HEAD") and (
-        path in OPEN_PATHS or path.startswith(OPEN_FOLDER)
+        path in ("/", HEALTH) or path.startswith(OPEN_FOLDER)
     )
 
 

@@ -17,7 +17,6 @@ class Limits:
     body_bytes: int = 2048 * KIB
     brief_bytes: int = 64 * KIB  # bodies beyond this are read one at a time
     long_bodies: int = 8  # of those, how many may be in memory
-    body_depth: int = 64  # objects and lists inside one another
     schema_bytes: int = 64 * KIB
     schemas_waiting: int = 4  # to be compiled, one at a time
     text_characters: int = 256 * KIB  # of a text to be tokenized for its own sake
