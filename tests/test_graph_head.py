@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 import pytest
+from changed_graphs import manifest_of, seal
 from conftest import HIDDEN, VOCABULARY, MakeArtifact, MakeCheckpoint
 from memory_cases import network_memory
 
@@ -79,13 +80,16 @@ def test_a_graph_of_another_exporter_is_refused(
     make_artifact: MakeArtifact, tmp_path: Path
 ) -> None:
     path = Path(shutil.copytree(make_artifact(), tmp_path / "artifact"))
-    with Artifact.open(path) as artifact:
-        graph = path / "graph.onnx"
-        content = graph.read_bytes()
-        for name in (b"model.norm.weight", b"lm_head.weight_codes"):
-            graph.write_bytes(content.replace(name, name[::-1]))
-            with pytest.raises(ArtifactError, match=f"has no weight {name.decode()}. Export again"):
-                GraphHead(artifact)
+    graph, manifest = path / "graph.onnx", manifest_of(path)
+    content = graph.read_bytes()
+    for name in (b"model.norm.weight", b"lm_head.weight_codes"):
+        graph.write_bytes(content.replace(name, name[::-1]))
+        seal(path, manifest)
+        with (
+            Artifact.open(path) as artifact,
+            pytest.raises(ArtifactError, match=f"has no weight {name.decode()}. Export again"),
+        ):
+            GraphHead(artifact)
 
 
 def test_a_file_cut_while_it_is_open_is_an_error(

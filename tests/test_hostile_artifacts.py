@@ -5,12 +5,15 @@ from __future__ import annotations
 import os
 import shutil
 import socket
+import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
+from conftest import MakeArtifact
 from small_artifact import IDENTITY, OTHER_IDENTITY, SmallArtifact, flip, write_artifact
 
+import edge_memllm
 from edge_memllm import directory
 from edge_memllm.artifact import Artifact
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
@@ -276,3 +279,21 @@ def test_table_of_another_width(small: SmallArtifact, tmp_path: Path) -> None:
     shutil.copy(other.table, small.table)
     with pytest.raises(ArtifactError, match='layers is "1", the manifest says "2"'):
         open_and_close(small.path)
+
+
+# --- folders whose names are no text -----------------------------------------------------------
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_a_folder_whose_name_is_not_utf_8_opens(
+    make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    pytest.importorskip("onnxruntime")
+    source = make_artifact(graph_weights="int4", table_codec="int8")
+    folder = os.path.join(tmp_path, os.fsdecode(b"caf\xe9"))
+    shutil.copytree(source, folder)
+    found = []
+    for path in (source, folder):
+        with edge_memllm.load(path, device="cpu", threads=1) as model:
+            found.append(model.generate("text", max_new_tokens=4, ignore_eos=True))
+    assert found[0] == found[1]

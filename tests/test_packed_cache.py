@@ -6,6 +6,8 @@ import json
 import logging
 import os
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from contextlib import closing
 from pathlib import Path
@@ -225,6 +227,36 @@ def test_a_folder_inside_the_artifact_is_refused(artifact: Path, inside: str) ->
     with pytest.raises(RequestError, match="inside the artifact, whose files are not to change"):
         text_of(artifact, packed_cache=artifact / inside)
     assert files_of(artifact) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_a_folder_whose_name_is_not_utf_8_is_refused(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"packed_cache is '.*caf\\udce9': ONNX Runtime opens"):
+        text_of(artifact, packed_cache=os.path.join(tmp_path, os.fsdecode(b"caf\xe9")))
+    assert list(tmp_path.iterdir()) == [artifact]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such locale")
+def test_a_name_that_the_locale_cannot_spell_is_opened(artifact: Path, tmp_path: Path) -> None:
+    """In the C locale, UTF-8 in a path is not text to Python."""
+    cache, moved = tmp_path / "größe", artifact.rename(tmp_path / "modèle")
+    command = [
+        sys.executable,
+        "-m",
+        "edge_memllm.cli.main",
+        "run",
+        str(moved),
+        "--prompt",
+        "packed",
+    ]
+    command += ["--max-new-tokens", "4", "--greedy", "--json", "--packed-cache", str(cache)]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    made = []
+    for more in (plain, {}):
+        done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, check=True)
+        made.append(json.loads(done.stdout)["text"])
+    assert made[0] == made[1]
+    assert cache.is_dir()
 
 
 def test_a_folder_that_cannot_be_made_is_one_error(artifact: Path, tmp_path: Path) -> None:

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-from edge_memllm.open_files import reading
-
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
 
@@ -20,8 +18,6 @@ def weight_bytes(artifact: Artifact) -> int:
     """
     from edge_memllm_runtimes.graph_file import read_graph
 
-    spec = artifact.manifest.graph
-    size = artifact.manifest.files[spec.file].bytes
-    with reading(artifact.open_file(spec.file), artifact.path / spec.file) as file:
-        tensors = read_graph(file, size).tensors.values()
+    graph = read_graph(artifact.read_bytes(artifact.manifest.graph.file))
+    tensors = graph.tensors.values()
     return sum(each.size for each in tensors if each.name not in _BY_POSITION)

@@ -13,7 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO, NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
@@ -54,9 +54,9 @@ class _Known:
         return self.dims[-1] if self.dims else 1
 
 
-def check_graph(graph: GraphFile, file: BinaryIO, manifest: Manifest) -> None:
-    """Raise `ArtifactError` unless `graph`, read from `file`, is one of the manifest's model."""
-    _Check(graph, file, manifest).run()
+def check_graph(graph: GraphFile, data: bytes, manifest: Manifest) -> None:
+    """Raise `ArtifactError` unless `graph`, read from `data`, is one of the manifest's model."""
+    _Check(graph, data, manifest).run()
 
 
 def cache_names(layers: int) -> list[str]:
@@ -67,10 +67,10 @@ def cache_names(layers: int) -> list[str]:
 class _Check:
     """One walk through a graph."""
 
-    def __init__(self, graph: GraphFile, file: BinaryIO, manifest: Manifest) -> None:
+    def __init__(self, graph: GraphFile, data: bytes, manifest: Manifest) -> None:
         self._graph = graph
         self._manifest = manifest
-        self._file = file
+        self._data = data
         self._compute = _CODES[manifest.graph.compute_dtype]
         self._values: dict[str, _Known] = {}
         model = manifest.model
@@ -133,11 +133,10 @@ class _Check:
         numbers = None
         small = tensor.size <= _MOST_NUMBERS * 8
         if tensor.data_type == _INT64 and tensor.outside is None and small:
-            self._file.seek(tensor.start)
-            data = self._file.read(tensor.size)
+            end = tensor.start + tensor.size
             numbers = tuple(
-                int.from_bytes(data[place : place + 8], "little", signed=True)
-                for place in range(0, len(data), 8)
+                int.from_bytes(self._data[place : place + 8], "little", signed=True)
+                for place in range(tensor.start, end, 8)
             )
         return _Known(tensor.data_type, tensor.dims, tensor, numbers)
 

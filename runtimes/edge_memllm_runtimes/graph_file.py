@@ -4,7 +4,7 @@ A graph may name other files to take weights from, hold graphs in graphs, or be 
 readers see two different things. So this reads the protobuf encoding of ONNX by itself
 (https://github.com/onnx/onnx/blob/main/onnx/onnx.proto) and takes one spelling only: known fields
 of the known kind, nothing twice that there is once, numbers in their shortest form. What it refuses
-may be ONNX, but our exporter does not write it. Weights are skipped, not read; no onnx package is
+may be ONNX, but our exporter does not write it. Weights stay where they are; no onnx package is
 needed. What a graph means is the business of `graph_check`.
 """
 
@@ -15,7 +15,7 @@ import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import Any
 
 from edge_memllm.errors import ArtifactError
 
@@ -178,12 +178,12 @@ class GraphFile:
         return {each.outside for each in self.tensors.values() if each.outside is not None}
 
 
-def read_graph(file: BinaryIO, size: int) -> GraphFile:
-    """Read an ONNX file of `size` bytes.
+def read_graph(data: bytes) -> GraphFile:
+    """Read the bytes of an ONNX file.
 
     Raises `ArtifactError` when it is not one, and when it holds what our exporter does not write.
     """
-    model = _Reader(file).message("model", 0, size)
+    model = _Reader(data).message("model", 0, len(data))
     graph = model.get("graph", {})
     packed: set[int] = set()
     tensors = [_tensor(each, packed) for each in graph.get("initializer", ())]
@@ -204,17 +204,16 @@ def read_graph(file: BinaryIO, size: int) -> GraphFile:
 class _Reader:
     """Reads messages into dicts of their fields' names; a span of bytes stays a pair of places."""
 
-    def __init__(self, file: BinaryIO) -> None:
-        self._file = file
+    def __init__(self, data: bytes) -> None:
+        self._data = data
         self._fields = 0
 
-    def message(self, kind: str, start: int, end: int) -> dict[str, Any]:
+    def message(self, kind: str, place: int, end: int) -> dict[str, Any]:
         known = _MESSAGES[kind]
         found: dict[str, Any] = {}
-        while start < end:
+        while place < end:
             self._count()
-            self._file.seek(start)
-            tag = self._varint(end)
+            tag, place = self._varint(place, end)
             number, wire = tag >> 3, tag & 7
             if wire not in _KINDS:
                 raise _malformed(f"it has a field of kind {wire}")
@@ -224,15 +223,14 @@ class _Reader:
                 raise _foreign(_FOREIGN.get((kind, number), f"field {number} of a {kind}"))
             name, each, repeated = known[number]
             if wire == _BYTES:
-                length = self._varint(end)
-                start = self._file.tell()
-                if length > end - start:
+                length, place = self._varint(place, end)
+                if length > end - place:
                     raise _malformed("a field is longer than what holds it")
-                values = self._delimited(each, repeated, start, start + length)
-                start += length
+                values = self._delimited(each, repeated, place, place + length)
+                place += length
             else:
-                values = [self._scalar(each, wire, end)]
-                start = self._file.tell()
+                value, place = self._scalar(each, wire, place, end)
+                values = [value]
             if repeated:
                 found.setdefault(name, []).extend(values)
             elif name in found:
@@ -241,58 +239,58 @@ class _Reader:
                 (found[name],) = values
         return found
 
-    def _delimited(self, kind: str, repeated: bool, start: int, end: int) -> list[Any]:
+    def _delimited(self, kind: str, repeated: bool, place: int, end: int) -> list[Any]:
         if kind == _SPAN:
-            return [(start, end)]
+            return [(place, end)]
         if kind == _TEXT:
-            return [self._text(start, end)]
+            return [self._text(place, end)]
         if kind not in (_INT, _FLOAT):
-            return [self.message(kind, start, end)]
+            return [self.message(kind, place, end)]
         if not repeated:
             raise _malformed("a number is written as bytes")
         values = []
-        while self._file.tell() < end:
+        while place < end:
             self._count()
-            values.append(self._scalar(kind, _WIRE[kind], end))
+            value, place = self._scalar(kind, _WIRE[kind], place, end)
+            values.append(value)
         return values
 
-    def _scalar(self, kind: str, wire: int, end: int) -> int | float:
+    def _scalar(self, kind: str, wire: int, place: int, end: int) -> tuple[int | float, int]:
+        """Return a number, and the place behind it."""
         if _WIRE.get(kind) != wire:
             raise _malformed(f"it has a field of kind {wire} where none is expected")
         if kind == _INT:
-            value = self._varint(end)
-            return value - (1 << 64) if value >> 63 else value
-        number: float = struct.unpack("<f", self._bytes(4, end))[0]
+            value, place = self._varint(place, end)
+            return value - (1 << 64) if value >> 63 else value, place
+        if place + 4 > end:
+            raise _malformed("it ends inside a field")
+        number: float = struct.unpack_from("<f", self._data, place)[0]
         if not math.isfinite(number):
             raise _malformed("a number is not finite")
-        return number
+        return number, place + 4
 
-    def _varint(self, end: int) -> int:
-        """Return a number of at most 64 bits that is written as short as it can be."""
+    def _varint(self, place: int, end: int) -> tuple[int, int]:
+        """Return a number of at most 64 bits, written as short as it can be, and what is behind."""
         value = 0
-        for place in range(_LONGEST_VARINT):
-            byte = self._bytes(1, end)[0]
-            value |= (byte & 0x7F) << 7 * place
+        for shift in range(0, 7 * _LONGEST_VARINT, 7):
+            if place >= end:
+                raise _malformed("it ends inside a field")
+            byte = self._data[place]
+            place += 1
+            value |= (byte & 0x7F) << shift
             if byte < 0x80:
-                if value >> 64 or (place and not byte):
+                if value >> 64 or (shift and not byte):
                     raise _malformed("a number is written longer than it is")
-                return value
+                return value, place
         raise _malformed("a number is too long")
 
-    def _text(self, start: int, end: int) -> str:
-        if end - start > _MAX_TEXT:
-            raise _malformed(f"a text has {end - start} bytes")
-        self._file.seek(start)
+    def _text(self, place: int, end: int) -> str:
+        if end - place > _MAX_TEXT:
+            raise _malformed(f"a text has {end - place} bytes")
         try:
-            return self._bytes(end - start, end).decode("utf-8")
+            return self._data[place:end].decode("utf-8")
         except UnicodeDecodeError:
             raise _malformed("a text is not UTF-8") from None
-
-    def _bytes(self, count: int, end: int) -> bytes:
-        data = self._file.read(count) if self._file.tell() + count <= end else b""
-        if len(data) < count:
-            raise _malformed("it ends inside a field")
-        return data
 
     def _count(self) -> None:
         self._fields += 1

@@ -13,7 +13,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import ArtifactError
-from edge_memllm.open_files import reading
 from edge_memllm.readers.open_file import OpenFile
 from edge_memllm_runtimes.graph_file import Tensor, read_graph
 
@@ -44,9 +43,7 @@ class GraphHead:
                 if name is not None:
                     descriptor = artifact.open_file(name)
                     self._files.append(OpenFile(descriptor, str(artifact.path / name)))
-            with reading(artifact.open_file(manifest.graph.file), self._where) as file:
-                size = manifest.files[manifest.graph.file].bytes
-                self._weights = read_graph(file, size).tensors
+            self._weights = read_graph(artifact.read_bytes(manifest.graph.file)).tensors
             self._norm = self._values(_NORM, self._shape[1])
             self._form = None if _FLOAT in self._weights else self._blocks()
         except BaseException:

@@ -7,12 +7,11 @@ weights are read once, into memory of our own. Runs nothing.
 
 from __future__ import annotations
 
-import io
 import math
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 from numpy.typing import NDArray
@@ -92,10 +91,9 @@ def read_checked_graph(artifact: Artifact) -> CheckedGraph:
             "beside it. Export the model again."
         )
     content = artifact.read_bytes(spec.file)
-    file = io.BytesIO(content)
-    graph = check_graph_file(file, size, where, spec.external_data, manifest.model.identity)
+    graph = check_graph_file(content, where, spec.external_data, manifest.model.identity)
     try:
-        check_graph(graph, file, manifest)
+        check_graph(graph, content, manifest)
         if spec.external_data is None:
             return CheckedGraph(where, content, {})
         outside = [each for each in graph.tensors.values() if each.outside is not None]
@@ -113,15 +111,15 @@ def read_checked_graph(artifact: Artifact) -> CheckedGraph:
 
 
 def check_graph_file(
-    file: BinaryIO, size: int, where: Path, external_data: str | None, identity: str
+    data: bytes, where: Path, external_data: str | None, identity: str
 ) -> GraphFile:
-    """Raise `ArtifactError` unless an open graph is of the model `identity` and self-contained.
+    """Raise `ArtifactError` unless a graph is of the model `identity` and self-contained.
 
     Weights may lie in the file `external_data` beside it, and nowhere else. Returns what the
     graph says.
     """
     try:
-        found = read_graph(file, size)
+        found = read_graph(data)
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}") from error
     if outside := found.external_files - {external_data}:

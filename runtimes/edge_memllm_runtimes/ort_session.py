@@ -9,12 +9,7 @@ import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.errors import (
-    ArtifactError,
-    EdgeMemLLMError,
-    RequestError,
-    RuntimeUnavailableError,
-)
+from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RuntimeUnavailableError
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.processors import physical_cores
@@ -132,15 +127,18 @@ def _open(
     return session
 
 
-def _spelt(path: Path) -> str:
-    """Return a path as the library takes it: text that is UTF-8, whatever the locale says."""
+def is_spelt(path: Path) -> bool:
+    """Whether the library can open a path: it takes text that is UTF-8."""
     try:
-        return os.fsencode(path).decode("utf-8")
+        _spelt(path)
     except UnicodeDecodeError:
-        raise RequestError(
-            f"packed_cache is {str(path)!a}: ONNX Runtime opens only paths that are UTF-8. Give "
-            "another folder, or leave packed_cache out."
-        ) from None
+        return False
+    return True
+
+
+def _spelt(path: Path) -> str:
+    # As it is on disk: what the locale makes of it may be no text.
+    return os.fsencode(path).decode("utf-8")
 
 
 def _entries(artifact: Artifact, device: str) -> dict[str, str]:

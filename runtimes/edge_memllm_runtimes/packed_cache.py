@@ -26,7 +26,7 @@ from edge_memllm.directory import Directory
 from edge_memllm.errors import ArtifactError, CorruptionError, EdgeMemLLMError, RequestError
 from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
 from edge_memllm_runtimes.ort_graph import check_graph_file
-from edge_memllm_runtimes.ort_session import QUANTIZED_WEIGHTS
+from edge_memllm_runtimes.ort_session import QUANTIZED_WEIGHTS, is_spelt
 
 if TYPE_CHECKING:
     from edge_memllm.artifact import Artifact
@@ -87,6 +87,11 @@ def _check_request(folder: Path, artifact: Artifact) -> None:
             f"packed_cache is for graphs with {' or '.join(QUANTIZED_WEIGHTS)} weights; this "
             f"one's are {weights}, which are used as they are stored. Leave it out."
         )
+    if not is_spelt(folder):
+        raise RequestError(
+            f"packed_cache is {str(folder)!a}: ONNX Runtime opens only paths that are UTF-8. Give "
+            "another folder, or leave packed_cache out."
+        )
     if artifact.path.resolve() in (folder.resolve(), *folder.resolve().parents):
         raise RequestError(
             f"packed_cache is {folder}, inside the artifact, whose files are not to change. "
@@ -127,9 +132,9 @@ def _checked(place: Path, artifact: Artifact, facts: dict[str, str]) -> Path:
         for name in {graph, *files}:
             _check_file(directory, name, files.get(name))
         with os.fdopen(directory.open_file(graph), "rb") as file:
-            identity = artifact.manifest.model.identity
-            size = os.fstat(file.fileno()).st_size
-            found = check_graph_file(file, size, place / graph, f"{graph}.data", identity)
+            data = file.read()
+        identity = artifact.manifest.model.identity
+        found = check_graph_file(data, place / graph, f"{graph}.data", identity)
     finally:
         directory.close()
     _check_alignment(found.packed_offsets)
