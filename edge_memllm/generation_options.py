@@ -17,6 +17,7 @@ class TextOptions(TypedDict, total=False):
 
     max_new_tokens: int
     stop: str | Sequence[str]
+    stop_token_ids: Sequence[int]
     sampling: Sampling | None
     ignore_eos: bool
     speculate: int

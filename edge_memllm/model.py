@@ -32,6 +32,7 @@ from edge_memllm.request import (
     Prompt,
     check_speculate,
     check_tokens,
+    ending_tokens,
     prompt_tokens,
     token_limit,
 )
@@ -124,6 +125,7 @@ class Model:
         *,
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
@@ -133,8 +135,10 @@ class Model:
     ) -> Generator[Piece, None, None]:
         """Check the request now, then yield one piece of text per new token.
 
-        `prompt` is text or token ids. `sampling` None takes the artifact's own; the same `seed`
-        gives the same text, None draws one and the statistics tell it. `ignore_eos` goes on
+        `prompt` is text or token ids. The text ends before one of the strings `stop` and at one
+        of the tokens `stop_token_ids`; a string that is one special token is taken for that.
+        `sampling` None takes the artifact's own; the same `seed` gives the same text, None draws
+        one and the statistics tell it. `ignore_eos` goes on
         after the end of the text, as measurements want. `speculate` is the most draft tokens of
         one step, copied from earlier in the text and kept as far as the model would have chosen
         them; 0 is off. `overlays` names those to use, in their order; None takes all that are
@@ -145,7 +149,8 @@ class Model:
         `GenerationCancelledError` within one token of a cancellation.
         """
         stops, seed, drafts = check_stops(stop), _seed(seed), check_speculate(speculate)
-        sequence = self._sequence(prompt, max_new_tokens, sampling, seed, 0, ignore_eos)
+        ends = self._ends(stops, stop_token_ids, ignore_eos)
+        sequence = self._sequence(prompt, max_new_tokens, sampling, seed, 0, ends)
         return self._one(self._pieces([sequence], stops, seed, drafts, overlays, cancellation))
 
     @overload
@@ -167,6 +172,7 @@ class Model:
         *,
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
         seed: int | None = None,
         ignore_eos: bool = False,
@@ -189,8 +195,9 @@ class Model:
                 f"speculate is {drafts} and a list of prompts was given: drafts are for one prompt "
                 "at a time. Give one prompt, or speculate 0."
             )
+        ends = self._ends(stops, stop_token_ids, ignore_eos)
         sequences = [
-            self._sequence(one, max_new_tokens, sampling, seed, number, ignore_eos)
+            self._sequence(one, max_new_tokens, sampling, seed, number, ends)
             for number, one in enumerate(prompts)
         ]
         texts = [""] * len(sequences)
@@ -281,14 +288,19 @@ class Model:
         sampling: Sampling | None,
         seed: int,
         stream: int,
-        ignore_eos: bool,
+        ends: frozenset[int],
     ) -> TokenSequence:
         model = self.manifest.model
         tokens = prompt_tokens(prompt, self.tokenizer, model)
         limit = token_limit(max_new_tokens, len(tokens), model.max_position_embeddings)
         sampler = Sampler(self.sampling if sampling is None else sampling, seed, stream)
-        ends = frozenset[int]() if ignore_eos else frozenset(model.eos_token_ids)
         return TokenSequence(tokens, sampler, limit, ends)
+
+    def _ends(
+        self, stops: Sequence[str], stop_token_ids: Sequence[int], ignore_eos: bool
+    ) -> frozenset[int]:
+        model = self.manifest.model
+        return ending_tokens(stops, stop_token_ids, self.tokenizer, model, ignore_eos=ignore_eos)
 
     def _pieces(
         self,

@@ -74,6 +74,28 @@ def text_tokens(
     return check_tokens(tokens, model.vocab_size)
 
 
+def ending_tokens(
+    stops: Iterable[str],
+    stop_token_ids: Iterable[object],
+    tokenizer: Tokenizer,
+    model: ModelSpec,
+    *,
+    ignore_eos: bool,
+) -> frozenset[int]:
+    """Return the tokens that end a text: the model's own, unless ignored, and those asked for.
+
+    A stop string that is one special token is that token: it never stands in the text. Raises
+    `RequestError` for ids that are not in the vocabulary.
+    """
+    try:
+        asked = check_tokens(stop_token_ids, model.vocab_size)
+    except RequestError as error:
+        raise RequestError(f"stop_token_ids: {error}") from None
+    special = (tokenizer.special_token(text) for text in stops)
+    found = {token for token in special if token is not None and token < model.vocab_size}
+    return frozenset((*asked, *found, *(() if ignore_eos else model.eos_token_ids)))
+
+
 def common_length(first: Sequence[int], second: Sequence[int]) -> int:
     """Return how many elements two sequences have in common from the front."""
     shorter = min(len(first), len(second))

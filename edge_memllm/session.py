@@ -29,6 +29,7 @@ from edge_memllm.request import (
     Prompt,
     check_speculate,
     common_length,
+    ending_tokens,
     prompt_tokens,
     text_tokens,
     token_limit,
@@ -138,6 +139,7 @@ class Session:
         *,
         max_new_tokens: int = 128,
         stop: str | Sequence[str] = (),
+        stop_token_ids: Sequence[int] = (),
         sampling: Sampling | None = None,
         ignore_eos: bool = False,
         speculate: int = 0,
@@ -150,6 +152,8 @@ class Session:
         came so far. `sampling` None takes the session's; the rest is as in `Model.stream`.
         """
         stops, drafts = check_stops(stop), check_speculate(speculate)
+        model, tokenizer = self._model.manifest.model, self._model.tokenizer
+        ends = ending_tokens(stops, stop_token_ids, tokenizer, model, ignore_eos=ignore_eos)
         with self._turn.whole():
             self._limit(max_new_tokens)
 
@@ -158,8 +162,7 @@ class Session:
                 self._begin()
                 limit = self._limit(max_new_tokens)
                 sampler = Sampler(sampling or self.sampling, self.seed, draws=self._draws)
-                ends = () if ignore_eos else self._model.manifest.model.eos_token_ids
-                sequence = TokenSequence(tuple(self._tokens), sampler, limit, frozenset(ends))
+                sequence = TokenSequence(tuple(self._tokens), sampler, limit, ends)
                 yield from self._pieces(sequence, stops, drafts, cancellation)
 
         return pieces()

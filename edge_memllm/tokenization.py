@@ -131,6 +131,11 @@ class Tokenizer:
             text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
         return text
 
+    def special_token(self, text: str) -> int | None:
+        """Return the special token that is spelt so; None where there is none."""
+        token: int | None = self._tokenizer.token_to_id(text)
+        return token if token in self._special else None
+
     def is_silent(self, token: int) -> bool:
         """Whether a token has no text, wherever it stands: a special one, or none at all."""
         return token in self._special or self.spelling(token) is None

@@ -13,7 +13,7 @@ from typing import Any
 
 import pytest
 from conftest import MakeArtifact
-from small_model import open_small_model, write_small_artifact
+from small_model import byte_tokenizer, open_small_model, write_small_artifact
 
 import edge_memllm
 from edge_memllm.cli.main import main
@@ -117,6 +117,16 @@ def test_stop_strings_end_the_text(run: Any) -> None:
     stops = ("--stop", whole[4:6], "--stop", whole[2:4])
     report = json.loads(run("plain", "--prompt", "a", "--greedy", "--json", *stops)[0])
     assert report["text"] == whole[: whole.index(whole[2:4])]
+    assert report["finish_reason"] == "stop"
+
+
+def test_a_token_ends_the_text(run: Any) -> None:
+    words = ("plain", "--prompt", "a", "--greedy", "--json")
+    whole = json.loads(run(*words)[0])["text"]
+    report = json.loads(
+        run(*words, "--stop-token-id", str(byte_tokenizer().encode(whole[3])[0]))[0]
+    )
+    assert report["text"] == whole[: whole.index(whole[3])]
     assert report["finish_reason"] == "stop"
 
 

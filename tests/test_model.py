@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from conftest import EOS
+from conftest import EOS, PAD, VOCABULARY
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from small_model import (
@@ -114,6 +114,30 @@ def test_text_ends_before_a_stop_string(folder: Path, text: str, stop: str) -> N
     assert pieces[-1].finish_reason == "stop"
     assert len(pieces) == len((before + found).encode()) + (not found)
     assert runtime.fed == len(pieces)
+
+
+@pytest.mark.parametrize(
+    "options", [{"stop": "<pad>"}, {"stop": ["zz", "<pad>"]}, {"stop_token_ids": [PAD]}]
+)
+@pytest.mark.parametrize("ignore_eos", [False, True])
+def test_text_ends_at_a_token(folder: Path, options: dict[str, Any], ignore_eos: bool) -> None:
+    """Special tokens are no text: a stop string that is one ends the text at the token."""
+    model, runtime = scripted(folder, "ab", end=False)
+    runtime.script = (*runtime.script, PAD, PAD, PAD)
+    with model:
+        pieces = list(model.stream([7], **options, ignore_eos=ignore_eos))
+        assert [piece.text for piece in pieces] == ["a", "b", ""]
+        assert (pieces[-1].token, pieces[-1].finish_reason) == (PAD, "stop")
+        assert model.generate([7], **options) == "ab"
+        with model.session() as session:
+            session.append([7])
+            assert session.generate(**options) == "ab"
+
+
+@pytest.mark.parametrize("ids", [[VOCABULARY], [-1], [True], ["a"]])
+def test_stop_tokens_are_of_the_vocabulary(model: Model, ids: list[Any]) -> None:
+    with pytest.raises(RequestError, match=r"stop_token_ids: token 0 is .*, expected an integer"):
+        model.stream("a", stop_token_ids=ids)
 
 
 def test_a_list_of_prompts_gives_the_texts_they_have_alone(model: Model) -> None:

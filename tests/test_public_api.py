@@ -53,8 +53,8 @@ def test_the_public_calls_keep_their_parameters() -> None:
     limits = ["memory_limit", "vram_limit", "cuda_graph", "packed_cache"]
     chosen = ["device", "reader", "threads", "prefill_chunk", "table_quality"]
     assert load == ["path", *chosen, "record_cache", "hot_text", *limits, "overlays", "progress"]
-    options = ["max_new_tokens", "stop", "sampling", "seed", "ignore_eos", "speculate"]
-    options += ["overlays", "cancellation"]
+    options = ["max_new_tokens", "stop", "stop_token_ids", "sampling", "seed", "ignore_eos"]
+    options += ["speculate", "overlays", "cancellation"]
     for call in (edge_memllm.Model.stream, edge_memllm.Model.generate):
         assert list(inspect.signature(call).parameters) == ["self", "prompt", *options]
 

@@ -292,7 +292,7 @@ def test_a_panic_of_a_library_ends_its_own_reply(
     with Engine(model) as engine, monkeypatch.context() as patched:
         wish = Request(prompt=[1], constraint=Constraint if place == "a constraint" else None)
         if place == "the tokenizer":
-            patched.setattr(type(model.tokenizer), "decode", panic)
+            patched.setattr(type(model.tokenizer), "bytes_of", panic)
         elif place == "a record":
             patched.setattr(type(model.table), "fetch", panic)
         with pytest.raises(ServiceError, match="Panic: boom"):

@@ -38,6 +38,7 @@ def ask(model: Model, prompt: str | list[int], settings: Settings) -> Generator[
         prompt,
         max_new_tokens=settings.max_new_tokens,
         stop=settings.stop,
+        stop_token_ids=settings.stop_token_ids,
         sampling=settings.sampling,
         seed=settings.seed,
         speculate=settings.speculate,

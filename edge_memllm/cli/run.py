@@ -67,6 +67,14 @@ def add_parser(commands: Commands) -> None:
         help="stop before this text; may be repeated",
     )
     parser.add_argument(
+        "--stop-token-id",
+        action="append",
+        default=[],
+        type=int,
+        metavar="N",
+        help="stop at this token as well; may be repeated",
+    )
+    parser.add_argument(
         "--speculate",
         type=int,
         default=0,

@@ -26,6 +26,7 @@ class Settings:
     seed: int | None = None  # None: drawn anew for each answer
     speculate: int = 0
     overlays: tuple[str, ...] | None = None  # None: all that are loaded
+    stop_token_ids: tuple[int, ...] = ()
 
     @classmethod
     def from_arguments(cls, arguments: argparse.Namespace, default: Sampling) -> Settings:
@@ -43,6 +44,7 @@ class Settings:
             sampling=replace(default, **given),
             max_new_tokens=arguments.max_new_tokens,
             stop=check_stops(arguments.stop),
+            stop_token_ids=tuple(arguments.stop_token_id),
             seed=arguments.seed,
             speculate=check_speculate(arguments.speculate),
         )

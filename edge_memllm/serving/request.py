@@ -15,6 +15,7 @@ from edge_memllm.request import (
     Prompt,
     check_positive,
     check_tokens,
+    ending_tokens,
     prompt_tokens,
     token_limit,
 )
@@ -32,19 +33,20 @@ class Request:
 
     `max_new_tokens` may be 0 where only the prompt's scores are wanted. `choices` replies are
     drawn, each with random numbers of its own, as `Model.generate` draws them for equal prompts.
-    `stop_tokens` end a text as those of the model do, which `ignore_eos` passes over. `constraint`
-    makes one constraint for each choice. `top` gives every token its score and that many likeliest
-    ones, None gives none; `score_prompt` scores the prompt's tokens as well. `client` is whose
-    request it is: clients take turns. After `timeout` seconds it is given up: from when it is
-    submitted, or from `since` on the clock `time.monotonic`. `overlays` are looked up when it is
-    submitted, and kept. `without_memory` computes as if the memory of all layers were zero.
+    `stop_token_ids` end a text as those of the model do, which `ignore_eos` passes over.
+    `constraint` makes one constraint for each choice. `top` gives every token its score and that
+    many likeliest ones, None gives none; `score_prompt` scores the prompt's tokens as well.
+    `client` is whose request it is: clients take turns. After `timeout` seconds it is given up:
+    from when it is submitted, or from `since` on the clock `time.monotonic`. `overlays` are looked
+    up when it is submitted, and kept. `without_memory` computes as if the memory of all layers
+    were zero.
     `trace` tells where each token's record came from.
     """
 
     prompt: Prompt
     max_new_tokens: int = 128
     stop: str | Sequence[str] = ()
-    stop_tokens: Sequence[int] = ()
+    stop_token_ids: Sequence[int] = ()
     sampling: Sampling | None = None
     steering: Steering | None = None
     constraint: Callable[[], Constraint] | None = None
@@ -85,6 +87,7 @@ def check_request(
 ) -> CheckedRequest:
     """Return the request with its prompt as tokens; raises `RequestError` if it cannot be done."""
     prompt = prompt_tokens(wish.prompt, tokenizer, model)
+    stops = check_stops(wish.stop)
     if check_positive("choices", wish.choices) > most_choices:
         raise RequestError(
             f"choices is {wish.choices}, expected at most {most_choices}: as many as may wait."
@@ -99,21 +102,14 @@ def check_request(
         wish=wish,
         prompt=prompt,
         limit=_limit(wish.max_new_tokens, len(prompt), model.max_position_embeddings),
-        stops=check_stops(wish.stop),
+        stops=stops,
         sampling=default if wish.sampling is None else wish.sampling,
         seed=draw_seed() if wish.seed is None else check_seed(wish.seed),
         top=_check_top(wish.top),
-        ends=_ends(wish, model),
+        ends=ending_tokens(
+            stops, wish.stop_token_ids, tokenizer, model, ignore_eos=wish.ignore_eos
+        ),
     )
-
-
-def _ends(wish: Request, model: ModelSpec) -> frozenset[int]:
-    """Return the tokens that end a text."""
-    try:
-        own = check_tokens(wish.stop_tokens, model.vocab_size)
-    except RequestError as error:
-        raise RequestError(f"stop_tokens: {error}") from None
-    return frozenset(own) if wish.ignore_eos else frozenset((*own, *model.eos_token_ids))
 
 
 def _limit(max_new_tokens: object, prompt_length: int, context: int) -> int:

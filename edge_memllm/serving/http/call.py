@@ -62,7 +62,7 @@ class Call:
                 prompt=prompt,
                 max_new_tokens=self.max_tokens,
                 stop=wishes.stops,
-                stop_tokens=wishes.stop_tokens,
+                stop_token_ids=wishes.stop_tokens,
                 sampling=wishes.sampling,
                 steering=wishes.steering,
                 constraint=constraint,
