@@ -9,6 +9,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from importlib.util import find_spec
 from pathlib import Path
+from time import monotonic, sleep
 from typing import TYPE_CHECKING
 
 from edge_memllm.cli.files import read_text
@@ -29,6 +30,7 @@ if TYPE_CHECKING:
     from edge_memllm.serving.http.settings import Settings
 
 EXIT_STUCK = 1
+_PATIENCE = 3.0  # seconds
 _PACKAGES = ("starlette", "uvicorn")
 
 _DESCRIPTION = """\
@@ -129,11 +131,19 @@ def _serve(
         server = Server(service)
         _announce(service, bound, as_json=arguments.json)
         server.run(sockets=[bound])
-        if not engine.close(0) or service.busy:
+        if not engine.close(0) or not _at_rest(service):
             # Nothing that they use may be closed, and no thread can be stopped.
             print("error: work on a request does not come back. Left it there.", file=sys.stderr)
             leave(EXIT_STUCK)
     return 0
+
+
+def _at_rest(service: Service) -> bool:
+    """Wait a moment for threads whose work nobody waits for any more; False if one goes on."""
+    until = monotonic() + _PATIENCE
+    while service.busy and monotonic() < until:
+        sleep(0.01)
+    return not service.busy
 
 
 def _announce(service: Service, bound: socket.socket, *, as_json: bool) -> None:
