@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -11,13 +12,14 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 import pytest
+from changed_graphs import change_graph
 from conftest import MakeArtifact, files_of
 
 import edge_memllm
 import edge_memllm.codecs
 from edge_memllm.artifact import Artifact
 from edge_memllm.cli.main import main
-from edge_memllm.errors import ArtifactError, ExportError
+from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.feeding import Feeder
 from edge_memllm_export import requantize
 from edge_memllm_export import requantizer as module
@@ -159,6 +161,33 @@ def test_a_foreign_graph_is_refused(tmp_path: Path, make_artifact: MakeArtifact)
     codec = edge_memllm.codecs.get_codec("int8-g64")
     with pytest.raises(ArtifactError, match="the part that takes in the table's rows was not"):
         rewire_graph(dense, tmp_path / "new.onnx", "int4", MemoryShape(2, 2, 64), codec)
+
+
+def test_a_hostile_graph_is_refused_before_a_library_reads_it(
+    tmp_path: Path, make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(make_artifact(), tmp_path / "artifact"))
+    change_graph(path, lambda model: setattr(model.graph.node[0], "op_type", "Expand"))
+    monkeypatch.setattr(module, "rewire_graph", None)
+    with pytest.raises(ArtifactError, match="it has the operator 'Expand', which no graph of ours"):
+        requantize(path, tmp_path / "out", table_codec="f16")
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_file_that_changes_meanwhile_is_not_vouched_for(
+    tmp_path: Path, make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = Path(shutil.copytree(make_artifact(), tmp_path / "artifact"))
+    first_form = module._first_form
+
+    def meanwhile(*given: Any) -> Any:
+        (path / "tokenizer.json").write_bytes((path / "tokenizer.json").read_bytes()[::-1])
+        return first_form(*given)
+
+    monkeypatch.setattr(module, "_first_form", meanwhile)
+    with pytest.raises(CorruptionError, match=r"tokenizer\.json: changed while it was copied"):
+        requantize(path, tmp_path / "out", table_codec="f16")
+    assert not (tmp_path / "out").exists()
 
 
 def test_no_torch_is_loaded(make_artifact: MakeArtifact, tmp_path: Path) -> None:

@@ -18,7 +18,7 @@ import edge_memllm
 from edge_memllm.artifact import Artifact
 from edge_memllm.codecs import Codec, get_codec
 from edge_memllm.codecs.words import codec_id
-from edge_memllm.errors import ExportError
+from edge_memllm.errors import CorruptionError, ExportError
 from edge_memllm.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
 from edge_memllm.mixed_precision import Target
 from edge_memllm.stored_rows import StoredRows
@@ -38,6 +38,7 @@ from edge_memllm_export.table_export import (
 )
 from edge_memllm_export.texts import TOKENIZER_FILE, TableText, table_text
 from edge_memllm_runtimes import open_runtime
+from edge_memllm_runtimes.ort_graph import check_artifact_graph
 
 Progress = Callable[[str, int, int], None]
 
@@ -81,8 +82,8 @@ def requantize(
     called on the way.
 
     Raises `ExportError` for a codec or a target that cannot be, a dense model, or a result that
-    does not compute what the source computes; nothing is left behind then, and what was in OUT is
-    untouched.
+    does not compute what the source computes, `ArtifactError` for a source that cannot be used;
+    nothing is left behind then, and what was in OUT is untouched.
     """
     out = Path(os.path.abspath(out))
     if out == Path(os.path.abspath(artifact)):
@@ -223,6 +224,10 @@ class _Requantizing:
         ):
             shutil.copyfileobj(source, copy, 4 << 20)
         self._files[name] = seal(self._path / name)
+        if self._files[name] != self._manifest.files[name]:  # or the new manifest vouches for it
+            raise CorruptionError(
+                f"{self._source.path / name}: changed while it was copied. Copy the folder again."
+            )
 
     def _write_graph(self) -> GraphSpec:
         spec, layout = self._manifest.graph, self._form.layout
@@ -230,6 +235,7 @@ class _Requantizing:
         self._copy(spec.file)
         if not _needs_rewiring(get_codec(self._manifest.table.codec), codec):
             return spec
+        check_artifact_graph(self._source)  # before a library reads it
         file = self._path / spec.file
         rewired = file.with_name(f"{file.name}.new")
         layers = self._manifest.model.num_hidden_layers

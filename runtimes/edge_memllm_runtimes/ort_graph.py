@@ -77,7 +77,28 @@ class CheckedGraph:
 
 
 def read_checked_graph(artifact: Artifact) -> CheckedGraph:
-    """Read the artifact's graph into memory, checked.
+    """Read the artifact's graph and its weights into memory, checked.
+
+    Raises as `check_artifact_graph` does, `CorruptionError` also for weights that the manifest
+    does not promise.
+    """
+    spec = artifact.manifest.graph
+    content, graph = check_artifact_graph(artifact)
+    weights = {}
+    if spec.external_data is not None:
+        data = artifact.read_checked(spec.external_data)
+        weights = {
+            each.name: np.frombuffer(
+                data, DATA_TYPES[each.data_type], math.prod(each.dims), each.start
+            ).reshape(each.dims)
+            for each in graph.tensors.values()
+            if each.outside is not None
+        }
+    return CheckedGraph(artifact.path / spec.file, content, weights)
+
+
+def check_artifact_graph(artifact: Artifact) -> tuple[bytes, GraphFile]:
+    """Return the bytes of the artifact's graph file and what they say, weights beside it unread.
 
     Raises `CorruptionError` for bytes that the manifest does not promise, `ArtifactError` for a
     graph of another model, one that our exporter does not write (see `graph_check`) and one that
@@ -94,20 +115,12 @@ def read_checked_graph(artifact: Artifact) -> CheckedGraph:
     graph = check_graph_file(content, where, spec.external_data, manifest.model.identity)
     try:
         check_graph(graph, content, manifest)
-        if spec.external_data is None:
-            return CheckedGraph(where, content, {})
-        outside = [each for each in graph.tensors.values() if each.outside is not None]
-        _check_places(outside, manifest.files[spec.external_data].bytes)
+        if spec.external_data is not None:
+            outside = [each for each in graph.tensors.values() if each.outside is not None]
+            _check_places(outside, manifest.files[spec.external_data].bytes)
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}") from error
-    data = artifact.read_checked(spec.external_data)
-    weights = {
-        each.name: np.frombuffer(
-            data, DATA_TYPES[each.data_type], math.prod(each.dims), each.start
-        ).reshape(each.dims)
-        for each in outside
-    }
-    return CheckedGraph(where, content, weights)
+    return content, graph
 
 
 def check_graph_file(
