@@ -80,7 +80,7 @@ class _Check:
             self._refuse(f"{section} has {len(parts)} parts, expected at most {MOST_PARTS}.")
         for part in parts:
             kind = part.get("type")
-            if kind not in known:
+            if not isinstance(kind, str) or kind not in known:
                 self._refuse(
                     f"{section} has a part of type {kind!a:.60}, expected one of "
                     f"{', '.join(sorted(known))}."
@@ -184,7 +184,7 @@ class _Check:
     def _template(self, section: str, part: Mapping[str, Any]) -> None:
         for name in ("single", "pair"):
             pieces = self._count(f"{section}'s {name}", part.get(name), MOST_AROUND)
-            texts = [each for each in pieces if "Sequence" in each]
+            texts = [each for each in pieces if isinstance(each, dict) and "Sequence" in each]
             if name == "single" and len(texts) != 1:
                 self._refuse(f"{section} holds a text {len(texts)} times, expected once.")
         tokens = self._count(f"{section}'s special_tokens", part.get("special_tokens"), MOST_AROUND)

@@ -6,6 +6,7 @@ from __future__ import annotations
 import base64
 import json
 import time
+from contextlib import suppress
 from typing import Any
 
 import pytest
@@ -309,3 +310,36 @@ def test_an_old_file_need_not_say_of_what_type_its_model_is() -> None:
         del fields["model"]["type"]
         if name != "unigram":
             Tokenizer(json.dumps(fields).encode())
+
+
+ODD: list[Any] = [None, True, -1, 1.5, "x", [], {}, [1], {"a": 1}, [["Sequence"]], {"type": ["x"]}]
+
+
+def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
+    """The paths of all values, but for those of a vocabulary."""
+    found = [path] if path else []
+    keys = (
+        value if isinstance(value, dict) else range(len(value)) if isinstance(value, list) else ()
+    )
+    for key in keys if path[-1:] not in (("vocab",), ("merges",)) else ():
+        found += places(value[key], (*path, key))
+    return found
+
+
+@pytest.mark.parametrize("name", ["unigram", "spm", "wordpiece", "bytes", "template"])
+def test_any_value_anywhere_is_taken_or_refused_in_words(name: str) -> None:
+    library = real_ones()[name if name != "template" else "bytes"]
+    if name == "template":
+        library.post_processor = processors.TemplateProcessing(
+            single="<s> $A", special_tokens=[("<s>", 0)]
+        )
+    definition = library.to_str()
+    for path in places(json.loads(definition)):
+        for odd in ODD:
+            fields = json.loads(definition)
+            holder = fields
+            for key in path[:-1]:
+                holder = holder[key]
+            holder[path[-1]] = odd
+            with suppress(ArtifactError):
+                Tokenizer(json.dumps(fields).encode()).encode("the mill")
