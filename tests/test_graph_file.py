@@ -184,6 +184,7 @@ def entry(key: str, value: str) -> bytes:
     return part(1, key.encode()) + part(2, value.encode())
 
 
+BOTH = b"\x08\x01" + part(2, b"B")
 HIDDEN = part(13, entry("location", "../secret"))
 
 
@@ -232,11 +233,20 @@ def test_a_field_that_another_reader_would_see_is_refused(tag: bytes) -> None:
         (part(7, part(1, part(5, b"\xa0\x01\x01\x18\x01"))), "of type 1 and holds something else"),
         (part(7, part(1, part(5, b"\xa0\x01\x01"))), "has no value"),
         (part(7, part(1, part(5, b"\xa0\x01\x04"))), "of type 4 and holds something else"),
-        (part(7, part(11, part(2, part(1, part(2, part(1, b"")))))), "a number and a word, or nei"),
+        (
+            part(7, part(11, part(2, part(1, part(2, part(1, BOTH)))))),
+            "a size is a number and a word",
+        ),
     ],
 )
 def test_what_is_wrong_is_said(data: bytes, message: str) -> None:
     refused(data, message)
+
+
+def test_a_size_may_be_unknown() -> None:
+    """ONNX Runtime writes such values into the graphs that it saves."""
+    data = part(7, part(11, part(2, part(1, b"\x08\x01" + part(2, part(1, b""))))))
+    assert read(data).inputs == (graph_file.Value("", 1, ("",)),)
 
 
 def test_numbers_may_be_packed() -> None:

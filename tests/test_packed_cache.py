@@ -22,7 +22,7 @@ from runtime_cases import ARTIFACTS
 import edge_memllm
 from edge_memllm.artifact import Artifact
 from edge_memllm.atomic import FolderLock
-from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RequestError
 from edge_memllm.feeding import Feeder
 from edge_memllm_runtimes import packed_cache
 from edge_memllm_runtimes.packed_cache import packed_graph, processor_kind
@@ -197,6 +197,18 @@ def test_offsets_that_would_be_misread_are_refused(offsets: list[int]) -> None:
     packed_cache._check_alignment([64, 4096, 1 << 20])
     with pytest.raises(RequestError, match="packed_cache cannot hold this graph"):
         packed_cache._check_alignment(offsets)
+
+
+def test_a_form_that_the_library_never_wrote_before_is_refused(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ArtifactError("another form.")
+
+    monkeypatch.setattr(packed_cache, "check_graph_file", refuse)
+    with pytest.raises(RequestError, match=r"wrote it in a form that is not known here \(another"):
+        text_of(artifact, packed_cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
 
 
 def test_logits_are_the_same_to_the_bit(artifact: Path, cache: Path) -> None:

@@ -381,9 +381,9 @@ def _value(fields: dict[str, Any]) -> Value:
     tensor = fields.get("type", {}).get("tensor_type", {})
     dims = []
     for each in tensor.get("shape", {}).get("dim", ()):
-        if ("dim_value" in each) == ("dim_param" in each):
-            raise _malformed("a size is a number and a word, or neither")
-        dims.append(each["dim_value"] if "dim_value" in each else each["dim_param"])
+        if "dim_value" in each and "dim_param" in each:
+            raise _malformed("a size is a number and a word")
+        dims.append(each["dim_value"] if "dim_value" in each else each.get("dim_param", ""))
     return Value(fields.get("name", ""), tensor.get("elem_type", 0), tuple(dims))
 
 

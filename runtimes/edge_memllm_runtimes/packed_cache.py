@@ -66,6 +66,12 @@ def packed_graph(
     except RequestError:
         shutil.rmtree(place, ignore_errors=True)
         raise
+    except ArtifactError as error:  # nothing is damaged yet: the library writes another form
+        shutil.rmtree(place, ignore_errors=True)
+        raise RequestError(
+            f"packed_cache cannot hold this graph: onnxruntime {library_version} wrote it in a "
+            f"form that is not known here ({error}) Leave it out."
+        ) from error
 
 
 def processor_kind(cpu_info: Path = _CPU_INFO) -> str:
