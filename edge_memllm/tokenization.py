@@ -60,18 +60,33 @@ class Tokenizer:
         A template that is none ends chat only: it is found out when it is used.
         """
         files = artifact.manifest.files
-        if TOKENIZER_FILE not in files:
+
+        def read(name: str) -> bytes | None:
+            return artifact.read_bytes(name) if name in files else None
+
+        return cls.from_files(read, str(artifact.path))
+
+    @classmethod
+    def from_files(cls, read: Callable[[str], bytes | None], where: str) -> Tokenizer:
+        """Take the files of a folder called `where`: `read` gives None for one that is not there.
+
+        Raises `ArtifactError`.
+        """
+        definition = read(TOKENIZER_FILE)
+        if definition is None:
             raise ArtifactError(
-                f"{artifact.path}: no tokenizer.json in the manifest, so text cannot be read. "
+                f"{where}: no tokenizer.json in the manifest, so text cannot be read. "
                 "Export again from a checkpoint folder that has a tokenizer."
             )
-        fields = read_json(artifact, CONFIG_FILE)
-        config = TokenizerConfig(fields, read_json(artifact, TOKENS_FILE))
-        source = fields.get("chat_template")
-        if TEMPLATE_FILE in files:
-            source = artifact.read_bytes(TEMPLATE_FILE)
+        fields, tokens = (
+            parse_json_object(read(name) or b"{}", f"{where}/{name}", MAX_CONFIG_BYTES)
+            for name in (CONFIG_FILE, TOKENS_FILE)
+        )
+        config, source = TokenizerConfig(fields, tokens), fields.get("chat_template")
+        if (text := read(TEMPLATE_FILE)) is not None:
+            source = text
         template = None if source is None else ChatTemplate(source, config.named)
-        return cls(artifact.read_bytes(TOKENIZER_FILE), config=config, template=template)
+        return cls(definition, config=config, template=template)
 
     @property
     def definition(self) -> str:
@@ -133,8 +148,13 @@ class Tokenizer:
 
     def special_token(self, text: str) -> int | None:
         """Return the special token that is spelt so; None where there is none."""
-        token: int | None = self._tokenizer.token_to_id(text)
+        token = self.token(text)
         return token if token in self._special else None
+
+    def token(self, spelling: str) -> int | None:
+        """Return the token that the vocabulary spells so; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(spelling)
+        return found
 
     def is_silent(self, token: int) -> bool:
         """Whether a token has no text, wherever it stands: a special one, or none at all."""

@@ -172,7 +172,7 @@ WRONG_CHECKPOINTS: list[tuple[Callable[[Path], Any], str]] = [
     ),
     (
         lambda c: (c / "generation_config.json").write_text('{"eos_token_id": 300}'),
-        r"eos_token_ids",
+        r"config\.json: eos_token_id: token 0 is 300",
     ),
     (drop("tokenizer.json"), r"no tokenizer\.json, so the loss of quality cannot be measured"),
 ]

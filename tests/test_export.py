@@ -162,7 +162,7 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         ({"device": "tpu"}, r"device 'tpu', expected cpu or cuda"),
         ({"compute_dtype": "float64"}, r"compute dtype 'float64', expected float32 or bfloat16"),
         ({"chunk": 0}, r"chunk is 0, expected at least one token"),
-        ({"quality_text": ""}, r"The quality text gives 0 tokens, at least 2 are needed"),
+        ({"quality_text": ""}, r"The quality text gives 0 tokens, at least 128 are needed"),
         (
             {"graph_weights": "int4", "table_codec": "int2", "quality_text": TEXT},
             r"Graph weights int4 and table codec int2-g32 cost .* of perplexity and a mean KL",

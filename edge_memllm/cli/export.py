@@ -258,6 +258,7 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
         "rungs": [asdict(rung) | {"ok": rung.ok} for rung in report.rungs],
         "quality": quality_dict(report.quality),
         "mixed": None if report.mixed is None else asdict(report.mixed),
+        "notes": list(report.notes),
         "manifest": asdict(report.manifest),
     }
 
@@ -283,6 +284,7 @@ def page(report: ExportReport) -> str:
         parts.append("NOT VERIFIED: nothing was compared with the checkpoint (--no-verify).")
     if report.quality is not None:
         parts.append(quality_line(report.quality))
+    parts += [f"note: {each}" for each in report.notes]
     return "\n\n".join(parts)
 
 

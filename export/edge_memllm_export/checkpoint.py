@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import nn
 
-from edge_memllm.errors import ExportError
+from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
 from edge_memllm.modeling.stored_weights import (
     CONFIG_FILE,
@@ -30,7 +30,9 @@ from edge_memllm.modeling.stored_weights import (
     read_json,
     read_weights,
 )
+from edge_memllm.request import check_tokens
 
+GENERATION_FILE = "generation_config.json"
 _LEARNED_GAIN = "model.token_memory.gain"
 # The fields that change what the network computes; the rest may differ between equal models.
 _IDENTITY_FIELDS = (
@@ -113,11 +115,15 @@ class Checkpoint:
 
     def eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text: those of generation_config.json, else those of config.json."""
-        generation = self.path / "generation_config.json"
-        found = _read_json(generation).get("eos_token_id") if generation.is_file() else None
-        ids = self.config.eos_token_id if found is None else found
-        ids = [] if ids is None else ids
-        return tuple(ids if isinstance(ids, list) else [ids])
+        where = self.path / GENERATION_FILE
+        found = _read_json(where).get("eos_token_id") if where.is_file() else None
+        if found is None:
+            where, found = self.path / CONFIG_FILE, self.config.eos_token_id
+        ids = [] if found is None else found if isinstance(found, list) else [found]
+        try:
+            return tuple(check_tokens(ids, self.config.vocab_size))
+        except RequestError as error:
+            raise ExportError(f"{where}: eos_token_id: {error} Correct it.") from error
 
     def network(
         self, device: str = "cpu", compute_dtype: torch.dtype = torch.float32

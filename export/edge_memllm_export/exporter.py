@@ -55,6 +55,7 @@ from edge_memllm_export.options import (
     record_layout,
 )
 from edge_memllm_export.quality import (
+    LEAST_TOKENS,
     MAX_MEAN_KL,
     MAX_PERPLEXITY_INCREASE,
     Quality,
@@ -70,16 +71,10 @@ from edge_memllm_export.table_export import (
     check_table_options,
     write_table,
 )
+from edge_memllm_export.text_files import TEXT_FILES, check_text_files
 from edge_memllm_export.texts import check_separate, fitting_text, judging_text
 
 TABLE_FILE = "table.safetensors"
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-    "generation_config.json",
-)
 
 Progress = Callable[[str, int, int], None]
 
@@ -95,6 +90,7 @@ class ExportReport:
     rungs: tuple[Rung, ...]
     quality: Quality | None
     mixed: MixedFigures | None = None
+    notes: tuple[str, ...] = ()  # what to know of the files for text
 
 
 def export_model(
@@ -157,6 +153,7 @@ def export_model(
     if table_target is None:
         check_table_options(layout, search=table_search, text=table_text)
     check_target(source, table_codec, table_target)
+    notes = check_text_files(source)
     report = progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(out))
     try:
@@ -177,7 +174,7 @@ def export_model(
         raise ExportError(
             f"{out}: writing failed ({error.strerror or error}). Check free space and permissions."
         ) from error
-    return ExportReport(out, manifest, rungs, quality, table.figures)
+    return ExportReport(out, manifest, rungs, quality, table.figures, notes)
 
 
 class _Export:
@@ -252,6 +249,14 @@ class _Export:
                 "measured. Put the tokenizer there, or accept the loss unmeasured."
             )
         ids = text_tokens(judged, text, token_budget(self._source.parameters))
+        if len(ids) < LEAST_TOKENS:
+            if accept_loss:
+                return None
+            raise ExportError(
+                f"The quality text gives {len(ids)} tokens, at least {LEAST_TOKENS} are needed: "
+                "on fewer, chance says what is lost. Give a longer one, or accept the loss "
+                "unmeasured."
+            )
         quality = measure_quality(
             judged, ids, lambda done, total: self._progress("quality", done, total)
         )
@@ -266,7 +271,7 @@ class _Export:
         return quality
 
     def _copy_tokenizer(self) -> None:
-        for name in TOKENIZER_FILES:
+        for name in TEXT_FILES:
             if (self._source.path / name).is_file():
                 shutil.copyfile(self._source.path / name, self._path / name)
                 self._files[name] = seal(self._path / name)

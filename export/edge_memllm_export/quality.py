@@ -26,6 +26,8 @@ _WINDOW = 256
 _CHUNK = 32  # positions whose logits are alive at once
 _MOST_TOKENS = 4096
 _FEWEST_TOKENS = 512
+# The mean of fewer differs by more than the bounds from one stretch of a text to the next.
+LEAST_TOKENS = 128
 # Tokens times parameters: about two minutes of one modern core, in both models together.
 _TOKEN_PARAMETERS = 1 << 40
 
@@ -61,13 +63,11 @@ def token_budget(parameters: int) -> int:
 def text_tokens(judged: JudgedArtifact, text: str, most: int) -> list[int]:
     """The first tokens of a text, at most `most`, by the artifact's own tokenizer.
 
-    Raises ExportError when the text gives no two tokens, or tokens the model does not have.
+    Raises ExportError when it gives tokens the model does not have.
     """
     ids = Tokenizer.from_artifact(judged.artifact).encode(text)[:most]
     vocabulary = judged.artifact.manifest.model.vocab_size
-    if len(ids) < 2:
-        raise ExportError(f"The quality text gives {len(ids)} tokens, at least 2 are needed.")
-    if max(ids) >= vocabulary:
+    if max(ids, default=0) >= vocabulary:
         raise ExportError(
             f"tokenizer.json gives token {max(ids)}, the model has {vocabulary}. "
             "The tokenizer is another model's; put the right one into the checkpoint."
