@@ -51,7 +51,7 @@ FAILURES: dict[str, tuple[int | None, ...]] = {
     "allocate": (errno.ENOSPC,),
     "close": (errno.EIO,),
 }
-LONGEST = 60.0  # seconds of an operation
+LONGEST = 300.0  # seconds of an operation
 TEXT = "All happy families are alike; each unhappy one is so in its own way. " * 4
 
 

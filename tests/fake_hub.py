@@ -25,6 +25,9 @@ _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")
 _API = re.compile(r"/api/models/([^/]+/[^/]+)/(revision|tree)/([^/?]+)")
 
 
+_ENDLESS = 500 << 20  # bytes, so that a test ends
+
+
 @dataclass
 class FakeHub:
     """`files[repository][name]` is content; `token` guards all, `gated` names one repository."""
@@ -35,6 +38,8 @@ class FakeHub:
     moved_to: str | None = None  # another server that has the files, as the real one's storage
     forbidden: str | None = None  # a header that must not come here
     break_after: dict[str, int] = field(default_factory=dict)  # bytes of a file, once
+    endless: str | None = None  # a file that never ends, once it is sent
+    sent: int = 0  # bytes of it
     asked: list[tuple[str, str, str]] = field(default_factory=list)  # method, file, range
     endpoint: str = ""
 
@@ -154,12 +159,19 @@ class _Handler(BaseHTTPRequestHandler):
         self.send_header("X-Repo-Commit", COMMIT)
         self.send_header("ETag", f'"{_digest(content)}"')
         self.send_header("Accept-Ranges", "bytes")
-        self.send_header("Content-Length", str(len(body)))
+        if not (with_body and name == self.hub.endless):
+            self.send_header("Content-Length", str(len(body)))
         if wanted:
             self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
         if not with_body:
             return
+        while name == self.hub.endless and self.hub.sent < _ENDLESS:
+            try:
+                self.hub.sent += self.wfile.write(bytes(1 << 20))
+            except OSError:  # whoever asked has gone
+                self.close_connection = True
+                return
         until = self.hub.break_after.pop(name, None)
         self.wfile.write(body[:until])
         if until is not None:

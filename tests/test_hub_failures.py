@@ -123,6 +123,20 @@ def test_damaged_bytes_are_found_and_not_kept(hub: FakeHub, folder: Path) -> Non
     assert content(download_artifact(MODEL)) == content(folder)
 
 
+@pytest.mark.parametrize("name", ["manifest.json", "graph.onnx", TABLE])
+def test_a_server_that_never_ends_is_left(
+    name: str, hub: FakeHub, folder: Path, tmp_path: Path
+) -> None:
+    hub.endless = name
+    with pytest.raises(ArtifactError, match=rf"{name}.* arrive"):
+        download_artifact(MODEL)
+    assert hub.sent < 100 << 20
+    kept = sum(each.stat().st_size for each in tmp_path.rglob("*") if each.is_file())
+    assert kept < 20 << 20
+    hub.endless = None
+    assert content(download_artifact(MODEL, force_download=True)) == content(folder)
+
+
 def test_an_unfinished_file_that_is_too_long_starts_anew(hub: FakeHub, folder: Path) -> None:
     found = download_artifact(MODEL)
     (found / ".partial").mkdir()

@@ -59,6 +59,7 @@ def download_artifact(
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
+            tqdm_class=_bounded_bar(model),
         )
     described = _Described.read(model, Path(found))
     folder = _folder(hub, model, described.digest, cache_dir)
@@ -68,6 +69,29 @@ def download_artifact(
         transfer = Transfer(hub, model, described.commit, folder, token, cache_dir)
         described.complete(transfer, local_files_only)
     return folder
+
+
+def _bounded_bar(model: HubModel) -> type[Any]:
+    """Return a progress bar that ends a download of more than a manifest may have.
+
+    It is the one thing of ours that the library asks on the way; the server may never end.
+    """
+    from huggingface_hub.utils import tqdm
+
+    class Bounded(tqdm):  # type: ignore[misc]
+        arrived = 0.0
+
+        def update(self, n: float | None = 1) -> bool | None:
+            self.arrived += n or 0
+            if self.arrived > MAX_JSON_BYTES:
+                raise ArtifactError(
+                    f"{model}: more than {MAX_JSON_BYTES} bytes of {MANIFEST_NAME} arrive, which "
+                    "no manifest has. It is no exported artifact."
+                )
+            found: bool | None = super().update(n)
+            return found
+
+    return Bounded
 
 
 @dataclass(frozen=True, slots=True)

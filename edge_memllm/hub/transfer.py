@@ -12,7 +12,7 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
 from edge_memllm.atomic import move_whole
 from edge_memllm.errors import CorruptionError
@@ -55,8 +55,12 @@ class Transfer:
         partial = self.folder / _PARTIAL / name
         partial.parent.mkdir(exist_ok=True)
         with explained(self.model, name):
-            if not self._copied(name, partial):
-                self._download(name, spec, partial)
+            try:
+                if not self._copied(name, partial):
+                    self._download(name, spec, partial)
+            except CorruptionError:
+                partial.unlink(missing_ok=True)
+                raise
             found = _sha256(partial)
         if found != spec.sha256:
             partial.unlink()
@@ -91,15 +95,22 @@ class Transfer:
         with partial.open("ab") as file:
             if file.tell() > spec.bytes:
                 file.truncate(0)
+                file.seek(0)
             http_get(
                 url,
-                file,
+                _Bounded(file, spec.bytes, self._too_much(name, spec)),
                 resume_size=os.fstat(file.fileno()).st_size,
                 # A range of compressed bytes is not a range of the file.
                 headers=headers | {"Accept-Encoding": "identity"},
                 expected_size=spec.bytes,
                 displayed_filename=name,
             )
+
+    def _too_much(self, name: str, spec: FileSpec) -> CorruptionError:
+        return CorruptionError(
+            f"{self.model}: more of {name} arrives than the {spec.bytes} bytes that it is said to "
+            "have. Ask another server, or tell whoever runs this one."
+        )
 
     def _check_size(self, name: str, spec: FileSpec, url: str) -> None:
         """Ask first: a file of another size need not come at all."""
@@ -109,6 +120,27 @@ class Transfer:
                 f"{self.model}: {name} has {found} bytes on the Hugging Face Hub, the manifest "
                 f"says {spec.bytes}. The model was uploaded incompletely; upload it again."
             )
+
+
+class _Bounded:
+    """A file that is being downloaded, and takes no more than it is said to have.
+
+    The library compares sizes when a server has ended, which one may never do.
+    """
+
+    def __init__(self, file: BinaryIO, most: int, error: CorruptionError) -> None:
+        self._file = file
+        self._most = most
+        self._error = error
+
+    def write(self, data: bytes) -> int:
+        """Write, or raise the error."""
+        if self._file.tell() + len(data) > self._most:
+            raise self._error
+        return self._file.write(data)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._file, name)
 
 
 def _sha256(path: Path) -> str:
