@@ -45,6 +45,8 @@ class TestCorpus:
         ("line", "message"),
         [
             ("{", "line 1: expected a JSON object"),
+            ("[" * 99_999, "line 1: expected a JSON object .*RecursionError"),
+            ('{"text": ' + "9" * 9_999 + "}", "line 1: expected a JSON object .*ValueError"),
             ('{"body": "x"}', "line 1: expected a JSON object with a 'text' field"),
             ('{"text": 3}', "line 1: 'text' is not text that can be written as UTF-8"),
             ('{"text": "\\ud83d"}', "line 1: 'text' is not text that can be written as UTF-8"),

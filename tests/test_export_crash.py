@@ -2,11 +2,9 @@
 
 from __future__ import annotations
 
-import json
 import os
 import shutil
 import subprocess
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -18,18 +16,6 @@ from edge_memllm.artifact import Artifact
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
 from edge_memllm_export.staging import Staging
-
-KILL_EXPORT = Path(__file__).parent.parent / "benchmarks" / "kill_export.py"
-
-
-def test_killed_exports_leave_nothing_torn(make_checkpoint: MakeCheckpoint) -> None:
-    command = [sys.executable, str(KILL_EXPORT), str(make_checkpoint()), "--kills", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=120)
-    assert done.returncode == 0, done.stderr
-    counts = json.loads(done.stdout)
-    assert counts["torn"] == 0
-    assert counts["recovered"] == 6
-
 
 # --- a crash at every step of the swap ---------------------------------------------------------
 

@@ -108,6 +108,8 @@ def test_edits_come_from_a_file(tmp_path: Path) -> None:
     ("content", "message"),
     [
         ("[[edit", r"e.toml: this is not TOML in UTF-8"),
+        ("a = " + "[" * 99_999, r"e.toml: this is not TOML in UTF-8"),
+        ("a = " + "9" * 9_999, r"e.toml: this is not TOML in UTF-8"),
         ("", "found no list of edits, expected tables"),
         ("edit = 3", "found no list of edits"),
         ("edit = [3]", "e.toml, edit 1: found 3, expected a table"),

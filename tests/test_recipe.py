@@ -77,6 +77,8 @@ class TestRecipe:
             ("[training]\nsteps = true", "steps is True; expected int"),
             ('[data]\ntrain = "a.txt"', r"train is 'a.txt'; expected list\[str\]"),
             ("[training", "not a TOML file"),
+            ("a = " + "[" * 99_999, "not a TOML file"),
+            ("a = " + "9" * 9_999, "not a TOML file"),
         ],
     )
     def test_wrong_files(self, tmp_path: Path, content: str, message: str) -> None:

@@ -165,6 +165,14 @@ def test_without_a_python_it_is_said(
     assert not host.exists()
 
 
+def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
+    schema: dict[str, Any] = {"type": "string"}
+    for _ in range(5000):
+        schema = {"type": "array", "items": schema}
+    with pytest.raises(RequestError, match="it is nested too deeply"):
+        GRAMMARS.json_schema(schema)
+
+
 def test_words_of_a_schema_cannot_be_overlooked() -> None:
     schema = {"x-guidance": {"lenient": True}, "type": "object", "if": {}}
     with pytest.raises(RequestError, match="Unimplemented keys"):

@@ -44,7 +44,7 @@ def _json_lines(path: str, text_field: str) -> Iterator[str]:
                 continue
             try:
                 document = json.loads(line)[text_field]
-            except (json.JSONDecodeError, KeyError, TypeError) as error:
+            except (ValueError, KeyError, TypeError, RecursionError) as error:
                 raise RecipeError(
                     f"{path}, line {number}: expected a JSON object with a {text_field!r} field "
                     f"({type(error).__name__}: {error})."

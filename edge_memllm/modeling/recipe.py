@@ -123,7 +123,7 @@ class Recipe:
             raise RecipeError(f"--set {assignment}: expected section.key=value.")
         try:
             value = tomllib.loads(f"value = {text}")["value"]
-        except tomllib.TOMLDecodeError:
+        except (ValueError, RecursionError):
             value = text.strip()
         self.update(section, {key: value}, where=f"--set {assignment}")
 
@@ -165,7 +165,7 @@ def _parse(path: Path) -> dict[str, Any]:
         return tomllib.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RecipeError(f"{path}: not a TOML file ({error}).") from error
 
 

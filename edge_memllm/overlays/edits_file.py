@@ -27,7 +27,7 @@ def read_edits(path: Path, find: Callable[[str], int]) -> list[Alteration]:
     """
     try:
         content = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise RequestError(f"{path}: this is not TOML in UTF-8 ({error}).") from error
     edits = content.pop("edit", [])
     if content or not isinstance(edits, list) or not edits:

@@ -74,7 +74,11 @@ class Grammars:
         cannot be kept to, or takes too long; `RuntimeUnavailableError` without llguidance, or
         where there is no Python to try it out in.
         """
-        return self._constraints(json.dumps(schema), trial=True)
+        try:
+            text = json.dumps(schema)
+        except RecursionError:
+            raise _refusal("it is nested too deeply") from None
+        return self._constraints(text, trial=True)
 
     def _constraints(self, text: str, *, trial: bool) -> MakeConstraint:
         with self._lock:
