@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any
@@ -105,6 +107,18 @@ def test_a_schema_that_takes_too_long_is_given_up(
     monkeypatch.setattr(grammar, "TRIAL_SECONDS", 0.7)
     with pytest.raises(RequestError, match=r"cannot be kept to: .*(0\.7 seconds|memory|large)"):
         GRAMMARS.json_schema(schema)
+
+
+@pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX's")
+def test_a_trial_that_nobody_waits_for_ends_by_itself() -> None:
+    code = (
+        "from edge_memllm.serving import grammar_trial as trial\n"
+        "trial.MOST_SECONDS = 1\n"
+        "trial.limit()\n"
+        "while True: pass\n"
+    )
+    done = subprocess.run([sys.executable, "-c", code], timeout=60, check=False)
+    assert done.returncode < 0
 
 
 def test_a_schema_that_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,7 @@ from edge_memllm.benchmark.page_cache import cached_share, evictor
 from edge_memllm.benchmark.plan import Plan, Variant
 from edge_memllm.benchmark.prompts import check_room, distinct_prompt, text_prompt
 from edge_memllm.errors import EdgeMemLLMError
+from edge_memllm.interrupts import taking_one
 from edge_memllm.statistics import process_memory
 
 _STDOUT, _STDERR = 1, 2
@@ -134,8 +135,11 @@ def rest() -> None:
 
 def main() -> int:
     """Serve stdin and stdout."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches the parent, which ends us
-    with os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8") as replies:
+    with (
+        # Ctrl-C reaches the parent, which ends us; a second one ends both.
+        taking_one([signal.SIGINT], lambda *_: None),
+        os.fdopen(os.dup(_STDOUT), "w", encoding="utf-8") as replies,
+    ):
         os.dup2(_STDERR, _STDOUT)
         serve(sys.stdin, lambda content: _write(replies, content))
     return 0

@@ -10,16 +10,18 @@ from __future__ import annotations
 import sys
 
 MOST_MEMORY = 1 << 30
+MOST_SECONDS = 10  # of a processor, in case whoever waits for us is gone
 READY = "ready"  # said first: what happens from here on is the grammar's doing
 
 
-def limit_memory() -> None:
-    """Bound the memory of this process, where the system can."""
+def limit() -> None:
+    """Bound the memory and the time of this process, where the system can."""
     try:
         import resource
     except ImportError:  # Windows
         return
     resource.setrlimit(resource.RLIMIT_AS, (MOST_MEMORY, MOST_MEMORY))
+    resource.setrlimit(resource.RLIMIT_CPU, (MOST_SECONDS, MOST_SECONDS))
 
 
 def main() -> None:
@@ -27,7 +29,7 @@ def main() -> None:
     from llguidance import LLMatcher, LLParserLimits, LLTokenizer
 
     print(READY, flush=True)  # noqa: T201 - this is a program
-    limit_memory()
+    limit()
     limits = LLParserLimits(verbose_errors=False)
     matcher = LLMatcher(LLTokenizer("byte"), sys.stdin.read(), log_level=0, limits=limits)
     matcher.compute_logit_bias()
