@@ -221,7 +221,7 @@ class Trial:
         self._olds: list[Path | None] = [None]
         self._result, self._new, self.seconds = self._once(1)
         if self._operation.out:
-            self._once(0)
+            self.seconds = min(self.seconds, self._once(0)[2])
             old = shutil.move(self._folder, root / f"old {name}")
             self._olds.append(Path(old))
 

@@ -13,6 +13,7 @@ from typing import Any
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from tokenizers import Tokenizer, models
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -141,6 +142,16 @@ class TestTrain:
         child.send_signal(signal.SIGKILL)
         assert child.wait() == -signal.SIGKILL
         assert saved.exists()
+
+    def test_weights_that_cannot_be_written(
+        self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    ) -> None:
+        def full(*_: object, **__: object) -> None:
+            raise SafetensorError("I/O error: No space left on device (os error 28)")
+
+        monkeypatch.setattr(training.MemoryLLMForCausalLM, "save_pretrained", full)
+        with pytest.raises(RecipeError, match=r"out: weights cannot be written \(I/O error: No sp"):
+            train(recipe_for(text, steps=0), tmp_path / "out")
 
     def test_a_family_shares_its_tokens(
         self, text: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch

@@ -6,13 +6,15 @@ One process, several GPUs and FSDP are the same call: ``accelerate launch`` star
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
+from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
@@ -244,7 +246,8 @@ def run(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
-    trainer.train(resume_from_checkpoint=resume and has_checkpoint(out))
+    with _saving(folder):
+        trainer.train(resume_from_checkpoint=resume and has_checkpoint(out))
     history = _history(trainer.state.log_history, tokens_per_step)
     if valid is not None and not (history and "valid_loss" in history[-1]):
         trainer.evaluate()
@@ -282,8 +285,21 @@ def save(recipe: Recipe, model: MemoryLLMForCausalLM, record: dict[str, Any], ou
         _check_finite(model)
         model.config.use_cache = True  # Trainer turns it off, and it would stay off in config.json
         write_whole(out / RECORD_FILE, json.dumps(record, indent=1) + "\n")
-        model.save_pretrained(out)
+        with _saving(out):
+            model.save_pretrained(out)
     state.wait_for_everyone()
+
+
+@contextmanager
+def _saving(folder: Path) -> Iterator[None]:
+    """Say in our words what a library says that cannot write weights."""
+    try:
+        yield
+    except SafetensorError as error:
+        raise RecipeError(
+            f"{folder}: weights cannot be written ({error}). Free some space, or choose another "
+            "disk."
+        ) from error
 
 
 def _check_finite(model: torch.nn.Module) -> None:
