@@ -23,8 +23,8 @@ def matrix_quantizer(
 ) -> QuantizeMatrix:
     """What quantises a graph's matrices, to be called in the graph's order.
 
-    ``text`` is calibrated on, None takes the one that comes along; ``progress(layers done)`` is called
-    by a calibrated method. Raises ExportError for a text that the model cannot read.
+    ``text`` is calibrated on, None takes the one that comes along; ``progress(layers done)`` is
+    called by a calibrated method. Raises ExportError for a text that the model cannot read.
     """
     if method != "gptq":
         return quantize
