@@ -45,8 +45,7 @@ NOT_RUN = {
     "pip ": "installs packages",
     "curl ": "asks a running server; test_serve_clients.py does",
     "accelerate ": "starts a process for each of several GPUs",
-    "pyinstaller ": "packs a program for minutes; test_desktop.py does where that is wanted",
-    "EDGE_MEMLLM_MODELS=": "the same",
+    "EDGE_MEMLLM_MODELS=": "packs a program for minutes; test_desktop.py does where that is wanted",
     "dist/": "the packed program",
     "python examples/desktop/app.py": "opens a window; test_desktop.py does too",
     "python benchmarks/": "measures for minutes; the benchmarks have tests of their own",
@@ -62,7 +61,9 @@ NOT_RUN = {
     "edge-memllm sweep full --out sweep --threads 1": "the measurement of a page, for an hour",
     "from openai import": "asks a running server; test_serve_clients.py does",
     "import lm_eval": "wants data sets of lm-evaluation-harness; test_harness.py has small ones",
-    'model = edge_memllm.load("org/name")': "a model of the Hub; test_hub.py loads a pretended one",
+    'import edge_memllm\n\nmodel = edge_memllm.load("org/name")': (
+        "a model of the Hub; test_hub.py loads a pretended one"
+    ),
 }
 
 _SMALL = ("--set", "training.batch_size=2", "--set", "training.warmup_steps=0")
@@ -76,6 +77,8 @@ _APPENDED: dict[str, tuple[str, ...]] = {
     "convert": (*_SMALL, "--set", "data.sequence_length=64", "--set", "conversion.fit_tokens=512"),
     "serve": ("--port", "0"),
 }
+# Sizes of models as large as a page has in mind.
+_SCALED = {"1.5GB": "300kB"}
 _INPUT = "The river runs to the sea."
 
 
@@ -146,7 +149,7 @@ class Workplace:
             words = ["edge-memllm", "export", *words[3:]]  # the plugin adds the options of ours
         self._provide([*words, *([] if source is None else [source])])
         self._make_way(words)
-        words = [*words[1:], *self._appended(words)]
+        words = [_SCALED.get(word, word) for word in words[1:]] + self._appended(words)
         given = Path(source).read_text("utf-8") if source else _INPUT
         code, output = _called(words, given)
         assert code == 0, f"{example.text}\n{output}"
@@ -169,14 +172,19 @@ class Workplace:
     def _make_way(self, words: list[str]) -> None:
         """Remove what is where a command writes, unless it says that it goes on with it."""
         out = getattr(build_parser().parse_args(words[1:]), "out", None)
-        if out is None or not Path(out).exists() or "--overwrite" in words:
+        if "--resume" in words:
+            self._begin([word for word in words if word != "--resume"], Path(out))
+        if out is None or not Path(out).exists() or {"--overwrite", "--resume"} & set(words):
             return
-        if "--resume" in words:  # a run that has not ended
-            (Path(out) / "model.safetensors").unlink(missing_ok=True)
-        elif Path(out).is_dir():
+        if Path(out).is_dir():
             shutil.rmtree(out)
         else:
             Path(out).unlink()
+
+    def _begin(self, words: list[str], out: Path) -> None:
+        """Leave what is there when the same run has been killed near its end."""
+        self.run(Example(shlex.join(words), python=False))
+        (out / "model.safetensors").unlink()
 
     @staticmethod
     def _appended(words: list[str]) -> list[str]:
@@ -223,7 +231,8 @@ _TEXT = (
     "He lived in New York and she lived in Los Angeles. The river runs to the sea. It was the war, "
     "and the French army took the place near Paris; London would wait. They were speaking French. "
     "The battle took place in France, and the army would not go. He and she saw his house and her "
-    "house. It was late, and it was a cold evening. In the end the man went home.\n"
+    "house. She saw him, and He saw her. It was late, and it was a cold evening. In the end the man "
+    "went home.\n"
 )
 _TEXTS = ("corpus", "valid", "train", "training", "texts", "wiki", "novel", "novels", "book")
 
@@ -231,7 +240,7 @@ _TEXTS = ("corpus", "valid", "train", "training", "texts", "wiki", "novel", "nov
 def _texts(stock: Path) -> None:
     for number, name in enumerate(_TEXTS):
         turned = _TEXT[number * 7 :] + _TEXT[: number * 7]
-        pages = (f"= {name} {page} =\nPage {page * 7 + number}. {turned}" for page in range(12))
+        pages = (f"= {name} {page} =\nPage {page * 7 + number}. {turned}" for page in range(5))
         (stock / f"{name}.txt").write_text("".join(pages), "utf-8")
     for folder in ("enwiki-slice", "eltec-eng"):
         (stock / folder).mkdir()
@@ -277,7 +286,7 @@ def _models(stock: Path) -> None:
         "hidden_size": 64,
         "num_hidden_layers": 6,
         "num_attention_heads": 2,
-        "max_position_embeddings": 512,
+        "max_position_embeddings": 2048,
         "bos_token_id": 0,
         "eos_token_id": 0,
     }
@@ -289,10 +298,10 @@ def _models(stock: Path) -> None:
         else:
             network = MemoryLLMForCausalLM(MemoryLLMConfig(**shape, memory_intermediate_size=512))
         network.save_pretrained(stock / name)
-        save_tokenizer(tokenizer, stock / name, 512)
+        save_tokenizer(tokenizer, stock / name, 2048)
 
     checkpoint("checkpoint", 0)
-    checkpoint("finetuned", 1)
+    _finetune(shutil.copytree(stock / "checkpoint", stock / "finetuned"))
     checkpoint("smollm", 2, dense=True)
     shutil.copytree(stock / "checkpoint", stock / "examples/tiny-english")
     exact = {"verify": False, "graph_method": "rtn"}
@@ -305,5 +314,19 @@ def _models(stock: Path) -> None:
         table_codec="f32",
         verify=False,
     )
-    export_model(stock / "checkpoint", stock / "artifact2", table_codec="int4", **exact)
-    export_model(stock / "finetuned", stock / "other", **exact)
+    for name in ("other", "artifact2"):
+        export_model(stock / "finetuned", stock / name, **exact)
+    edit = "overlay edit artifact --token New --like Los --out new.overlay.safetensors"
+    with contextlib.chdir(stock):
+        assert main(edit.split()) == 0
+
+
+def _finetune(checkpoint: Path) -> None:
+    """Change what may change for an overlay of the difference: memory."""
+    from safetensors.torch import load_file, save_file
+
+    weights = load_file(checkpoint / "model.safetensors")
+    for name in weights:
+        if ".memory." in name:
+            weights[name] = weights[name] * 1.1
+    save_file(weights, checkpoint / "model.safetensors", {"format": "pt"})

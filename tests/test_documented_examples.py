@@ -52,8 +52,9 @@ def workplace(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> W
     monkeypatch.chdir(tmp_path)
     for name in ("calibration", "calibrated_weights"):
         monkeypatch.setattr(f"edge_memllm_export.{name}._TOKENS", 256)
-    monkeypatch.setattr("edge_memllm_export.quality._MOST_TOKENS", 512)
-    monkeypatch.setattr("edge_memllm.mixed_precision.sensitivity._MOST_TOKENS", 512)
+    for module in ("edge_memllm_export.quality", "edge_memllm.mixed_precision.sensitivity"):
+        monkeypatch.setattr(f"{module}._MOST_TOKENS", 256)
+        monkeypatch.setattr(f"{module}._FEWEST_TOKENS", 256)
     monkeypatch.setattr("edge_memllm.modeling.memory_regression._STEPS", 20)
     monkeypatch.setattr("edge_memllm.serving.http.server.Server.run", end_at_once)
     return Workplace(tmp_path, stock)

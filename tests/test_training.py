@@ -259,6 +259,14 @@ class TestTrain:
         record = train(recipe_for(text, steps=3, save_every=100), tmp_path / "out", resume=True)
         assert record["valid_loss"] == pytest.approx(whole["valid_loss"], rel=1e-4)
 
+    def test_a_resume_of_another_network_is_refused(self, text: str, tmp_path: Path) -> None:
+        train(recipe_for(text), tmp_path / "out")
+        (tmp_path / "out/model.safetensors").unlink()
+        recipe = recipe_for(text)
+        recipe.model["num_hidden_layers"] = 1
+        with pytest.raises(RecipeError, match=r"num_hidden_layers 2, now it is 1\. Resume with"):
+            train(recipe, tmp_path / "out", resume=True)
+
     def test_data_shorter_than_a_batch(self, text: str, tmp_path: Path) -> None:
         recipe = recipe_for(text, batch_size=4096)
         with pytest.raises(RecipeError, match=r"training text holds \d+ sequences .* of 4096\."):

@@ -32,7 +32,7 @@ _EXAMPLES = """\
   edge-memllm explain checkpoint --text "The capital of France is Paris."
   edge-memllm explain checkpoint --token London --layers 0,4
   edge-memllm explain checkpoint --key 0:443 --similar London --html memory.html
-  edge-memllm explain checkpoint --clusters --layer-curves --corpus valid.txt --html memory.html
+  edge-memllm explain checkpoint --clusters --layer-curves --corpus valid.txt --html curves.html
   edge-memllm explain artifact --text "The river runs to the sea." --json"""
 
 

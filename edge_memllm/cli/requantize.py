@@ -26,7 +26,7 @@ another form. The result is compared with the source before it appears."""
 _EXAMPLES = """\
   edge-memllm requantize artifact small --table-codec int4
   edge-memllm requantize artifact smaller --table-codec int3 --table-search
-  edge-memllm requantize artifact fitting --target-size 1.5GB --table-text texts.txt"""
+  edge-memllm requantize full fitting --target-size 1.5GB --table-text texts.txt"""
 
 
 def add_parser(commands: Commands) -> None:

@@ -18,6 +18,7 @@ from safetensors import SafetensorError
 from tokenizers import Tokenizer
 from transformers import GenerationConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
+from transformers.trainer_utils import get_last_checkpoint
 
 from edge_memllm.atomic import WholeFile, write_whole
 from edge_memllm.errors import RecipeError
@@ -46,6 +47,13 @@ from edge_memllm.modeling.trainer import (
 
 RECORD_FILE = "training.json"
 _CHECKPOINTS = "checkpoints"
+# What makes a network another one, which cannot go on from where the first was.
+_SHAPE = (
+    *("beta", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
+    *("num_key_value_heads", "head_dim", "intermediate_size", "memory_intermediate_size"),
+    *("memory_norm", "memory_source", "memory_sharing", "compute_form", "compute_placement"),
+    *("tie_word_embeddings", "attention_bias", "qk_norm"),
+)
 
 
 def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:
@@ -246,8 +254,11 @@ def run(
     )
     trainer.remove_callback(ProgressCallback)
     trainer.remove_callback(PrinterCallback)
+    resumed = resume and has_checkpoint(out)
+    if resumed:
+        _check_same_network(model.config, folder)
     with _saving(folder):
-        trainer.train(resume_from_checkpoint=resume and has_checkpoint(out))
+        trainer.train(resume_from_checkpoint=resumed)
     history = _history(trainer.state.log_history, tokens_per_step)
     if valid is not None and not (history and "valid_loss" in history[-1]):
         trainer.evaluate()
@@ -262,6 +273,20 @@ def run(
     if valid is not None:
         result["valid_loss"] = history[-1]["valid_loss"]
     return result
+
+
+def _check_same_network(config: MemoryLLMConfig, folder: Path) -> None:
+    """Refuse to go on with the checkpoints of another network, naming the first difference."""
+    saved = get_last_checkpoint(folder)
+    if saved is None:
+        return
+    before, now = MemoryLLMConfig.from_pretrained(saved).to_dict(), config.to_dict()
+    for name in _SHAPE:
+        if before[name] != now[name]:
+            raise RecipeError(
+                f"{saved}: is of a network with {name} {before[name]}, now it is {now[name]}. "
+                "Resume with the settings of before, or choose another folder."
+            )
 
 
 def _history(log: list[dict[str, Any]], tokens_per_step: int) -> list[dict[str, Any]]:

@@ -53,8 +53,8 @@ def _circumstances(preset: str, runs: Mapping[str, Any]) -> str:
         f"Preset `{preset}` with random weights, graph in {cell['model']['graph_weights']}, table "
         f"in {cell['model']['codec']}, records {cell['cache']} ({cell['reader']}); prompt of "
         f"{cell['context']} tokens, {cell['new_tokens']} decoded, {found['repeats']} rounds, each "
-        "model in turns with Base, whose figures of the same rounds are in brackets; the speed over "
-        "it is the ratio of the two, and the interval that holds it in 95 % of resampled rounds. "
+        "model in turns with Base, whose figures of the same rounds are in brackets; speed over "
+        "it is the ratio of the two, with the interval of 95 % of resampled rounds. "
         f"{where['processor']}, {cell['threads']} threads."
     )
 
