@@ -56,9 +56,12 @@ NOT_RUN = {
     "edge-memllm run artifact --overlay examples/": (
         "an overlay of the shipped model; test_overlay_example.py lays it over that"
     ),
+    "edge-memllm sweep checkpoint": "many exports; test_sweep.py makes small ones",
+    "edge-memllm sweep full": "the same",
+    "edge-memllm explain checkpoint --clusters": "clusters; test_cli_explain.py makes small ones",
+    "edge-memllm explain examples/tiny-english --clusters": "the same",
     "edge-memllm bench --synthetic": "writes gigabytes; test_bench.py makes a small one",
     "edge-memllm bench ": "measures for minutes; test_bench.py runs every form",
-    "edge-memllm sweep full --out sweep --threads 1": "the measurement of a page, for an hour",
     "from openai import": "asks a running server; test_serve_clients.py does",
     "import lm_eval": "wants data sets of lm-evaluation-harness; test_harness.py has small ones",
     'import edge_memllm\n\nmodel = edge_memllm.load("org/name")': (
@@ -231,8 +234,8 @@ _TEXT = (
     "He lived in New York and she lived in Los Angeles. The river runs to the sea. It was the war, "
     "and the French army took the place near Paris; London would wait. They were speaking French. "
     "The battle took place in France, and the army would not go. He and she saw his house and her "
-    "house. She saw him, and He saw her. It was late, and it was a cold evening. In the end the man "
-    "went home.\n"
+    "house. She saw him, and He saw her. It was late, and it was a cold evening. In the end the "
+    "man went home.\n"
 )
 _TEXTS = ("corpus", "valid", "train", "training", "texts", "wiki", "novel", "novels", "book")
 
