@@ -57,7 +57,7 @@ NOT_RUN = {
         "an overlay of the shipped model; test_overlay_example.py lays it over that"
     ),
     "edge-memllm sweep checkpoint": "many exports; test_sweep.py makes small ones",
-    "edge-memllm sweep full": "the same",
+    "edge-memllm sweep full --out sweep": "the same",
     "edge-memllm explain checkpoint --clusters": "clusters; test_cli_explain.py makes small ones",
     "edge-memllm explain examples/tiny-english --clusters": "the same",
     "edge-memllm bench --synthetic": "writes gigabytes; test_bench.py makes a small one",
