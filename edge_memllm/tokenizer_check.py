@@ -26,6 +26,8 @@ MOST_WORD = 200  # characters that WordPiece takes for one word: it tries all pa
 MOST_SWELLING = 16  # bytes that one byte of a text becomes, at most
 MOST_CHARSMAP = 4 << 20
 MOST_MAPPED = 64  # bytes that one character is mapped to
+MOST_LETTERS = 1024  # of a token: each of a text holds its own
+MOST_AFFIX = 16  # characters of what marks parts of words, put to each of them
 MOST_AROUND = 64  # tokens put around a text
 
 _NORMALIZERS = {
@@ -64,7 +66,9 @@ class _Check:
 
     def all(self, fields: Mapping[str, Any]) -> None:
         added = self._count("added_tokens", fields.get("added_tokens"), MOST_ADDED)
-        letters = sum(len(str(each.get("content"))) for each in added if isinstance(each, dict))
+        contents = [str(each.get("content")) for each in added if isinstance(each, dict)]
+        self._lengths("added_tokens", contents)
+        letters = sum(map(len, contents))
         if letters > MOST_ADDED_LETTERS:
             self._refuse(
                 f"added_tokens have {letters} characters, expected at most {MOST_ADDED_LETTERS}."
@@ -114,8 +118,14 @@ class _Check:
         kind = model.get("type", _kind_of(model))
         if kind not in _MODELS:
             self._refuse(f"model is of type {kind!a:.60}, expected one of {', '.join(_MODELS)}.")
-        self._count("model's vocab", model.get("vocab"), MOST_TOKENS)
+        tokens = self._count("model's vocab", model.get("vocab"), MOST_TOKENS)
+        if kind == "Unigram":
+            tokens = [each[0] for each in tokens if isinstance(each, list) and each]
+        self._lengths("model's vocab", [*map(str, tokens), str(model.get("unk_token"))])
         self._count("model's merges", model.get("merges"), MOST_MERGES)
+        for name in ("continuing_subword_prefix", "end_of_word_suffix"):
+            if len(str(model.get(name) or "")) > MOST_AFFIX:
+                self._refuse(f"model's {name} has more than {MOST_AFFIX} characters.")
         longest = model.get("max_input_chars_per_word")
         if kind == "WordPiece" and isinstance(longest, int) and longest > MOST_WORD:
             self._refuse(
@@ -131,6 +141,13 @@ class _Check:
         if len(value) > most:
             self._refuse(f"{what} has {len(value)} entries, expected at most {most}.")
         return value
+
+    def _lengths(self, what: str, tokens: list[str]) -> None:
+        longest = max(map(len, tokens), default=0)
+        if longest > MOST_LETTERS:
+            self._refuse(
+                f"{what} has a token of {longest} characters, expected at most {MOST_LETTERS}."
+            )
 
     def _replace(self, section: str, part: Mapping[str, Any]) -> None:
         shortest = self._pattern(section, part)

@@ -200,9 +200,31 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
         },
         "takes words of 1000000000 characters",
     ),
+    (
+        "mark",
+        {
+            "model": {
+                "type": "BPE",
+                "continuing_subword_prefix": "#" * 99,
+                "vocab": LETTERS,
+                "merges": [],
+            }
+        },
+        "model's continuing_subword_prefix has more than 16 characters",
+    ),
     ("no model", {"model": None}, "not a tokenizer that tokenizers"),
     ("odd model", {"model": {"type": "Magic"}}, "model is of type 'Magic', expected one of BPE"),
-    ("added", {"added_tokens": [added("x" * 5_000_000, 0)]}, "5000000 characters, expected at"),
+    ("long", {"added_tokens": [added("x" * 5000, 0)]}, "added_tokens has a token of 5000 char"),
+    (
+        "added",
+        {"added_tokens": [added(f"{number:01000}", number) for number in range(4200)]},
+        "4200000 characters, expected at most 4194304",
+    ),
+    (
+        "unknown",
+        {"model": {"type": "BPE", "unk_token": "x" * 5000, "vocab": LETTERS, "merges": []}},
+        "vocab has a token of 5000 characters, expected at most 1024",
+    ),
 ]
 
 
