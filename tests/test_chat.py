@@ -139,17 +139,16 @@ TEMPLATES = {
 
 @pytest.mark.parametrize("name", TEMPLATES)
 def test_templates_render_as_transformers_renders_them(name: str) -> None:
-    from transformers.utils.chat_template_utils import (
-        _normalize_chat_messages,
-        render_jinja_template,
-    )
+    from transformers.utils import chat_template_utils as theirs
 
+    if not hasattr(theirs, "_normalize_chat_messages"):
+        pytest.skip("this older transformers leaves to a template what the reference drops")
     template, rendered = ChatTemplate(TEMPLATES[name], TOKENS), 0
     for messages, extra, way in product(CONVERSATIONS, EXTRAS, ("answer", "end", "go on")):
         prompt, go_on = way == "answer", way == "go on"
         try:
-            ((expected,), _) = render_jinja_template(
-                [_normalize_chat_messages(messages)],
+            ((expected,), _) = theirs.render_jinja_template(
+                [theirs._normalize_chat_messages(messages)],
                 chat_template=TEMPLATES[name],
                 add_generation_prompt=prompt,
                 continue_final_message=go_on,
