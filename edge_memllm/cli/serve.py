@@ -131,7 +131,7 @@ def _serve(
         server = Server(service)
         _announce(service, bound, as_json=arguments.json)
         server.run(sockets=[bound])
-        if not engine.close(0) or not _at_rest(service):
+        if not (engine.close(_PATIENCE) and _at_rest(service)):
             # Nothing that they use may be closed, and no thread can be stopped.
             print("error: work on a request does not come back. Left it there.", file=sys.stderr)
             leave(EXIT_STUCK)

@@ -26,7 +26,8 @@ _WINDOW = 256
 _CHUNK = 32  # positions whose logits are alive at once
 _MOST_TOKENS = 4096
 _FEWEST_TOKENS = 512
-# The mean of fewer differs by more than the bounds from one stretch of a text to the next.
+# A floor against texts that are next to nothing, not a measured one: the text that comes along
+# has thousands of tokens.
 LEAST_TOKENS = 128
 # Tokens times parameters: about two minutes of one modern core, in both models together.
 _TOKEN_PARAMETERS = 1 << 40
