@@ -62,7 +62,8 @@ def main(text: str, folder: Path) -> None:
             copy = shutil.copytree if source.is_dir() else shutil.copyfile
             copy(source, folder / "cut" / name)
     PartialState().wait_for_everyone()
-    training.train(recipe(text, 2), folder / "cut", resume=True)
+    if training.resumes_on_cpus():
+        training.train(recipe(text, 2), folder / "cut", resume=True)
     check_sharded(folder / "whole")
     (folder / f"sharded-{PartialState().process_index}").touch()
 

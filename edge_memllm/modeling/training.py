@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import transformers
 from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
@@ -98,6 +99,24 @@ def is_main_process() -> bool:
 def process_state() -> PartialState:
     """This process among those that train together."""
     return PartialState(cpu=not torch.cuda.is_available())
+
+
+def resumes_on_cpus() -> bool:
+    """Whether this transformers resumes in several processes on CPUs: before 5.18 it fails there.
+
+    It loads the optimizer to the device "cpu:0", which torch does not know as a place.
+    """
+    major, minor = map(int, transformers.__version__.split(".")[:2])
+    return (major, minor) >= (5, 18)
+
+
+def check_resuming(device: torch.device, processes: int) -> None:
+    """Refuse to resume where the library cannot."""
+    if device.type == "cpu" and processes > 1 and not resumes_on_cpus():
+        raise RecipeError(
+            f"transformers {transformers.__version__} cannot resume in several processes on CPUs. "
+            "Install 5.18 or newer, or resume in one process."
+        )
 
 
 def check_target(out: Path, resume: bool) -> None:
@@ -256,6 +275,7 @@ def run(
     trainer.remove_callback(PrinterCallback)
     resumed = resume and has_checkpoint(out)
     if resumed:
+        check_resuming(arguments.device, arguments.world_size)
         _check_same_network(model.config, folder)
     with _saving(folder):
         trainer.train(resume_from_checkpoint=resumed)
