@@ -230,6 +230,10 @@ FOREIGN = "which no graph of ours has"
         (use_input("GatherND", 1, "token_index"), "has an index of"),
         (lambda model: node_of(model, "Split").output.append("more"), "has 4 outputs, expected 3"),
         (lambda model: node_of(model, "Split").input.pop(), "has 1 inputs, expected 2"),
+        (lambda model: node_of(model, "Mul").input.pop(), "has 1 inputs, expected 2"),
+        (lambda model: node_of(model, "Add").input.append("embedding"), "has 3 inputs, expected 2"),
+        (use_input("Mul", 0, ""), "has nothing where a value is expected"),
+        (use_input("Add", 1, ""), "has nothing where a value is expected"),
         (
             lambda model: node_of(model, "SkipSimplifiedLayerNormalization").output.__setitem__(
                 1, "mean"

@@ -377,8 +377,8 @@ def _reshape(step: _Step) -> Results:
 
 
 def _elementwise(step: _Step) -> Results:
-    first, second = (known for known in step.inputs if known is not None)
-    step.given("xx" if second.tensor is None else "xw")
+    weighed = any(known is not None and known.tensor is not None for known in step.inputs[1:])
+    first, second = step.given("xw" if weighed else "xx")
     step.expect_float(first, second)
     count = max(len(first.dims), len(second.dims))
     sizes = [(1,) * (count - len(each.dims)) + each.dims for each in (first, second)]
