@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import base64
 import binascii
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from typing import Any, NoReturn
 
 from edge_memllm.errors import ArtifactError
@@ -122,15 +122,27 @@ class _Check:
         if kind == "Unigram":
             tokens = [each[0] for each in tokens if isinstance(each, list) and each]
         self._lengths("model's vocab", [*map(str, tokens), str(model.get("unk_token"))])
-        self._count("model's merges", model.get("merges"), MOST_MERGES)
+        merges = self._count("model's merges", model.get("merges"), MOST_MERGES)
         for name in ("continuing_subword_prefix", "end_of_word_suffix"):
             if len(str(model.get(name) or "")) > MOST_AFFIX:
                 self._refuse(f"model's {name} has more than {MOST_AFFIX} characters.")
+        if kind == "BPE" and (prefix := model.get("continuing_subword_prefix")):
+            self._continuing(merges, str(prefix))
         longest = model.get("max_input_chars_per_word")
         if kind == "WordPiece" and isinstance(longest, int) and longest > MOST_WORD:
             self._refuse(
                 f"model takes words of {longest} characters, expected at most {MOST_WORD}."
             )
+
+    def _continuing(self, merges: Iterable[Any], prefix: str) -> None:
+        # The library cuts off as many bytes unseen; amid a letter that ends the whole process.
+        for merge in merges:
+            parts = merge.split(" ") if isinstance(merge, str) else merge
+            if isinstance(parts, list) and parts and not str(parts[-1]).startswith(prefix):
+                self._refuse(
+                    f"model's merges have {str(parts[-1])!a:.60}, which does not start with the "
+                    f"continuing_subword_prefix {prefix!a}."
+                )
 
     def _count(self, what: str, value: Any, most: int) -> Any:
         """Return a list or an object of at most `most` values; none at all for null."""

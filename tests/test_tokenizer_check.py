@@ -212,6 +212,21 @@ HOSTILE: list[tuple[str, dict[str, Any], str]] = [
         },
         "model's continuing_subword_prefix has more than 16 characters",
     ),
+    *(
+        (
+            f"merge {number}",
+            {
+                "model": {
+                    "type": "BPE",
+                    "continuing_subword_prefix": "##",
+                    "vocab": {"a": 0, "b": 1, "##b": 2, "ab": 3},
+                    "merges": [["a", "##b"], merge],
+                }
+            },
+            r"model's merges have '.*', which does not start with the .*_prefix '##'",
+        )
+        for number, merge in enumerate((["a", "b"], "a b", ["a", ""], ["a", "#é"]))
+    ),
     ("no model", {"model": None}, "not a tokenizer that tokenizers"),
     ("odd model", {"model": {"type": "Magic"}}, "model is of type 'Magic', expected one of BPE"),
     ("long", {"added_tokens": [added("x" * 5000, 0)]}, "added_tokens has a token of 5000 char"),
