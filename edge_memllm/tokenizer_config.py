@@ -34,6 +34,8 @@ class TokenizerConfig:
             extra = fields.get(_EXTRA) or fields.get(_OLD_EXTRA) or []
             named = {name: fields[name] for name in _NAMES if fields.get(name) is not None}
             named |= {name: each for name, each in fields.items() if _is_named(name, each)}
+            if isinstance(extra, str):
+                raise TypeError(f"{extra!a:.80} is a text, expected a list of tokens")
             if isinstance(extra, dict):
                 named, extra = named | extra, []
             self._named = {name: _token(each, known) for name, each in named.items()}

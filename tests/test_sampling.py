@@ -62,12 +62,19 @@ def test_a_generation_config_without_sampling_is_greedy_but_keeps_its_penalty() 
     config = {"do_sample": False, "temperature": 0.7, "repetition_penalty": 1.2, "other": 1}
     assert Sampling.from_generation_config(config) == Sampling(repetition_penalty=1.2)
     assert Sampling.from_generation_config({}) == Sampling()
+    assert Sampling.from_generation_config({"do_sample": None}) == Sampling()
 
 
 def test_a_generation_config_with_sampling_gives_its_values() -> None:
     config = {"do_sample": True, "top_k": 40, "top_p": 0.9, "min_p": None}
     expected = Sampling(temperature=1.0, top_k=40, top_p=0.9)
     assert Sampling.from_generation_config(config) == expected
+
+
+@pytest.mark.parametrize("value", ["true", 1, 0, [True]])
+def test_a_generation_config_samples_or_not(value: Any) -> None:
+    with pytest.raises(RequestError, match=r"do_sample is .*, expected true or false\."):
+        Sampling.from_generation_config({"do_sample": value, "temperature": 0.7})
 
 
 @pytest.mark.parametrize("seed", [-1, 1 << 64, 1.0, True, "1", None])

@@ -14,6 +14,8 @@ from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.text_files import check_text_files
 
+POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
+
 
 def notes(checkpoint: Path) -> tuple[str, ...]:
     return check_text_files(Checkpoint.open(checkpoint))
@@ -72,6 +74,7 @@ def test_an_end_beyond_the_vocabulary_is_said_of_the_file_that_has_it(checkpoint
         ("tokenizer_config.json", '{"chat_template": 3}', "chat template: a int, expected"),
         ("tokenizer_config.json", "[]", r"tokenizer_config\.json: found a list"),
         ("tokenizer.json", "{}", r"tokenizer\.json: not a tokenizer that"),
+        ("tokenizer.json", POINTER, r"tokenizer\.json: this is a Git LFS pointer"),
         ("generation_config.json", "{", r"generation_config\.json"),
     ],
 )

@@ -149,6 +149,8 @@ def test_texts_are_encoded_as_transformers_encodes_them(name: str, tmp_path: Pat
         {"added_tokens_decoder": {"x": {}}},
         {"added_tokens_decoder": [1]},
         {"extra_special_tokens": 5},
+        {"extra_special_tokens": "<a>"},
+        {"additional_special_tokens": "<a>"},
         {"extra_special_tokens": [["a"]]},
     ],
 )

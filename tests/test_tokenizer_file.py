@@ -141,6 +141,9 @@ def test_a_tokenizer_for_training_is_refused_by_its_path(tmp_path: Path) -> None
     path.write_text("{}")
     with pytest.raises(RecipeError, match=r"tokenizer\.json: not a tokenizer that tokenizers"):
         read_tokenizer(path)
+    path.write_text("version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n")
+    with pytest.raises(RecipeError, match=r"tokenizer\.json: this is a Git LFS pointer"):
+        read_tokenizer(path)
     path.write_bytes(changed(lambda _: None))
     with pytest.raises(RecipeError, match="has no <|endoftext|> token".replace("|", r"\|")):
         given_tokenizer(path)

@@ -9,6 +9,7 @@ from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 from transformers import PreTrainedTokenizerFast
 
 from edge_memllm.errors import ArtifactError, RecipeError
+from edge_memllm.modeling.stored_weights import UnusableCheckpointError, refuse_pointer
 from edge_memllm.tokenizer_file import open_tokenizer
 
 END_OF_TEXT = "<|endoftext|>"
@@ -50,10 +51,11 @@ def byte_tokenizer(vocab_size: int) -> Tokenizer:
 def read_tokenizer(path: Path) -> Tokenizer:
     """A ready tokenizer.json; RecipeError for one that cannot be used."""
     try:
+        refuse_pointer(path)
         return open_tokenizer(path.read_bytes(), str(path))
     except OSError as error:
         raise RecipeError(f"{path}: cannot be read ({error.strerror}).") from error
-    except ArtifactError as error:
+    except (ArtifactError, UnusableCheckpointError) as error:
         raise RecipeError(str(error)) from error
 
 

@@ -13,6 +13,7 @@ from transformers import GenerationConfig
 
 from edge_memllm.chat import TEMPLATE_FILE
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
+from edge_memllm.modeling.stored_weights import UnusableCheckpointError, refuse_pointer
 from edge_memllm.sampling import Sampling
 from edge_memllm.strict_json import parse_json_object
 from edge_memllm.tokenization import MAX_CONFIG_BYTES, Tokenizer
@@ -53,6 +54,8 @@ def check_text_files(source: Checkpoint) -> tuple[str, ...]:
             tokenizer = Tokenizer.from_files(_reader(source.path), str(source.path))
         if tokenizer is not None and tokenizer.chat_template is not None:
             tokenizer.chat_template.check()
+    except UnusableCheckpointError as error:
+        raise ExportError(str(error)) from error
     except ArtifactError as error:
         raise ExportError(f"{source.path}: {error}") from error
     found = [*_not_followed(generation), *_not_carried(source.path)]
@@ -63,7 +66,11 @@ def check_text_files(source: Checkpoint) -> tuple[str, ...]:
 
 def _reader(folder: Path) -> Any:
     def read(name: str) -> bytes | None:
-        return (folder / name).read_bytes() if (folder / name).is_file() else None
+        path = folder / name
+        if not path.is_file():
+            return None
+        refuse_pointer(path)
+        return path.read_bytes()
 
     return read
 
