@@ -36,10 +36,10 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
 _A_FILE_NAME = "a plain file name (letters, digits, '.', '_' and '-', no leading dot, no folder)"
 
 # Generous, yet small enough that no size computed from them costs much memory before it is checked.
-_MAX_VOCABULARY = 1 << 24
-_MAX_POSITIONS = 1 << 24
-_MAX_WIDTH = 1 << 17
-_MAX_LAYERS = 1024
+MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = 1 << 24
+MAX_WIDTH = 1 << 17
+MAX_LAYERS = 1024
 _MAX_FILE_BYTES = 1 << 60
 # Tokenizer, chat template and the like together; those of 250,000 tokens have some 40 MB.
 _MAX_TEXT_BYTES = 1 << 28
@@ -231,21 +231,21 @@ def _complete_version_1(content: dict[str, object]) -> None:
 
 def _parse_model(value: object, where: str) -> ModelSpec:
     model = Fields(value, where, _names(ModelSpec))
-    vocab_size = model.integer("vocab_size", 1, _MAX_VOCABULARY)
+    vocab_size = model.integer("vocab_size", 1, MAX_VOCABULARY)
     return ModelSpec(
         identity=model.text("identity", _IDENTITY, "'sha256:' and 64 hex digits"),
         beta=model.integer("beta", 0, 8),
-        hidden_size=model.integer("hidden_size", 1, _MAX_WIDTH),
-        num_hidden_layers=model.integer("num_hidden_layers", 1, _MAX_LAYERS),
-        num_attention_heads=model.integer("num_attention_heads", 1, _MAX_WIDTH),
-        num_key_value_heads=model.integer("num_key_value_heads", 1, _MAX_WIDTH),
-        head_dim=model.integer("head_dim", 1, _MAX_WIDTH),
+        hidden_size=model.integer("hidden_size", 1, MAX_WIDTH),
+        num_hidden_layers=model.integer("num_hidden_layers", 1, MAX_LAYERS),
+        num_attention_heads=model.integer("num_attention_heads", 1, MAX_WIDTH),
+        num_key_value_heads=model.integer("num_key_value_heads", 1, MAX_WIDTH),
+        head_dim=model.integer("head_dim", 1, MAX_WIDTH),
         vocab_size=vocab_size,
-        max_position_embeddings=model.integer("max_position_embeddings", 1, _MAX_POSITIONS),
+        max_position_embeddings=model.integer("max_position_embeddings", 1, MAX_POSITIONS),
         bos_token_id=model.optional_integer("bos_token_id", 0, vocab_size - 1),
         eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
         memory_gain=model.numbers("memory_gain", 1e6),
-        memory_layers=model.integer("memory_layers", 0, _MAX_LAYERS),
+        memory_layers=model.integer("memory_layers", 0, MAX_LAYERS),
     )
 
 
@@ -271,7 +271,7 @@ def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, 
     classes = [Fields(item, where, _names(TokenClass)) for item in items]
     return tuple(
         TokenClass(
-            tokens=each.integer("tokens", 1, _MAX_VOCABULARY),
+            tokens=each.integer("tokens", 1, MAX_VOCABULARY),
             layers=each.texts("layers", _CODEC, "a codec id"),
         )
         for each in classes

@@ -295,6 +295,14 @@ def test_every_dtype_that_a_file_can_name_is_taken_or_refused(llama: Path) -> No
         ("pad_token_id", 300),
         ("head_dim", 0),
         ("hidden_size", -1),
+        ("hidden_size", 64.0),
+        ("num_hidden_layers", 0),
+        ("num_hidden_layers", 10**9),
+        ("max_position_embeddings", None),
+        ("max_position_embeddings", 0),
+        ("max_position_embeddings", 10**12),
+        ("rms_norm_eps", "1e-6"),
+        ("rms_norm_eps", float("nan")),
     ],
 )
 def test_a_configuration_that_libraries_stumble_over_is_refused_in_words(

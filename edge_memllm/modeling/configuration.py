@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from edge_memllm.manifest import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 from edge_memllm.modeling.cache_argument import CACHE
 
 DENSE_BETA = 8
@@ -24,6 +25,16 @@ CHOICES = {
 }
 # Frequencies that do not change with the length of the text: the graph holds them as tables.
 ROPE_TYPES = ("default", "linear", "llama3")
+
+# What an artifact may say of a model.
+_MOST = {
+    "vocab_size": MAX_VOCABULARY,
+    "num_hidden_layers": MAX_LAYERS,
+    "max_position_embeddings": MAX_POSITIONS,
+    **dict.fromkeys(
+        ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), MAX_WIDTH
+    ),
+}
 
 
 def compute_width(hidden_size: int, beta: int, form: str = "swiglu") -> int:
@@ -109,6 +120,7 @@ class MemoryLLMConfig(PreTrainedConfig):
 
     def validate_architecture(self) -> None:
         """Refuse shapes that no network of the family has (called by the config itself)."""
+        self._validate_numbers()
         if not 0 <= self.beta <= DENSE_BETA:
             raise ValueError(f"beta is {self.beta}; the family has 0 (MemoryLLM) to 8 (dense).")
         for name, choices in CHOICES.items():
@@ -137,6 +149,16 @@ class MemoryLLMConfig(PreTrainedConfig):
                 "The family uses SiLU and no biases in its feed-forward networks (paper, Table 3 "
                 "and eq. 2.3)."
             )
+
+    def _validate_numbers(self) -> None:
+        """Refuse sizes that cannot be counted with, before anything is as large as they say."""
+        for name, most in _MOST.items():
+            size = getattr(self, name)
+            if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= most:
+                raise ValueError(f"{name} is {size!r}; expected an integer from 1 to {most}.")
+        epsilon = self.rms_norm_eps
+        if not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
+            raise ValueError(f"rms_norm_eps is {epsilon!r}; expected a number >= 0.")
 
     def _validate_memory(self) -> None:
         """Refuse choices about a part that the network does not have."""
