@@ -32,6 +32,10 @@ class ProcessLock:
         """Open it."""
         self._lock.release()
 
+    def locked(self) -> bool:
+        """Whether somebody holds it, in this process."""
+        return self._process == os.getpid() and self._lock.locked()
+
     def __enter__(self) -> bool:
         return self.acquire()
 

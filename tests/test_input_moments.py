@@ -94,7 +94,7 @@ def test_a_network_that_overflows_is_refused(
 ) -> None:
     broken = Path(shutil.copytree(make_checkpoint(beta=0), tmp_path / "broken"))
     weights = load_file(broken / "model.safetensors")
-    weights["model.layers.0.memory.down_proj.weight"][0, 0] = float("nan")
+    weights["model.layers.0.memory.down_proj.weight"][0] = 3e38  # finite; what it makes is not
     save_file(weights, broken / "model.safetensors")
     moments = InputMoments(Checkpoint.open(broken).network(), TOKENS[:256], lambda layers: None)
     moments.of("model.layers.0.self_attn.o_proj.weight")

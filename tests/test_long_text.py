@@ -23,7 +23,7 @@ def tokenizer() -> Tokenizer:
 @given(text=TEXTS, block=st.integers(1, 20))
 def test_blocks_change_no_token(tokenizer: Tokenizer, text: str, block: int) -> None:
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(long_text, "_BLOCK", block)
+        patch.setattr(long_text, "BLOCK", block)
         found = long_text_tokens(tokenizer, text, 8192)
     assert found.tolist() == tokenizer.encode(text, special=False)
 
@@ -36,7 +36,7 @@ def test_no_block_is_long(tokenizer: Tokenizer, monkeypatch: pytest.MonkeyPatch)
         seen.append(len(text))
         return encode(text, special=special)
 
-    monkeypatch.setattr(long_text, "_BLOCK", 400)
+    monkeypatch.setattr(long_text, "BLOCK", 400)
     monkeypatch.setattr(tokenizer, "encode", noting)
     long_text_tokens(tokenizer, "It was a dark and stormy night.\n" * 100, 8192)
     assert max(seen) < 450
@@ -46,7 +46,7 @@ def test_a_text_that_cannot_be_cut_is_taken_whole(monkeypatch: pytest.MonkeyPatc
     """A tokenizer that looks at the whole text: its tokens change wherever it is cut."""
     tokenizer = byte_tokenizer()
     encode = tokenizer.encode
-    monkeypatch.setattr(long_text, "_BLOCK", 10)
+    monkeypatch.setattr(long_text, "BLOCK", 10)
     monkeypatch.setattr(tokenizer, "encode", lambda text, special: [*encode(text), len(text) % 7])
     text = "one two three four five"
     assert long_text_tokens(tokenizer, text, 300).tolist() == [*encode(text), len(text) % 7]

@@ -8,12 +8,13 @@ import sys
 from collections.abc import Iterator
 from pathlib import Path
 
+import numpy as np
 import pytest
 
 import edge_memllm
 from edge_memllm import Model
 from edge_memllm.cli.main import main
-from edge_memllm.overlays import open_overlay
+from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm_export import export_model
 
 ROOT = Path(__file__).parents[1]
@@ -44,8 +45,8 @@ def test_they_are_small_and_their_size_is_told() -> None:
         assert file.stat().st_size < 20_000
 
 
-def made_by(artifact: Path, name: str, out: Path) -> bytes:
-    """The file that the command on the page makes."""
+def made_by(artifact: Path, name: str, out: Path) -> Overlay:
+    """What the command on the page makes."""
     description = re.search(rf"--out {name}.*?--description \"(.+?)\"", PAGE, re.DOTALL)
     assert description is not None
     how = {
@@ -55,13 +56,22 @@ def made_by(artifact: Path, name: str, out: Path) -> bytes:
     file = out / f"{name}.overlay.safetensors"
     words = ["overlay", "edit", str(artifact), *how, "--description", description[1]]
     assert main([*words, "--out", str(file)]) == 0
-    return file.read_bytes()
+    return open_overlay(file)
 
 
 @pytest.mark.parametrize("name", NAMES)
 def test_the_command_on_the_page_makes_the_file(artifact: Path, name: str, tmp_path: Path) -> None:
-    expected = (FOLDER / f"{name}.overlay.safetensors").read_bytes()
-    assert made_by(artifact, name, tmp_path) == expected
+    """But for the last bits of a row, in which processors differ."""
+    expected = open_overlay(FOLDER / f"{name}.overlay.safetensors")
+    found = made_by(artifact, name, tmp_path)
+    assert found.spec == expected.spec
+    for one, other in zip(found.edits(), expected.edits(), strict=True):
+        assert (one.token, one.layer) == (other.token, other.layer)
+        assert (one.operation, one.factor) == (other.operation, other.factor)
+        assert (one.row is None) == (other.row is None)
+        if one.row is not None and other.row is not None:
+            step = np.abs(other.row).max() / 127
+            np.testing.assert_allclose(one.row, other.row, rtol=0.001, atol=1.01 * step)
 
 
 @pytest.mark.parametrize(
