@@ -151,8 +151,8 @@ class DeviceProbe:
                 if count >= wanted:
                     return
         raise StorageError(
-            f"The table gives {count} bytes from byte {aligned} on, expected {wanted}. If it was cut "
-            "short meanwhile, copy the artifact again."
+            f"The table gives {count} bytes from byte {aligned} on, expected {wanted}. If it was "
+            "cut short meanwhile, copy the artifact again."
         )
 
     def _buffer(self) -> mmap.mmap:
