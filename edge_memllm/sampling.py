@@ -55,15 +55,16 @@ class Sampling:
     def from_generation_config(cls, config: dict[str, Any]) -> Sampling:
         """Return the defaults that a Hugging Face `generation_config.json` states.
 
-        Without `do_sample: true` that is greedy, as there. A value left out is off. Raises
-        `RequestError` for values that are none.
+        Without `do_sample: true` that is greedy, as there. A value left out is transformers' own:
+        off, but 50 for `top_k`, which it does not write. Raises `RequestError` for values that
+        are none.
         """
         sampled = config.get("do_sample")
         if sampled is not None and not isinstance(sampled, bool):
             raise RequestError(f"do_sample is {sampled!r}, expected true or false.")
         names = ("temperature", "top_k", "top_p", "min_p") if sampled else ()
         given = {n: config[n] for n in (*names, "repetition_penalty") if config.get(n) is not None}
-        return cls(**({"temperature": 1.0} | given if sampled else given))
+        return cls(**({"temperature": 1.0, "top_k": 50} | given if sampled else given))
 
 
 def _check_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:

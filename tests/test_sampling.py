@@ -4,8 +4,11 @@ from typing import Any
 
 import numpy as np
 import pytest
+import torch
+from conftest import MakeCheckpoint
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from transformers import GenerationConfig
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.sampling import (
@@ -69,6 +72,22 @@ def test_a_generation_config_with_sampling_gives_its_values() -> None:
     config = {"do_sample": True, "top_k": 40, "top_p": 0.9, "min_p": None}
     expected = Sampling(temperature=1.0, top_k=40, top_p=0.9)
     assert Sampling.from_generation_config(config) == expected
+
+
+@pytest.mark.parametrize("stated", [{}, {"top_k": 7}, {"top_k": 0}])
+def test_what_a_generation_config_leaves_out_is_as_in_transformers(
+    make_checkpoint: MakeCheckpoint, stated: dict[str, int]
+) -> None:
+    from edge_memllm.modeling import MemoryLLMForCausalLM
+
+    network = MemoryLLMForCausalLM.from_pretrained(make_checkpoint(beta=0))
+    network.generation_config = GenerationConfig.from_dict({"do_sample": True, **stated})
+    done = network.generate(
+        torch.tensor([[65, 66]]), max_new_tokens=1, output_scores=True, return_dict_in_generate=True
+    )
+    kept = int(torch.isfinite(done.scores[0]).sum())
+    top_k = Sampling.from_generation_config({"do_sample": True, **stated}).top_k
+    assert kept == (top_k or network.config.vocab_size)
 
 
 @pytest.mark.parametrize("value", ["true", 1, 0, [True]])
