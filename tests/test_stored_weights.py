@@ -317,6 +317,24 @@ def test_a_configuration_that_libraries_stumble_over_is_refused_in_words(
         Checkpoint.open(tmp_path)
 
 
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("tie_word_embeddings", "no"),
+        ("qk_norm", 1),
+        ("memory_gain", [1.0, float("nan")]),
+        ("memory_gain", [1.0, "1"]),
+    ],
+)
+def test_a_field_of_another_type_is_refused_by_name(
+    field: str, value: object, tmp_path: Path
+) -> None:
+    write_checkpoint(tmp_path, dtype="float32", seed=0, beta=3)
+    change_config(tmp_path, **{field: value})
+    with pytest.raises(ExportError, match=rf"config\.json: describes no network: {field}"):
+        Checkpoint.open(tmp_path)
+
+
 def test_a_refused_conversion_leaves_nothing(
     llama: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:

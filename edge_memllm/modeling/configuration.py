@@ -35,6 +35,7 @@ _MOST = {
         ("hidden_size", "num_attention_heads", "num_key_value_heads", "head_dim"), MAX_WIDTH
     ),
 }
+_SWITCHES = ("tie_word_embeddings", "attention_bias", "qk_norm", "mlp_bias")
 
 
 def compute_width(hidden_size: int, beta: int, form: str = "swiglu") -> int:
@@ -156,6 +157,11 @@ class MemoryLLMConfig(PreTrainedConfig):
             size = getattr(self, name)
             if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= most:
                 raise ValueError(f"{name} is {size!r}; expected an integer from 1 to {most}.")
+        if odd := [name for name in _SWITCHES if not isinstance(getattr(self, name), bool)]:
+            raise ValueError(f"{odd[0]} is {getattr(self, odd[0])!r}; expected true or false.")
+        for gain in self.memory_gain or ():
+            if not isinstance(gain, int | float) or not math.isfinite(gain):
+                raise ValueError(f"memory_gain has {gain!r}; expected finite numbers.")
         epsilon = self.rms_norm_eps
         if not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
             raise ValueError(f"rms_norm_eps is {epsilon!r}; expected a number >= 0.")
