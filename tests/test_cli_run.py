@@ -104,12 +104,13 @@ def test_prompt_from_standard_input(run: Any, monkeypatch: pytest.MonkeyPatch) -
     assert run("plain", "--greedy")[0] == run("plain", "--greedy", "--prompt", "hello")[0]
 
 
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # the second as in LC_ALL=C
 def test_standard_input_that_is_no_text(
-    loaded: object, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    loaded: object, errors: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8"))
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO(b"\xff"), "utf-8", errors))
     assert main(["run", "plain"]) == 1
-    assert "Standard input is not utf-8 text. Convert it to UTF-8." in capsys.readouterr().err
+    assert "Standard input is not UTF-8 text. Convert it to UTF-8." in capsys.readouterr().err
 
 
 def test_stop_strings_end_the_text(run: Any) -> None:

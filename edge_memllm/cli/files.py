@@ -21,8 +21,8 @@ def read_text(path: Path) -> str:
 def read_standard_input() -> str:
     """Return what is piped in, without the line break that a shell puts at its end."""
     try:
-        return sys.stdin.read().removesuffix("\n")
-    except UnicodeDecodeError as error:
-        raise RequestError(
-            f"Standard input is not {error.encoding} text. Convert it to UTF-8."
-        ) from error
+        text = sys.stdin.read().removesuffix("\n")
+        text.encode()  # some locales let bytes through that are no text, as half surrogates
+    except UnicodeError as error:
+        raise RequestError("Standard input is not UTF-8 text. Convert it to UTF-8.") from error
+    return text
