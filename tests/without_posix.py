@@ -20,7 +20,8 @@ from typing import Any
 LIBRARIES = (
     "accelerate asyncio concurrent.futures huggingface_hub llguidance logging.handlers "
     "multiprocessing onnx_ir onnxruntime optimum.modeling_base sklearn.cluster starlette "
-    "subprocess tempfile tokenizers torch transformers.masking_utils "
+    "subprocess tempfile tokenizers torch torch.distributed.checkpoint.state_dict "
+    "transformers.masking_utils "
     "transformers.models.llama.modeling_llama transformers.models.qwen3.modeling_qwen3 "
     "transformers.trainer uvicorn"
 )
