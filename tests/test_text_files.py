@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import json
 from pathlib import Path
 from typing import Any
@@ -10,8 +11,9 @@ import pytest
 from conftest import BOS, EOS, PAD, VOCABULARY, change_config
 
 from edge_memllm.errors import ExportError
+from edge_memllm.tokenizer_file import TOKENIZER_FILE
 from edge_memllm_export import export_model
-from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.checkpoint import GENERATION_FILE, Checkpoint
 from edge_memllm_export.text_files import check_text_files
 
 POINTER = "version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 5\n"
@@ -137,3 +139,20 @@ def test_too_short_a_text_does_not_judge(checkpoint: Path, tmp_path: Path) -> No
     report = export_model(checkpoint, tmp_path / "out", **short, accept_quality_loss=True)
     assert report.quality is None
     assert report.rungs
+
+
+@pytest.mark.parametrize("name", [GENERATION_FILE, TOKENIZER_FILE])
+def test_a_file_that_cannot_be_read_is_named(
+    name: str, checkpoint: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    real = Path.read_bytes
+
+    def failing(path: Path) -> bytes:
+        if path.name == name:
+            raise OSError(errno.EIO, "Input/output error", str(path))
+        return real(path)
+
+    source = Checkpoint.open(checkpoint)
+    monkeypatch.setattr(Path, "read_bytes", failing)
+    with pytest.raises(ExportError, match=rf"{name}: cannot be read \(Input/output error\)"):
+        check_text_files(source)

@@ -46,6 +46,14 @@ _TURN_ENDS = {
 
 def check_text_files(source: Checkpoint) -> tuple[str, ...]:
     """Return what is to be known of the files, in sentences; ExportError where they are no good."""
+    try:
+        return _checked(source)
+    except OSError as error:
+        where = source.path if error.filename is None else error.filename
+        raise ExportError(f"{where}: cannot be read ({error.strerror}). Check the disk.") from error
+
+
+def _checked(source: Checkpoint) -> tuple[str, ...]:
     source.eos_token_ids()
     generation = _generation(source.path)
     tokenizer = None
