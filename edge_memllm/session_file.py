@@ -6,12 +6,14 @@ nothing of generating.
 
 from __future__ import annotations
 
+import hashlib
 import mmap
 import os
+import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import replace
+from dataclasses import asdict, dataclass, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
@@ -20,17 +22,40 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.atomic import WholeFile
-from edge_memllm.errors import ArtifactError, CorruptionError
+from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.manifest import ModelSpec
 from edge_memllm.open_files import close_file, not_read
 from edge_memllm.request import check_tokens
 from edge_memllm.runtime_protocol import HeldLayout
-from edge_memllm.sampling import random_draws
-from edge_memllm.session_header import Header, array_bytes
+from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
 from edge_memllm.session_state import Origin, SessionState
-from edge_memllm.strict_json import MAX_JSON_BYTES
-from edge_memllm.table_header import LENGTH
+from edge_memllm.strict_json import Fields, parse_json_object
+from edge_memllm.tensor_header import (
+    DIGEST,
+    LENGTH,
+    UNSEALED,
+    FileKind,
+    Tensors,
+    compact,
+    data_bytes,
+    header_bytes,
+    tensor_views,
+)
 
+_KIND = FileKind(
+    format="edge-memllm-session",
+    version="1",
+    name="session",
+    meaning="a saved session",
+    advice="'Session.save' makes one.",
+    anew="begin a new session",
+)
+_MOST_TOKENS = 1 << 24
+_ORIGIN = ("identity", "artifact", "codec", "overlays", "digests")
+_FIELDS = (*_ORIGIN, "tokens", "computed", "logits", "sampling", "seed", "draws")
+_HALF = re.compile(r"[0-9a-f]{32}")
+_OBJECT = re.compile(r"(?s)\{.*")
+_NAME = re.compile(r"(?s).{1,80}")
 _COPY_AGAIN = "The file is incomplete or damaged; save the session again."
 # O_NONBLOCK: opening a pipe must not wait for a writer.
 _READING = (
@@ -40,6 +65,57 @@ _READING = (
     | getattr(os, "O_BINARY", 0)
 )
 _BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True)
+class SessionHeader:
+    """What a header says; the tensors follow from it and from the model."""
+
+    origin: Origin
+    tokens: int
+    computed: int
+    logits: int  # V, or 0 when there are none
+    sampling: Sampling
+    seed: int
+    draws: tuple[str, str]  # state and increment of PCG64
+    sha256: str = UNSEALED  # of the header with these zeros, then of what stands behind it
+
+    def arrays(self, layout: HeldLayout) -> Tensors:
+        """Return what stands behind the header, in order: the widest first, so all is aligned."""
+        every = layout | {
+            "logits": (np.dtype(np.float32), (self.logits,)),
+            "tokens": (np.dtype(np.uint32), (self.tokens,)),
+        }
+        return dict(sorted(every.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
+
+    def to_bytes(self, layout: HeldLayout) -> bytes:
+        """Return length and JSON, padded to whole words."""
+        metadata = {
+            "format": _KIND.format,
+            "format_version": _KIND.version,
+            "session": self._session(),
+            "sha256": self.sha256,
+        }
+        return header_bytes(metadata, self.arrays(layout), LENGTH.size)
+
+    def digest(self, layout: HeldLayout) -> Any:
+        """Return a sha256 that has seen the header; what stands behind it is to follow."""
+        return hashlib.sha256(replace(self, sha256=UNSEALED).to_bytes(layout))
+
+    def _session(self) -> str:
+        said = asdict(self.origin) | {
+            name: getattr(self, name) for name in ("computed", "draws", "logits", "seed", "tokens")
+        }
+        said["sampling"] = asdict(self.sampling)
+        return compact(said)
+
+    @classmethod
+    def parse(cls, data: bytes, where: str) -> SessionHeader:
+        """Parse length and JSON. Raises `ArtifactError`."""
+        metadata = _KIND.metadata(data, where, ("session", "sha256"))
+        session = metadata.text("session", _OBJECT, "a JSON object as text")
+        said = Fields(parse_json_object(session.encode(), where), f"{where}: session", _FIELDS)
+        return _parsed(said, metadata.text("sha256", DIGEST, "64 hex digits"), where)
 
 
 def write_session(path: Path, origin: Origin, state: SessionState, *, overwrite: bool) -> int:
@@ -73,8 +149,9 @@ class SessionFile:
         self._where = str(path)
         self._file = self._open(path)
         try:
-            self._head = self._read_header()
-            self._header = Header.parse(self._head[LENGTH.size :], self._where)
+            with self._reading():
+                self._head = _KIND.read(self._file, self._size, self._where)
+            self._header = SessionHeader.parse(self._head, self._where)
         except BaseException:
             self._close()
             raise
@@ -127,27 +204,12 @@ class SessionFile:
         self._size = status.st_size
         return os.fdopen(file, "rb")
 
-    def _read_header(self) -> bytes:
-        with self._reading():
-            first = self._file.read(LENGTH.size)
-            length = LENGTH.unpack(first)[0] if len(first) == LENGTH.size else 0
-            if not 0 < length <= min(MAX_JSON_BYTES, self._size - LENGTH.size):
-                raise ArtifactError(
-                    f"{self._where}: this is not a saved session: {self._size} bytes, {length} of "
-                    "them said to be a header."
-                )
-            return first + self._file.read(length)
-
     def _arrays(self, layout: HeldLayout) -> dict[str, NDArray[Any]]:
         """Return views of the mapped file, after all of it was checked."""
         header = self._header
-        if header.to_bytes(layout) != self._head:
-            raise ArtifactError(
-                f"{self._where}: the header is not the one that its values and this model make. "
-                f"{_COPY_AGAIN}"
-            )
+        _KIND.check_same(self._head, header.to_bytes(layout), self._where)
         kinds = header.arrays(layout)
-        expected = len(self._head) + sum(array_bytes(*each) for each in kinds.values())
+        expected = len(self._head) + data_bytes(kinds)
         if self._size != expected:
             raise CorruptionError(
                 f"{self._where}: {self._size} bytes, expected {expected}. {_COPY_AGAIN}"
@@ -159,7 +221,7 @@ class SessionFile:
             if digest.hexdigest() != header.sha256:
                 raise CorruptionError(f"{self._where}: its sha256 is another one. {_COPY_AGAIN}")
             data = mmap.mmap(self._file.fileno(), self._size, access=mmap.ACCESS_READ)
-        return _views(data, len(self._head), kinds)
+        return tensor_views(data, len(self._head), kinds)
 
     @contextmanager
     def _reading(self) -> Iterator[None]:
@@ -169,16 +231,38 @@ class SessionFile:
             raise not_read(self._where, error) from error
 
 
-def _views(data: mmap.mmap, position: int, kinds: HeldLayout) -> dict[str, NDArray[Any]]:
-    arrays = {}
-    for name, (kind, shape) in kinds.items():
-        count = int(np.prod(shape))
-        arrays[name] = np.frombuffer(data, kind, count, position).reshape(shape)
-        position += array_bytes(kind, shape)
-    return arrays
+def _parsed(said: Fields, digest: str, where: str) -> SessionHeader:
+    tokens = said.integer("tokens", 0, _MOST_TOKENS)
+    computed = said.integer("computed", 0, tokens)
+    overlays = said.texts("overlays", _NAME, "names of overlays")
+    digests = said.texts("digests", DIGEST, "64 hex digits each")
+    draws = said.texts("draws", _HALF, "32 hex digits each")
+    logits = said.integer("logits", 0, _MOST_TOKENS)
+    if (
+        len(digests) != len(overlays)
+        or len(draws) != 2
+        or int(draws[1], 16) % 2 == 0
+        or bool(logits) != (0 < tokens == computed)
+    ):
+        raise ArtifactError(f"{where}: its numbers cannot be those of a session. Save it again.")
+    try:
+        sampling = Sampling(**Fields(said.mapping("sampling"), where, asdict(Sampling())).values)
+    except RequestError as error:
+        raise ArtifactError(f"{where}: {error}") from error
+    origin = Origin(
+        said.text("identity", _NAME, "a model's identity"),
+        said.text("artifact", DIGEST, "64 hex digits"),
+        said.text("codec", _NAME, "a codec"),
+        overlays,
+        digests,
+    )
+    seed = said.integer("seed", 0, SEED_LIMIT - 1)
+    return SessionHeader(
+        origin, tokens, computed, logits, sampling, seed, (draws[0], draws[1]), digest
+    )
 
 
-def _contents(header: Header, layout: HeldLayout, state: SessionState) -> Iterator[Any]:
+def _contents(header: SessionHeader, layout: HeldLayout, state: SessionState) -> Iterator[Any]:
     """Yield the bytes behind the header, an array at a time."""
     every: Mapping[str, NDArray[Any]] = {
         **state.held,
@@ -189,9 +273,9 @@ def _contents(header: Header, layout: HeldLayout, state: SessionState) -> Iterat
         yield np.ascontiguousarray(every[name]).data.cast("B") if every[name].size else b""
 
 
-def _header_of(origin: Origin, state: SessionState) -> Header:
+def _header_of(origin: Origin, state: SessionState) -> SessionHeader:
     inner = state.draws.bit_generator.state["state"]
-    return Header(
+    return SessionHeader(
         origin=origin,
         tokens=len(state.tokens),
         computed=state.computed,

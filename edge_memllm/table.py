@@ -30,7 +30,8 @@ from edge_memllm.records import (
     checksum_seed,
     record_checksum,
 )
-from edge_memllm.table_header import LENGTH, check_header, header_length
+from edge_memllm.table_header import check_header, header_length
+from edge_memllm.tensor_header import LENGTH
 
 QUALITIES = ("full", "coarse")
 

@@ -7,25 +7,33 @@ page. Nothing in it is believed that the manifest does not say as well.
 from __future__ import annotations
 
 import json
-import struct
 from dataclasses import asdict
+from typing import Any
+
+import numpy as np
 
 from edge_memllm.errors import ArtifactError, CorruptionError
-from edge_memllm.records import CHECKSUM_BYTES, RecordLayout
+from edge_memllm.records import RecordLayout
 from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
+from edge_memllm.tensor_header import (
+    LENGTH,
+    PAGE,
+    Tensors,
+    compact,
+    header_bytes,
+    header_content,
+)
 
 FORMAT = "edge-memllm-table"
 FORMAT_VERSION = "1"
-PAGE = 4096
-LENGTH = struct.Struct("<Q")  # what a safetensors file starts with: the bytes of its header
+
+_BYTE, _CHECKSUM = np.dtype("u1"), np.dtype("<u8")
 
 
 def build_header(layout: RecordLayout, vocab_size: int, identity: str) -> bytes:
     """Return the bytes in front of the first record: length, JSON and padding."""
-    content = _compact(_content(layout, vocab_size, identity)).encode("ascii")
-    page = max(PAGE, layout.alignment)
-    total = -(-(LENGTH.size + len(content)) // page) * page
-    return LENGTH.pack(total - LENGTH.size) + content.ljust(total - LENGTH.size)
+    metadata, tensors = _metadata(layout, identity), _tensors(layout, vocab_size)
+    return header_bytes(metadata, tensors, max(PAGE, layout.alignment))
 
 
 def header_length(first: bytes, records_offset: int, where: str) -> int:
@@ -50,7 +58,7 @@ def check_header(
     Raises `ArtifactError` naming the first difference: another model, codec, version, or tensors
     of other names, types, shapes or places.
     """
-    expected = _content(layout, vocab_size, identity)
+    expected = header_content(_metadata(layout, identity), _tensors(layout, vocab_size))
     if not data.startswith(b"{"):
         raise ArtifactError(f"{where}: the header does not start with '{{'. Copy the folder again.")
     header = parse_json_object(data, where)
@@ -69,27 +77,22 @@ def check_header(
             _compare(header[name], tensor, f"tensor '{name}'", where)
 
 
-def _content(layout: RecordLayout, vocab_size: int, identity: str) -> dict[str, dict[str, object]]:
-    """Return metadata and tensors, these in the order of the file."""
-    columns = layout.checksums
-    content: dict[str, dict[str, object]] = {"__metadata__": _metadata(layout, identity)}
-    position = 0
+def _tensors(layout: RecordLayout, vocab_size: int) -> Tensors:
+    """Return what stands behind the header, in the order of the file."""
+    tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     counts = layout.counts(vocab_size)
     for number, (variant, count) in enumerate(zip(layout.variants, counts, strict=True)):
         name = "records" if layout.codec.classes is None else f"records.{number}"
-        end = position + count * variant.stride
-        content[name] = _tensor("U8", [count, variant.stride], position, end)
-        position = end
-    end = position + vocab_size * columns * CHECKSUM_BYTES
-    shape = [vocab_size] if columns == 1 else [vocab_size, columns]
-    content["checksums"] = _tensor("U64", shape, position, end)
+        tensors[name] = (_BYTE, (count, variant.stride))
+    columns = layout.checksums
+    tensors["checksums"] = (_CHECKSUM, (vocab_size,) if columns == 1 else (vocab_size, columns))
     if size := layout.parameters_bytes:
-        content["parameters"] = _tensor("U8", [size], end, end + size)
-    return content
+        tensors["parameters"] = (_BYTE, (size,))
+    return tensors
 
 
-def _metadata(layout: RecordLayout, identity: str) -> dict[str, object]:
-    metadata: dict[str, object] = {
+def _metadata(layout: RecordLayout, identity: str) -> dict[str, str]:
+    metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "identity": identity,
@@ -101,16 +104,8 @@ def _metadata(layout: RecordLayout, identity: str) -> dict[str, object]:
     }
     classes = layout.codec.classes
     if classes is not None:  # as text, since metadata of safetensors is nothing else
-        metadata["classes"] = _compact([asdict(each) for each in classes])
+        metadata["classes"] = compact([asdict(each) for each in classes])
     return metadata
-
-
-def _compact(value: object) -> str:
-    return json.dumps(value, sort_keys=True, separators=(",", ":"))
-
-
-def _tensor(dtype: str, shape: list[int], start: int, end: int) -> dict[str, object]:
-    return {"dtype": dtype, "shape": shape, "data_offsets": [start, end]}
 
 
 def _shortened(identity: object) -> str:

@@ -19,7 +19,7 @@ from small_artifact import flip
 from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.overlays import open_overlay, write_overlay
 from edge_memllm.overlays.header import COLUMNS, Header
-from edge_memllm.table_header import LENGTH
+from edge_memllm.tensor_header import LENGTH
 
 
 @pytest.fixture(autouse=True)

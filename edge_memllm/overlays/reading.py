@@ -22,7 +22,7 @@ from edge_memllm.codecs.codec import Bytes
 from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.open_files import close_file, not_read
 from edge_memllm.overlays.columns import places_of
-from edge_memllm.overlays.header import COLUMNS, Header
+from edge_memllm.overlays.header import KIND, Header
 from edge_memllm.overlays.overlay import (
     LARGEST_FACTOR,
     MOST_TOKENS,
@@ -31,8 +31,7 @@ from edge_memllm.overlays.overlay import (
     Entries,
     Overlay,
 )
-from edge_memllm.strict_json import MAX_JSON_BYTES
-from edge_memllm.table_header import LENGTH
+from edge_memllm.tensor_header import tensor_views
 
 # O_NONBLOCK: opening a pipe must not wait for a writer.
 _FLAGS = (
@@ -89,13 +88,7 @@ def _read(stream: BufferedReader, size: int, where: str) -> Overlay:
 
 
 def _read_header(stream: BufferedReader, size: int, where: str) -> Header:
-    first = stream.read(LENGTH.size)
-    length = LENGTH.unpack(first)[0] if len(first) == LENGTH.size else 0
-    if not 0 < length <= min(MAX_JSON_BYTES, size - LENGTH.size):
-        raise ArtifactError(
-            f"{where}: this is not an overlay: {size} bytes, {length} of them said to be a header."
-        )
-    header = Header.from_json(stream.read(length), where)
+    header = Header.parse(KIND.read(stream, size, where), where)
     expected = header.size + header.data_bytes
     if size != expected:
         raise CorruptionError(f"{where}: {size} bytes, expected {expected}. {_COPY_AGAIN}")
@@ -104,15 +97,9 @@ def _read_header(stream: BufferedReader, size: int, where: str) -> Header:
 
 def _overlay(data: mmap.mmap, header: Header, where: str) -> Overlay:
     """Return views of the mapped file."""
-    spec = header.spec
-    rows = np.frombuffer(data, np.uint8, header.rows * spec.row_bytes, header.size)
-    position = header.size + rows.nbytes
-    columns: dict[str, NDArray[Any]] = {}
-    for name, (_, kind) in COLUMNS.items():
-        columns[name] = np.frombuffer(data, kind, header.entries, position)
-        position += columns[name].nbytes
-    stored = rows.reshape(header.rows, spec.row_bytes)
-    return Overlay(spec, Entries(**columns), stored, where)
+    columns = tensor_views(data, header.size, header.tensors)
+    rows = columns.pop("rows")
+    return Overlay(header.spec, Entries(**columns), rows, where)
 
 
 def _check_entries(overlay: Overlay) -> None:

@@ -84,7 +84,7 @@ class OverlayWriter:
     def finish(self) -> Written:
         """Write what is left, force it to the disk, and let the file appear under its name."""
         entries = self._columns.entries()
-        for name, (_, kind) in COLUMNS.items():
+        for name, kind in COLUMNS.items():
             self._write(getattr(entries, name).astype(kind, copy=False).tobytes())
         header = Header(self._spec, len(entries), self._rows).sealed(self._digest)
         self._file.seek(0)
