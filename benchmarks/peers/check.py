@@ -14,9 +14,10 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from contenders import CONTENDERS, EXACT, JUDGE, OURS, Contender
-from make_dense import ensure
-from process import Worker
+
+from benchmarks.peers.contenders import CONTENDERS, EXACT, JUDGE, OURS, Contender
+from benchmarks.peers.models import ensure
+from benchmarks.peers.worker import Worker
 
 _THREADS = 2
 _PROMPTS = (1, 17, 300)  # tokens; the last is longer than our chunks and a block of keys
@@ -58,7 +59,7 @@ def _shown(cosine: float | None) -> str:
 def _answers(contender: Contender, folder: Path, prompts: list[list[int]]) -> list[dict[str, Any]]:
     assert contender.model is not None
     model = ensure(folder, contender.model, "tiny")
-    if contender.engine == "engine_genai":
+    if contender.engine == "genai":
         contender = replace(contender, settings={**contender.settings, "keep_logits": True})
     answers = []
     with (

@@ -10,7 +10,7 @@ from typing import Any
 class Contender:
     """One runtime with one model.
 
-    ``engine`` names the module that drives it, ``model`` the target of `make_dense` it runs, or
+    ``engine`` names what drives it in `engines`, ``model`` the target of `models` it runs, or
     None for the MemoryLLM artifact given on the command line. ``rehearse``: every measured run is
     done once before, so that the records it reads are in the page cache.
     """
@@ -31,33 +31,33 @@ OURS = "edge"
 
 # The order is the order of the turns in each round.
 CONTENDERS = _contenders(
-    Contender(OURS, "edge-memllm, table warm", "engine_edge", None, rehearse=True),
-    Contender("edge-cold", "edge-memllm, table cold", "engine_edge", None, {"cold": True}),
-    Contender("edge-dense", "edge-memllm, dense", "engine_edge", "edge", rehearse=True),
-    Contender("llama-cpp", "llama.cpp Q4_0", "engine_llama", "gguf-q4_0", {"mmap": True}),
+    Contender(OURS, "edge-memllm, table warm", "edge", None, rehearse=True),
+    Contender("edge-cold", "edge-memllm, table cold", "edge", None, {"cold": True}),
+    Contender("edge-dense", "edge-memllm, dense", "edge", "edge", rehearse=True),
+    Contender("llama-cpp", "llama.cpp Q4_0", "llama", "gguf-q4_0", {"mmap": True}),
     Contender(
         "llama-cpp-no-mmap",
         "llama.cpp Q4_0, no mmap",
-        "engine_llama",
+        "llama",
         "gguf-q4_0",
         {"mmap": False},
     ),
     Contender(
         "llama-cpp-q6-head",
         "llama.cpp Q4_0, no mmap, head Q6_K",
-        "engine_llama",
+        "llama",
         "gguf-q4_0-q6-head",
         {"mmap": False},
     ),
     Contender(
         "llama-cpp-no-flash",
         "llama.cpp Q4_0, no mmap, no flash attention",
-        "engine_llama",
+        "llama",
         "gguf-q4_0",
         {"mmap": False, "flash": False},
     ),
-    Contender("genai-32", "onnxruntime-genai int4, block 32", "engine_genai", "genai-int4-32"),
-    Contender("genai-128", "onnxruntime-genai int4, block 128", "engine_genai", "genai-int4-128"),
+    Contender("genai-32", "onnxruntime-genai int4, block 32", "genai", "genai-int4-32"),
+    Contender("genai-128", "onnxruntime-genai int4, block 128", "genai", "genai-int4-128"),
 )
 
 # Left out unless asked for: settings of a peer that are slower than another one's throughout.
@@ -65,11 +65,11 @@ VARIANTS = ("llama-cpp-q6-head",)
 
 # Same weights, no 4 bits: these must agree with the judge to the last digits.
 EXACT = _contenders(
-    Contender("edge-exact", "edge-memllm fp32", "engine_edge", "edge-exact"),
-    Contender("llama-cpp-f16", "llama.cpp F16", "engine_llama", "gguf-f16", {"mmap": False}),
-    Contender("genai-fp32", "onnxruntime-genai fp32", "engine_genai", "genai-fp32"),
+    Contender("edge-exact", "edge-memllm fp32", "edge", "edge-exact"),
+    Contender("llama-cpp-f16", "llama.cpp F16", "llama", "gguf-f16", {"mmap": False}),
+    Contender("genai-fp32", "onnxruntime-genai fp32", "genai", "genai-fp32"),
 )
-JUDGE = Contender("judge", "transformers, float32", "engine_judge", "llama")
+JUDGE = Contender("judge", "transformers, float32", "judge", "llama")
 
 
 def chosen(names: list[str] | None) -> list[Contender]:

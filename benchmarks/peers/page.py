@@ -7,7 +7,7 @@ from collections.abc import Iterable
 from statistics import median
 from typing import Any
 
-from contenders import OURS
+from benchmarks.peers.contenders import OURS
 
 Rounds = list[dict[str, Any]]
 

@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Everything in one command: the environment, the models, the comparison.
 #
-#   bash benchmarks/peers/run.sh VENV --models DIR --artifact DIR [options of compare.py]
+#   bash benchmarks/peers/run.sh VENV --models DIR --artifact DIR [options of python -m benchmarks.peers]
 #
 # VENV is made on the first call with python3, or $PYTHON (compiling llama.cpp takes minutes). The
 # DIR of --models is filled on the first comparison (15 GB of disk, at most 15 GB of memory). Both
@@ -9,7 +9,7 @@
 set -euo pipefail
 
 here=$(cd "$(dirname "$0")" && pwd)
-venv=${1:?"usage: run.sh VENV --models DIR --artifact DIR [options of compare.py]"}
+venv=${1:?"usage: run.sh VENV --models DIR --artifact DIR [more options]"}
 shift
 
 if [ ! -e "$venv/.peers-ready" ]; then
@@ -23,4 +23,4 @@ if [ ! -e "$venv/.peers-ready" ]; then
     "$venv/bin/pip" install --no-binary llama-cpp-python -r "$here/requirements.txt"
   touch "$venv/.peers-ready"
 fi
-exec "$venv/bin/python" "$here/compare.py" "$@"
+PYTHONPATH="$here/../.." exec "$venv/bin/python" -m benchmarks.peers "$@"

@@ -1,35 +1,91 @@
-"""One contender in a process of its own, driven by lines of JSON on standard input.
+"""One contender in a process of its own, driven by lines of JSON on standard input: both ends.
 
-    python worker.py NAME SPECIFICATION
+    python -m benchmarks.peers.worker NAME SPECIFICATION
 
 SPECIFICATION is JSON: engine, model, threads, context, settings. The worker says what loading
 took, then does one run per line it gets and says what that took, until its input ends. Between
-runs it waits in a read and computes nothing; it reports the processor time spent there.
+runs it waits in a read and computes nothing; it reports the processor time spent there. Linux
+only: how busy the machine is, and memory, are read from /proc.
 """
 
 from __future__ import annotations
 
-import importlib
 import json
 import os
+import subprocess
 import sys
 from pathlib import Path
-from time import perf_counter, process_time
-from typing import IO, Any
+from time import monotonic, perf_counter, process_time, sleep
+from types import TracebackType
+from typing import IO, Any, Self
 
-from quiet import busy_seconds
+import numpy as np
 
+from benchmarks.peers.contenders import Contender
+from benchmarks.peers.engines import ENGINES, Engine
+
+_MODULE = "benchmarks.peers.worker"
+_LOOK_SECONDS = 0.3
 _STATUS_KEYS = {"VmHWM": "peak_rss_bytes", "RssAnon": "anon_bytes", "RssFile": "file_bytes"}
 
 
+class Worker:
+    """A running worker. Use it as a context manager: its process ends with it."""
+
+    def __init__(self, contender: Contender, model: Path, threads: int, context: int) -> None:
+        """Start the process and wait until it has loaded; ``loaded`` is what it said then."""
+        self.contender = contender
+        specification = {
+            "engine": contender.engine,
+            "model": str(model),
+            "threads": threads,
+            "context": context,
+            "settings": contender.settings,
+        }
+        # The name is for people who look at the list of processes.
+        command = [sys.executable, "-m", _MODULE, contender.name, json.dumps(specification)]
+        self._process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+        )
+        self.loaded = self._answer()
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        assert self._process.stdin is not None
+        self._process.stdin.close()
+        self._process.wait()
+
+    def run(self, prompt: list[int], steps: int, **logits: str) -> dict[str, Any]:
+        """Read ``prompt`` and decode ``steps`` tokens more than the first."""
+        assert self._process.stdin is not None
+        asked = {"prompt": prompt, "steps": steps, **logits}
+        self._process.stdin.write(json.dumps(asked) + "\n")
+        self._process.stdin.flush()
+        return self._answer()
+
+    def _answer(self) -> dict[str, Any]:
+        assert self._process.stdout is not None
+        line = self._process.stdout.readline()
+        if not line:
+            raise RuntimeError(f"{self.contender.name}: its process ended; it said why above.")
+        answer: dict[str, Any] = json.loads(line)
+        return answer
+
+
 def main(specification: str) -> int:
+    """Answer runs of the contender that a specification (JSON) tells of, until input ends."""
     asked = json.loads(specification)
     answers = _own_stdout()
     start = perf_counter()
-    module = importlib.import_module(asked["engine"])
-    engine = module.Engine(
-        Path(asked["model"]), asked["threads"], asked["context"], **asked["settings"]
-    )
+    make = ENGINES[asked["engine"]]
+    engine = make(Path(asked["model"]), asked["threads"], asked["context"], **asked["settings"])
     loaded = {"load_seconds": perf_counter() - start, **memory(), "settings": engine.describe()}
     _say(answers, loaded)
     idle_since = process_time()
@@ -40,7 +96,7 @@ def main(specification: str) -> int:
     return 0
 
 
-def _run(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
+def _run(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
     """Read a prompt, then decode; each step timed alone. The first token belongs to the prompt."""
     prompt, steps = asked["prompt"], asked["steps"]
     before = perf_counter(), busy_seconds(), process_time()
@@ -71,10 +127,8 @@ def _run(engine: Any, asked: dict[str, Any]) -> dict[str, Any]:
     }
 
 
-def _keep(engine: Any, path: str | None) -> None:
+def _keep(engine: Engine, path: str | None) -> None:
     """Write the logits of the last position, for engines that tell them."""
-    import numpy as np
-
     if path is None:
         return
     logits = engine.logits()
@@ -102,6 +156,26 @@ def _own_stdout() -> IO[str]:
 def _say(answers: IO[str], what: dict[str, Any]) -> None:
     answers.write(json.dumps(what) + "\n")
     answers.flush()
+
+
+def busy_seconds() -> float:
+    """Processor time that the whole machine has spent so far on anything but waiting."""
+    fields = Path("/proc/stat").read_text("ascii").split("\n", 1)[0].split()[1:9]
+    user, nice, system, _, _, *rest = (int(each) for each in fields)
+    return (user + nice + system + sum(rest)) / os.sysconf("SC_CLK_TCK")
+
+
+def wait_for_quiet(most: float, patience: float) -> None:
+    """Sleep until no more than the share ``most`` of the processors is busy, or patience ends."""
+    end = monotonic() + patience
+    while _share() > most and monotonic() < end:
+        pass
+
+
+def _share() -> float:
+    start, busy = monotonic(), busy_seconds()
+    sleep(_LOOK_SECONDS)
+    return (busy_seconds() - busy) / ((monotonic() - start) * (os.cpu_count() or 1))
 
 
 if __name__ == "__main__":

@@ -1,7 +1,7 @@
 """Our runtime and its peers on one machine, in turns, with the same number of threads.
 
-    python benchmarks/peers/compare.py --models DIR --artifact ARTIFACT [--rounds 5] [--json FILE]
-    python benchmarks/peers/compare.py --models DIR --check
+    python -m benchmarks.peers --models DIR --artifact ARTIFACT [--rounds 5] [--json FILE]
+    python -m benchmarks.peers --models DIR --check
 
 Each contender runs in a process of its own and waits, without computing, while another has its
 turn: A B C D, A B C D, ... for each workload of each round. A run reads a prompt of distinct random
@@ -26,11 +26,10 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any
 
-import quiet
-from contenders import CONTENDERS, OURS, Contender, chosen
-from make_dense import ensure
-from page import PREFILL_512, WORKLOADS, as_json, markdown, ratios, summary, table
-from process import Worker
+from benchmarks.peers.contenders import CONTENDERS, OURS, Contender, chosen
+from benchmarks.peers.models import ensure
+from benchmarks.peers.page import PREFILL_512, WORKLOADS, as_json, markdown, ratios, summary, table
+from benchmarks.peers.worker import Worker, wait_for_quiet
 
 _VOCABULARY = 128_256
 _WARM_UP = 16
@@ -60,7 +59,9 @@ def main() -> int:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        prog="python -m benchmarks.peers",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument(
         "--models", type=Path, required=True, metavar="DIR", help="where the peers' models are kept"
@@ -142,7 +143,7 @@ def _undisturbed(
         worker.run(prompt, steps)
     runs: list[dict[str, Any]] = []
     while len(runs) < _ATTEMPTS:
-        quiet.wait(arguments.disturbance, arguments.patience)
+        wait_for_quiet(arguments.disturbance, arguments.patience)
         runs.append(worker.run(prompt, steps))
         if runs[-1]["taken_by_others"] <= arguments.disturbance:
             break
@@ -202,7 +203,7 @@ def _first(file: str, key: str) -> str:
 
 def _check(models: Path) -> int:
     """A tiny network of its own folder, through every runtime."""
-    import check
+    from benchmarks.peers import check
 
     folder = models / "tiny"
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,6 +1,6 @@
 """One random dense network in the form of every runtime: made once, kept, made again where missing.
 
-    python benchmarks/peers/make_dense.py DIR [--shape 1b|tiny] [--only NAME ...] [--again NAME ...]
+    python -m benchmarks.peers.models DIR [--shape 1b|tiny] [--only NAME ...] [--again NAME ...]
 
 The network is the `1b` preset at beta 8: the same number of parameters as its MemoryLLM. Whatever
 is in DIR already stays as it is. The 1b shape takes 15 GB of disk and, in the model builder of
@@ -17,8 +17,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
-import gguf_model
-import llama_folder
+from benchmarks.peers import forms
 
 # Tiny: weights large enough for attention that is not uniform, so that a wrong rotation of keys
 # shows; few layers, as 4 bits cost random weights much in each; and a feed-forward width (683)
@@ -72,16 +71,16 @@ def _genai(precision: str, *options: str) -> Callable[[Path, Path, str], None]:
 
 
 def _llama(folder: Path, out: Path, shape: str) -> None:
-    llama_folder.write(folder / "checkpoint", out)
+    forms.write_llama(folder / "checkpoint", out)
 
 
 def _gguf_f16(folder: Path, out: Path, shape: str) -> None:
-    gguf_model.write_f16(folder / "llama", out)
+    forms.write_gguf(folder / "llama", out)
 
 
 def _gguf_q4(head: str) -> Callable[[Path, Path, str], None]:
     def make(folder: Path, out: Path, shape: str) -> None:
-        gguf_model.quantize(folder / "llama-f16.gguf", out, head)
+        forms.quantize_gguf(folder / "llama-f16.gguf", out, head)
 
     return make
 
