@@ -10,16 +10,12 @@ import pytest
 from test_docs import commands, parses, words_of
 
 import benchmarks.paper.page as page
-from benchmarks.paper import decoding, judging
+from benchmarks.paper import judging, measure
 from benchmarks.paper.__main__ import main
-from benchmarks.paper.page.decode import decode_section
-from benchmarks.paper.page.gain import gain_section
-from benchmarks.paper.page.layers import layers_section
-from benchmarks.paper.page.longer import longer_section
-from benchmarks.paper.page.quality import quality_section
-from benchmarks.paper.page.seeds import Samples
-from benchmarks.paper.page.stored import bits_section
+from benchmarks.paper.page import decode_section
+from benchmarks.paper.quality import Samples, longer_section, quality_section
 from benchmarks.paper.store import Results
+from benchmarks.paper.sweeps import bits_section, gain_section, layers_section
 
 
 def test_page_and_pictures_are_of_the_stored_figures(capsys: pytest.CaptureFixture[str]) -> None:
@@ -187,12 +183,12 @@ def test_bits_are_judged_against_the_exact_table() -> None:
 
 def test_decoding_is_compared_with_base(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     made: list[tuple[str, int, Path]] = []
-    monkeypatch.setattr(decoding, "make_synthetic", lambda *words: made.append(words))
+    monkeypatch.setattr(measure, "make_synthetic", lambda *words: made.append(words))
     monkeypatch.setattr(
-        decoding, "_bench", lambda base, other, _: bench_report(25 if "flex" in other.name else 100)
+        measure, "_bench", lambda base, other, _: bench_report(25 if "flex" in other.name else 100)
     )
     (tmp_path / "tiny-base").mkdir()
-    list(decoding.measure_decoding("tiny", tmp_path, [], tmp_path))
+    list(measure.measure_decoding("tiny", tmp_path, [], tmp_path))
     assert [beta for _, beta, _ in made] == [3, 2, 1, 0]
     section = decode_section(Results("decode", tmp_path).all())
     for name, ms in (("MemoryLLM", "10.00"), ("Flex-3", "40.00")):
@@ -204,7 +200,7 @@ def test_decoding_is_compared_with_base(tmp_path: Path, monkeypatch: pytest.Monk
 def bench_report(base_speed: float) -> dict[str, Any]:
     """Of a model, and of the Base that it was measured in turns with."""
     cell = {
-        **dict.fromkeys(decoding._KEPT, 0),
+        **dict.fromkeys(measure._KEPT, 0),
         "decode_tokens_per_second": 200.0,
         "prefill_tokens_per_second": 900.0,
         "rss_anon_bytes": 10**8,

@@ -15,11 +15,10 @@ from safetensors.numpy import load_file
 import benchmarks.paper.page as page
 from benchmarks.paper import judging
 from benchmarks.paper.judging import Judge, TaskUse
-from benchmarks.paper.measuring import measure_runs
-from benchmarks.paper.page.stored import rank_section
-from benchmarks.paper.runs import changes, read_runs
-from benchmarks.paper.scaling import scaled_compute
+from benchmarks.paper.measure import measure_runs
+from benchmarks.paper.runs import changes, read_runs, scaled_compute
 from benchmarks.paper.store import Results
+from benchmarks.paper.sweeps import rank_section
 from edge_memllm.modeling import MemoryLLMConfig
 
 WORDS = "The cat sat on the mat and looked at the dog. "
@@ -93,7 +92,7 @@ def test_runs_become_figures_once_and_figures_a_page(
 def test_gains_and_ranks_become_figures(
     runs: Path, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("benchmarks.paper.measurements.GAINS", (1.0, 0.5))
+    monkeypatch.setattr("benchmarks.paper.measure.GAINS", (1.0, 0.5))
     list(measure_runs(runs, judge, ("gain", "rank"), tmp_path))
     found = Results("gain", tmp_path).all()["base-s1"]["figures"]["gains"]
     assert [each["gain"] for each in found] == [1.0, 0.5]

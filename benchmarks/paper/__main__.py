@@ -31,11 +31,11 @@ def main(words: list[str] | None = None) -> int:
 
 def _measure(arguments: argparse.Namespace, more: list[str]) -> Iterator[str]:
     if arguments.command == "decode":
-        from benchmarks.paper.decoding import measure_decoding
+        from benchmarks.paper.measure import measure_decoding
 
         return measure_decoding(arguments.preset, arguments.artifacts, more)
     from benchmarks.paper.judging import Judge
-    from benchmarks.paper.measuring import measure_runs
+    from benchmarks.paper.measure import measure_runs
 
     judge = Judge(arguments.data, arguments.threads)
     return measure_runs(arguments.runs, judge, [name for name in arguments.only.split(",") if name])

@@ -1,7 +1,7 @@
 """Figures on disk: one JSON file for each measurement, an entry for each run.
 
 An entry tells what it was measured with, so that nothing is measured twice and nothing stale
-stays. Knows nothing of what the figures mean.
+stays. What a network may have otherwise than the paper's is stored in words. Needs no torch.
 """
 
 from __future__ import annotations
@@ -12,6 +12,26 @@ from pathlib import Path
 from typing import Any
 
 from edge_memllm.atomic import write_whole
+
+# Field of the configuration and its value.
+CHANGES = {
+    ("memory_norm", "shared"): "one memory norm for all layers",
+    ("memory_source", "table"): "free table: rows trained directly",
+    ("memory_source", "both"): "FFN(x_0) and a free table, summed",
+    ("memory_sharing", "all_layers"): "one memory for all layers",
+    ("compute_placement", "parallel"): "FFN-C parallel to attention",
+    ("compute_form", "linear"): "FFN-C linear",
+}
+
+
+def wider(factor: float) -> str:
+    """Say that FFN-M has another width."""
+    return f"FFN-M {factor:.3g} times as wide"
+
+
+# Those that have a run of their own.
+WANTED = (*CHANGES.values(), wider(2))
+
 
 FOLDER = Path(__file__).resolve().parents[2] / "docs" / "results" / "paper"
 Entry = dict[str, Any]

@@ -1,19 +1,31 @@
-"""The measurements of trained runs: one function each, from a run and a judge to plain figures."""
+"""The measurements: of trained runs, one function each to plain figures; and of decoding.
+
+What is current is not measured again. Decoding is measured on artifacts with random weights, as
+speed does not depend on the text, against Base (the paper's Table 6): each model in turns with it,
+by `edge-memllm bench --compare`, so that what disturbs the machine disturbs both.
+"""
 
 from __future__ import annotations
 
+import json
+import subprocess
+import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
+from pathlib import Path
+from time import perf_counter
 from typing import Any
 
 import numpy as np
 
 from benchmarks.paper.judging import TRAINED, Judge, opened
-from benchmarks.paper.runs import Run
-from benchmarks.paper.scaling import scaled_compute
+from benchmarks.paper.runs import Run, read_runs, scaled_compute
+from benchmarks.paper.store import FOLDER, Results
+from edge_memllm.cli.synthetic import make_synthetic
 from edge_memllm.interpretation.gained_runtime import scaled_memory, without_layer
 from edge_memllm.model import Model
+from edge_memllm.modeling import parameter_counts, preset_config
 from edge_memllm.predictor import Predictor
 from edge_memllm.sweep.measuring import table_figures
 
@@ -167,3 +179,93 @@ MEASUREMENTS = (
         gain,
     ),
 )
+
+
+def measure_runs(
+    folder: Path, judge: Judge, only: Sequence[str] = (), results: Path = FOLDER
+) -> Iterator[str]:
+    """Measure and store; yield a line for each entry that was made. `only` names measurements."""
+    for measurement in MEASUREMENTS:
+        if only and measurement.name not in only:
+            continue
+        for run in read_runs(folder):
+            if measurement.measures(run):
+                yield from _measure_run(measurement, run, judge, Results(measurement.name, results))
+
+
+def _measure_run(
+    measurement: Measurement, run: Run, judge: Judge, results: Results
+) -> Iterator[str]:
+    key = {"digest": run.digest(), "settings": measurement.settings(judge)}
+    if results.is_current(run.name, key):
+        return
+    start = perf_counter()
+    figures = measurement.figures(run, judge)
+    seconds = round(perf_counter() - start, 1)
+    about = {"variant": run.variant, "seed": run.seed, "model": run.facts()}
+    results.put(run.name, {**about, **key, "seconds": seconds, "figures": figures})
+    yield f"{measurement.name}: {run.name}, {seconds:.0f} s"
+
+
+BETAS = {"base": 8, "flex-3": 3, "flex-2": 2, "flex-1": 1, "memoryllm": 0}
+_KEPT = (
+    "decode_tokens_per_second",
+    "decode_quartiles",
+    "prefill_tokens_per_second",
+    "rss_anon_bytes",
+    "rss_file_bytes",
+    "table_bytes_read_per_token",
+    "reads_per_token",
+    "cache",
+    "reader",
+    "threads",
+    "context",
+    "new_tokens",
+    "model",
+    "roofline",
+)
+
+
+def measure_decoding(
+    preset: str, artifacts: Path, options: list[str], results: Path = FOLDER
+) -> Iterator[str]:
+    """Make the artifacts that are missing, compare each with Base, store; yield what was done.
+
+    `options` are further words for `edge-memllm bench`.
+    """
+    paths = {name: artifacts / f"{preset}-{name}" for name in BETAS}
+    for name, path in paths.items():
+        if not path.exists():
+            make_synthetic(preset, BETAS[name], path)
+            yield f"made {path}"
+    for name, path in paths.items():
+        if name != "base":
+            report = _bench(paths["base"], path, options)
+            Results("decode", results).put(f"{preset}-{name}", _entry(preset, name, report))
+            yield f"compared {name} with base"
+
+
+def _bench(base: Path, other: Path, options: list[str]) -> dict[str, Any]:
+    """B is Base, so the ratio is that of the other model to it."""
+    words = ["bench", "--compare", str(other), str(base), "--json", *options]
+    command = [sys.executable, "-m", "edge_memllm.cli.main", *words]
+    done = subprocess.run(command, stdout=subprocess.PIPE, check=True)
+    report: dict[str, Any] = json.loads(done.stdout)
+    return report
+
+
+def _entry(preset: str, name: str, report: dict[str, Any]) -> dict[str, Any]:
+    cells = {cell["name"][0]: cell for cell in report["variants"]}
+    config = preset_config(preset, BETAS[name])
+    return {
+        "preset": preset,
+        "variant": name,
+        "parameters": parameter_counts(config),
+        "figures": {
+            "model": {key: cells["A"][key] for key in _KEPT},
+            "base": {key: cells["B"][key] for key in _KEPT},
+            "ratios": report["comparisons"],
+            "repeats": report["repeats"],
+            "environment": report["environment"],
+        },
+    }

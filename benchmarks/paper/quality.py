@@ -1,0 +1,401 @@
+"""The perplexity of trained runs: the family at equal sizes, trained for longer, and changed.
+
+The noise between seeds is pooled over all models with more than one: with two seeds each, one model
+alone would tell next to nothing about its own.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from typing import Any
+
+from benchmarks.paper.layout import (
+    COLOUR,
+    FAMILY,
+    MISSING,
+    TABLE_2,
+    TOKENS,
+    VARIANTS,
+    Claim,
+    Entries,
+    Section,
+    image,
+    table,
+)
+from benchmarks.paper.store import CHANGES, WANTED
+from edge_memllm.charts import Line, line_chart
+from edge_memllm.drawing import Box, beside, dot, frame, picture, spanning
+
+_ERRORS = 2.0  # standard errors that count as beyond noise
+
+
+@dataclass(frozen=True)
+class Samples:
+    """One figure of every seed, by model."""
+
+    by_variant: Mapping[str, Sequence[float]]
+
+    def mean(self, variant: str) -> float:
+        """Return the mean over the seeds of a model."""
+        return math.fsum(self.by_variant[variant]) / len(self.by_variant[variant])
+
+    def noise(self) -> float | None:
+        """Return the standard deviation of one run, None while no model has two seeds."""
+        squares, degrees = 0.0, 0
+        for variant, values in self.by_variant.items():
+            squares += math.fsum((value - self.mean(variant)) ** 2 for value in values)
+            degrees += len(values) - 1
+        return math.sqrt(squares / degrees) if degrees else None
+
+    def difference(self, variant: str, other: str) -> tuple[float, float | None]:
+        """Return how much larger the figure of `variant` is, and the standard error of that."""
+        noise, counts = self.noise(), [len(self.by_variant[each]) for each in (variant, other)]
+        error = None if noise is None else noise * math.sqrt(sum(1 / count for count in counts))
+        return self.mean(variant) - self.mean(other), error
+
+    def is_larger(self, variant: str, other: str) -> str:
+        """Return the verdict on whether the figure of `variant` is the larger one, in words."""
+        found, error = self.difference(variant, other)
+        if error is None:
+            return "yes, one seed" if found > 0 else "no, one seed"
+        if abs(found) <= _ERRORS * error:
+            return "within noise"
+        return "yes" if found > 0 else "no"
+
+
+# (tokens, training loss less that of Base), by model.
+Gaps = Mapping[str, Sequence[tuple[float, float]]]
+
+_RECORDS = 3  # of the training, for one figure
+
+
+def gaps_to_base(entries: Entries, kind: str = "") -> Gaps:
+    """Return the gaps of models with a Base of the same seed, length and kind of training.
+
+    `kind` is what follows a model's name in the names of its runs. Of several seeds, the first.
+    """
+    found = {}
+    for run in sorted(entries.values(), key=lambda each: -each["seed"]):
+        variant = run["variant"].removesuffix(kind)
+        base = entries.get(f"base{kind}-s{run['seed']}")
+        if run["variant"] != variant + kind or variant not in FAMILY[1:] or base is None:
+            continue
+        training, other = run["figures"]["training"], base["figures"]["training"]
+        if training["tokens"] == other["tokens"]:
+            points = zip(training["tokens"], training["loss"], other["loss"], strict=True)
+            found[variant] = [(tokens, a - b) for tokens, a, b in points]
+    return {variant: found[variant] for variant in FAMILY if variant in found}
+
+
+def gap_words(gaps: Gaps) -> str:
+    """Say how far MemoryLLM is from Base at a quarter, half and the end of the training."""
+    if "memoryllm" not in gaps:
+        return f"MemoryLLM against Base along the training: {MISSING}."
+    found = gaps["memoryllm"]
+    parts = []
+    for share in (1 / 4, 1 / 2, 1):
+        end = max(1, round(len(found) * share))
+        near = [gap for _, gap in found[max(0, end - _RECORDS) : end]]
+        parts.append(f"{sum(near) / len(near):+.3f} at {found[end - 1][0] / 1e6:.1f} M")
+    return (
+        "Training loss less that of Base of the same seed, which saw the same batches. MemoryLLM, "
+        f"nats, means of {_RECORDS} records: {', '.join(parts)} tokens; below zero it is ahead. "
+        "The paper sees it behind, by less and less, between 25 and 150 B tokens."
+    )
+
+
+def gap_chart(gaps: Gaps) -> str:
+    """Return the picture of all gaps, Base as the line at zero."""
+    base = [(tokens, 0.0) for tokens, _ in next(iter(gaps.values()))]
+    lines = [
+        Line(VARIANTS[variant], [(tokens / 1e6, gap) for tokens, gap in points], COLOUR[variant])
+        for variant, points in {"base": base, **gaps}.items()
+    ]
+    names = (TOKENS, "training loss less that of Base, nats")
+    return line_chart("Against Base", names, lines, alone=True)
+
+
+_TEXTS = ("Wikipedia", "novels", "Wikitext-2", "together")
+_FIRST_TOKENS = 1e6  # of the curves: before that all fall alike
+_TRAINING = """\
+Perplexity of each run. To the commands belong `--data DATA/enwiki-slice/train.txt
+DATA/eltec-eng/train.txt --valid DATA/enwiki-slice/valid.txt DATA/eltec-eng/valid.txt`; parameters
+are those of the layers, without embedding and head, as the paper counts. All were trained with the
+same settings; none were searched for."""
+
+
+def quality_section(entries: Entries) -> Section:
+    """Return the section from the entries of the measurement `perplexity`."""
+    family = {name: each for name, each in entries.items() if each["variant"] in VARIANTS}
+    title = "Perplexity at equal total and equal active parameters (Table 2, Figs. 9 and 10)"
+    if not family:
+        return Section(title, f"{MISSING}.")
+    samples = losses(family)
+    pictures = {
+        "paper-active.svg": _by_active(family, samples),
+        "paper-curves.svg": _curves(family),
+    }
+    parts = [
+        _TRAINING,
+        _family_table(family),
+        _noise_words(samples),
+        image("paper-active.svg", "Perplexity by active parameters, one dot for each run."),
+        image("paper-curves.svg", "Training loss by tokens, one line for each model."),
+    ]
+    if gaps := gaps_to_base(family):
+        pictures["paper-gap.svg"] = gap_chart(gaps)
+        parts.append(image("paper-gap.svg", "Training loss less that of Base, by tokens."))
+    parts += [gap_words(gaps), "The paper's Table 2, 50 B tokens of C4:", _published_table()]
+    return Section(
+        title, "\n\n".join(parts), tuple(_family_claims(samples)), pictures, "perplexity"
+    )
+
+
+def losses(entries: Entries) -> Samples:
+    """Return nats per token on the texts together, by model."""
+    found: dict[str, list[float]] = {}
+    for each in entries.values():
+        loss = each["figures"]["texts"]["together"]["nll_per_token"]
+        found.setdefault(each["variant"], []).append(loss)
+    return Samples(found)
+
+
+def _family_table(family: Entries) -> str:
+    head = ["model", "active", "total", "seed", *_TEXTS, "bits per byte", "command"]
+    rows = []
+    for variant, words in VARIANTS.items():
+        runs = [each for each in family.values() if each["variant"] == variant]
+        for run in sorted(runs, key=lambda each: each["seed"]):
+            texts = run["figures"]["texts"]
+            rows.append(
+                [
+                    words,
+                    f"{run['model']['active'] / 1e6:.2f} M",
+                    f"{run['model']['total'] / 1e6:.2f} M",
+                    str(run["seed"]),
+                    *(f"{texts[name]['perplexity']:.2f}" for name in _TEXTS),
+                    f"{texts['together']['bits_per_byte']:.4f}",
+                    f"`{training_command(variant, run['seed'])}`",
+                ]
+            )
+        if not runs:
+            rows.append([words, *["-"] * 2, "-", MISSING, *["-"] * (len(head) - 5)])
+    return table(head, rows)
+
+
+def training_command(recipe: str, seed: int, name: str | None = None) -> str:
+    """Return how a run was trained; `name` is what it is called if not as its recipe."""
+    words = f"edge-memllm train examples/recipes/{recipe}.toml --out runs/{name or recipe}-s{seed}"
+    return words if seed == 1 else f"{words} --set training.seed={seed}"
+
+
+def _noise_words(samples: Samples) -> str:
+    noise = samples.noise()
+    if noise is None:
+        return "No model has two seeds yet, so the noise between runs is not known."
+    count = sum(len(values) > 1 for values in samples.by_variant.values())
+    return (
+        f"Two runs of one model differ by their seed (first weights, order of the data). Over the "
+        f"{count} models with more than one seed, one run's loss has a standard deviation of "
+        f"{noise:.4f} nats ({math.expm1(noise):.2%} of perplexity); a difference is called beyond "
+        "noise from two standard errors on."
+    )
+
+
+def _published_table() -> str:
+    rows = [
+        [name, f"{active} M", f"{total} M", f"{c4:.3f}", f"{wiki:.3f}"]
+        for name, active, total, c4, wiki in TABLE_2
+    ]
+    return table(["", "active", "total", "C4", "Wikitext-2"], rows)
+
+
+def _family_claims(samples: Samples) -> Iterator[Claim]:
+    for better, worse in pairwise(FAMILY):
+        yield _compared(samples, worse, better, "equal total parameters")
+    yield _compared(samples, "memoryllm", "base", "equal total parameters")
+    yield _compared(samples, "base-active-flex-3", "flex-3", "equal active parameters")
+    yield _compared(samples, "base-active", "memoryllm", "equal active parameters")
+
+
+def _compared(samples: Samples, worse: str, better: str, where: str) -> Claim:
+    paper = f"{_name(better)} better than {_name(worse)} at {where}"
+    if not {worse, better} <= samples.by_variant.keys():
+        return Claim(paper, MISSING, "-")
+    found, error = samples.difference(worse, better)
+    spread = "" if error is None else f", standard error {error:.4f} nats"
+    here = f"{_name(worse)} {math.expm1(found):+.1%} in perplexity ({found:+.4f} nats{spread})"
+    return Claim(paper, here, samples.is_larger(worse, better))
+
+
+def _name(variant: str) -> str:
+    return "Base" if variant.startswith("base") else VARIANTS[variant]
+
+
+def _by_active(family: Entries, samples: Samples) -> str:
+    """Every run a dot over its active parameters; hollow ones have fewer in all."""
+    runs = list(family.values())
+    title, bottom, top = "Perplexity by active parameters", 340, 48
+    x = spanning([run["model"]["active"] / 1e6 for run in runs], 64, 700)
+    y = spanning([_perplexity(run) for run in runs], bottom, top)
+    parts = frame(title, (x, y), ("active parameters, millions", "perplexity, texts together"))
+    most = max(run["model"]["total"] for run in runs)
+    labels = []
+    for run in runs:
+        at = (x.place(run["model"]["active"] / 1e6), y.place(_perplexity(run)))
+        fewer = run["model"]["total"] < 0.9 * most
+        words = f"{VARIANTS[run['variant']]}, seed {run['seed']}: {_perplexity(run):.2f}"
+        parts.append(dot(*at, COLOUR[run["variant"]], hollow=fewer, words=words))
+    for variant in samples.by_variant:
+        run = next(each for each in runs if each["variant"] == variant)
+        at = (x.place(run["model"]["active"] / 1e6), y.place(math.exp(samples.mean(variant))))
+        labels.append((*at, VARIANTS[variant]))
+    parts += beside(labels, Box(66, 32, 760, bottom))
+    return picture(760, 400, title, parts, alone=True)
+
+
+def _perplexity(run: Mapping[str, Any]) -> float:
+    found: float = run["figures"]["texts"]["together"]["perplexity"]
+    return found
+
+
+def _curves(family: Entries) -> str:
+    lines = []
+    for variant, words in VARIANTS.items():
+        runs = [each for each in family.values() if each["variant"] == variant]
+        if runs:
+            training = min(runs, key=lambda each: each["seed"])["figures"]["training"]
+            both = zip(training["tokens"], training["loss"], strict=True)
+            points = [(tokens / 1e6, loss) for tokens, loss in both if tokens >= _FIRST_TOKENS]
+            lines.append(Line(words, points, COLOUR[variant]))
+    names = (TOKENS, "training loss, nats per token")
+    return line_chart("Training", names, lines, alone=True)
+
+
+_LONGER_KIND = "-long"
+_LONGER_TITLE = "Trained for longer"
+_LONGER = """\
+The same models, data and settings with more steps, over which the learning rate falls. The noise
+of one run is that of the shorter trainings."""
+_BASE_LEADS = "Base better than MemoryLLM at equal total parameters, trained for longer"
+
+
+def longer_section(entries: Entries) -> Section:
+    """Return the section from the entries of the measurement `perplexity`."""
+    runs = {
+        name: entries[f"{name}{_LONGER_KIND}-s1"]
+        for name in FAMILY
+        if f"{name}{_LONGER_KIND}-s1" in entries
+    }
+    if not runs:
+        return Section(_LONGER_TITLE, f"{MISSING}.", (Claim(_BASE_LEADS, MISSING, "-"),))
+    parts, pictures = [_LONGER, _longer_table(runs, entries)], {}
+    if gaps := gaps_to_base(entries, _LONGER_KIND):
+        pictures["paper-longer.svg"] = gap_chart(gaps)
+        parts.append(image("paper-longer.svg", "Training loss less that of Base, by tokens."))
+        parts.append(gap_words(gaps))
+    return Section(
+        _LONGER_TITLE, "\n\n".join(parts), tuple(_longer_claims(runs)), pictures, "perplexity"
+    )
+
+
+def _longer_table(runs: Entries, entries: Entries) -> str:
+    head = ["model", "million tokens", "perplexity", "of the shorter training", "command"]
+    rows = []
+    for variant, run in runs.items():
+        short = entries.get(f"{variant}-s1")
+        rows.append(
+            [
+                VARIANTS[variant],
+                f"{run['figures']['tokens_seen'] / 1e6:.1f}",
+                f"{_perplexity(run):.2f}",
+                MISSING if short is None else f"{_perplexity(short):.2f}",
+                f"`{_longer_command(variant, run)}`",
+            ]
+        )
+    return table(head, rows)
+
+
+def _longer_command(variant: str, run: Mapping[str, Any]) -> str:
+    settings = run["figures"]["training"]["settings"]
+    words = training_command(variant, 1, f"{variant}{_LONGER_KIND}")
+    return " ".join([words, *(f"--set training.{name}={settings[name]}" for name in settings)])
+
+
+def _longer_claims(runs: Entries) -> Iterator[Claim]:
+    if not {"base", "memoryllm"} <= runs.keys():
+        yield Claim(_BASE_LEADS, MISSING, "-")
+        return
+    found = math.log(_perplexity(runs["memoryllm"]) / _perplexity(runs["base"]))
+    words = f"MemoryLLM {math.expm1(found):+.1%} in perplexity ({found:+.4f} nats)"
+    yield Claim(_BASE_LEADS, words, f"{'yes' if found > 0 else 'no'}, one seed")
+
+
+_ABLATION = "abl-"
+_PLAIN = {0: "memoryllm", 1: "flex-1", 2: "flex-2", 3: "flex-3"}
+_ABLATIONS = """\
+Same data, same order, same number of steps. Noise is that of one run above; a difference between
+two single runs is beyond it from two standard errors on."""
+
+
+def ablations_section(entries: Entries) -> Section:
+    """Return the section from the entries of the measurement `perplexity`."""
+    title = "Changes to the network"
+    runs = [each for each in entries.values() if each["variant"].startswith(_ABLATION)]
+    done = {words for run in runs for words in run["model"]["changes"]}
+    missing = "; ".join(words for words in WANTED if words not in done)
+    left = [f"{MISSING[0].upper()}{MISSING[1:]}: {missing}."] if missing else []
+    if not runs:
+        return Section(title, left[0])
+    head = ["change", "against", "seed", "perplexity", "without it", "difference, nats"]
+    head += ["beyond noise", "parameters in the layers", "table rows of a token", "trained with"]
+    noise = losses(entries).noise()
+    rows = [_ablation_row(run, entries, noise) for run in runs]
+    text = "\n\n".join([_ABLATIONS, table(head, rows), *left])
+    return Section(title, text, measured="perplexity")
+
+
+def _ablation_row(run: Mapping[str, Any], entries: Entries, noise: float | None) -> list[str]:
+    plain = _PLAIN[run["model"]["beta"]]
+    words = "; ".join(run["model"]["changes"]) or run["variant"].removeprefix(_ABLATION)
+    start = [words, VARIANTS[plain], str(run["seed"]), f"{_together(run)['perplexity']:.2f}"]
+    size = [f"{run['model']['total'] / 1e6:.2f} M", str(run["model"]["memory_rows"])]
+    size.append(f"`{_ablation_command(run, plain)}`")
+    other = entries.get(f"{plain}-s{run['seed']}")
+    if other is None:
+        return [*start, MISSING, "-", "-", *size]
+    difference = math.log(_together(run)["perplexity"] / _together(other)["perplexity"])
+    return [
+        *start,
+        f"{_together(other)['perplexity']:.2f}",
+        f"{difference:+.4f}",
+        _beyond(difference, noise),
+        *size,
+    ]
+
+
+def _ablation_command(run: Mapping[str, Any], plain: str) -> str:
+    """How the run was trained: the model without the changes, and a setting for each of them."""
+    command = training_command(plain, run["seed"], run["variant"])
+    settings = {words: change for change, words in CHANGES.items()}
+    for words in run["model"]["changes"]:
+        width = ("memory_intermediate_size", run["model"]["memory_width"])
+        field, value = settings.get(words, width)
+        command += f" --set model.{field}={value}"
+    return command
+
+
+def _together(run: Mapping[str, Any]) -> Mapping[str, Any]:
+    found: Mapping[str, Any] = run["figures"]["texts"]["together"]
+    return found
+
+
+def _beyond(difference: float, noise: float | None) -> str:
+    if noise is None:
+        return "noise not known"
+    if abs(difference) <= 2 * math.sqrt(2) * noise:
+        return "no"
+    return "yes, worse" if difference > 0 else "yes, better"
