@@ -47,6 +47,8 @@ NOT_RUN = {
     "accelerate ": "starts a process for each of several GPUs",
     "EDGE_MEMLLM_MODELS=": "packs a program for minutes; test_desktop.py does where that is wanted",
     "dist/": "the packed program",
+    "python examples/chat.py": "asks for lines; test_examples.py writes some",
+    "python examples/client.py": "asks a running server; test_examples.py does",
     "python examples/desktop/app.py": "opens a window; test_desktop.py does too",
     "python benchmarks/": "measures for minutes; the benchmarks have tests of their own",
     "python -m edge_memllm.evaluation.harness": "test_harness.py runs it, on small tasks",
