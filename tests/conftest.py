@@ -5,21 +5,17 @@ from __future__ import annotations
 import json
 import os
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import pytest
 
+from support.checkpoints import MakeArtifact, MakeCheckpoint, write_checkpoint
+
 # Some tests import onnxruntime by themselves, before the product does.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
-
-HIDDEN, LAYERS, HEADS, VOCABULARY, CONTEXT = 64, 2, 4, 300, 512
-BOS, EOS, PAD = 256, 257, 258
-
-MakeCheckpoint = Callable[..., Path]
-MakeArtifact = Callable[..., Path]
 
 
 @pytest.fixture(scope="session")
@@ -83,68 +79,6 @@ def make_artifact(
     return make
 
 
-def write_checkpoint(path: Path, *, dtype: str, seed: int, **fields: Any) -> None:
-    """Write a tiny random checkpoint with a byte-level tokenizer into the folder ``path``."""
-    import torch
-
-    from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
-
-    torch.set_num_threads(1)
-    defaults = {
-        "vocab_size": VOCABULARY,
-        "hidden_size": HIDDEN,
-        "num_hidden_layers": LAYERS,
-        "num_attention_heads": HEADS,
-        "max_position_embeddings": CONTEXT,
-        "bos_token_id": BOS,
-        "eos_token_id": EOS,
-        "pad_token_id": PAD,
-    }
-    network = MemoryLLMForCausalLM(MemoryLLMConfig(**{**defaults, **fields}))
-    _fill(network, seed)
-    network.to(getattr(torch, dtype)).save_pretrained(path)
-    _byte_tokenizer().save(str(path / "tokenizer.json"))
-
-
-def _fill(network: Any, seed: int) -> None:
-    """Random weights of about unit gain, so that no layer is idle and logits are not flat."""
-    import torch
-
-    generator = torch.Generator().manual_seed(seed)
-    with torch.no_grad():
-        for name, weight in network.named_parameters():
-            noise = torch.randn(weight.shape, generator=generator)
-            if weight.dim() == 1:
-                weight.copy_(1 + 0.2 * noise)
-            elif name in ("lm_head.weight", "model.embed_tokens.weight"):
-                weight.copy_(noise * 2.5 / weight.shape[1] ** 0.5)
-            else:
-                weight.copy_(noise / weight.shape[1] ** 0.5)
-
-
-def _byte_tokenizer() -> Any:
-    """One token per byte, then ``<s>``, ``</s>`` and ``<pad>``: any text, no training."""
-    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
-
-    alphabet = sorted(pre_tokenizers.ByteLevel.alphabet())
-    tokenizer = Tokenizer(models.BPE({letter: i for i, letter in enumerate(alphabet)}, []))
-    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
-    tokenizer.decoder = decoders.ByteLevel()
-    tokenizer.add_special_tokens(["<s>", "</s>", "<pad>"])
-    return tokenizer
-
-
-def change_config(checkpoint: Path, **fields: Any) -> None:
-    """Change fields of a checkpoint's config.json."""
-    config = json.loads((checkpoint / "config.json").read_text())
-    (checkpoint / "config.json").write_text(json.dumps(config | fields))
-
-
-def files_of(folder: Path) -> dict[str, bytes]:
-    """Every file of a folder by its name."""
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
-
-
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
@@ -153,7 +87,7 @@ def random() -> np.random.Generator:
 @pytest.fixture
 def empty_hub(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> Iterator[Any]:
     """A `FakeHub` that `huggingface_hub` speaks to, its caches in ``tmp_path``, where we are."""
-    from fake_hub import FakeHub, connect, serving
+    from support.hub import FakeHub, connect, serving
 
     monkeypatch.chdir(tmp_path)
     hub = FakeHub()

@@ -1,0 +1,142 @@
+"""Trained runs become stored figures, each measured once; scaled checkpoints; what a run is."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+import pytest
+from safetensors.numpy import load_file
+
+import benchmarks.paper.page as page
+from benchmarks.paper import judging
+from benchmarks.paper.judging import Judge, TaskUse
+from benchmarks.paper.measure import measure_runs
+from benchmarks.paper.runs import changes, read_runs, scaled_compute
+from benchmarks.paper.store import Results
+from benchmarks.paper.sweeps import rank_section
+from edge_memllm.modeling import MemoryLLMConfig
+from support.checkpoints import MakeCheckpoint
+
+WORDS = "The cat sat on the mat and looked at the dog. "
+
+
+@pytest.fixture
+def runs(tmp_path: Path, make_checkpoint: MakeCheckpoint) -> Path:
+    """Two finished runs, and one that is not."""
+    folder = tmp_path / "runs"
+    for name, beta in (("memoryllm-s1", 0), ("base-s1", 8)):
+        shutil.copytree(make_checkpoint(beta=beta, num_hidden_layers=3), folder / name)
+        history = [{"step": s, "tokens": s * 10**6, "loss": 5.0 - s / 10} for s in (1, 2, 3)]
+        record = {
+            "recipe": {
+                "data": {"sequence_length": 32},
+                "training": {"steps": 3, "warmup_steps": 1},
+            },
+            "history": [*history, {"step": 3, "tokens": 3 * 10**6, "valid_loss": 4.5}],
+            "tokens_seen": 3 * 10**6,
+            "valid_loss": 4.5,
+        }
+        (folder / name / "training.json").write_text(json.dumps(record))
+    (folder / "flex-3-s1" / "checkpoints").mkdir(parents=True)
+    return folder
+
+
+@pytest.fixture
+def judge(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Judge:
+    data = tmp_path / "data"
+    for number, name in enumerate(judging.TEXTS.values(), 1):
+        (data / name).parent.mkdir(parents=True)
+        (data / name).write_text(WORDS * number)
+    rows = [{"query": "The cat", "choices": [" sat", " ran"], "gold": 0}] * 4
+    (data / "choices.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    last = {"context": "The cat sat on the", "continuation": "mat"}
+    (data / "words.jsonl").write_text(f"{json.dumps(last)}\n" * 3)
+    (data / "folder").mkdir()
+    shutil.copy(data / "choices.jsonl", data / "folder")
+    uses = {"LAMBADA": TaskUse("words.jsonl", 2), "BLiMP": TaskUse("folder", 2)}
+    uses |= {name: TaskUse("choices.jsonl", 3) for name in ("ARC-Easy", "Winogrande", "PIQA")}
+    monkeypatch.setattr(judging, "TASKS", uses)
+    return Judge(data)
+
+
+def test_runs_become_figures_once_and_figures_a_page(
+    runs: Path, judge: Judge, tmp_path: Path
+) -> None:
+    stored = tmp_path / "stored"
+    only = ("perplexity", "drop", "bits")
+    done = list(measure_runs(runs, judge, only, stored))
+    assert [line.partition(",")[0] for line in done] == [
+        "perplexity: base-s1",
+        "perplexity: memoryllm-s1",
+        "drop: base-s1",
+        "drop: memoryllm-s1",
+        "bits: memoryllm-s1",
+    ]
+    assert list(measure_runs(runs, judge, only, stored)) == []
+    text, *pictures = page.page_files(stored).values()
+    assert "| 1 | " in text
+    assert len(pictures) == 4
+    for picture in pictures:
+        ElementTree.fromstring(picture)
+    (runs / "base-s1" / "config.json").write_text(
+        (runs / "base-s1" / "config.json").read_text() + "\n"
+    )
+    again = list(measure_runs(runs, judge, ("perplexity",), stored))
+    assert [line.partition(",")[0] for line in again] == ["perplexity: base-s1"]
+
+
+def test_gains_and_ranks_become_figures(
+    runs: Path, judge: Judge, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("benchmarks.paper.measure.GAINS", (1.0, 0.5))
+    list(measure_runs(runs, judge, ("gain", "rank"), tmp_path))
+    found = Results("gain", tmp_path).all()["base-s1"]["figures"]["gains"]
+    assert [each["gain"] for each in found] == [1.0, 0.5]
+    assert found[0]["texts"] != found[1]["texts"]
+    assert found[0]["tasks"]["BLiMP"]["items"] == 2
+    rank = Results("rank", tmp_path).all()["memoryllm-s1"]["figures"]
+    assert [cut["rank"] for cut in rank["cuts"]] == [64, 58, 51, 45, 38, 32]
+    assert all(layer[0] == 1 for layer in rank["singular_values"])
+    assert "Half of the rank" in rank_section(Results("rank", tmp_path).all()).claims[0].paper
+
+
+def test_unfinished_and_unnamed_folders_are_no_runs(runs: Path) -> None:
+    (runs / "notes").mkdir()
+    assert [run.name for run in read_runs(runs)] == ["base-s1", "memoryllm-s1"]
+
+
+def test_factors_of_one_change_nothing_and_zero_takes_a_layer_out(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    checkpoint = make_checkpoint(beta=3)
+    plain = load_file(checkpoint / "model.safetensors")
+    with scaled_compute(checkpoint, [1.0, 0.0]) as changed:
+        weights = load_file(changed / "model.safetensors")
+    name = "model.layers.1.mlp.down_proj.weight"
+    assert not weights[name].any()
+    assert all(np.array_equal(plain[each], weights[each]) for each in plain if each != name)
+    assert not changed.exists()
+
+
+@pytest.mark.parametrize(("beta", "last"), [(1, 0), (3, 1)])
+def test_a_linear_ffn_is_scaled_once(beta: int, last: int, make_checkpoint: MakeCheckpoint) -> None:
+    checkpoint = make_checkpoint(beta=beta, compute_form="linear")
+    plain = load_file(checkpoint / "model.safetensors")
+    with scaled_compute(checkpoint, [0.5, 0.5]) as changed:
+        weights = load_file(changed / "model.safetensors")
+    differing = {each for each in plain if not np.array_equal(plain[each], weights[each])}
+    assert differing == {f"model.layers.{i}.mlp.projections.{last}.weight" for i in (0, 1)}
+
+
+def test_changes_are_told_by_the_configuration() -> None:
+    assert changes(MemoryLLMConfig(beta=3)) == []
+    wide = 2 * MemoryLLMConfig(beta=0).memory_intermediate_size
+    assert changes(MemoryLLMConfig(beta=0, memory_intermediate_size=wide)) == [
+        "FFN-M 2 times as wide"
+    ]
+    both = MemoryLLMConfig(beta=3, compute_form="linear", compute_placement="parallel")
+    assert changes(both) == ["FFN-C parallel to attention", "FFN-C linear"]

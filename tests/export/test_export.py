@@ -1,0 +1,213 @@
+"""Exports as a user meets them: what is written and judged, and options that are refused."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from edge_memllm.artifact import Artifact
+from edge_memllm.errors import ExportError, RuntimeUnavailableError
+from edge_memllm.table import Table
+from edge_memllm_export import export_model
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.table_rows import table_rows
+from support.checkpoints import MakeArtifact, MakeCheckpoint, change_config, files_of
+
+TEXT = "It was the best of times, it was the worst of times. " * 4
+
+
+def test_export_is_complete_verified_and_leaves_nothing_else(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    stages: list[tuple[str, int, int]] = []
+    report = export_model(
+        checkpoint,
+        tmp_path / "new" / "out",
+        graph_weights="int8",
+        quality_text=TEXT,
+        progress=lambda *stage: stages.append(stage),
+    )
+    assert report.path == tmp_path / "new" / "out"
+    assert [file.name for file in report.path.parent.iterdir()] == ["out"]
+    assert [rung.number for rung in report.rungs] == [1, 2, 3, 4, 5, 6]
+    assert report.quality is not None
+    assert report.quality.tokens == len(TEXT) - 1
+    assert set(report.manifest.files) | {"manifest.json"} == set(files_of(report.path))
+    assert report.manifest.model.eos_token_ids == (257,)
+    with Artifact.open(report.path) as artifact:
+        artifact.verify_digests()
+        assert artifact.manifest == report.manifest
+    assert {stage for stage, _, _ in stages} == {"identity", "graph", "table", "ladder", "quality"}
+    assert all(0 <= done <= total for _, done, total in stages)
+    assert ("table", 300, 300) in stages
+
+
+@pytest.mark.parametrize(
+    ("graph_weights", "table_codec", "found"),
+    [
+        ("int4", "int8", ("int4", "int8-g64", "q8", "float16")),
+        ("fp16", "int4", ("fp16", "int4-g32", "q4", "float16")),
+        ("int8", "int4-g64", ("int8", "int4-g64", "q4", "float16")),
+        ("fp32", "f16", ("fp32", "f16", "f16", "float32")),
+        ("fp32", "f32", ("fp32", "f32", "f32", "float32")),
+    ],
+)
+def test_words_choose_the_form(
+    graph_weights: str, table_codec: str, found: tuple[str, ...], make_artifact: MakeArtifact
+) -> None:
+    with Artifact.open(make_artifact(graph_weights=graph_weights, table_codec=table_codec)) as out:
+        manifest = out.manifest
+    form = (manifest.graph.weights, manifest.table.codec, manifest.graph.wire)
+    assert (*form, manifest.table.embedding_dtype) == found
+    assert manifest.graph.compute_dtype == manifest.table.embedding_dtype
+
+
+def test_dense_model_has_no_rows_whatever_the_codec(make_artifact: MakeArtifact) -> None:
+    with Artifact.open(make_artifact(table_codec="int4", beta=8)) as artifact:
+        assert artifact.manifest.table.codec == "none"
+        assert artifact.manifest.layout.record_bytes == 64 * 2
+
+
+@pytest.mark.parametrize("options", [{}, {"graph_weights": "fp32", "table_codec": "f32"}])
+def test_exporting_twice_gives_the_same_bytes(
+    checkpoint: Path, tmp_path: Path, options: dict[str, Any]
+) -> None:
+    for name in ("one", "two"):
+        export_model(checkpoint, tmp_path / name, verify=False, **options)
+    assert files_of(tmp_path / "one") == files_of(tmp_path / "two")
+
+
+def test_tokenizer_files_are_copied_and_others_are_not(checkpoint: Path, tmp_path: Path) -> None:
+    copied = {"chat_template.jinja": b"{{ messages }}", "tokenizer_config.json": b"{}"}
+    for name, content in (copied | {"training_state.json": b"{}"}).items():
+        (checkpoint / name).write_bytes(content)
+    export_model(checkpoint, tmp_path / "out", verify=False)
+    found = files_of(tmp_path / "out")
+    assert copied.items() <= found.items()
+    assert found["tokenizer.json"] == (checkpoint / "tokenizer.json").read_bytes()
+    assert "training_state.json" not in found
+
+
+@pytest.mark.parametrize(
+    ("generation", "config", "expected"),
+    [
+        ({"eos_token_id": [7, 8]}, 9, (7, 8)),
+        ({"eos_token_id": 7}, 9, (7,)),
+        ({}, 9, (9,)),
+        (None, [9, 10], (9, 10)),
+        (None, None, ()),
+    ],
+)
+def test_ends_of_text_are_those_of_generation_config_then_config(
+    checkpoint: Path,
+    tmp_path: Path,
+    generation: dict[str, Any] | None,
+    config: int | list[int] | None,
+    expected: tuple[int, ...],
+) -> None:
+    change_config(checkpoint, eos_token_id=config)
+    (checkpoint / "generation_config.json").unlink()
+    if generation is not None:
+        (checkpoint / "generation_config.json").write_text(json.dumps(generation))
+    report = export_model(checkpoint, tmp_path / "out", verify=False)
+    assert report.manifest.model.eos_token_ids == expected
+
+
+def test_padded_heads_are_in_the_manifest(make_artifact: MakeArtifact) -> None:
+    with Artifact.open(make_artifact(head_dim=12)) as artifact:
+        assert artifact.manifest.model.head_dim == 16
+
+
+def test_record_alignment_is_that_asked_for(checkpoint: Path, tmp_path: Path) -> None:
+    report = export_model(checkpoint, tmp_path / "out", alignment=4096, verify=False)
+    assert report.manifest.table.stride == 4096
+
+
+def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
+    report = export_model(
+        make_checkpoint(), tmp_path / "out", compute_dtype="bfloat16", graph_weights="int8",
+        quality_text=TEXT,
+    )  # fmt: skip
+    with Artifact.open(report.path) as artifact:
+        table = Table.open(artifact, "pread")
+        rows = table.rows(np.arange(300))
+        table.close()
+    exact = np.concatenate([r for _, r in table_rows(Checkpoint.open(make_checkpoint()).network())])
+    assert 0.005 < np.abs(rows - exact).max() < 0.03 * np.abs(exact).max()
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (
+            {"graph_weights": "int5"},
+            r"graph weights 'int5', expected one of int4, int8, fp16, fp32",
+        ),
+        ({"graph_block": 48}, r"graph block 48, expected one of 32, 64, 128, 256"),
+        (
+            {"graph_block": 64, "graph_weights": "fp16"},
+            r"graph block 64 is for quantised matrices, the graph weights are fp16",
+        ),
+        ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights int4 compute in"),
+        ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),
+        ({"table_codec": "zip"}, r"table codec 'zip', expected one of f32, f16, bf16"),
+        ({"table_codec": "none"}, r"table codec none is for dense models"),
+        ({"table_codec": "int8-g128"}, r"width 64 is not a multiple of the group size 128"),
+        ({"alignment": 100}, r"alignment 100, expected a power of two"),
+        ({"device": "tpu"}, r"device 'tpu', expected cpu or cuda"),
+        ({"compute_dtype": "float64"}, r"compute dtype 'float64', expected float32 or bfloat16"),
+        ({"chunk": 0}, r"chunk is 0, expected at least one token"),
+        ({"quality_text": ""}, r"The quality text gives 0 tokens, at least 128 are needed"),
+        (
+            {"graph_weights": "int4", "table_codec": "int2", "quality_text": TEXT},
+            r"Graph weights int4 and table codec int2-g32 cost .* of perplexity and a mean KL",
+        ),
+    ],
+)
+def test_wrong_options_are_refused(
+    options: dict[str, Any], message: str, checkpoint: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_model(checkpoint, tmp_path / "out", **options)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")
+def test_missing_device_is_said(checkpoint: Path, tmp_path: Path) -> None:
+    with pytest.raises(RuntimeUnavailableError, match=r"torch finds no CUDA device"):
+        export_model(checkpoint, tmp_path / "out", device="cuda")
+
+
+def test_tokens_beyond_the_vocabulary_are_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    special = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"))
+    checkpoint = make_checkpoint(vocab_size=64, **special)
+    with pytest.raises(ExportError, match=r"tokenizer\.json gives token \d+, the model has 64"):
+        export_model(checkpoint, tmp_path / "out", graph_weights="int8")
+
+
+def test_quality_loss_can_be_accepted(checkpoint: Path, tmp_path: Path) -> None:
+    report = export_model(
+        checkpoint,
+        tmp_path / "out",
+        table_codec="int2",
+        quality_text=TEXT,
+        accept_quality_loss=True,
+    )
+    assert report.quality is not None
+    assert not report.quality.acceptable
+
+
+def test_without_tokenizer_the_loss_can_be_accepted_unmeasured(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    (checkpoint / "tokenizer.json").unlink()
+    report = export_model(checkpoint, tmp_path / "out", accept_quality_loss=True)
+    assert report.quality is None
+    assert len(report.rungs) == 6

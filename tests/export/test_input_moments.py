@@ -1,0 +1,102 @@
+"""What matrices are fed, against a network that is run as a whole."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edge_memllm.errors import ExportError
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.input_moments import InputMoments
+from edge_memllm_export.matrix_forms import matrix_kinds
+from support.checkpoints import MakeCheckpoint
+
+SHAPES: list[dict[str, Any]] = [
+    {"beta": 0, "memory_gain": [0.5, -1.5]},
+    {"beta": 1, "compute_form": "linear"},
+    {"beta": 2, "compute_placement": "parallel", "tie_word_embeddings": True},
+    {"beta": 3, "num_key_value_heads": 2},
+    {"beta": 3, "compute_form": "linear", "compute_placement": "parallel"},
+    {"beta": 1, "memory_source": "both", "memory_norm": "shared"},
+    {"beta": 2, "memory_sharing": "all_layers", "memory_source": "both"},
+    {"beta": 8},
+]
+TOKENS = [(7 * i * i + 3 * i) % 300 for i in range(10 * 256 + 9)]
+
+
+def names(source: Checkpoint) -> list[str]:
+    """The graph's matrices in its order."""
+    found = []
+    config = source.config
+    for layer in range(config.num_hidden_layers):
+        for kind in matrix_kinds(config)[:-1]:
+            part = "self_attn" if kind in ("qkv_proj", "o_proj") else "mlp"
+            count = 1 if config.beta == 1 else 2
+            each = [f"{kind}.{i}" for i in range(count)] if kind == "projections" else [kind]
+            found += [f"model.layers.{layer}.{part}.{name}.weight" for name in each]
+    return [*found, "lm_head.weight"]
+
+
+def read_by(name: str) -> str:
+    module = name.removesuffix(".weight")
+    return module.replace("qkv_proj", "q_proj").replace("gate_up_proj", "gate_proj")
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_moments_are_those_of_the_whole_network(
+    shape: dict[str, Any], make_checkpoint: MakeCheckpoint
+) -> None:
+    source = Checkpoint.open(make_checkpoint(**shape))
+    done: list[int] = []
+    moments = InputMoments(source.network(), TOKENS, done.append)
+    found = {name: moments.of(name) for name in names(source)}
+    network, heard = source.network(), {}
+    for name in found:
+        network.get_submodule(read_by(name)).register_forward_pre_hook(
+            lambda _, args, name=name: heard.update({name: args[0].flatten(0, 1).double()})
+        )
+    with torch.inference_mode():
+        network(torch.tensor(TOKENS[:2560]).view(10, 256), use_cache=False)
+    for name, x in heard.items():
+        expected = (x.T @ x / len(x)).numpy()
+        np.testing.assert_allclose(found[name], expected, atol=1e-4 * np.abs(expected).max())
+    assert heard.keys() == found.keys()
+    assert done == [1, 2]
+
+
+def test_widened_heads_have_idle_inputs(make_checkpoint: MakeCheckpoint) -> None:
+    source = Checkpoint.open(make_checkpoint(beta=0, head_dim=12))
+    moments = InputMoments(source.network(), TOKENS[:512], lambda layers: None)
+    moments.of("model.layers.0.self_attn.qkv_proj.weight")
+    moment = moments.of("model.layers.0.self_attn.o_proj.weight")
+    assert moment.shape == (64, 64)
+    idle = np.tile([False] * 6 + [True] * 2, 8)
+    np.testing.assert_array_equal(moment.diagonal() == 0, idle)
+    np.testing.assert_array_equal(moment, moment.T)
+
+
+def test_few_tokens_make_one_short_window(make_checkpoint: MakeCheckpoint) -> None:
+    source = Checkpoint.open(make_checkpoint(beta=0))
+    moment = InputMoments(source.network(), [1, 2, 3], lambda layers: None).of(
+        "model.layers.0.self_attn.qkv_proj.weight"
+    )
+    assert 1 <= np.linalg.matrix_rank(moment, tol=1e-5) <= 3
+
+
+def test_a_network_that_overflows_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(make_checkpoint(beta=0), tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.memory.down_proj.weight"][0] = 3e38  # finite; what it makes is not
+    save_file(weights, broken / "model.safetensors")
+    moments = InputMoments(Checkpoint.open(broken).network(), TOKENS[:256], lambda layers: None)
+    moments.of("model.layers.0.self_attn.o_proj.weight")
+    with pytest.raises(ExportError, match=r"layers\.1.*qkv_proj.*calibration text is not\s+finite"):
+        moments.of("model.layers.1.self_attn.qkv_proj.weight")

@@ -1,0 +1,354 @@
+"""Repacked weights between loads: made once, checked before use, never trusted when damaged."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from contextlib import closing
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import onnxruntime
+import pytest
+
+import edge_memllm
+from edge_memllm.artifact import Artifact
+from edge_memllm.atomic import FolderLock
+from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RequestError
+from edge_memllm.feeding import Feeder
+from edge_memllm_runtimes import packed_cache
+from edge_memllm_runtimes.packed_cache import packed_graph, processor_kind
+from support.checkpoints import MakeArtifact, files_of
+from support.runtimes import ARTIFACTS
+
+# Every matrix takes more than a megabyte when repacked: o_proj and head are the smallest.
+LARGE = {
+    "hidden_size": 1536,
+    "num_hidden_layers": 1,
+    "num_attention_heads": 12,
+    "vocab_size": 2048,
+    "memory_intermediate_size": 64,
+}
+
+
+@pytest.fixture(scope="module")
+def shared(make_artifact: MakeArtifact) -> Path:
+    return make_artifact(**ARTIFACTS["int4"], **LARGE)
+
+
+@pytest.fixture
+def artifact(shared: Path, tmp_path: Path) -> Path:
+    return Path(shutil.copytree(shared, tmp_path / "artifact"))
+
+
+def text_of(artifact: Path, **options: Any) -> str:
+    with edge_memllm.load(artifact, device="cpu", threads=1, **options) as model:
+        return model.generate("packed", max_new_tokens=12, ignore_eos=True)
+
+
+def made(cache: Path) -> Path:
+    (place,) = cache.iterdir()
+    return place
+
+
+@pytest.fixture(scope="module")
+def filled(shared: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("filled") / "deep" / "cache"
+    text_of(shared, packed_cache=folder)
+    return folder
+
+
+@pytest.fixture
+def cache(filled: Path, tmp_path: Path) -> Path:
+    """A cache that was filled by one load, to be changed at will."""
+    return Path(shutil.copytree(filled, tmp_path / "filled"))
+
+
+def test_it_is_made_once_and_gives_the_same_text(
+    artifact: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    before = files_of(artifact)
+    expected = text_of(artifact)
+    cache = tmp_path / "cache"
+    with caplog.at_level(logging.INFO):
+        assert text_of(artifact, packed_cache=cache) == expected
+        assert "packed weights made in" in caplog.text
+        caplog.clear()
+        assert text_of(artifact, packed_cache=str(cache)) == expected
+        assert "packed weights made" not in caplog.text
+    assert sorted(files_of(made(cache))) == ["graph.onnx", "graph.onnx.data", "packed.json"]
+    assert files_of(artifact) == before
+
+
+def change_data(place: Path) -> None:
+    file = place / "graph.onnx.data"
+    content = bytearray(file.read_bytes())
+    content[len(content) // 2] ^= 1
+    file.write_bytes(content)
+
+
+def cut_data(place: Path) -> None:
+    file = place / "graph.onnx.data"
+    file.write_bytes(file.read_bytes()[:-1])
+
+
+def remove_data(place: Path) -> None:
+    (place / "graph.onnx.data").unlink()
+
+
+def link_data(place: Path) -> None:
+    file = place / "graph.onnx.data"
+    file.rename(place.parent / "elsewhere")
+    file.symlink_to(place.parent / "elsewhere")
+
+
+def forget_record(place: Path) -> None:
+    (place / "packed.json").unlink()
+
+
+def spoil_record(place: Path) -> None:
+    (place / "packed.json").write_text("{")
+
+
+def of_another_library(place: Path) -> None:
+    record = json.loads((place / "packed.json").read_text())
+    record["facts"]["onnxruntime"] = "0.1"
+    (place / "packed.json").write_text(json.dumps(record))
+
+
+def without_the_graph(place: Path) -> None:
+    record = json.loads((place / "packed.json").read_text())
+    del record["files"]["graph.onnx"]
+    (place / "packed.json").write_text(json.dumps(record))
+
+
+@pytest.mark.parametrize(
+    ("damage", "reason"),
+    [
+        (change_data, "graph.onnx.data: its content is not what was written"),
+        (cut_data, "its content is not what was written"),
+        (remove_data, "graph.onnx.data: the file is missing"),
+        (link_data, "is a symbolic link"),
+        (forget_record, "packed.json: the file is missing"),
+        (spoil_record, "packed.json: not valid JSON"),
+        (of_another_library, "made for another graph, library or processor"),
+        (without_the_graph, "graph.onnx: its content is not what was written"),
+    ],
+)
+def test_damage_is_found_and_mended_with_a_warning(
+    artifact: Path,
+    cache: Path,
+    damage: Callable[[Path], None],
+    reason: str,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    (place,) = cache.iterdir()
+    damage(place)
+    assert text_of(artifact, packed_cache=cache) == text_of(artifact)
+    warnings = [each.getMessage() for each in caplog.records if each.levelno == logging.WARNING]
+    assert len(warnings) == 1
+    assert "packed weights are made again" in warnings[0]
+    assert reason in warnings[0]
+    caplog.clear()
+    text_of(artifact, packed_cache=cache)
+    assert not caplog.records
+
+
+def test_another_processor_or_library_gets_its_own(
+    artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(packed_cache, "processor_kind", lambda: "another")
+    text_of(artifact, packed_cache=cache)
+    assert len(list(cache.iterdir())) == 2
+
+
+def test_the_kind_of_a_processor_is_its_instruction_sets(tmp_path: Path) -> None:
+    info = tmp_path / "cpuinfo"
+    info.write_text("processor: 0\nflags: avx2 avx512f\ncpu MHz: 2400\n")
+    first = processor_kind(info)
+    info.write_text("processor: 0\nflags: avx2 avx512f\ncpu MHz: 1200\n")
+    assert processor_kind(info) == first
+    info.write_text("processor: 0\nflags: avx2\ncpu MHz: 1200\n")
+    assert processor_kind(info) != first
+    assert processor_kind(tmp_path / "not there") != first
+
+
+def test_small_matrices_come_back_right_or_are_refused(
+    make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    small, cache = make_artifact(**ARTIFACTS["int4"]), tmp_path / "cache"
+    if onnxruntime.__version__.startswith("1.31."):
+        with pytest.raises(RequestError, match=r"as 1\.31 does with those below 1 MB"):
+            text_of(small, packed_cache=cache)
+        assert not list(cache.iterdir())
+    else:
+        found = logits_of(small, packed_cache=cache)
+        np.testing.assert_array_equal(found, logits_of(small))
+
+
+@pytest.mark.parametrize("offsets", [[], [4096, 4128], [65]])
+def test_offsets_that_would_be_misread_are_refused(offsets: list[int]) -> None:
+    packed_cache._check_alignment([64, 4096, 1 << 20])
+    with pytest.raises(RequestError, match="packed_cache cannot hold this graph"):
+        packed_cache._check_alignment(offsets)
+
+
+def test_a_form_that_the_library_never_wrote_before_is_refused(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise ArtifactError("another form.")
+
+    monkeypatch.setattr(packed_cache, "check_graph_file", refuse)
+    with pytest.raises(RequestError, match=r"wrote it in a form that is not known here \(another"):
+        text_of(artifact, packed_cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_logits_are_the_same_to_the_bit(artifact: Path, cache: Path) -> None:
+    found = [logits_of(artifact), logits_of(artifact, packed_cache=cache)]
+    assert np.isfinite(found[0]).all()
+    np.testing.assert_array_equal(found[1], found[0])
+
+
+def logits_of(artifact: Path, **options: Any) -> np.ndarray:
+    with (
+        edge_memllm.load(artifact, device="cpu", threads=1, **options) as model,
+        Feeder(model.runtime, model.table, 1, 8) as feeder,
+    ):
+        parts = [feeder.prefill(0, range(20)).copy()]
+        parts += [feeder.decode([token])[0].copy() for token in (7, 9)]
+    return np.stack(parts)
+
+
+def test_float_weights_are_not_repacked(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match="packed_cache is for graphs with int4 or int8 weights"):
+        text_of(make_artifact(**ARTIFACTS["fp32"]), packed_cache=tmp_path / "cache")
+    assert not (tmp_path / "cache").exists()
+
+
+@pytest.mark.parametrize("inside", [".", "cache", "deep/cache"])
+def test_a_folder_inside_the_artifact_is_refused(artifact: Path, inside: str) -> None:
+    before = files_of(artifact)
+    with pytest.raises(RequestError, match="inside the artifact, whose files are not to change"):
+        text_of(artifact, packed_cache=artifact / inside)
+    assert files_of(artifact) == before
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems refuse such a name")
+def test_a_folder_whose_name_is_not_utf_8_is_refused(artifact: Path, tmp_path: Path) -> None:
+    with pytest.raises(RequestError, match=r"packed_cache is '.*caf\\udce9': ONNX Runtime opens"):
+        text_of(artifact, packed_cache=os.path.join(tmp_path, os.fsdecode(b"caf\xe9")))
+    assert list(tmp_path.iterdir()) == [artifact]
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="other systems have no such locale")
+def test_a_name_that_the_locale_cannot_spell_is_opened(artifact: Path, tmp_path: Path) -> None:
+    """In the C locale, UTF-8 in a path is not text to Python."""
+    cache, moved = tmp_path / "größe", artifact.rename(tmp_path / "modèle")
+    command = [
+        sys.executable,
+        "-m",
+        "edge_memllm.cli.main",
+        "run",
+        str(moved),
+        "--prompt",
+        "packed",
+    ]
+    command += ["--max-new-tokens", "4", "--greedy", "--json", "--packed-cache", str(cache)]
+    plain = {"LC_ALL": "C", "PYTHONUTF8": "0", "PYTHONCOERCECLOCALE": "0"}
+    made = []
+    for more in (plain, {}):
+        done = subprocess.run(command, env={**os.environ, **more}, capture_output=True, check=True)
+        made.append(json.loads(done.stdout)["text"])
+    assert made[0] == made[1]
+    assert cache.is_dir()
+
+
+def test_a_folder_that_cannot_be_made_is_one_error(artifact: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EdgeMemLLMError, match=r"file: the packed weights cannot be written"):
+        text_of(artifact, packed_cache=tmp_path / "file")
+
+
+def test_too_little_space_is_told_before_anything_is_written(
+    artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=1000))
+    with pytest.raises(EdgeMemLLMError, match=r"need [\d,]+ bytes, 1,000 are free"):
+        text_of(artifact, packed_cache=tmp_path / "cache")
+    assert not list((tmp_path / "cache").iterdir())
+
+
+def test_a_failure_leaves_nothing_and_old_leftovers_go(artifact: Path, tmp_path: Path) -> None:
+    cache = tmp_path / "cache"
+
+    def fail(folder: Path) -> None:
+        (folder / "graph.onnx").write_text("half")
+        raise OSError(28, "No space left on device")
+
+    with Artifact.open(artifact) as opened:
+        with pytest.raises(EdgeMemLLMError, match=r"cannot be written \(No space left on device\)"):
+            packed_graph(cache, opened, "1", fail)
+        assert not list(cache.iterdir())
+        text_of(artifact, packed_cache=cache)
+        (place,) = cache.iterdir()
+        left, alive = (cache / f".edge-memllm-{word}.partial" for word in ("0123abcd", "4567abcd"))
+        for folder in (left, alive):
+            folder.mkdir()
+        forget_record(place)
+        with closing(FolderLock(alive)):
+            text_of(artifact, packed_cache=cache)
+        assert sorted(cache.iterdir()) == sorted([place, alive])
+
+
+def test_who_comes_second_takes_what_is_there(
+    artifact: Path, cache: Path, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (place,) = cache.iterdir()
+    aside = tmp_path / "aside"
+    place.rename(aside)
+
+    def meanwhile(folder: Path) -> None:
+        shutil.copytree(aside, place)
+        for file in aside.iterdir():
+            shutil.copy(file, folder)
+
+    with Artifact.open(artifact) as opened, caplog.at_level(logging.INFO):
+        found = packed_graph(cache, opened, onnxruntime.__version__, meanwhile)
+    assert found == place / "graph.onnx"
+    assert "made by another process meanwhile" in caplog.text
+    assert list(cache.iterdir()) == [place]
+
+
+def test_a_graph_of_another_model_in_the_cache_is_made_again(
+    artifact: Path, cache: Path, make_artifact: MakeArtifact, caplog: pytest.LogCaptureFixture
+) -> None:
+    (place,) = cache.iterdir()
+    other = make_artifact(**ARTIFACTS["int4"], **LARGE, seed=1) / "graph.onnx"
+    shutil.copy(other, place / "graph.onnx")
+    record = json.loads((place / "packed.json").read_text())
+    file = os.open(place / "graph.onnx", os.O_RDONLY)
+    record["files"]["graph.onnx"] = packed_cache._digest(file)
+    (place / "packed.json").write_text(json.dumps(record))
+    assert text_of(artifact, packed_cache=cache) == text_of(artifact)
+    assert "graph and manifest are of different models" in caplog.text
+
+
+def test_packed_weights_the_library_cannot_load_are_named(
+    artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (place,) = cache.iterdir()
+    (place / "graph.onnx.data").write_bytes(b"")
+    monkeypatch.setattr(packed_cache, "_check_file", lambda *_: None)
+    with pytest.raises(
+        EdgeMemLLMError, match=r"the packed weights cannot be used: .* Delete this folder"
+    ):
+        text_of(artifact, packed_cache=cache)
