@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from edge_memllm.artifact import Artifact, Progress
+from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.errors import RequestError
 from edge_memllm.footprint import Choices
 from edge_memllm.heap import give_back
@@ -218,8 +219,8 @@ class _Limits:
 
 
 def _check_cache(record_cache: object, hot_text: str | None) -> None:
-    if isinstance(record_cache, bool) or not isinstance(record_cache, int) or record_cache < 0:
-        raise RequestError(f"record_cache is {record_cache!r}, expected bytes, 0 for none.")
+    if not is_integer(record_cache) or record_cache < 0:
+        raise wrong_value("record_cache", record_cache, "bytes, 0 for none")
     if hot_text is not None and not record_cache:
         raise RequestError(
             "hot_text says what to keep in the record cache, and there is none. Give record_cache."

@@ -18,7 +18,7 @@ from edge_memllm.codecs.allocation import MOST_CLASSES, TokenClass
 from edge_memllm.codecs.codec import Wire
 from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.records import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
-from edge_memllm.strict_json import Fields, parse_json_object
+from edge_memllm.strict_json import exact_fields, parse_json_object
 
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
@@ -156,7 +156,7 @@ class Manifest:
             _check_seal(data, content.get("sha256"), where)
         if version == 1:
             _complete_version_1(content)
-        top = Fields(content, where, ("format", "format_version", *seal, *_names(cls)))
+        top = exact_fields(content, where, ("format", "format_version", *seal, *_names(cls)))
         manifest = cls(
             model=_parse_model(content["model"], f"{where}: model"),
             table=_parse_table(content["table"], f"{where}: table"),
@@ -207,7 +207,9 @@ def _check_version(content: dict[str, object], where: str) -> int:
     """Check the version before any other key, for each has its own; return it."""
     if content.get("format") != FORMAT:
         raise ArtifactError(f"{where}: this is not an {FORMAT} manifest (no format '{FORMAT}').")
-    header = Fields({"format_version": content.get("format_version")}, where, ["format_version"])
+    header = exact_fields(
+        {"format_version": content.get("format_version")}, where, ["format_version"]
+    )
     version = header.integer("format_version", 1, 1 << 31)
     if version > FORMAT_VERSION:
         raise ArtifactError(
@@ -230,7 +232,7 @@ def _complete_version_1(content: dict[str, object]) -> None:
 
 
 def _parse_model(value: object, where: str) -> ModelSpec:
-    model = Fields(value, where, _names(ModelSpec))
+    model = exact_fields(value, where, _names(ModelSpec))
     vocab_size = model.integer("vocab_size", 1, MAX_VOCABULARY)
     return ModelSpec(
         identity=model.text("identity", _IDENTITY, "'sha256:' and 64 hex digits"),
@@ -244,13 +246,13 @@ def _parse_model(value: object, where: str) -> ModelSpec:
         max_position_embeddings=model.integer("max_position_embeddings", 1, MAX_POSITIONS),
         bos_token_id=model.optional_integer("bos_token_id", 0, vocab_size - 1),
         eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
-        memory_gain=model.numbers("memory_gain", 1e6),
+        memory_gain=model.numbers("memory_gain", -1e6, 1e6),
         memory_layers=model.integer("memory_layers", 0, MAX_LAYERS),
     )
 
 
 def _parse_table(value: object, where: str) -> TableSpec:
-    table = Fields(value, where, _names(TableSpec))
+    table = exact_fields(value, where, _names(TableSpec))
     return TableSpec(
         file=table.text("file", _FILE_NAME, _A_FILE_NAME),
         codec=table.text("codec", _CODEC, "a codec id"),
@@ -268,7 +270,7 @@ def _parse_table(value: object, where: str) -> TableSpec:
 def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, ...] | None:
     if items is None:
         return None
-    classes = [Fields(item, where, _names(TokenClass)) for item in items]
+    classes = [exact_fields(item, where, _names(TokenClass)) for item in items]
     return tuple(
         TokenClass(
             tokens=each.integer("tokens", 1, MAX_VOCABULARY),
@@ -279,7 +281,7 @@ def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, 
 
 
 def _parse_graph(value: object, where: str) -> GraphSpec:
-    graph = Fields(value, where, _names(GraphSpec))
+    graph = exact_fields(value, where, _names(GraphSpec))
     return GraphSpec(
         file=graph.text("file", _FILE_NAME, _A_FILE_NAME),
         external_data=graph.optional_text("external_data", _FILE_NAME, _A_FILE_NAME),
@@ -300,7 +302,7 @@ def _parse_files(files: dict[str, object], where: str) -> dict[str, FileSpec]:
         if name.lower() in folded:
             raise ArtifactError(f"{where}: '{name}' is there already, case does not count.")
         folded.add(name.lower())
-        spec = Fields(value, f"{where}: {name}", _names(FileSpec))
+        spec = exact_fields(value, f"{where}: {name}", _names(FileSpec))
         parsed[name] = FileSpec(
             bytes=spec.integer("bytes", 0, _MAX_FILE_BYTES),
             sha256=spec.text("sha256", _DIGEST, "64 hex digits"),

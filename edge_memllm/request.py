@@ -9,6 +9,7 @@ import operator
 from collections.abc import Iterable, Sequence
 from typing import TypeAlias
 
+from edge_memllm.checked_values import check_integer
 from edge_memllm.errors import RequestError
 from edge_memllm.manifest import ModelSpec
 from edge_memllm.tokenization import Tokenizer
@@ -121,13 +122,9 @@ def token_limit(max_new_tokens: object, prompt_length: int, context: int) -> int
 
 def check_positive(name: str, value: object) -> int:
     """Return `value` if it is an integer of at least 1, else raise `RequestError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-        raise RequestError(f"{name} is {value!r}, expected an integer of at least 1.")
-    return value
+    return check_integer(name, value, 1)
 
 
 def check_speculate(value: object) -> int:
     """Return `value` if it is a number of draft tokens a step may have, else `RequestError`."""
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value <= MOST_DRAFTS:
-        raise RequestError(f"speculate is {value!r}, expected an integer from 0 to {MOST_DRAFTS}.")
-    return value
+    return check_integer("speculate", value, 0, MOST_DRAFTS)

@@ -7,7 +7,6 @@ temperature, top-k, top-p, min-p, then one draw. Knows nothing of text, models o
 from __future__ import annotations
 
 import secrets
-import sys
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -16,7 +15,8 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.checked_values import is_integer, is_number, wrong_value
+from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.half_floats import place_of_largest, widen
 from edge_memllm.steering import Constraint, Steering, allowed_ids
 
@@ -48,8 +48,8 @@ class Sampling:
         _check_number("top_p", self.top_p, "above 0 and at most 1", lambda x: 0 < x <= 1)
         _check_number("min_p", self.min_p, "from 0 to 1", lambda x: 0 <= x <= 1)
         _check_number("repetition_penalty", self.repetition_penalty, "above 0", lambda x: x > 0)
-        if isinstance(self.top_k, bool) or not isinstance(self.top_k, int) or self.top_k < 0:
-            raise RequestError(f"top_k is {self.top_k!r}, expected an integer >= 0 (0 is off).")
+        if not is_integer(self.top_k) or self.top_k < 0:
+            raise wrong_value("top_k", self.top_k, "an integer >= 0 (0 is off)")
 
     @classmethod
     def from_generation_config(cls, config: dict[str, Any]) -> Sampling:
@@ -61,20 +61,15 @@ class Sampling:
         """
         sampled = config.get("do_sample")
         if sampled is not None and not isinstance(sampled, bool):
-            raise RequestError(f"do_sample is {sampled!r}, expected true or false.")
+            raise wrong_value("do_sample", sampled, "true or false")
         names = ("temperature", "top_k", "top_p", "min_p") if sampled else ()
         given = {n: config[n] for n in (*names, "repetition_penalty") if config.get(n) is not None}
         return cls(**({"temperature": 1.0, "top_k": 50} | given if sampled else given))
 
 
 def _check_number(name: str, value: object, expected: str, holds: Callable[[float], bool]) -> None:
-    if (
-        isinstance(value, bool)
-        or not isinstance(value, int | float)
-        or not abs(value) <= sys.float_info.max  # not NaN, not infinite, not a huge integer
-        or not holds(value)
-    ):
-        raise RequestError(f"{name} is {value!r}, expected a number {expected}.")
+    if not is_number(value) or not holds(value):
+        raise wrong_value(name, value, f"a number {expected}")
 
 
 def draw_seed() -> int:
@@ -84,8 +79,8 @@ def draw_seed() -> int:
 
 def check_seed(seed: object) -> int:
     """Return `seed` if it is an integer in [0, 2^64), else raise `RequestError`."""
-    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed < SEED_LIMIT:
-        raise RequestError(f"seed is {seed!r}, expected an integer from 0 to 2^64 - 1.")
+    if not is_integer(seed) or not 0 <= seed < SEED_LIMIT:
+        raise wrong_value("seed", seed, "an integer from 0 to 2^64 - 1")
     return seed
 
 

@@ -22,6 +22,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.atomic import WholeFile
+from edge_memllm.checked_values import Fields
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.manifest import ModelSpec
 from edge_memllm.open_files import close_file, not_read
@@ -29,7 +30,7 @@ from edge_memllm.request import check_tokens
 from edge_memllm.runtime_protocol import HeldLayout
 from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
 from edge_memllm.session_state import Origin, SessionState
-from edge_memllm.strict_json import Fields, parse_json_object
+from edge_memllm.strict_json import exact_fields, parse_json_object
 from edge_memllm.tensor_header import (
     DIGEST,
     LENGTH,
@@ -114,7 +115,9 @@ class SessionHeader:
         """Parse length and JSON. Raises `ArtifactError`."""
         metadata = _KIND.metadata(data, where, ("session", "sha256"))
         session = metadata.text("session", _OBJECT, "a JSON object as text")
-        said = Fields(parse_json_object(session.encode(), where), f"{where}: session", _FIELDS)
+        said = exact_fields(
+            parse_json_object(session.encode(), where), f"{where}: session", _FIELDS
+        )
         return _parsed(said, metadata.text("sha256", DIGEST, "64 hex digits"), where)
 
 
@@ -246,7 +249,9 @@ def _parsed(said: Fields, digest: str, where: str) -> SessionHeader:
     ):
         raise ArtifactError(f"{where}: its numbers cannot be those of a session. Save it again.")
     try:
-        sampling = Sampling(**Fields(said.mapping("sampling"), where, asdict(Sampling())).values)
+        sampling = Sampling(
+            **exact_fields(said.mapping("sampling"), where, asdict(Sampling())).values
+        )
     except RequestError as error:
         raise ArtifactError(f"{where}: {error}") from error
     origin = Origin(

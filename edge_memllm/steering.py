@@ -9,12 +9,13 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import EdgeMemLLMError, RequestError
+from edge_memllm.checked_values import check_number
+from edge_memllm.errors import EdgeMemLLMError
 
 MOST_PENALTY = 2.0
 MOST_BIAS = 100.0
@@ -47,10 +48,10 @@ class Steering:
     logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)  # -100 to 100 each
 
     def __post_init__(self) -> None:
-        _check_within("frequency_penalty", self.frequency_penalty, MOST_PENALTY)
-        _check_within("presence_penalty", self.presence_penalty, MOST_PENALTY)
+        for name in ("frequency_penalty", "presence_penalty"):
+            check_number(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY)
         for token, bias in self.logit_bias.items():
-            _check_within(f"logit_bias of token {token!r:.40}", bias, MOST_BIAS)
+            check_number(f"logit_bias of token {token!r:.40}", bias, -MOST_BIAS, MOST_BIAS)
 
     @property
     def active(self) -> bool:
@@ -98,8 +99,3 @@ def _arrays(values: Mapping[int, float]) -> tuple[NDArray[np.intp], NDArray[np.f
         np.fromiter(values.keys(), np.intp, count),
         np.fromiter(values.values(), np.float32, count),
     )
-
-
-def _check_within(name: str, value: Any, most: float) -> None:
-    if isinstance(value, bool) or not isinstance(value, int | float) or not abs(value) <= most:
-        raise RequestError(f"{name} is {value!r:.40}, expected a number from {-most} to {most}.")

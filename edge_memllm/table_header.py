@@ -14,7 +14,7 @@ import numpy as np
 
 from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.records import RecordLayout
-from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
+from edge_memllm.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 from edge_memllm.tensor_header import (
     LENGTH,
     PAGE,
@@ -62,8 +62,8 @@ def check_header(
     if not data.startswith(b"{"):
         raise ArtifactError(f"{where}: the header does not start with '{{'. Copy the folder again.")
     header = parse_json_object(data, where)
-    found = Fields(header, where, expected).mapping("__metadata__")
-    Fields(found, f"{where}: __metadata__", expected["__metadata__"])
+    found = exact_fields(header, where, expected).mapping("__metadata__")
+    exact_fields(found, f"{where}: __metadata__", expected["__metadata__"])
     if found["identity"] != identity:
         raise ArtifactError(
             f"{where}: this is the table of model {_shortened(found['identity'])}, the manifest is "

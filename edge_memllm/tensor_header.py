@@ -18,8 +18,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.checked_values import Fields
 from edge_memllm.errors import ArtifactError
-from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
+from edge_memllm.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 
 LENGTH = struct.Struct("<Q")  # what a safetensors file starts with: the bytes of its header
 PAGE = 4096
@@ -130,7 +131,7 @@ class FileKind:
                 f"{where}: {self.name} format version {found.get('format_version')!a:.20}, this "
                 f"version reads '{self.version}'. Upgrade edge-memllm or {self.anew}."
             )
-        return Fields(found, f"{where}: __metadata__", ("format", "format_version", *keys))
+        return exact_fields(found, f"{where}: __metadata__", ("format", "format_version", *keys))
 
     def check_same(self, header: bytes, built: bytes, where: str) -> None:
         """Raise `ArtifactError` unless a header is the one built from what it says."""

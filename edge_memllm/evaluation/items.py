@@ -10,6 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
+from edge_memllm.checked_values import check_integer
 from edge_memllm.errors import RequestError
 
 Kind = Literal["choices", "contexts", "continuation", "pairs"]
@@ -148,10 +149,7 @@ def _texts(row: Row, key: str) -> tuple[str, ...]:
 
 
 def _index(row: Row, key: str, count: int) -> int:
-    value = row[key]
-    if isinstance(value, bool) or not isinstance(value, int) or not 0 <= value < count:
-        raise RequestError(f"{key} is {_shown(value)}, expected a number from 0 to {count - 1}.")
-    return value
+    return check_integer(key, row[key], 0, count - 1)
 
 
 def _shown(value: object) -> str:

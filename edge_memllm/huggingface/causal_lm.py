@@ -20,6 +20,7 @@ from optimum.modeling_base import OptimizedModel
 from transformers import AutoModelForCausalLM
 from transformers.modeling_outputs import CausalLMOutputWithPast
 
+from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder, checkpoint_folder
 from edge_memllm.huggingface.cache import GenerationCache
@@ -235,8 +236,6 @@ class EdgeMemLLMForCausalLM(OptimizedModel, Generating):
 
 def _kept(logits_to_keep: object, width: int) -> int:
     """Return how many of the last `width` columns get logits."""
-    if not isinstance(logits_to_keep, int) or logits_to_keep < 0:
-        raise RequestError(
-            f"logits_to_keep is {logits_to_keep!r:.80}, expected a number of tokens, 0 for all."
-        )
+    if not is_integer(logits_to_keep) or logits_to_keep < 0:
+        raise wrong_value("logits_to_keep", logits_to_keep, "a number of tokens, 0 for all")
     return min(logits_to_keep or width, width)

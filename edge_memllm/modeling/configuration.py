@@ -12,6 +12,7 @@ from typing import Any, ClassVar
 from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 
+from edge_memllm.checked_values import is_integer, is_number
 from edge_memllm.manifest import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 from edge_memllm.modeling.cache_argument import CACHE
 
@@ -155,15 +156,15 @@ class MemoryLLMConfig(PreTrainedConfig):
         """Refuse sizes that cannot be counted with, before anything is as large as they say."""
         for name, most in _MOST.items():
             size = getattr(self, name)
-            if isinstance(size, bool) or not isinstance(size, int) or not 0 < size <= most:
+            if not is_integer(size) or not 0 < size <= most:
                 raise ValueError(f"{name} is {size!r}; expected an integer from 1 to {most}.")
         if odd := [name for name in _SWITCHES if not isinstance(getattr(self, name), bool)]:
             raise ValueError(f"{odd[0]} is {getattr(self, odd[0])!r}; expected true or false.")
         for gain in self.memory_gain or ():
-            if not isinstance(gain, int | float) or not math.isfinite(gain):
+            if not is_number(gain):
                 raise ValueError(f"memory_gain has {gain!r}; expected finite numbers.")
         epsilon = self.rms_norm_eps
-        if not isinstance(epsilon, int | float) or not 0 <= epsilon < math.inf:
+        if not is_number(epsilon) or epsilon < 0:
             raise ValueError(f"rms_norm_eps is {epsilon!r}; expected a number >= 0.")
 
     def _validate_memory(self) -> None:

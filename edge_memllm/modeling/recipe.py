@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Self
 
+from edge_memllm.checked_values import is_integer
 from edge_memllm.errors import RecipeError
 
 PRECISIONS = ("auto", "bf16", "fp32")
@@ -180,7 +181,7 @@ def _assign(target: Any, key: str, value: Any, where: str) -> None:
     if key not in fields:
         raise RecipeError(f"{where}: unknown key {key!r}; known are {', '.join(fields)}.")
     kind = str(fields[key])
-    if kind == "float" and isinstance(value, int) and not isinstance(value, bool):
+    if kind == "float" and is_integer(value):
         value = float(value)
     if not _fits(value, kind):
         raise RecipeError(f"{where}: {key} is {value!r}; expected {kind}.")

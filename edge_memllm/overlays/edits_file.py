@@ -9,15 +9,19 @@ strength = 0.8                   # only with like; 1 when left out
 
 from __future__ import annotations
 
+import re
 import tomllib
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from edge_memllm.checked_values import Fields, wrong_value
 from edge_memllm.errors import RequestError
 from edge_memllm.overlays.editing import Alteration
+from edge_memllm.overlays.overlay import LARGEST_FACTOR, MOST_LAYERS
 
 _KEYS = ("tokens", "layers", "scale", "blank", "like", "strength")
+_WORD = re.compile(r"(?s).*")
 
 
 def read_edits(path: Path, find: Callable[[str], int]) -> list[Alteration]:
@@ -42,34 +46,24 @@ def _alteration(edit: Any, where: str, find: Callable[[str], int]) -> Alteration
     unknown = sorted(edit.keys() - set(_KEYS))
     if unknown:
         raise RequestError(f"{where}: unknown key '{unknown[0]}', expected {', '.join(_KEYS)}.")
-    words = _list(edit, "tokens", str, where)
-    if not words:
-        raise RequestError(f"{where}: tokens is empty or missing, expected words.")
-    layers = _list(edit, "layers", int, where) if "layers" in edit else None
-    like = _value(edit, "like", (str,), where)
+    fields = Fields(edit, wrong_value)
     try:
-        return Alteration(
-            tokens=tuple(map(find, words)),
-            layers=None if layers is None else tuple(layers),
-            scale=_value(edit, "scale", (int, float), where),
-            blank=bool(_value(edit, "blank", (bool,), where)),
-            like=None if like is None else find(like),
-            strength=_value(edit, "strength", (int, float), where),
-        )
+        return _read(fields, find)
     except RequestError as error:
         raise RequestError(f"{where}: {error}") from error
 
 
-def _list(edit: dict[str, Any], key: str, kind: type, where: str) -> list[Any]:
-    found = edit.get(key, [])
-    if not isinstance(found, list) or any(type(each) is not kind for each in found):
-        raise RequestError(f"{where}: {key} is {found!r:.80}, expected a list of {kind.__name__}.")
-    return found
-
-
-def _value(edit: dict[str, Any], key: str, kinds: tuple[type, ...], where: str) -> Any:
-    found = edit.get(key)
-    if found is not None and type(found) not in kinds:
-        names = " or ".join(kind.__name__ for kind in kinds)
-        raise RequestError(f"{where}: {key} is {found!r:.80}, expected {names}.")
-    return found
+def _read(fields: Fields, find: Callable[[str], int]) -> Alteration:
+    words = fields.texts("tokens", _WORD, "words") if fields.value("tokens") else ()
+    if not words:
+        raise RequestError("tokens is empty or missing, expected words.")
+    given = "layers" in fields.values
+    like = fields.optional_text("like", _WORD, "a word")
+    return Alteration(
+        tokens=tuple(map(find, words)),
+        layers=fields.integers("layers", 0, MOST_LAYERS - 1) if given else None,
+        scale=fields.optional_number("scale", -LARGEST_FACTOR, LARGEST_FACTOR),
+        blank=fields.flag("blank"),
+        like=None if like is None else find(like),
+        strength=fields.optional_number("strength", -LARGEST_FACTOR, LARGEST_FACTOR),
+    )

@@ -11,9 +11,9 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from edge_memllm.checked_values import Fields
 from edge_memllm.errors import ArtifactError, RequestError
 from edge_memllm.overlays.overlay import OverlaySpec
-from edge_memllm.strict_json import Fields
 from edge_memllm.tensor_header import (
     DIGEST,
     PAGE,

@@ -5,10 +5,10 @@ Knows the model's shape and tokenizer; nothing of slots, threads or runtimes.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
+from edge_memllm.checked_values import check_integer, is_number, wrong_value
 from edge_memllm.errors import RequestError
 from edge_memllm.manifest import ModelSpec
 from edge_memllm.request import (
@@ -126,11 +126,7 @@ def _check_bias(steering: Steering, vocab_size: int) -> None:
 
 
 def _check_top(top: object) -> int:
-    if top is None:
-        return 0
-    if isinstance(top, bool) or not isinstance(top, int) or not 0 <= top <= MOST_TOP:
-        raise RequestError(f"top is {top!r:.40}, expected an integer from 0 to {MOST_TOP}.")
-    return top
+    return 0 if top is None else check_integer("top", top, 0, MOST_TOP)
 
 
 def _check_memory(overlays: Sequence[str] | None, model: ModelSpec) -> None:
@@ -147,9 +143,5 @@ def _check_memory(overlays: Sequence[str] | None, model: ModelSpec) -> None:
 
 
 def _check_timeout(timeout: object) -> None:
-    if (
-        isinstance(timeout, bool)
-        or not isinstance(timeout, int | float)
-        or not 0 < timeout < math.inf
-    ):
-        raise RequestError(f"timeout is {timeout!r:.40}, expected seconds above 0.")
+    if not is_number(timeout) or timeout <= 0:
+        raise wrong_value("timeout", timeout, "seconds above 0")

@@ -15,6 +15,7 @@ from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
+from edge_memllm.checked_values import is_integer
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Node, Tensor
@@ -248,7 +249,7 @@ class _Step:
     def integer(self, name: str, low: int, high: int, default: int | None = None) -> int:
         """Return an attribute that is an integer in [low, high]."""
         value = self._node.attributes.get(name, default)
-        if type(value) is not int or not low <= value <= high:
+        if not is_integer(value) or not low <= value <= high:
             self.refuse(f"has {name} {value!a:.40}, expected an integer from {low} to {high}")
         return value
 

@@ -24,7 +24,7 @@ import xxhash
 from edge_memllm.atomic import clear_leftovers, reason, whole_folder
 from edge_memllm.directory import Directory
 from edge_memllm.errors import ArtifactError, CorruptionError, EdgeMemLLMError, RequestError
-from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
+from edge_memllm.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 from edge_memllm_runtimes.ort_graph import check_graph_file
 from edge_memllm_runtimes.ort_session import QUANTIZED_WEIGHTS, is_spelt
 
@@ -131,7 +131,7 @@ def _checked(place: Path, artifact: Artifact, facts: dict[str, str]) -> Path:
         where = str(place / _RECORD)
         with os.fdopen(directory.open_file(_RECORD), "rb") as file:
             content = parse_json_object(file.read(MAX_JSON_BYTES + 1), where)
-        record = Fields(content, where, ("facts", "files"))
+        record = exact_fields(content, where, ("facts", "files"))
         if record.mapping("facts") != facts:
             raise ArtifactError(f"{where}: made for another graph, library or processor.")
         files = record.mapping("files")

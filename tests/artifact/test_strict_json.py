@@ -9,7 +9,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_memllm.errors import ArtifactError
-from edge_memllm.strict_json import MAX_JSON_BYTES, Fields, parse_json_object
+from edge_memllm.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 
 
 @pytest.mark.parametrize(
@@ -67,7 +67,7 @@ def test_any_bytes_parse_or_are_refused(data: bytes) -> None:
 )
 def test_keys_must_be_exact(value: object, message: str) -> None:
     with pytest.raises(ArtifactError, match=message):
-        Fields(value, "here", ("a", "b"))
+        exact_fields(value, "here", ("a", "b"))
 
 
 @pytest.mark.parametrize(
@@ -87,17 +87,17 @@ def test_keys_must_be_exact(value: object, message: str) -> None:
 )
 def test_integers_are_strict(method: str, value: object, expected: str) -> None:
     with pytest.raises(ArtifactError, match=f"^here: {expected}"):
-        getattr(Fields({"a": value}, "here", ("a",)), method)("a", 0, 9)
+        getattr(exact_fields({"a": value}, "here", ("a",)), method)("a", 0, 9)
 
 
 @pytest.mark.parametrize("value", [True, "1", None, 11, -10.5, {}, 10**400])
 def test_numbers_are_strict(value: object) -> None:
     with pytest.raises(ArtifactError, match="expected a number from -10 to 10"):
-        Fields({"a": [1, value]}, "here", ("a",)).numbers("a", 10)
+        exact_fields({"a": [1, value]}, "here", ("a",)).numbers("a", -10, 10)
 
 
 def test_texts_choices_and_objects_are_strict() -> None:
-    fields = Fields({"a": {}, "b": "x", "c": [], "d": "x\n"}, "here", "abcd")
+    fields = exact_fields({"a": {}, "b": "x", "c": [], "d": "x\n"}, "here", "abcd")
     with pytest.raises(ArtifactError, match="here: a is an object, expected a letter"):
         fields.text("a", re.compile("[a-z]"), "a letter")
     with pytest.raises(ArtifactError, match=r"here: d is 'x\\n', expected a letter"):
@@ -112,10 +112,10 @@ def test_texts_choices_and_objects_are_strict() -> None:
 
 def test_right_values_are_returned() -> None:
     value = {"a": 3, "b": None, "c": [1, 2.5], "d": "x", "e": {"f": 1}}
-    fields = Fields(value, "here", "abcde")
+    fields = exact_fields(value, "here", "abcde")
     assert fields.integer("a", 3, 3) == 3
     assert fields.optional_integer("b", 0, 1) is None
-    assert fields.numbers("c", 10) == (1.0, 2.5)
+    assert fields.numbers("c", -10, 10) == (1.0, 2.5)
     assert fields.optional_text("b", re.compile("."), "a letter") is None
     assert fields.choice("d", ("x",)) == "x"
     assert fields.mapping("e") == {"f": 1}

@@ -1,4 +1,4 @@
-"""Fields of requests: each that is known is in one table, and does what the table says."""
+"""BodyFields of requests: each that is known is in one table, and does what the table says."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from edge_memllm.serving.http.fields import Fields
+from edge_memllm.serving.http.fields import BodyFields
 from edge_memllm.serving.http.parameters import PARAMETERS, Endpoint, honoured, not_honoured, same
 from edge_memllm.serving.http.service import Service
 from support import ROOT
@@ -61,13 +61,13 @@ def test_the_table_has_all_that_is_read(
     service: Service, endpoint: Endpoint, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     taken: set[str] = set()
-    value = Fields.value
+    value = BodyFields.value
 
-    def noting(self: Fields, name: str) -> object:
+    def noting(self: BodyFields, name: str) -> object:
         taken.add(self.param(name))
         return value(self, name)
 
-    monkeypatch.setattr(Fields, "value", noting)
+    monkeypatch.setattr(BodyFields, "value", noting)
     READ[endpoint](service)
     assert {name for name in taken if "." not in name} == set(honoured(endpoint))
     assert not set(honoured(endpoint)) & set(not_honoured(endpoint))

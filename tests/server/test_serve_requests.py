@@ -13,7 +13,7 @@ from hypothesis import strategies as st
 from edge_memllm.serving.http.api_error import ApiError
 from edge_memllm.serving.http.chat_call import read_chat
 from edge_memllm.serving.http.completion_call import read_completion
-from edge_memllm.serving.http.fields import Fields, shown
+from edge_memllm.serving.http.fields import BodyFields, shown
 from edge_memllm.serving.http.service import Service
 from support.checkpoints import BOS, VOCABULARY
 from support.server import HELLO, MODEL_ID, chat, complete, reading
@@ -160,7 +160,7 @@ def test_any_object_is_understood_or_refused(
         )
     )
     try:
-        call = read(Fields(base | body), service)
+        call = read(BodyFields(base | body), service)
     except ApiError as error:
         assert error.status in (400, 404)
         assert json.loads(error.response().body) == error.body()

@@ -23,7 +23,7 @@ from edge_memllm.serving.http.api_error import ApiError
 from edge_memllm.serving.http.call import Call
 from edge_memllm.serving.http.chat_call import read_chat
 from edge_memllm.serving.http.completion_call import read_completion
-from edge_memllm.serving.http.fields import Fields
+from edge_memllm.serving.http.fields import BodyFields
 from edge_memllm.serving.http.server import Server, bound_socket
 from edge_memllm.serving.http.service import Service
 from edge_memllm.serving.http.settings import Limits, Settings
@@ -169,11 +169,11 @@ def reading(folder: Path) -> Iterator[Service]:
 
 
 def complete(service: Service, **body: Any) -> Call:
-    return compiled(read_completion(Fields({"prompt": "Hello", **body}), service), service)
+    return compiled(read_completion(BodyFields({"prompt": "Hello", **body}), service), service)
 
 
 def chat(service: Service, **body: Any) -> Call:
-    return compiled(read_chat(Fields({"messages": HELLO, **body}), service), service)
+    return compiled(read_chat(BodyFields({"messages": HELLO, **body}), service), service)
 
 
 def compiled(call: Call, service: Service) -> Call:

@@ -156,7 +156,7 @@ def change_class(number: int, **changes: Any) -> Callable[[dict[str, Any]], None
         (change_of(classes=None), "codec mixed-g32: without classes of tokens"),
         (change_of(classes=[]), "0 classes of tokens, expected 1 to 16"),
         (change_of(classes=7), "table: classes is 7, expected a list"),
-        (change_of(classes=[{}] * 17), "classes is a list of 17, expected null or a list of at m"),
+        (change_of(classes=[{}] * 17), "classes is a list of 17, expected a list of at m"),
         (change_of(classes=[{}]), "table: classes: key 'layers' is missing"),
         (change_of(classes=[1]), "table: classes: found 1, expected an object"),
         (change_class(1, name="rare"), "table: classes: unknown key 'name'"),

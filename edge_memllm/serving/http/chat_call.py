@@ -5,7 +5,7 @@ from __future__ import annotations
 from edge_memllm.errors import RequestError
 from edge_memllm.serving.http.api_error import ApiError, refused
 from edge_memllm.serving.http.call import Call
-from edge_memllm.serving.http.fields import Fields
+from edge_memllm.serving.http.fields import BodyFields
 from edge_memllm.serving.http.generation_fields import take_wishes
 from edge_memllm.serving.http.messages import Message, take_messages
 from edge_memllm.serving.http.parameters import not_honoured
@@ -16,7 +16,7 @@ MOST_TOP = 20
 _UNSUPPORTED = not_honoured("chat")
 
 
-def read_chat(fields: Fields, service: Service) -> Call:
+def read_chat(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
     limits, model = service.settings.limits, service.model
     service.check_model(fields)
@@ -34,18 +34,18 @@ def read_chat(fields: Fields, service: Service) -> Call:
     )
 
 
-def _take_top(fields: Fields) -> int | None:
-    wanted, top = fields.flag("logprobs"), fields.integer("top_logprobs", 0, MOST_TOP)
+def _take_top(fields: BodyFields) -> int | None:
+    wanted, top = fields.flag("logprobs"), fields.optional_integer("top_logprobs", 0, MOST_TOP)
     if top and not wanted:
         where = fields.param("top_logprobs")
         raise refused(where, f"{where} needs logprobs true. Add it, or leave {where} out.")
     return (top or 0) if wanted else None
 
 
-def _take_max_tokens(fields: Fields, most: int) -> int | None:
+def _take_max_tokens(fields: BodyFields, most: int) -> int | None:
     """Take the limit under its new name or its old one."""
     name, old = "max_completion_tokens", "max_tokens"
-    new_value, old_value = fields.integer(name, 1, most), fields.integer(old, 1, most)
+    new_value, old_value = (fields.optional_integer(each, 1, most) for each in (name, old))
     if None not in (new_value, old_value) and new_value != old_value:
         raise refused(name, f"{name} is {new_value} and {old} is {old_value}. Give one of them.")
     return new_value or old_value

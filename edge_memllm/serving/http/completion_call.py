@@ -6,7 +6,7 @@ from functools import partial
 
 from edge_memllm.serving.http.api_error import refused
 from edge_memllm.serving.http.call import Call
-from edge_memllm.serving.http.fields import Fields
+from edge_memllm.serving.http.fields import BodyFields
 from edge_memllm.serving.http.generation_fields import take_wishes
 from edge_memllm.serving.http.parameters import not_honoured
 from edge_memllm.serving.http.prompts import Prompt, encoded, take_prompts
@@ -18,7 +18,7 @@ MOST_TOP = 20
 _UNSUPPORTED = not_honoured("completions")
 
 
-def read_completion(fields: Fields, service: Service) -> Call:
+def read_completion(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
     limits = service.settings.limits
     service.check_model(fields)
@@ -26,7 +26,7 @@ def read_completion(fields: Fields, service: Service) -> Call:
     _check_best_of(fields, wishes.choices)
     prompts = take_prompts(fields, limits.choices // wishes.choices, limits)
     most = service.most_tokens
-    given = fields.integer("max_tokens", 0, most)
+    given = fields.optional_integer("max_tokens", 0, most)
     top = _take_top(fields)
     echo = fields.flag("echo")
     fields.finish(_UNSUPPORTED)
@@ -40,15 +40,15 @@ def read_completion(fields: Fields, service: Service) -> Call:
     )
 
 
-def _take_top(fields: Fields) -> int | None:
+def _take_top(fields: BodyFields) -> int | None:
     """Take how many likeliest tokens to tell; false, which is chat's word, tells nothing."""
     if fields.peek("logprobs") is False:
         fields.value("logprobs")
-    return fields.integer("logprobs", 0, MOST_TOP)
+    return fields.optional_integer("logprobs", 0, MOST_TOP)
 
 
-def _check_best_of(fields: Fields, choices: int) -> None:
-    best_of = fields.integer("best_of", 0, 1 << 31)
+def _check_best_of(fields: BodyFields, choices: int) -> None:
+    best_of = fields.optional_integer("best_of", 0, 1 << 31)
     if best_of is not None and best_of != choices:
         raise refused(
             "best_of",

@@ -28,7 +28,7 @@ from edge_memllm.serving.grammar import MakeConstraint
 from edge_memllm.serving.http.body import Body, parsed, received
 from edge_memllm.serving.http.call import Call
 from edge_memllm.serving.http.events import DONE, WAITING, EventStream, event
-from edge_memllm.serving.http.fields import Fields
+from edge_memllm.serving.http.fields import BodyFields
 from edge_memllm.serving.http.gathering import Addition, Gathering
 from edge_memllm.serving.http.guard import client_of
 from edge_memllm.serving.http.merging import merged
@@ -37,7 +37,7 @@ from edge_memllm.serving.http.service import Service
 from edge_memllm.serving.http.settings import Limits
 
 Found = TypeVar("Found")
-ReadCall = Callable[[Fields, Service], Call]
+ReadCall = Callable[[BodyFields, Service], Call]
 
 
 class Generating:
@@ -82,7 +82,7 @@ class Generating:
         return await self._service.lane(body).run(self._read_body, body)
 
     def _read_body(self, body: Body) -> Call:
-        return self._read(Fields(parsed(body, self._limits)), self._service)
+        return self._read(BodyFields(parsed(body, self._limits)), self._service)
 
     def _submit(
         self, call: Call, client: str, since: float, constraint: MakeConstraint | None

@@ -11,7 +11,7 @@ from edge_memllm.request import check_tokens
 from edge_memllm.sampling import SEED_LIMIT, Sampling
 from edge_memllm.serving.http.api_error import blaming, refused
 from edge_memllm.serving.http.call import Wishes
-from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.fields import BodyFields, checked_text, shown
 from edge_memllm.serving.http.parameters import nothing_of
 from edge_memllm.serving.http.response_format import take_schema
 from edge_memllm.serving.http.settings import Limits
@@ -29,17 +29,17 @@ _LEAST_TOP_P = 1e-9
 _SEED_LOW, _SEED_HIGH = -(1 << 63), SEED_LIMIT - 1
 
 
-def take_wishes(fields: Fields, model: Model, limits: Limits) -> Wishes:
+def take_wishes(fields: BodyFields, model: Model, limits: Limits) -> Wishes:
     """Take the shared fields. Raises `ApiError` for the first that cannot be granted."""
     stream = fields.flag("stream")
-    seed = fields.integer("seed", _SEED_LOW, _SEED_HIGH)
+    seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
     usage, running = _take_usage(fields, stream)
     _take_hints(fields)
     return Wishes(
         sampling=_take_sampling(fields, model.sampling),
         steering=_take_steering(fields, model.manifest.model.vocab_size, limits.biases),
         schema=take_schema(fields, limits.schema_bytes),
-        choices=_or(fields.integer("n", 1, limits.choices), 1),
+        choices=_or(fields.optional_integer("n", 1, limits.choices), 1),
         seed=None if seed is None else seed % SEED_LIMIT,
         stops=_take_stops(fields, limits.stops),
         stop_tokens=_take_stop_tokens(fields, limits.stops, model),
@@ -55,23 +55,23 @@ def take_wishes(fields: Fields, model: Model, limits: Limits) -> Wishes:
     )
 
 
-def _take_sampling(fields: Fields, default: Sampling) -> Sampling:
+def _take_sampling(fields: BodyFields, default: Sampling) -> Sampling:
     """Take how tokens are chosen; what is left out comes from the artifact."""
-    top_p = fields.number("top_p", 0, 1)
-    top_k = fields.integer("top_k", -1, 1 << 31)  # -1 is vLLM's word for all
+    top_p = fields.optional_number("top_p", 0, 1)
+    top_k = fields.optional_integer("top_k", -1, 1 << 31)  # -1 is vLLM's word for all
     given: dict[str, Any] = {
-        "temperature": fields.number("temperature", 0, MOST_TEMPERATURE),
+        "temperature": fields.optional_number("temperature", 0, MOST_TEMPERATURE),
         "top_p": None if top_p is None else max(top_p, _LEAST_TOP_P),
         "top_k": None if top_k is None else max(top_k, 0),
-        "min_p": fields.number("min_p", 0, 1),
-        "repetition_penalty": fields.number("repetition_penalty", 0.01, MOST_REPETITION),
+        "min_p": fields.optional_number("min_p", 0, 1),
+        "repetition_penalty": fields.optional_number("repetition_penalty", 0.01, MOST_REPETITION),
     }
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def _take_steering(fields: Fields, vocab_size: int, most: int) -> Steering:
+def _take_steering(fields: BodyFields, vocab_size: int, most: int) -> Steering:
     frequency, presence = (
-        fields.number(name, -MOST_PENALTY, MOST_PENALTY) or 0.0
+        fields.optional_number(name, -MOST_PENALTY, MOST_PENALTY) or 0.0
         for name in ("frequency_penalty", "presence_penalty")
     )
     biases = fields.pairs("logit_bias", most)
@@ -87,13 +87,13 @@ def _biases(given: Mapping[str, object], where: str, vocab_size: int) -> dict[in
         if not 0 <= token < vocab_size or str(token) != name:
             expected = f"token numbers from 0 to {vocab_size - 1}"
             raise refused(where, f"{where} has the entry {shown(name)}, expected {expected}.")
-    entries = Fields(given, f"{where}.")
+    entries = BodyFields(given, f"{where}.")
     for name in given:
-        found[int(name)] = entries.number(name, -MOST_BIAS, MOST_BIAS) or 0.0
+        found[int(name)] = entries.optional_number(name, -MOST_BIAS, MOST_BIAS) or 0.0
     return found
 
 
-def _take_stops(fields: Fields, most: int) -> tuple[str, ...]:
+def _take_stops(fields: BodyFields, most: int) -> tuple[str, ...]:
     value = fields.value("stop")
     where = fields.param("stop")
     texts = [] if value is None else [value] if isinstance(value, str) else value
@@ -108,8 +108,10 @@ def _take_stops(fields: Fields, most: int) -> tuple[str, ...]:
     return stops
 
 
-def _take_overlays(fields: Fields, loaded: tuple[str, ...], most: int) -> tuple[str, ...] | None:
-    names = fields.items("overlays", most)
+def _take_overlays(
+    fields: BodyFields, loaded: tuple[str, ...], most: int
+) -> tuple[str, ...] | None:
+    names = fields.optional_items("overlays", most)
     if names is None:
         return None
     where = fields.param("overlays")
@@ -123,13 +125,13 @@ def _take_overlays(fields: Fields, loaded: tuple[str, ...], most: int) -> tuple[
     return chosen
 
 
-def _take_stop_tokens(fields: Fields, most: int, model: Model) -> tuple[int, ...]:
-    tokens = fields.items("stop_token_ids", most) or []
+def _take_stop_tokens(fields: BodyFields, most: int, model: Model) -> tuple[int, ...]:
+    tokens = fields.optional_items("stop_token_ids", most) or []
     with blaming(fields.param("stop_token_ids")):
         return tuple(check_tokens(tokens, model.manifest.model.vocab_size))
 
 
-def _take_usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
+def _take_usage(fields: BodyFields, stream: bool) -> tuple[bool, bool]:
     """Take whether a stream tells its usage at its end, and whether with each part as well."""
     options = fields.group("stream_options")
     if options is None:
@@ -145,15 +147,15 @@ def _take_usage(fields: Fields, stream: bool) -> tuple[bool, bool]:
     return usage, running
 
 
-def _take_user(fields: Fields) -> str:
+def _take_user(fields: BodyFields) -> str:
     """Take who asks, under either of OpenAI's names: users of one client take turns."""
-    names = (fields.text(name, MOST_USER) for name in ("user", "safety_identifier"))
+    names = (fields.bounded_text(name, MOST_USER) for name in ("user", "safety_identifier"))
     return "/".join(name for name in names if name)
 
 
-def _take_hints(fields: Fields) -> None:
+def _take_hints(fields: BodyFields) -> None:
     """Take what may be said of a request and changes nothing about its reply."""
-    fields.text("prompt_cache_key", MOST_USER)
+    fields.bounded_text("prompt_cache_key", MOST_USER)
     pairs = fields.pairs("metadata", _MOST_METADATA)
     where = fields.param("metadata")
     for name, value in pairs.items():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from edge_memllm.serving.http.api_error import refused
-from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.fields import BodyFields, checked_text, shown
 from edge_memllm.serving.http.parameters import nothing_of
 from edge_memllm.serving.http.settings import Limits
 
@@ -32,21 +32,21 @@ _PART_UNSUPPORTED = nothing_of(
 Message = dict[str, str]
 
 
-def take_messages(fields: Fields, limits: Limits) -> list[Message]:
+def take_messages(fields: BodyFields, limits: Limits) -> list[Message]:
     """Take the field `messages`, of which there must be one at least."""
     where = fields.param("messages")
-    values = fields.items("messages", MOST_MESSAGES)
+    values = fields.optional_items("messages", MOST_MESSAGES)
     if values is None:
         fields.required("messages")
     if not values:
         raise refused(where, f"{where} is a list of 0, expected a message at least.")
     return [
-        _message(Fields.of(value, f"{where}[{number}]"), limits)
+        _message(BodyFields.of(value, f"{where}[{number}]"), limits)
         for number, value in enumerate(values)
     ]
 
 
-def _message(fields: Fields, limits: Limits) -> Message:
+def _message(fields: BodyFields, limits: Limits) -> Message:
     role, where = fields.required("role"), fields.param("role")
     if role in _OTHER_ROLES:
         message = f"{where} is '{role}': this server does not support tools."
@@ -55,7 +55,7 @@ def _message(fields: Fields, limits: Limits) -> Message:
         expected = ", ".join(ROLES)
         raise refused(where, f"{where} is {shown(role)}, expected one of {expected}.")
     content = fields.value("content")
-    name = fields.text("name", MOST_NAME)
+    name = fields.bounded_text("name", MOST_NAME)
     fields.finish(_UNSUPPORTED)
     text = _text(content, fields.param("content"), limits.body_bytes)
     found = {"role": _ALIASES.get(role, role), "content": text}
@@ -71,11 +71,12 @@ def _text(content: object, where: str, most: int) -> str:
     if not content:
         raise refused(where, f"{where} is a list of 0, expected a part at least.")
     return "".join(
-        _part(Fields.of(each, f"{where}[{number}]"), most) for number, each in enumerate(content)
+        _part(BodyFields.of(each, f"{where}[{number}]"), most)
+        for number, each in enumerate(content)
     )
 
 
-def _part(fields: Fields, most: int) -> str:
+def _part(fields: BodyFields, most: int) -> str:
     kind, where = fields.required("type"), fields.param("type")
     if kind != "text":
         message = f"{where} is {shown(kind)}: this server takes parts of type 'text' only."

@@ -7,7 +7,7 @@ from typing import NamedTuple
 from edge_memllm.long_text import BLOCK, tokens_beyond
 from edge_memllm.request import check_tokens
 from edge_memllm.serving.http.api_error import ApiError, blaming, refused
-from edge_memllm.serving.http.fields import Fields, checked_text, shown
+from edge_memllm.serving.http.fields import BodyFields, checked_text, shown
 from edge_memllm.serving.http.service import Service
 from edge_memllm.serving.http.settings import Limits
 
@@ -22,7 +22,7 @@ class Prompt(NamedTuple):
     where: str
 
 
-def take_prompts(fields: Fields, most: int, limits: Limits) -> list[Prompt]:
+def take_prompts(fields: BodyFields, most: int, limits: Limits) -> list[Prompt]:
     """Take the field `prompt`: at most `most` texts or lists of ids, not looked into yet."""
     value, where = fields.required("prompt"), fields.param("prompt")
     if isinstance(value, str) or (isinstance(value, list) and value and _is_number(value[0])):

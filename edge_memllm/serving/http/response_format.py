@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import NamedTuple
 
 from edge_memllm.serving.http.api_error import refused
-from edge_memllm.serving.http.fields import Fields, shown
+from edge_memllm.serving.http.fields import BodyFields, shown
 
 KINDS = ("text", "json_object", "json_schema")
 _NAME = re.compile(r"[a-zA-Z0-9_-]{1,64}")
@@ -22,14 +22,15 @@ class WantedSchema(NamedTuple):
     where: str  # the field that asks for it
 
 
-def take_schema(fields: Fields, most_bytes: int) -> WantedSchema | None:
+def take_schema(fields: BodyFields, most_bytes: int) -> WantedSchema | None:
     """Take the field; None when the text is free. A schema is always kept to, strict or not."""
     wanted = fields.group("response_format")
     if wanted is None:
         return None
-    kind = wanted.choice("type", KINDS)
-    if kind is None:
-        wanted.required("type")
+    kind, where = wanted.required("type"), wanted.param("type")
+    if kind not in KINDS:
+        expected = " or ".join(f"'{each}'" for each in KINDS)
+        raise refused(where, f"{where} is {shown(kind)}, expected {expected}.")
     schema = wanted.group("json_schema") if kind == "json_schema" else None
     if kind == "json_schema" and schema is None:
         wanted.required("json_schema")
@@ -38,16 +39,16 @@ def take_schema(fields: Fields, most_bytes: int) -> WantedSchema | None:
         return _taken(schema, most_bytes)
     if kind == "text":
         return None
-    return WantedSchema(None, wanted.param("type"))
+    return WantedSchema(None, where)
 
 
-def _taken(fields: Fields, most_bytes: int) -> WantedSchema:
+def _taken(fields: BodyFields, most_bytes: int) -> WantedSchema:
     name = fields.required("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         where = fields.param("name")
         expected = "1 to 64 letters, digits, underscores and dashes"
         raise refused(where, f"{where} is {shown(name)}, expected {expected}.")
-    fields.text("description", _MOST_DESCRIPTION)  # for a reader; no grammar can keep to it
+    fields.bounded_text("description", _MOST_DESCRIPTION)  # for a reader; no grammar can keep to it
     fields.flag("strict")
     schema, where = fields.value("schema"), fields.param("schema")
     fields.finish()

@@ -13,7 +13,7 @@ from edge_memllm.serving.engine import Engine
 from edge_memllm.serving.grammar import Grammars, MakeConstraint
 from edge_memllm.serving.http.api_error import ApiError, blaming, explained, is_storage
 from edge_memllm.serving.http.body import Body
-from edge_memllm.serving.http.fields import Fields, shown
+from edge_memllm.serving.http.fields import BodyFields, shown
 from edge_memllm.serving.http.lanes import Lane
 from edge_memllm.serving.http.metrics import Metrics
 from edge_memllm.serving.http.response_format import WantedSchema
@@ -103,9 +103,9 @@ class Service:
         """Return the time, in seconds since 1970."""
         return int(time.time())
 
-    def check_model(self, fields: Fields) -> None:
+    def check_model(self, fields: BodyFields) -> None:
         """Take the field `model`, which names the one there is or is left out."""
-        name = fields.text("model", MOST_MODEL_ID)
+        name = fields.bounded_text("model", MOST_MODEL_ID)
         if name is not None:
             self.check_model_id(name, fields.param("model"))
 

@@ -11,7 +11,7 @@ from starlette.responses import JSONResponse, Response
 from edge_memllm.request import check_tokens, start_token
 from edge_memllm.serving.http.api_error import blaming
 from edge_memllm.serving.http.body import Body, parsed, received
-from edge_memllm.serving.http.fields import Fields, checked_text
+from edge_memllm.serving.http.fields import BodyFields, checked_text
 from edge_memllm.serving.http.service import Service
 
 Json = dict[str, Any]
@@ -46,15 +46,15 @@ class TextTokens:
             }
         )
 
-    async def _answer(self, request: Request, work: Callable[[Fields], Json]) -> Response:
+    async def _answer(self, request: Request, work: Callable[[BodyFields], Json]) -> Response:
         service = self._service
         async with received(request, service.settings.limits, service.long_bodies) as body:
             return await service.lane(body).run(self._done, body, work)
 
-    def _done(self, body: Body, work: Callable[[Fields], Json]) -> Response:
-        return JSONResponse(work(Fields(parsed(body, self._service.settings.limits))))
+    def _done(self, body: Body, work: Callable[[BodyFields], Json]) -> Response:
+        return JSONResponse(work(BodyFields(parsed(body, self._service.settings.limits))))
 
-    def _tokenize(self, fields: Fields) -> Json:
+    def _tokenize(self, fields: BodyFields) -> Json:
         self._service.check_model(fields)
         most = self._service.settings.limits.text_characters
         text = checked_text(fields.required("prompt"), "prompt", most)
@@ -64,10 +64,10 @@ class TextTokens:
         context = self._service.spec.max_position_embeddings
         return {"count": len(ids), "max_model_len": context, "tokens": ids}
 
-    def _detokenize(self, fields: Fields) -> Json:
+    def _detokenize(self, fields: BodyFields) -> Json:
         self._service.check_model(fields)
         most = self._service.settings.limits.text_tokens
-        given = fields.items("tokens", most)
+        given = fields.optional_items("tokens", most)
         if given is None:
             fields.required("tokens")
         fields.finish()
