@@ -10,7 +10,7 @@ from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from edge_memllm.checked_values import check_integer
+from edge_memllm.checked_values import is_integer
 from edge_memllm.errors import RequestError
 
 Kind = Literal["choices", "contexts", "continuation", "pairs"]
@@ -149,7 +149,10 @@ def _texts(row: Row, key: str) -> tuple[str, ...]:
 
 
 def _index(row: Row, key: str, count: int) -> int:
-    return check_integer(key, row[key], 0, count - 1)
+    value = row[key]
+    if not is_integer(value) or not 0 <= value < count:
+        raise RequestError(f"{key} is {_shown(value)}, expected a number from 0 to {count - 1}.")
+    return value
 
 
 def _shown(value: object) -> str:
