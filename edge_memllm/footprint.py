@@ -17,7 +17,7 @@ from edge_memllm.prefill import PREFILL_CHUNKS
 from edge_memllm.record_places import PLACE_BYTES
 from edge_memllm.records import CHECKSUM_BYTES, EMBEDDING_DTYPES
 
-# Measured with ONNX Runtime 1.31 on a CPU; docs/memory.md has the figures and how to repeat them.
+# Measured with ONNX Runtime 1.31 on a CPU; docs/results/speed.md has the figures.
 # The interpreter with all libraries and an open session, no model:
 BASE_BYTES = 40_000_000
 # Bytes per byte of tokenizer.json (byte-level BPE of 8 k and 60 k tokens):

@@ -60,7 +60,7 @@ def load(
     """Open the artifact in the folder `path` and return a model ready to generate.
 
     `path` may also name a model of the Hugging Face Hub, as `org/name` or
-    `hf://org/name@revision`: its files are downloaded once, see docs/huggingface.md.
+    `hf://org/name@revision`: its files are downloaded once, see docs/embedding.md.
 
     `device` is "cpu", "cuda" or "auto" (CUDA where it really works); `reader` is one of
     `edge_memllm.readers.reader_names()`, of which "auto" takes the one that suits the storage.

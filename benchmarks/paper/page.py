@@ -208,18 +208,24 @@ def _decoding_missing() -> Claim:
 _ELSEWHERE = (
     (
         "How often a cache has the record that text asks for, by size and policy; which storage",
-        "reading.md",
+        "speed.md#how-often-a-cache-has-what-text-asks-for",
     ),
-    ("Time to the first token, speed from storage against memory", "streaming.md"),
-    ("FFN-M once per distinct token of a batch, against plain", "distinct-tokens.md"),
+    (
+        "Time to the first token, speed from storage against memory",
+        "speed.md#streaming-at-the-speed-of-the-hardware",
+    ),
+    (
+        "FFN-M once per distinct token of a batch, against plain",
+        "speed.md#the-memory-once-per-distinct-token",
+    ),
     ("Making a MemoryLLM of a trained dense model", "conversion.md"),
 )
 
 
 def lacking_section(folder: Path) -> Section:
     """Return the section, with links to those pages of docs/results that are there."""
-    rows = [
-        [words, f"[{name}]({name})" if (folder / name).exists() else MISSING]
-        for words, name in _ELSEWHERE
-    ]
+    rows = []
+    for words, place in _ELSEWHERE:
+        page = place.partition("#")[0]
+        rows.append([words, f"[{page}]({place})" if (folder / page).exists() else MISSING])
     return Section("What the paper lacks", table(["", "measured in"], rows))

@@ -32,7 +32,7 @@ stays as it is. Words count with and without a space before them, where that is 
 By tokens (the default), what all layers of a token's memory together add to a word is taken away
 in the last of them. By rows, what each single row adds is. By keys, chosen keys of a row are turned
 off with all they do; that needs a checkpoint, and costs far more elsewhere. With --text, the
-effect is measured: on the words, and on all else, against two controls. docs/suppression.md
+effect is measured: on the words, and on all else, against two controls. docs/explain.md
 defines the figures and says what works."""
 
 _EXAMPLES = """\

@@ -1,6 +1,6 @@
 """Mixed precision: how many bits each layer of each class of tokens gets, for a target in size.
 
-See docs/mixed-precision.md. Functions and dataclasses over a runtime; no command line, no files.
+See docs/quantisation.md. Functions and dataclasses over a runtime; no command line, no files.
 """
 
 from edge_memllm.mixed_precision.planning import MixedPlan, RowSource, plan_allocation

@@ -2,8 +2,8 @@
 
 `pread` is the answer as long as the page cache can hold the table. When it cannot, a few random
 records are read with and without the page cache. Text repeats itself so much that even a page cache
-of a few hundredths of the table has half of what is asked for (docs/reading.md), so going past it
-must be more than twice as fast to pay, unless a record cache of our own has the repetitions.
+of a few hundredths of the table has half of what is asked for (docs/performance.md), so going past
+it must be more than twice as fast to pay, unless a record cache of our own has the repetitions.
 """
 
 from __future__ import annotations

@@ -122,13 +122,13 @@ def export_model(
     `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
     dense model has no memory rows and always gets the codec `none`), None takes int8; instead of
     it, `table_target` has the bits of each layer and class of tokens chosen for a size
-    (docs/mixed-precision.md). `table_search` tries several scales for each group of values. A
+    (docs/quantisation.md). `table_search` tries several scales for each group of values. A
     codec with parameters learns them from all rows, each as often as its token stands in
     `table_text` (None: all once; a target takes a text that comes along). `graph_block` weights of
     an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None takes 128 for matrices of 1,024
     columns or more and 32 below. `graph_method` is "rtn" or "gptq" (calibrated on
     `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights` stores kinds
-    of matrices in another form, {"lm_head": "int8"}: see docs/graph-weights.md. `kv_dtype` of
+    of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md. `kv_dtype` of
     keys and values is the graph's own float or "int8", whose steps are calibrated on
     `calibration_text` too. `device` (cpu or cuda), `compute_dtype` (float32 or bfloat16) and
     `chunk` (tokens at a time) say how the rows are computed. `verify` climbs the parity ladder and

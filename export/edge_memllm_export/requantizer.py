@@ -76,7 +76,7 @@ def requantize(
     """Write the artifact in the folder `artifact` to `out`, its table in another codec.
 
     `table_codec` is a word or id of docs/codecs.md; instead of it, `table_target` has the bits of
-    each layer and class of tokens chosen (docs/mixed-precision.md). `table_search` tries several
+    each layer and class of tokens chosen (docs/quantisation.md). `table_search` tries several
     scales for each group. `table_text` says how often tokens come, to codecs that learn: None
     counts all once, and a target takes a text that comes along. `progress(stage, done, total)` is
     called on the way.

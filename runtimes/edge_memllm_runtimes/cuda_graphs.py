@@ -4,7 +4,7 @@ ONNX Runtime records a step on its third run with the same number (run option gp
 records nothing) and replays it from then on: the same kernels on the same addresses, whatever is
 bound. Between recording and replay the memory a step worked in goes back to the arena. So a
 recording is void as soon as anything else may have got some of that memory for good, and numbers
-are never used twice. Written from the library's documentation and sources; see docs/cuda.md.
+are never used twice. Written from the library's documentation and sources; see docs/performance.md.
 """
 
 from __future__ import annotations

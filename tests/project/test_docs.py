@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 import runpy
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -20,6 +19,7 @@ PAGES = sorted(
     for folder in (
         ".",
         "docs",
+        "docs/results",
         "examples",
         "examples/tiny-english",
         "examples/overlays",
@@ -29,7 +29,6 @@ PAGES = sorted(
     for path in (ROOT / folder).glob("*.md")
 )
 README = (ROOT / "README.md").read_text("utf-8")
-MAP = (ROOT / "docs" / "map.md").read_text("utf-8")
 
 _LINK = re.compile(r"\]\(([^)\s]+)\)")
 
@@ -103,36 +102,6 @@ def test_links_to_headings_lead_to_headings() -> None:
                 assert anchor in {
                     re.sub(r"[^\w -]", "", t.lower()).replace(" ", "-") for t in titles
                 }
-
-
-def map_rows() -> Iterator[tuple[Path, list[str]]]:
-    """(folder, names in backticks) of every row of the map; a table's head names the folder."""
-    folder, in_table = ROOT, False
-    for line in MAP.splitlines():
-        names = re.findall(r"`([^`]+)`", line.split("|")[1]) if line.startswith("|") else []
-        if line.startswith("|") and not in_table:
-            folder = ROOT / names[0]
-        elif names:
-            yield folder, re.findall(r"`([\w/]+(?:\.py|/))`", line)
-        in_table = line.startswith("|")
-
-
-def test_the_map_names_files_that_exist() -> None:
-    for folder, names in map_rows():
-        assert folder.is_dir()
-        for name in names:
-            found = (folder / name).exists() or any(folder.glob(f"*/{name}"))
-            assert found, f"{folder.name}: {name}"
-
-
-def test_every_module_is_on_the_map() -> None:
-    rows = list(map_rows())
-    for folder in {folder for folder, _ in rows}:
-        on_map = {name for each, names in rows if each == folder for name in names}
-        for path in folder.rglob("*.py"):
-            inside = path.relative_to(folder)
-            covered = path.name in on_map or f"{inside.parts[0]}/" in on_map
-            assert covered or path.name == "__init__.py", f"{folder.name}/{inside}"
 
 
 def test_the_python_of_the_readme_runs(

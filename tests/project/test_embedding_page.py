@@ -23,7 +23,7 @@ def test_the_python_of_the_page_runs(
 ) -> None:
     (tmp_path / "artifact").symlink_to(make_artifact())
     monkeypatch.chdir(tmp_path)
-    (block,) = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
+    block, *_ = re.findall(r"^```python\n(.*?)^```", PAGE, re.MULTILINE | re.DOTALL)
     exec(compile(block, "embedding.md", "exec"), {})
     assert re.match(r"files: 0 of [\d,]+\n", capsys.readouterr().out)
 

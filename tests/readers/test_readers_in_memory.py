@@ -78,7 +78,7 @@ def test_mmap_without_advice(path: Path, monkeypatch: pytest.MonkeyPatch) -> Non
 
 @pytest.mark.skipif(sys.platform != "linux", reason="the signal is Linux'")
 def test_mmap_cannot_survive_a_cut_that_it_did_not_notice(path: Path) -> None:
-    """What docs/reading.md warns of; should it ever pass, the warning can go."""
+    """What docs/performance.md warns of; should it ever pass, the warning can go."""
     code = (
         "import os, sys\n"
         "from edge_memllm.readers import Region, open_reader\n"

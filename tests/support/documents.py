@@ -53,7 +53,6 @@ NOT_RUN = {
     "python examples/chat.py": "asks for lines; test_examples.py writes some",
     "python examples/client.py": "asks a running server; test_examples.py does",
     "python examples/desktop/app.py": "opens a window; test_desktop.py does too",
-    "python benchmarks/": "measures for minutes; the benchmarks have tests of their own",
     "python -m edge_memllm.evaluation.harness": "test_harness.py runs it, on small tasks",
     "edge-memllm demo": "exports the shipped model for a minute; test_cli_commands.py runs it",
     "edge-memllm run org/name": "a model of the Hub; test_hub.py runs a pretended one",
