@@ -18,9 +18,9 @@ from time import process_time
 import numpy as np
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
-from edge_memllm.perplexity import measure_perplexity
-from edge_memllm.table import Table
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.evaluation.perplexity import measure_perplexity
+from edge_memllm.table.table import Table
 from edge_memllm_export import export_model
 
 SEARCH = "+search"

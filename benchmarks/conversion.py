@@ -81,10 +81,9 @@ def held_out(arguments: argparse.Namespace) -> Any:
     """Windows [W, T] spread evenly over the texts, in the dense model's tokens."""
     import torch
 
-    from edge_memllm.atomic import WholeFile
-    from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
+    from edge_memllm.artifact.atomic import WholeFile
+    from edge_memllm.modeling.data import TokenWindows, documents, read_tokenizer, write_tokens
     from edge_memllm.modeling.recipe import DataRecipe
-    from edge_memllm.modeling.tokenizer_training import read_tokenizer
 
     config = json.loads((arguments.dense / "config.json").read_text("utf-8"))
     tokenizer = read_tokenizer(arguments.dense / "tokenizer.json")
@@ -105,7 +104,7 @@ def loss(checkpoint: Path, windows: Any) -> float:
     import torch
 
     from edge_memllm.modeling import MemoryLLMForCausalLM
-    from edge_memllm.modeling.loss import next_token_loss
+    from edge_memllm.modeling.trainer import next_token_loss
 
     model = MemoryLLMForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
     with torch.no_grad():

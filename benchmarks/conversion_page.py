@@ -7,7 +7,7 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
-from edge_memllm.drawing import at_right, dot, frame, path, picture, spanning, text
+from edge_memllm.svg import at_right, dot, frame, path, picture, spanning, text
 
 Results = Mapping[str, Any]
 

@@ -23,7 +23,7 @@ from time import perf_counter, sleep
 
 import numpy as np
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.statistics import parse_proc_status
 
 _BLOCK = 16 << 20

@@ -25,9 +25,9 @@ import numpy as np
 
 import edge_memllm
 from edge_memllm import Sampling
-from edge_memllm.benchmark.environment import environment
-from edge_memllm.benchmark.spread import ratio_of_medians
-from edge_memllm.serving import Engine, Request
+from edge_memllm.benchmark.machine import environment
+from edge_memllm.benchmark.report import ratio_of_medians
+from edge_memllm.engine import Engine, Request
 
 COLUMNS = (
     *("clients", "tokens/s", "to one client", "first token, ms", "gap, ms", "95 %", "worst"),

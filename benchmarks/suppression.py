@@ -21,16 +21,20 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.cli.text import table
-from edge_memllm.interpretation.subject import Subject, open_subject
-from edge_memllm.interpretation.suppression import Suppression, suppress_words
-from edge_memllm.interpretation.suppression_controls import other_directions, other_rows
+from edge_memllm.cli.output import table
+from edge_memllm.evaluation.perplexity import text_tokens
+from edge_memllm.interpretation.explaining import Subject, open_subject
+from edge_memllm.interpretation.head import WordDirections, vocabulary_spread
+from edge_memllm.interpretation.suppression import (
+    Suppression,
+    other_directions,
+    other_rows,
+    suppress_words,
+)
 from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression
-from edge_memllm.interpretation.word_directions import WordDirections, vocabulary_spread
-from edge_memllm.interpretation.word_tokens import word_tokens
+from edge_memllm.interpretation.tokens import word_tokens
 from edge_memllm.overlays import OverlaySpec, overlay_of
-from edge_memllm.overlays.overlaid_table import OverlaidTable
-from edge_memllm.perplexity import text_tokens
+from edge_memllm.overlays.table import OverlaidTable
 
 _CONTEXT, _STRIDE = 256, 128
 

@@ -7,14 +7,14 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from edge_memllm.serving.http.parameters import BOTH, CHAT, COMPLETIONS, PARAMETERS, Parameter
+from edge_memllm.server.parameters import BOTH, CHAT, COMPLETIONS, PARAMETERS, Parameter
 
 PAGE = Path(__file__).with_name("fields.md")
 
 _INTRODUCTION = """\
 # Fields of a request
 
-Generated from `edge_memllm/serving/http/parameters.py` by `make docs`; edit the table, not this
+Generated from `edge_memllm/server/parameters.py` by `make docs`; edit the table, not this
 page. [serving.md](serving.md) has the rest.
 
 A field that is not here is refused with 400 and its name; null counts as left out."""

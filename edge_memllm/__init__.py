@@ -10,9 +10,9 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
-    from edge_memllm.cancellation import Cancellation
     from edge_memllm.errors import (
         ArtifactError,
+        Cancellation,
         CorruptionError,
         EdgeMemLLMError,
         GenerationCancelledError,
@@ -48,7 +48,7 @@ __all__ = [
 
 _HOMES = {
     "ArtifactError": "errors",
-    "Cancellation": "cancellation",
+    "Cancellation": "errors",
     "CorruptionError": "errors",
     "EdgeMemLLMError": "errors",
     "GenerationCancelledError": "errors",

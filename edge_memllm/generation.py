@@ -5,21 +5,95 @@ The new token is the only loop: ids -> records -> logits -> token. Knows nothing
 
 from __future__ import annotations
 
-from collections.abc import Generator, Sequence
-from dataclasses import dataclass, field
+import asyncio
+from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
+from dataclasses import dataclass, field, replace
 from time import perf_counter
 from typing import Literal
 
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.feeding import Feeder
-from edge_memllm.prefill import PREFILL_CHUNKS
-from edge_memllm.record_source import RecordSource
+from edge_memllm.errors import Cancellation
+from edge_memllm.feeding import PREFILL_CHUNKS, Feeder
 from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.sampling import Sampler
-from edge_memllm.speculation import PromptLookup
-from edge_memllm.statistics import StepCosts
+from edge_memllm.statistics import GenerationStatistics, Meter, StepCosts
+from edge_memllm.table.source import RecordSource
+from edge_memllm.text.tokenization import Detokenizer, StopMatcher, Tokenizer
+
+# Lengths of the endings that are looked up, longest first. Shorter ones recur in any text and are
+# mostly followed by something else: with them, drafts cost more than they saved.
+ENDINGS = (4, 3)
+FIRST_DRAFTS = 4
+# Rounds in a row without a right draft before a rest, and how long the first and longest are.
+MISSES_BEFORE_REST = 2
+FIRST_REST = 4
+LONGEST_REST = 64
 
 FinishReason = Literal["stop", "length"]
+
+
+class PromptLookup:
+    """Drafts for one text. `most` is the most draft tokens of a round."""
+
+    def __init__(self, most: int) -> None:
+        self._most = most
+        self._text: list[int] = []
+        self._followed: dict[tuple[int, ...], int] = {}  # n-gram: place behind its last occurrence
+        self._drafts = min(FIRST_DRAFTS, most)
+        self._misses = 0
+        self._rest = FIRST_REST
+        self._resting = 0
+
+    def extend(self, tokens: Iterable[int]) -> None:
+        """Append tokens to the text."""
+        text, followed = self._text, self._followed
+        for token in tokens:
+            # Entered only now that something follows it: the ending itself is never its own match.
+            for length in ENDINGS:
+                if length <= len(text):
+                    followed[tuple(text[-length:])] = len(text)
+            text.append(token)
+
+    def propose(self, limit: int) -> list[int]:
+        """Return at most `limit` tokens that may come next; none where the text is new."""
+        if self._resting:
+            self._resting -= 1
+            return []
+        place = self._match()
+        if place is None:
+            return []
+        text = self._text
+        drafts: list[int] = []
+        period = len(text) - place
+        for step in range(min(self._drafts, limit)):
+            # Behind the end of the text the drafts themselves go on, as in a repeated pattern.
+            drafts.append(text[place + step] if step < period else drafts[step - period])
+        return drafts
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Take how many of the proposed drafts were right."""
+        if not proposed:
+            return
+        if accepted:
+            self._misses, self._rest = 0, FIRST_REST
+            longer = 2 * self._drafts if accepted == proposed else accepted
+            self._drafts = min(max(longer, 1), self._most)
+            return
+        self._drafts = 1
+        self._misses += 1
+        if self._misses >= MISSES_BEFORE_REST:
+            self._resting = self._rest
+            self._rest = min(2 * self._rest, LONGEST_REST)
+
+    def _match(self) -> int | None:
+        """Return the place behind the last earlier occurrence of the longest ending."""
+        text = self._text
+        for length in ENDINGS:
+            place = self._followed.get(tuple(text[-length:])) if length <= len(text) else None
+            if place is not None:
+                return place
+        return None
 
 
 @dataclass(slots=True)
@@ -164,3 +238,113 @@ def _park_finished(feeder: Feeder, sequences: Sequence[TokenSequence]) -> None:
     for number, sequence in enumerate(sequences):
         if sequence.finish_reason:
             feeder.cache.truncate(number, 0)
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """What one new token added to the text; `text` may be empty while it is held back.
+
+    `finish_reason` is None until the last piece: "stop" after an end-of-text token or a stop
+    string (which is not shown), "length" at max_new_tokens or at the end of the context.
+    """
+
+    text: str
+    token: int
+    finish_reason: FinishReason | None = None
+    statistics: GenerationStatistics | None = None
+
+
+class TextAssembly:
+    """The text of one sequence, as far as it is certain."""
+
+    def __init__(self, tokenizer: Tokenizer, sequence: TokenSequence, stops: Sequence[str]) -> None:
+        self._sequence = sequence
+        self._detokenizer = Detokenizer(tokenizer)
+        self._matcher = StopMatcher(stops)
+
+    def advance(self) -> Piece:
+        """Return the piece for the token the sequence has just got; may stop the sequence."""
+        sequence = self._sequence
+        token = sequence.tokens[-1]
+        text = ""
+        if token not in sequence.eos_token_ids:
+            text = self._matcher.push(self._detokenizer.push(token))
+        if sequence.finish_reason is not None:
+            text += self._matcher.push(self._detokenizer.flush())
+            text += self._matcher.flush()
+        if self._matcher.stopped:
+            sequence.stop()
+        return Piece(text, token, sequence.finish_reason)
+
+
+def stream_pieces(
+    runtime: Runtime,
+    table: RecordSource,
+    tokenizer: Tokenizer,
+    sequences: Sequence[TokenSequence],
+    *,
+    stops: Sequence[str],
+    seed: int,
+    prefill_chunk: int,
+    speculate: int = 0,
+    overlays: tuple[str, ...] = (),
+    cancellation: Cancellation | None = None,
+) -> Generator[tuple[int, Piece], None, None]:
+    """Yield (number of the sequence, piece) for every new token of a batch.
+
+    The very last piece carries the statistics of the whole batch; `seed`, and which `overlays` are
+    over the table, are only reported there. The rest is as in `generate_tokens`.
+    """
+    meter = Meter(runtime, table, seed, overlays)
+    tokens = generate_tokens(
+        runtime,
+        table,
+        sequences,
+        prefill_chunk=prefill_chunk,
+        speculate=speculate,
+        costs=meter.costs,
+        cancellation=cancellation,
+    )
+    return assembled(tokens, sequences, tokenizer, stops, meter)
+
+
+def assembled(
+    tokens: Generator[int, None, None],
+    sequences: Sequence[TokenSequence],
+    tokenizer: Tokenizer,
+    stops: Sequence[str],
+    meter: Meter,
+) -> Generator[tuple[int, Piece], None, None]:
+    """Yield the pieces that tokens make; `tokens` yields whose turn it is, and is closed.
+
+    The very last piece carries the statistics of `meter`.
+    """
+    assemblies = [TextAssembly(tokenizer, sequence, stops) for sequence in sequences]
+    with closing(tokens):
+        for number in tokens:
+            piece = assemblies[number].advance()
+            meter.note_token()
+            if all(sequence.finish_reason for sequence in sequences):
+                piece = replace(piece, statistics=meter.statistics())
+            yield number, piece
+
+
+async def in_thread(
+    pieces: Generator[Piece, None, None], cancellation: Cancellation
+) -> AsyncGenerator[Piece, None]:
+    """Yield `pieces`, which look at `cancellation`, without holding up the event loop.
+
+    The next piece is computed when it is asked for, so a slow reader is never run over. When the
+    task is cancelled, or the iterator closed, the computing ends within one token, and is waited
+    for: afterwards nothing of it is in use.
+    """
+    loop = asyncio.get_running_loop()
+    worker = ThreadPoolExecutor(1, thread_name_prefix="edge-memllm-stream")
+    try:
+        while (piece := await loop.run_in_executor(worker, next, pieces, None)) is not None:
+            yield piece
+    finally:
+        cancellation.cancel()
+        closed = worker.submit(pieces.close)
+        worker.shutdown(wait=False)
+        await asyncio.shield(asyncio.wrap_future(closed))

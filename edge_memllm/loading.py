@@ -14,22 +14,20 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_memllm.artifact import Artifact, Progress
+from edge_memllm.artifact.folder import Artifact, Progress
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.errors import RequestError
-from edge_memllm.footprint import Choices
-from edge_memllm.heap import give_back
+from edge_memllm.feeding import PREFILL_CHUNKS
 from edge_memllm.hub import artifact_folder
-from edge_memllm.memory_plan import MemoryPlan, plan_memory
+from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
 from edge_memllm.model import Model
 from edge_memllm.overlays import Overlay, open_overlay
-from edge_memllm.overlays.overlaid_table import CACHE_BYTES
-from edge_memllm.prefill import PREFILL_CHUNKS
+from edge_memllm.overlays.table import CACHE_BYTES
 from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
-from edge_memllm.statistics import process_memory
-from edge_memllm.table import Table
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.statistics import give_back, process_memory
+from edge_memllm.table.table import Table
+from edge_memllm.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from edge_memllm_runtimes.options import RuntimeOptions

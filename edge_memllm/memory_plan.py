@@ -6,27 +6,197 @@ allocates nothing.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
+from edge_memllm.artifact.layout import CHECKSUM_BYTES, EMBEDDING_DTYPES, PLACE_BYTES
+from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.errors import RequestError
-from edge_memllm.footprint import (
-    BASE_BYTES,
-    Choices,
-    Item,
-    cuda_items,
-    memory_items,
-    position_bytes,
-    score_bytes,
-    total,
-)
-from edge_memllm.manifest import Manifest
+from edge_memllm.feeding import PREFILL_CHUNKS
+
+# Measured with ONNX Runtime 1.31 on a CPU; docs/results/speed.md has the figures.
+# The interpreter with all libraries and an open session, no model:
+BASE_BYTES = 40_000_000
+# Bytes per byte of tokenizer.json (byte-level BPE of 8 k and 60 k tokens):
+_TOKENIZER_FACTOR = 14
+# Bytes per byte of graph, by how its weights are stored and where they are read from. Low-bit
+# matrices are repacked, so the packed copy stays; reading them from the graph file itself leaves
+# a rest behind. Float16 ones become float32 where the processor computes in that, float32 ones
+# stay as they are read.
+_GRAPH_FACTORS = {
+    "inside": {"int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
+    "beside": {"int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
+    "packed": {"int4": 0.3, "int8": 0.3},
+}
+_GRAPH_WORDS = {
+    "inside": "graph: {} weights repacked",
+    "beside": "graph: {} weights repacked",
+    "packed": "graph: {} weights mapped from the packed cache, what is left of them",
+}
+# What a step works on besides the rows of all layers, in values per token and unit of width:
+# activations of one layer and what the library's arena keeps of them.
+_WORK_FACTOR = 60
+# What attention works on, in bytes per head, token of a step and position before it: a float32
+# score, twice, for the arena that holds them grows by powers of two.
+_SCORE_BYTES = 8
+_STAGING_BUFFERS = 2  # the next chunk is read while this one is computed
+# On CUDA, not measured: libraries for matrix products, and what they work in.
+_CUDA_LIBRARY_BYTES = 64_000_000
 
 # Tensors made from Python lie in an arena that grows by powers of two, whatever the session asks.
 _CUDA_ROUNDING = 2
 _CUDA_ADVICE = "Raise the limit, lower prefill_chunk, or use the CPU."
 _ADVICE = "Raise the limit, lower prefill_chunk, or keep repacked weights in a packed_cache."
+
+
+@dataclass(frozen=True, slots=True)
+class Item:
+    """One line of the arithmetic."""
+
+    what: str
+    bytes: int
+    at_load: bool = True  # there right after loading, or only when a text is worked on
+
+
+@dataclass(frozen=True, slots=True)
+class Choices:
+    """What is chosen when loading, as far as memory depends on it."""
+
+    prefill_chunk: int = PREFILL_CHUNKS["cpu"]
+    record_cache: int = 0
+    reader: str = "pread"
+    packed: bool = False
+    overlay_cache: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Footprint:
+    """Bytes, for one sequence of ``tokens`` tokens."""
+
+    tokens: int
+    disk_bytes: int
+    graph_bytes: int
+    table_bytes: int
+    record_bytes: int
+    kv_bytes: int
+    resident_bytes: int  # table read from storage
+    resident_bytes_with_table: int  # table in memory (--reader ram)
+
+
+def footprint(manifest: Manifest, tokens: int, choices: Choices | None = None) -> Footprint:
+    """Estimate for one sequence of ``tokens`` tokens, at most the model's context, on a CPU."""
+    from edge_memllm_runtimes.kv_cache import grown_capacity
+
+    capacity = grown_capacity(tokens, manifest.model.max_position_embeddings)
+    kv_bytes = capacity * position_bytes(manifest)
+    chosen = choices or Choices()
+    scores = capacity * score_bytes(manifest, chosen.prefill_chunk)
+    resident = total(memory_items(manifest, chosen)) + kv_bytes + scores
+    return Footprint(
+        tokens=tokens,
+        disk_bytes=sum(spec.bytes for spec in manifest.files.values()),
+        graph_bytes=graph_file_bytes(manifest),
+        table_bytes=manifest.files[manifest.table.file].bytes,
+        record_bytes=manifest.table.record_bytes,
+        kv_bytes=kv_bytes,
+        resident_bytes=resident,
+        resident_bytes_with_table=resident + _records_bytes(manifest),
+    )
+
+
+def memory_items(
+    manifest: Manifest, choices: Choices, base_bytes: int = BASE_BYTES, *, graph: bool = True
+) -> list[Item]:
+    """Everything a loaded model holds in memory but keys and values, line by line.
+
+    `base_bytes` is what the process has without a model. Without `graph`, that and what it works
+    on lie elsewhere, on a device.
+    """
+    tokenizer = manifest.files.get("tokenizer.json")
+    vocabulary = manifest.model.vocab_size
+    places = 0 if manifest.table.classes is None else vocabulary * PLACE_BYTES
+    records = min(choices.prefill_chunk, vocabulary)
+    staging = _STAGING_BUFFERS * records * manifest.layout.buffer_bytes
+    work = choices.prefill_chunk * _work_bytes(manifest)
+    items = [
+        Item("interpreter and libraries", base_bytes),
+        *([_graph_item(manifest, packed=choices.packed)] if graph else []),
+        Item("tokenizer", tokenizer.bytes * _TOKENIZER_FACTOR if tokenizer else 0),
+        Item("checksums of the table's records", vocabulary * CHECKSUM_BYTES),
+        Item("places of the table's records", places),
+        Item("parameters of the table's codec, widened", 2 * manifest.layout.parameters_bytes),
+        Item("table in memory", _records_bytes(manifest) if choices.reader == "ram" else 0),
+        Item("record cache", choices.record_cache, at_load=False),
+        Item("rows changed by overlays", choices.overlay_cache, at_load=False),
+        Item(f"records of {_STAGING_BUFFERS} x {records} tokens of a prompt", staging, False),
+        Item(f"work on {choices.prefill_chunk} tokens of a prompt", work if graph else 0, False),
+    ]
+    return [item for item in items if item.bytes]
+
+
+def cuda_items(manifest: Manifest, prefill_chunk: int) -> list[Item]:
+    """What a model holds on a CUDA device but keys and values. Nothing of it is measured."""
+    model = manifest.model
+    several = model.vocab_size * model.hidden_size * 2 if manifest.graph.weights != "fp16" else 0
+    items = [
+        Item(f"graph: {manifest.graph.weights} weights", graph_file_bytes(manifest)),
+        Item("the largest matrix in float16, when several tokens go through it", several),
+        Item(f"work on {prefill_chunk} tokens of a prompt", prefill_chunk * _work_bytes(manifest)),
+        Item("libraries", _CUDA_LIBRARY_BYTES),
+    ]
+    return [item for item in items if item.bytes]
+
+
+def total(items: Iterable[Item]) -> int:
+    """Sum of all lines."""
+    return sum(item.bytes for item in items)
+
+
+def position_bytes(manifest: Manifest) -> int:
+    """Bytes of keys and values of one position of one sequence."""
+    model = manifest.model
+    values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
+    return values * np.dtype(manifest.graph.kv_dtype).itemsize
+
+
+def score_bytes(manifest: Manifest, prefill_chunk: int) -> int:
+    """Bytes that attention works on per position, one sequence at a time, in a step of a chunk."""
+    return manifest.model.num_attention_heads * prefill_chunk * _SCORE_BYTES
+
+
+def graph_file_bytes(manifest: Manifest) -> int:
+    """Bytes of the graph with its external data."""
+    names = (manifest.graph.file, manifest.graph.external_data)
+    return sum(manifest.files[name].bytes for name in names if name is not None)
+
+
+def _graph_item(manifest: Manifest, *, packed: bool) -> Item:
+    graph = manifest.graph
+    form = "packed" if packed else "inside" if graph.external_data is None else "beside"
+    # A form that has no packed weights refuses the packed cache later, in words of its own.
+    factor = _GRAPH_FACTORS[form].get(graph.weights, max(_GRAPH_FACTORS[form].values()))
+    words = _GRAPH_WORDS[form].format(graph.weights)
+    if graph.weights in ("fp16", "fp32"):
+        words = f"graph: {graph.weights} weights"
+    return Item(words, round(graph_file_bytes(manifest) * factor))
+
+
+def _work_bytes(manifest: Manifest) -> int:
+    """Bytes that a step works on, for each of its tokens: every layer's memory, and the rest."""
+    model = manifest.model
+    memories = model.num_hidden_layers if model.memory_layers else 0
+    return (memories + _WORK_FACTOR) * model.hidden_size * _value_bytes(manifest)
+
+
+def _records_bytes(manifest: Manifest) -> int:
+    return manifest.layout.records_bytes(manifest.model.vocab_size)
+
+
+def _value_bytes(manifest: Manifest) -> int:
+    return EMBEDDING_DTYPES[manifest.graph.compute_dtype].itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,29 +7,24 @@ keys and values, and after `close` the last one under way frees the model.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Generator, Iterable, Sequence
-from contextlib import AbstractContextManager, closing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from types import TracebackType
 from typing import Any, Self, Unpack, overload
 from weakref import WeakSet
 
-from edge_memllm.artifact import Artifact
-from edge_memllm.async_stream import in_thread
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.description import describe
-from edge_memllm.errors import RequestError
-from edge_memllm.generation import TokenSequence
-from edge_memllm.generation_config import artifact_sampling
-from edge_memllm.generation_options import CancellablePromptOptions, PromptOptions
-from edge_memllm.heap import give_back
-from edge_memllm.lifetime import Lifetime
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.errors import ArtifactError, Cancellation, RequestError
+from edge_memllm.feeding import PREFILL_CHUNKS
+from edge_memllm.generation import Piece, TokenSequence, in_thread, stream_pieces
 from edge_memllm.memory_plan import MemoryPlan
 from edge_memllm.overlays import Overlay, open_overlay
-from edge_memllm.overlays.shelf import OverlayShelf, Selection
-from edge_memllm.prefill import PREFILL_CHUNKS
-from edge_memllm.record_source import RecordSource
+from edge_memllm.overlays.loaded import OverlayShelf, Selection
+from edge_memllm.process.forking import ProcessLock
 from edge_memllm.request import (
+    CancellablePromptOptions,
     Prompt,
+    PromptOptions,
     check_speculate,
     check_tokens,
     ending_tokens,
@@ -39,13 +34,88 @@ from edge_memllm.request import (
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import Sampler, Sampling, check_seed, draw_seed, random_draws
 from edge_memllm.session import Session
-from edge_memllm.session_state import SessionState
-from edge_memllm.stopping import check_stops
-from edge_memllm.streaming import Piece, stream_pieces
-from edge_memllm.table import Table
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.session_file import SessionState
+from edge_memllm.statistics import give_back
+from edge_memllm.table.source import RecordSource
+from edge_memllm.table.table import Table
+from edge_memllm.text.tokenization import Tokenizer, check_stops, read_json
 
 __all__ = ["Model", "Piece"]
+
+
+def describe(model: Model, memory: MemoryPlan | None) -> dict[str, Any]:
+    """Return what `Model.describe` does; `memory` is what was planned when it was loaded."""
+    spec, graph, table = model.manifest.model, model.manifest.graph, model.table
+    return {
+        "identity": spec.identity,
+        "beta": spec.beta,
+        "layers": spec.num_hidden_layers,
+        "width": spec.hidden_size,
+        "vocabulary": spec.vocab_size,
+        "context": spec.max_position_embeddings,
+        "codec": model.manifest.table.codec,
+        "record_bytes": table.layout.record_bytes,
+        "graph_weights": graph.weights,
+        "compute_dtype": graph.compute_dtype,
+        "runtime": model.runtime.name,
+        "device": model.device,
+        "reader": model.reader,
+        "reader_reason": table.reader_reason,
+        "overlays": list(model.overlays),
+        "prefill_chunk": model.prefill_chunk,
+        "memory": None if memory is None else memory.as_dict(),
+    }
+
+
+class Lifetime:
+    """Counts users; calls `release` once, after `end` and after the last user. Thread-safe."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._lock = ProcessLock()
+        self._users = 0
+        self._ended = False
+        self._process = os.getpid()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Be a user for a while. Raises `RequestError` after `end`."""
+        with self._lock:
+            self._leave_parent()
+            if self._ended:
+                raise RequestError("The model is closed. Load it again.")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._ended and self._users <= 0
+            if last:
+                self._release()
+
+    def end(self) -> None:
+        """Take no further users; ending twice is fine."""
+        with self._lock:
+            self._leave_parent()
+            last = not self._ended and self._users == 0
+            self._ended = True
+        if last:
+            self._release()
+
+    def _leave_parent(self) -> None:
+        """In a forked child: forget those who use it in threads of the parent."""
+        if self._process != os.getpid():
+            self._process, self._users = os.getpid(), 0
+
+
+def artifact_sampling(artifact: Artifact) -> Sampling:
+    """Return what `generation_config.json` states, or greedy; raises `ArtifactError`."""
+    try:
+        return Sampling.from_generation_config(read_json(artifact, "generation_config.json"))
+    except RequestError as error:
+        where = artifact.path / "generation_config.json"
+        raise ArtifactError(f"{where}: {error} Correct it and export again.") from error
 
 
 class Model:

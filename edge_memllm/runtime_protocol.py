@@ -12,7 +12,7 @@ from typing import Any, Protocol, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.records import RecordBuffer
+from edge_memllm.artifact.layout import RecordBuffer
 
 StepLogits: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
 # What one sequence holds, by name; and of which dtype and shape that is.

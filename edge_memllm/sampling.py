@@ -8,17 +8,25 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass, field
+from types import MappingProxyType
+from typing import Any, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.checked_values import is_integer, is_number, wrong_value
+from edge_memllm.checked_values import check_number, is_integer, is_number, wrong_value
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.half_floats import place_of_largest, widen
-from edge_memllm.steering import Constraint, Steering, allowed_ids
+
+MOST_PENALTY = 2.0
+MOST_BIAS = 100.0
+_NO_BIAS: Mapping[int, float] = MappingProxyType({})
+
+_INFINITE = 0x7C00  # the bits of +inf; NaN lies above, in both signs
+_SIGN = 0x8000
+_KEPT = np.int32(-0x70002000)  # of the shifted bits: sign, exponent and fraction
+_EXPONENTS_APART = np.float32(2.0**112)
 
 Logits = NDArray[np.float32]
 Ids = NDArray[np.intp]
@@ -28,6 +36,112 @@ SEED_LIMIT = 1 << 64
 _NUCLEUS_GUESS = 1024
 # A draw adds up blocks first and then one block's entries: the running sum of all is slow.
 _BLOCK = 512
+
+
+class Constraint(Protocol):
+    """What may come next in one text, for example by a grammar. Belongs to one text only."""
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Return which tokens [V] may come next, None for all; the end of the text is one too."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen, which was an allowed one."""
+
+
+@dataclass(frozen=True, slots=True)
+class Steering:
+    """Wishes about tokens, as servers of language models take them. The defaults are off.
+
+    Both penalties look at the tokens chosen so far, not at the prompt: `frequency_penalty` is
+    subtracted from a token's logit for each time, `presence_penalty` once. `logit_bias` is added
+    to the logits of tokens: -100 all but forbids one, 100 all but forces it.
+
+    Raises `RequestError` for values out of range.
+    """
+
+    frequency_penalty: float = 0.0  # -2 to 2
+    presence_penalty: float = 0.0  # -2 to 2
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)  # -100 to 100 each
+
+    def __post_init__(self) -> None:
+        for name in ("frequency_penalty", "presence_penalty"):
+            check_number(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY)
+        for token, bias in self.logit_bias.items():
+            check_number(f"logit_bias of token {token!r:.40}", bias, -MOST_BIAS, MOST_BIAS)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is wished for."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
+
+    def applied(
+        self, logits: NDArray[np.float32], counts: Mapping[int, int]
+    ) -> NDArray[np.float32]:
+        """Return a copy of logits [V] with the wishes; `counts` says how often tokens came."""
+        steered = logits.copy()
+        if counts and (self.frequency_penalty or self.presence_penalty):
+            ids, times = _arrays(counts)
+            steered[ids] -= self.frequency_penalty * times + self.presence_penalty
+        if self.logit_bias:
+            ids, biases = _arrays(self.logit_bias)
+            steered[ids] += biases
+        return steered
+
+
+def allowed_ids(constraint: Constraint, vocab_size: int) -> NDArray[np.intp] | None:
+    """Return the ids a constraint allows next, None for all.
+
+    Raises `EdgeMemLLMError` if it allows none, or speaks of another vocabulary.
+    """
+    mask = constraint.allowed()
+    if mask is None:
+        return None
+    if mask.shape != (vocab_size,):
+        raise EdgeMemLLMError(
+            f"The constraint speaks of {mask.shape} tokens, the model has {vocab_size}. Make it "
+            "from the model's own tokenizer."
+        )
+    ids = np.flatnonzero(mask)
+    if not ids.size:
+        raise EdgeMemLLMError(
+            "The constraint allows no token, not even the end of the text. Loosen it."
+        )
+    return ids
+
+
+def _arrays(values: Mapping[int, float]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    count = len(values)
+    return (
+        np.fromiter(values.keys(), np.intp, count),
+        np.fromiter(values.values(), np.float32, count),
+    )
+
+
+def widen(halves: NDArray[Any], out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Write float16 values into `out`, of the same shape, and return it. Both are contiguous."""
+    bits, signed = halves.view(np.uint16), halves.view(np.int16)
+    if not bits.size or signed.max() >= _INFINITE or bits.max() >= _INFINITE | _SIGN:
+        np.copyto(out, halves)
+        return out
+    wide = out.view(np.int32)
+    np.copyto(wide, signed)
+    np.left_shift(wide, 13, out=wide)
+    np.bitwise_and(wide, _KEPT, out=wide)
+    # One product sets all exponents right, those of subnormal numbers among them. It would make
+    # numbers of what is infinite or NaN, hence the way above.
+    return np.multiply(out, _EXPONENTS_APART, out=out)
+
+
+def place_of_largest(halves: NDArray[Any]) -> int | None:
+    """Return the first place of the largest of float16 values [N], as `argmax` does.
+
+    None if there is no telling from the bits: nothing is above zero, or not all are finite.
+    """
+    signed = halves.view(np.int16)
+    place = int(signed.argmax())  # positive numbers are in the order of their bits
+    if not 0 < signed[place] < _INFINITE or halves.view(np.uint16).max() >= _INFINITE | _SIGN:
+        return None
+    return place
 
 
 @dataclass(frozen=True, slots=True)

@@ -7,8 +7,8 @@ model's parts, not how a saved session is laid out: that is `session_file`.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Generator, Iterator, Sequence
-from contextlib import closing
+from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from contextlib import AbstractContextManager, closing, contextmanager
 from copy import deepcopy
 from pathlib import Path
 from types import TracebackType
@@ -18,15 +18,15 @@ from weakref import finalize
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.async_stream import in_thread
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.errors import RequestError
+from edge_memllm.errors import Cancellation, RequestError
 from edge_memllm.feeding import Feeder
-from edge_memllm.generation import TokenSequence, begin_text, go_on
-from edge_memllm.generation_options import CancellableTextOptions, TextOptions
-from edge_memllm.overlays.shelf import Selection
+from edge_memllm.generation import Piece, TokenSequence, assembled, begin_text, go_on, in_thread
+from edge_memllm.overlays.loaded import Selection
+from edge_memllm.process.forking import ProcessLock
 from edge_memllm.request import (
+    CancellableTextOptions,
     Prompt,
+    TextOptions,
     check_speculate,
     common_length,
     ending_tokens,
@@ -34,16 +34,55 @@ from edge_memllm.request import (
     text_tokens,
     token_limit,
 )
+from edge_memllm.runtime_protocol import KVCache
 from edge_memllm.sampling import Sampler, Sampling
-from edge_memllm.session_file import SessionFile, write_session
-from edge_memllm.session_state import Origin, SessionState
-from edge_memllm.session_turn import SessionTurn
+from edge_memllm.session_file import Origin, SessionFile, SessionState, write_session
 from edge_memllm.statistics import Meter, StepCosts
-from edge_memllm.stopping import check_stops
-from edge_memllm.streaming import Piece, assembled
+from edge_memllm.text.tokenization import check_stops
 
 if TYPE_CHECKING:
     from edge_memllm.model import Model
+
+
+class SessionTurn:
+    """Guards one session's keys and values. Thread-safe.
+
+    `use` keeps the model open for as long as its context lasts.
+    """
+
+    def __init__(self, cache: KVCache, use: Callable[[], AbstractContextManager[None]]) -> None:
+        self.step = ProcessLock()  # held while keys and values are worked on, or freed
+        self._call = ProcessLock()  # held by a call, and by a stream until it ends
+        self._cache = cache
+        self._use = use
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Be the only call for a while, on an open model. Raises `RequestError`."""
+        if not self._call.acquire(blocking=False):
+            raise RequestError(
+                "The session is in use: another call on it has not ended. Let it end, close its "
+                "iterator or cancel it; `fork`, before it, makes a second session."
+            )
+        try:
+            with self._use():
+                yield
+        finally:
+            self._call.release()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Work on the keys and values, which are not freed meanwhile. Raises `RequestError`."""
+        with self.step:
+            if self._cache.closed:
+                raise RequestError("The session is closed. Make another, or restore it.")
+            yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Be a call that is one piece of work."""
+        with self.call(), self.working():
+            yield
 
 
 class Session:

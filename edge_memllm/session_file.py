@@ -13,7 +13,7 @@ import re
 import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
 from pathlib import Path
 from typing import Any, Self
@@ -21,17 +21,10 @@ from typing import Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.atomic import WholeFile
-from edge_memllm.checked_values import Fields
-from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
-from edge_memllm.manifest import ModelSpec
-from edge_memllm.open_files import close_file, not_read
-from edge_memllm.request import check_tokens
-from edge_memllm.runtime_protocol import HeldLayout
-from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
-from edge_memllm.session_state import Origin, SessionState
-from edge_memllm.strict_json import exact_fields, parse_json_object
-from edge_memllm.tensor_header import (
+from edge_memllm.artifact.atomic import WholeFile
+from edge_memllm.artifact.manifest import Manifest, ModelSpec
+from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
+from edge_memllm.artifact.tensor_header import (
     DIGEST,
     LENGTH,
     UNSEALED,
@@ -42,6 +35,13 @@ from edge_memllm.tensor_header import (
     header_bytes,
     tensor_views,
 )
+from edge_memllm.checked_values import Fields
+from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
+from edge_memllm.overlays.loaded import Selection
+from edge_memllm.process.limits import close_file, not_read
+from edge_memllm.request import check_tokens
+from edge_memllm.runtime_protocol import HeldLayout
+from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
 
 _KIND = FileKind(
     format="edge-memllm-session",
@@ -66,6 +66,68 @@ _READING = (
     | getattr(os, "O_BINARY", 0)
 )
 _BLOCK = 1 << 20
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class SessionState:
+    """A session between two calls. `logits` are there exactly when all tokens are computed."""
+
+    sampling: Sampling
+    seed: int
+    draws: np.random.Generator  # of PCG64
+    tokens: tuple[int, ...] = ()
+    computed: int = 0  # of the tokens, from the front
+    logits: NDArray[np.float32] | None = None  # [V]
+    held: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what `KVCache.held` gives
+
+
+@dataclass(frozen=True, slots=True)
+class Origin:
+    """What keys and values depend on, beside the text."""
+
+    identity: str  # of the model
+    artifact: str  # fingerprint of the manifest, which names every file by its digest
+    codec: str  # of the rows as they are read: another one for coarse quality
+    overlays: tuple[str, ...]  # names, in their order
+    digests: tuple[str, ...]  # what these overlays do
+
+    @classmethod
+    def of(cls, manifest: Manifest, records: Selection) -> Origin:
+        """Return the origin of what a model computes from these records; reads the overlays."""
+        return cls(
+            identity=manifest.model.identity,
+            artifact=manifest.fingerprint,
+            codec=records.source.layout.codec.id,
+            overlays=records.names,
+            digests=tuple(overlay.digest() for overlay in records.overlays),
+        )
+
+    def check(self, model: Origin, where: str) -> None:
+        """Raise `RequestError` unless this is of `model`, whatever the overlays."""
+        if self.identity != model.identity:
+            raise RequestError(
+                f"{where}: a session of model {self.identity[:19]}, this is {model.identity[:19]}. "
+                "Load the model it was saved with."
+            )
+        if self.artifact != model.artifact:
+            raise RequestError(
+                f"{where}: a session of another export of this model: its graph, its table or "
+                "its settings differ. Load the artifact it was saved with."
+            )
+        if self.codec != model.codec:
+            raise RequestError(
+                f"{where}: its rows were read as {self.codec}, here they are read as "
+                f"{model.codec}. Load the model with the table quality it was saved with."
+            )
+
+    def check_overlays(self, model: Origin, where: str) -> None:
+        """Raise `RequestError` unless the overlays of `model`, called the same, do the same."""
+        for name, found, expected in zip(self.overlays, self.digests, model.digests, strict=True):
+            if found != expected:
+                raise RequestError(
+                    f"{where}: the overlay '{name}' that is loaded is not the one it was saved "
+                    "with. Load that one."
+                )
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,15 +5,16 @@ Reads the costs of the token loop and the system's account of the process; chang
 
 from __future__ import annotations
 
+import ctypes
 import sys
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edge_memllm.record_source import RecordSource
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.table import Fetched
+from edge_memllm.table.source import RecordSource
+from edge_memllm.table.table import Fetched
 
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_bytes"}
@@ -157,3 +158,12 @@ class Meter:
 def rate(count: int, seconds: float) -> float | None:
     """Return count per second, or None when there was nothing to measure."""
     return count / seconds if count and seconds > 0 else None
+
+
+def give_back() -> None:
+    """Return what is free to the system. Does nothing where the C library has no such call."""
+    if sys.platform.startswith("linux"):
+        # glibc keeps up to some ten MB of what it frees, and what lies below something in use.
+        trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
+        if trim is not None:
+            trim(ctypes.c_size_t(0))

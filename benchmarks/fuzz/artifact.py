@@ -8,8 +8,8 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from edge_memllm.manifest import MANIFEST_NAME, FileSpec, Manifest, sealed
-from edge_memllm.records import checksum_seed, record_checksum
+from edge_memllm.artifact.layout import checksum_seed, record_checksum
+from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, Manifest, sealed
 
 Files = dict[str, bytes]
 
@@ -34,7 +34,7 @@ def make_artifact(folder: Path) -> None:
 
     from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
     from edge_memllm_export import export_model
-    from edge_memllm_export.graph import EXTERNAL_FILE, save_graph
+    from edge_memllm_export.architectures.memoryllm import EXTERNAL_FILE, save_graph
 
     torch.manual_seed(0)
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")

@@ -13,7 +13,7 @@ from random import Random
 from typing import Any
 
 from benchmarks.fuzz.artifact import Files, vouched
-from edge_memllm.manifest import MANIFEST_NAME
+from edge_memllm.artifact.manifest import MANIFEST_NAME
 
 # Values that programs stumble over, in JSON.
 _VALUES: tuple[Any, ...] = (

@@ -23,8 +23,8 @@ from edge_memllm.evaluation import (
     measure_task,
     read_tasks,
 )
+from edge_memllm.evaluation.perplexity import Predictor
 from edge_memllm.model import Model
-from edge_memllm.predictor import Predictor
 from edge_memllm_export import export_model
 
 TEXTS = {

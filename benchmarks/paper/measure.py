@@ -22,11 +22,11 @@ import numpy as np
 from benchmarks.paper.judging import TRAINED, Judge, opened
 from benchmarks.paper.runs import Run, read_runs, scaled_compute
 from benchmarks.paper.store import FOLDER, Results
-from edge_memllm.cli.synthetic import make_synthetic
-from edge_memllm.interpretation.gained_runtime import scaled_memory, without_layer
+from edge_memllm.cli.analysis.bench import make_synthetic
+from edge_memllm.evaluation.perplexity import Predictor
+from edge_memllm.interpretation.texts import scaled_memory, without_layer
 from edge_memllm.model import Model
 from edge_memllm.modeling import parameter_counts, preset_config
-from edge_memllm.predictor import Predictor
 from edge_memllm.sweep.measuring import table_figures
 
 GAINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)

@@ -48,8 +48,8 @@ _COMMANDS = (
 _METHOD = """\
 RUNS holds a folder NAME-sSEED for each model, trained by the commands in the first table. Every
 model is exported with matrices and table in float32, so that no rounding is in the figures, and
-judged by `edge_memllm.perplexity` and `edge_memllm.evaluation`, in windows as long as the
-training's sequences that advance by half of that: on the validation parts of the two corpora
+judged by `edge_memllm.evaluation.perplexity` and `edge_memllm.evaluation`, in windows as long as
+the training's sequences that advance by half of that: on the validation parts of the two corpora
 (*together*: both), 400,000 characters of each, and as much of Wikitext-2, which is of another kind.
 The sweeps, on runs of the first seed, read 120,000 characters of each corpus. DATA holds the files
 that `benchmarks/paper/judging.py` names.

@@ -26,8 +26,7 @@ from benchmarks.paper.layout import (
     table,
 )
 from benchmarks.paper.store import CHANGES, WANTED
-from edge_memllm.charts import Line, line_chart
-from edge_memllm.drawing import Box, beside, dot, frame, picture, spanning
+from edge_memllm.svg import Box, Line, beside, dot, frame, line_chart, picture, spanning
 
 _ERRORS = 2.0  # standard errors that count as beyond noise
 

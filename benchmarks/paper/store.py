@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from edge_memllm.atomic import write_whole
+from edge_memllm.artifact.atomic import write_whole
 
 # Field of the configuration and its value.
 CHANGES = {

@@ -25,7 +25,7 @@ from benchmarks.paper.layout import (
     increase,
     table,
 )
-from edge_memllm.charts import Line, line_chart, per_cent
+from edge_memllm.svg import Line, line_chart, per_cent
 
 # The paper's two groups, and what accuracy a model without knowledge has.
 _RECALL = {"ARC-Easy": 0.25}

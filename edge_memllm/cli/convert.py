@@ -6,15 +6,21 @@ import argparse
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_memllm.cli.options import add_command, add_json, positive_int
-from edge_memllm.cli.progress import StageBars
-from edge_memllm.cli.recipe_options import add_overrides, add_texts, apply_options
+from edge_memllm.cli.options import (
+    add_command,
+    add_json,
+    add_overrides,
+    add_texts,
+    apply_options,
+    positive_int,
+)
+from edge_memllm.cli.output import StageBars
 from edge_memllm.cli.train import print_record
 from edge_memllm.errors import missing_extra
 
 if TYPE_CHECKING:
     from edge_memllm.cli.options import Commands
-    from edge_memllm.modeling.conversion_recipe import ConversionRecipe
+    from edge_memllm.modeling.recipe import ConversionRecipe
 
 _DESCRIPTION = """\
 Turn a dense checkpoint of the Llama, Mistral, Qwen2 or Qwen3 family (SmolLM is Llama's), or a
@@ -65,7 +71,7 @@ def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
     try:
         from edge_memllm.modeling.conversion import convert
-        from edge_memllm.modeling.conversion_recipe import ConversionRecipe
+        from edge_memllm.modeling.recipe import ConversionRecipe
         from edge_memllm.modeling.training import is_main_process
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "train") from error

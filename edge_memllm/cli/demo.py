@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.options import add_command, add_json
-from edge_memllm.cli.text import byte_count, number, table, write_json
+from edge_memllm.cli.output import byte_count, number, table, write_json
 from edge_memllm.errors import ArtifactError, missing_extra
 
 if TYPE_CHECKING:
@@ -108,7 +108,7 @@ def _export(checkpoint: Path, out: Path, overwrite: bool, show: bool) -> None:
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export") from error
     from edge_memllm.cli.export import page
-    from edge_memllm.cli.progress import StageBars
+    from edge_memllm.cli.output import StageBars
 
     with StageBars() as bars:
         report = export_model(checkpoint, out, overwrite=overwrite, progress=bars)

@@ -7,18 +7,17 @@ from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.cli.files import read_text
 from edge_memllm.cli.options import add_command, add_json, add_targets, positive_int, target
-from edge_memllm.cli.text import byte_count, number, table, write_json
+from edge_memllm.cli.output import byte_count, number, read_text, table, write_json
 from edge_memllm.errors import missing_extra
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
+    from edge_memllm.artifact.manifest import TableSpec
     from edge_memllm.cli.options import Commands
-    from edge_memllm.manifest import TableSpec
     from edge_memllm_export import ExportReport, Quality, Rung
-    from edge_memllm_export.table_export import MixedFigures
+    from edge_memllm_export.table import MixedFigures
 
 GRAPH_WEIGHTS = ("fp32", "fp16", "int8", "int4")
 TABLE_CODECS = (
@@ -214,7 +213,7 @@ def execute(arguments: argparse.Namespace) -> int:
         from edge_memllm_export import export_model
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export") from error
-    from edge_memllm.cli.progress import StageBars
+    from edge_memllm.cli.output import StageBars
     from edge_memllm.hub import checkpoint_folder
 
     text, counted = arguments.quality_text, arguments.table_text
@@ -265,7 +264,7 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
 
 def page(report: ExportReport) -> str:
     """The report as people read it."""
-    from edge_memllm.footprint import graph_file_bytes
+    from edge_memllm.memory_plan import graph_file_bytes
 
     manifest = report.manifest
     graph, stored, files = manifest.graph, manifest.table, manifest.files

@@ -11,14 +11,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.options import add_command, add_json, positive_int
-from edge_memllm.cli.text import byte_count, number, table, write_json
+from edge_memllm.cli.output import byte_count, number, table, write_json
 from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
+    from edge_memllm.artifact.layout import RecordLayout
+    from edge_memllm.artifact.manifest import Manifest, ModelSpec
     from edge_memllm.cli.options import Commands
-    from edge_memllm.footprint import Footprint
-    from edge_memllm.manifest import Manifest, ModelSpec
-    from edge_memllm.records import RecordLayout
+    from edge_memllm.memory_plan import Footprint
 
 _DESCRIPTION = """\
 Show what is in an artifact and what it will need: memory while running, disk, and bytes read
@@ -53,8 +53,8 @@ def add_parser(commands: Commands) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from edge_memllm.footprint import footprint
     from edge_memllm.hub import artifact_folder
+    from edge_memllm.memory_plan import footprint
 
     manifest = _read_manifest(artifact_folder(arguments.artifact))
     context = manifest.model.max_position_embeddings
@@ -71,9 +71,9 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _read_manifest(path: Path) -> Manifest:
     """The manifest alone: opening the artifact would read the whole graph for its digest."""
-    from edge_memllm.directory import Directory
-    from edge_memllm.manifest import MANIFEST_NAME, Manifest
-    from edge_memllm.strict_json import MAX_JSON_BYTES
+    from edge_memllm.artifact.folder import Directory
+    from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
+    from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
 
     directory = Directory(path)
     try:

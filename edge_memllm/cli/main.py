@@ -14,26 +14,22 @@ from collections.abc import Callable, Sequence
 
 from edge_memllm import __version__
 from edge_memllm.cli import (
-    bench,
     convert,
     demo,
-    evaluation,
-    explain,
     export,
     inspection,
     overlay,
     requantize,
     run,
     serve,
-    suppress,
-    sweep,
     train,
     verify,
 )
+from edge_memllm.cli.analysis import bench, evaluation, explain, suppress, sweep
 from edge_memllm.cli.options import HelpFormatter
-from edge_memllm.cli.streams import prepare_streams, say, unwritten_output
+from edge_memllm.cli.output import prepare_streams, say, unwritten_output
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.interrupts import interruptible
+from edge_memllm.process.interrupts import interruptible
 
 COMMANDS = (
     demo,

@@ -12,8 +12,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.cli.files import read_text
-from edge_memllm.prefill import PREFILL_CHUNKS
+from edge_memllm.cli.output import read_text
+from edge_memllm.feeding import PREFILL_CHUNKS
 
 if TYPE_CHECKING:
     from typing import TypeAlias
@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from edge_memllm.mixed_precision import Target
 
     Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
+    from edge_memllm.modeling.recipe import Recipe
+
 
 DEVICES = ("auto", "cpu", "cuda")
 TABLE_QUALITIES = ("full", "coarse")
@@ -47,6 +49,8 @@ _FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4} | {
     "Gi": 1 << 30,
     "Ti": 1 << 40,
 }
+
+Sections = dict[str, dict[str, Any]]
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -312,3 +316,45 @@ def byte_size(text: str) -> int:
             f"{text!r} is not a size such as 512MB, 1.5GiB or 64000000"
         )
     return round(float(found[1]) * _FACTORS[unit])
+
+
+def add_texts(parser: argparse.ArgumentParser, purpose: str) -> None:
+    """Add --data, whose text is there for `purpose`, and --valid."""
+    parser.add_argument(
+        "--data", action="extend", nargs="+", metavar="FILE", help=f"text or .jsonl to {purpose}"
+    )
+    parser.add_argument(
+        "--valid", action="extend", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on"
+    )
+
+
+def add_overrides(parser: argparse.ArgumentParser, out: str) -> None:
+    """Add --seed, --set and --resume; `out` is what the command calls its folder."""
+    parser.add_argument("--seed", type=int, metavar="N", help="of weights and data order")
+    parser.add_argument(
+        "--set",
+        action="append",
+        default=[],
+        metavar="SECTION.KEY=VALUE",
+        help="replace one value of the recipe; may be repeated",
+    )
+    parser.add_argument(
+        "--resume", action="store_true", help=f"continue from the newest checkpoint under {out}"
+    )
+
+
+def apply_options(recipe: Recipe, arguments: argparse.Namespace, given: Sections) -> None:
+    """Put the options that were given into the recipe, those of --set last.
+
+    `given` holds, by section and key, what a command has besides the shared options; None is for
+    options that were not given.
+    """
+    shared: Sections = {
+        "data": {"train": arguments.data, "valid": arguments.valid},
+        "training": {"steps": arguments.steps, "seed": arguments.seed},
+    }
+    for section, values in {**given, **shared}.items():
+        named = {key: value for key, value in values.items() if value is not None}
+        recipe.update(section, named, where="command line")
+    for assignment in arguments.set:
+        recipe.override(assignment)

@@ -8,9 +8,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.export import mixed_line, record_size
-from edge_memllm.cli.files import read_text
 from edge_memllm.cli.options import add_command, add_json, add_targets, target
-from edge_memllm.cli.text import byte_count, table, write_json
+from edge_memllm.cli.output import byte_count, read_text, table, write_json
 from edge_memllm.errors import missing_extra
 
 if TYPE_CHECKING:
@@ -71,7 +70,7 @@ def execute(arguments: argparse.Namespace) -> int:
         from edge_memllm_export import requantize
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "onnx_ir", "export") from error
-    from edge_memllm.cli.progress import StageBars
+    from edge_memllm.cli.output import StageBars
     from edge_memllm.hub import artifact_folder
 
     text = arguments.table_text

@@ -7,7 +7,6 @@ import sys
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_memllm.cli.files import read_standard_input
 from edge_memllm.cli.options import (
     add_command,
     add_json,
@@ -16,12 +15,12 @@ from edge_memllm.cli.options import (
     loading_keywords,
     positive_int,
 )
-from edge_memllm.cli.text import write_json
+from edge_memllm.cli.output import read_standard_input, write_json
 from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
     from edge_memllm.cli.options import Commands
-    from edge_memllm.cli.settings import Settings
+    from edge_memllm.cli.prompt import Settings
     from edge_memllm.model import Model
 
 _DESCRIPTION = """\
@@ -98,9 +97,8 @@ def execute(arguments: argparse.Namespace) -> int:
         raise RequestError("--json answers one prompt. Give it with --prompt or on stdin.")
 
     import edge_memllm
-    from edge_memllm.cli.progress import StageBars
-    from edge_memllm.cli.session import Session
-    from edge_memllm.cli.settings import Settings
+    from edge_memllm.cli.output import StageBars
+    from edge_memllm.cli.prompt import Session, Settings
 
     with StageBars() as bars:
         model = edge_memllm.load(arguments.artifact, progress=bars, **loading_keywords(arguments))
@@ -117,7 +115,7 @@ def _answer_once(
     model: Model, prompt: str, settings: Settings, arguments: argparse.Namespace
 ) -> None:
     """Generate from one prompt; the text appears as it is made, unless it goes into JSON."""
-    from edge_memllm.cli.answer import Answer, ask, chat_prompt, has_template, statistics_line
+    from edge_memllm.cli.prompt import Answer, ask, chat_prompt, has_template, statistics_line
 
     chat = has_template(model) and not arguments.raw
     ids = chat_prompt(model, [{"role": "user", "content": prompt}]) if chat else prompt

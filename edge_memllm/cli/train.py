@@ -7,9 +7,15 @@ import math
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from edge_memllm.cli.options import add_command, add_json, positive_int
-from edge_memllm.cli.recipe_options import add_overrides, add_texts, apply_options
-from edge_memllm.cli.text import number, write_json
+from edge_memllm.cli.options import (
+    add_command,
+    add_json,
+    add_overrides,
+    add_texts,
+    apply_options,
+    positive_int,
+)
+from edge_memllm.cli.output import number, write_json
 from edge_memllm.errors import RecipeError, missing_extra
 
 if TYPE_CHECKING:

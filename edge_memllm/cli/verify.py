@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.cli.options import add_command, add_json
-from edge_memllm.cli.text import number, write_json
+from edge_memllm.cli.output import number, write_json
 from edge_memllm.errors import missing_extra
 
 if TYPE_CHECKING:
-    from edge_memllm.artifact import Artifact
+    from edge_memllm.artifact.folder import Artifact
     from edge_memllm.cli.options import Commands
     from edge_memllm_export import Rung
 
@@ -48,7 +48,7 @@ def add_parser(commands: Commands) -> None:
 
 def execute(arguments: argparse.Namespace) -> int:
     """Run the command."""
-    from edge_memllm.artifact import Artifact
+    from edge_memllm.artifact.folder import Artifact
     from edge_memllm.hub import artifact_folder
 
     folder = artifact_folder(arguments.artifact)
@@ -66,8 +66,8 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _check(artifact: Artifact) -> None:
     """Files and records, then the graph, which refuses a table of another model."""
-    from edge_memllm.cli.progress import StageBars
-    from edge_memllm.verification import verify_artifact
+    from edge_memllm.artifact.verification import verify_artifact
+    from edge_memllm.cli.output import StageBars
     from edge_memllm_runtimes import open_runtime
 
     with StageBars() as bars:

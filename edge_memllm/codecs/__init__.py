@@ -5,24 +5,19 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from edge_memllm.codecs.bf16 import BFloat16Codec
-from edge_memllm.codecs.codebook import CodebookCodec
-from edge_memllm.codecs.codec import Codec, CodecSizes, Fit, UnencodableRowError
-from edge_memllm.codecs.f16 import Float16Codec
-from edge_memllm.codecs.f32 import Float32Codec
-from edge_memllm.codecs.fp8 import Float8Codec
-from edge_memllm.codecs.int2 import Int2Codec
-from edge_memllm.codecs.int3 import Int3Codec
-from edge_memllm.codecs.int4 import Int4Codec
-from edge_memllm.codecs.int4a import AsymmetricInt4Codec
-from edge_memllm.codecs.int5 import Int5Codec
-from edge_memllm.codecs.int6 import Int6Codec
-from edge_memllm.codecs.int8 import Int8Codec
+from edge_memllm.codecs.codec import Codec, CodecSizes, Fit, NoneCodec, UnencodableRowError
+from edge_memllm.codecs.floats import BFloat16Codec, Float8Codec, Float16Codec, Float32Codec
+from edge_memllm.codecs.grouped import (
+    AsymmetricInt4Codec,
+    Int4Codec,
+    Int5Codec,
+    Int6Codec,
+    Int8Codec,
+)
+from edge_memllm.codecs.levels import CodebookCodec, Int2Codec, Int3Codec, NormalFloat4Codec
 from edge_memllm.codecs.lowrank import LowRankCodec
 from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.codecs.nested8 import Nested8Codec
-from edge_memllm.codecs.nf4 import NormalFloat4Codec
-from edge_memllm.codecs.none import NoneCodec
 from edge_memllm.errors import ArtifactError
 
 __all__ = ["Codec", "CodecSizes", "Fit", "UnencodableRowError", "codec_ids", "get_codec"]
@@ -52,6 +47,30 @@ _MIXED = {codec.id: codec for codec in map(MixedCodec, _GROUPS)}
 _LOWRANK = re.compile(r"lowrank-r([1-9]\d{0,5})-(.+)")
 _LOWRANK_INNER = ("f16", "int8-g32", "int4-g32")
 
+CODEC_WORDS = {
+    "f32": "f32",
+    "f16": "f16",
+    "bf16": "bf16",
+    "fp8": "fp8-g64",
+    "int8": "int8-g64",
+    "nested8": "nested8-g64",
+    "int6": "int6-g64",
+    "int5": "int5-g64",
+    "int4": "int4-g32",
+    "int4a": "int4a-g64",
+    "nf4": "nf4-g64",
+    "codebook4": "codebook4-g64",
+    "int3": "int3-g64",
+    "codebook3": "codebook3-g32",
+    "int2": "int2-g32",
+    "codebook2": "codebook2-g32",
+}
+# Per cent of the width, and how the coefficients are stored.
+LOW_RANK = "lowrank-<1 to 100>[-f16|-int8|-int4]"
+_LOW_RANK = re.compile(r"lowrank-(\d{1,3})(?:-(f16|int8|int4))?")
+_INNER = {None: "int8-g32", "f16": "f16", "int8": "int8-g32", "int4": "int4-g32"}
+_MULTIPLE = 32  # ranks fill whole groups
+
 
 def codec_ids() -> tuple[str, ...]:
     """Return the ids of all codecs that say everything by themselves.
@@ -80,3 +99,21 @@ def _low_rank(codec_id: str) -> Codec | None:
     if found is None or found[2] not in _LOWRANK_INNER:
         return None
     return LowRankCodec(int(found[1]), _CODECS[found[2]])
+
+
+def codec_id(word: str, width: int) -> str:
+    """Return the codec id that a word or an id stands for, for rows of `width` values.
+
+    Raises `ValueError` that lists what there is.
+    """
+    found = _LOW_RANK.fullmatch(word)
+    if found is not None and 1 <= int(found[1]) <= 100:
+        rank = round(width * int(found[1]) / 100 / _MULTIPLE) * _MULTIPLE
+        rank = min(max(rank, _MULTIPLE), width)
+        return f"lowrank-r{rank}-{_INNER[found[2]]}"
+    named = CODEC_WORDS.get(word, word)
+    try:
+        return get_codec(named).id
+    except ArtifactError:
+        known = ", ".join(dict.fromkeys([*CODEC_WORDS, LOW_RANK, *codec_ids()]))
+        raise ValueError(f"table codec {word!r}, expected one of {known}.") from None

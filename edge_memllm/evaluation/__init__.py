@@ -4,11 +4,16 @@ Functions take an open model and return figures; they know nothing of the comman
 adapter for lm-evaluation-harness is in `edge_memllm.evaluation.harness`, imported by whom has it.
 """
 
-from edge_memllm.evaluation.divergence import Divergence, combine_divergences, measure_divergence
-from edge_memllm.evaluation.items import Item, Kind
-from edge_memllm.evaluation.task_files import Task, read_tasks
+from edge_memllm.evaluation.perplexity import (
+    Divergence,
+    Perplexity,
+    combine,
+    combine_divergences,
+    measure_divergence,
+    measure_perplexity,
+)
+from edge_memllm.evaluation.task_files import Item, Kind, Task, read_tasks
 from edge_memllm.evaluation.tasks import Score, TaskResult, mean_result, measure_task
-from edge_memllm.perplexity import Perplexity, combine, measure_perplexity
 
 __all__ = [
     "Divergence",

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.evaluation.likelihood import Scorer
+from edge_memllm.evaluation.tasks import Scorer
 from edge_memllm.loading import load
 from edge_memllm.model import Model
 from edge_memllm.sampling import Sampling

@@ -11,8 +11,7 @@ from edge_memllm.errors import missing_extra
 try:
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    from edge_memllm.huggingface.causal_lm import EdgeMemLLMForCausalLM
-    from edge_memllm.huggingface.configuration import EdgeMemLLMConfig
+    from edge_memllm.huggingface.causal_lm import EdgeMemLLMConfig, EdgeMemLLMForCausalLM
     from edge_memllm.huggingface.tasks import EdgeMemLLMExporterConfig, register_tasks
 except ModuleNotFoundError as error:
     raise missing_extra(error.name or "optimum", "optimum") from error

@@ -6,32 +6,229 @@ artifact for logits. Tensors are on the CPU, wherever the graph runs.
 
 from __future__ import annotations
 
+import inspect
+import json
 import os
+import shutil
 import weakref
 from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
 from types import TracebackType
-from typing import Any, Self
+from typing import Any, ClassVar, NamedTuple, Self
 
 import torch
 from optimum.modeling_base import OptimizedModel
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GenerationConfig, PreTrainedConfig
 from transformers.modeling_outputs import CausalLMOutputWithPast
+from transformers.utils import GENERATION_CONFIG_NAME
 
+from edge_memllm.artifact.atomic import not_written, whole_folder
+from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest, ModelSpec
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder, checkpoint_folder
-from edge_memllm.huggingface.cache import GenerationCache
-from edge_memllm.huggingface.configuration import EdgeMemLLMConfig, generation_config
-from edge_memllm.huggingface.generating import Generating
-from edge_memllm.huggingface.inputs import StepInputs
-from edge_memllm.huggingface.loading_options import loading_keywords
-from edge_memllm.huggingface.publishing import copy_artifact, upload_artifact
+from edge_memllm.hub.names import HubModel, explained, import_hub
+from edge_memllm.huggingface.generating import Generating, GenerationCache, StepInputs
 from edge_memllm.loading import load
 from edge_memllm.model import Model
-from edge_memllm.modeling.cache_argument import CACHE, one_cache
+from edge_memllm.modeling.configuration import CACHE, one_cache
+
+
+class EdgeMemLLMConfig(PreTrainedConfig):
+    """Shape of an exported model, under Hugging Face's names. The manifest is its only source."""
+
+    model_type = "edge_memllm_artifact"
+    keys_to_ignore_at_inference: ClassVar[list[str]] = [CACHE]
+
+    @classmethod
+    def from_manifest(cls, model: ModelSpec, folder: Path) -> EdgeMemLLMConfig:
+        """Make the configuration of the artifact in `folder`, which a tokenizer is loaded from."""
+        config = cls(
+            vocab_size=model.vocab_size,
+            hidden_size=model.hidden_size,
+            num_hidden_layers=model.num_hidden_layers,
+            num_attention_heads=model.num_attention_heads,
+            num_key_value_heads=model.num_key_value_heads,
+            head_dim=model.head_dim,
+            max_position_embeddings=model.max_position_embeddings,
+            beta=model.beta,
+            identity=model.identity,
+            **_special_tokens(model),
+        )
+        config.name_or_path = str(folder)
+        return config
+
+
+def generation_config(manifest: Manifest, folder: Path) -> GenerationConfig:
+    """Return the defaults of `generate`: the artifact's `generation_config.json`, if it has one.
+
+    Tokens that begin and end a text are the manifest's. The file was checked when it was loaded.
+    """
+    settings: dict[str, Any] = {}
+    if GENERATION_CONFIG_NAME in manifest.files:
+        settings = json.loads((folder / GENERATION_CONFIG_NAME).read_bytes())
+    return GenerationConfig.from_dict(settings | _special_tokens(manifest.model))
+
+
+def _special_tokens(model: ModelSpec) -> dict[str, Any]:
+    ends = list(model.eos_token_ids)
+    return {
+        "bos_token_id": model.bos_token_id,
+        "eos_token_id": ends[0] if len(ends) == 1 else ends or None,
+    }
+
+
+def copy_artifact(manifest: Manifest, source: Path, target: Path) -> None:
+    """Copy all files to the folder `target`, which must be new or empty: all of them or none."""
+    if os.path.lexists(target) and (not target.is_dir() or any(target.iterdir())):
+        raise RequestError(
+            f"{target}: is not an empty folder, and nothing is replaced. Save into a new one."
+        )
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with whole_folder(target) as draft:
+            for name in (*manifest.files, MANIFEST_NAME):
+                shutil.copyfile(source / name, draft / name)
+    except OSError as error:
+        raise not_written(target, error) from error
+
+
+def upload_artifact(
+    manifest: Manifest,
+    source: Path,
+    repo_id: str,
+    *,
+    private: bool | None,
+    token: str | bool | None,
+    revision: str | None,
+    commit_message: str,
+) -> str:
+    """Upload the artifact in one commit, so that nobody sees half of it; return its address."""
+    hub = import_hub()
+    model = HubModel(repo_id, revision)
+    with explained(model, "repository"):
+        api = hub.HfApi(library_name="edge-memllm", token=token)
+        made = api.create_repo(repo_id, private=private, exist_ok=True)
+        api.upload_folder(
+            repo_id=made.repo_id,
+            folder_path=source,
+            allow_patterns=[*manifest.files, MANIFEST_NAME],
+            revision=revision,
+            commit_message=commit_message,
+        )
+    return str(made)
+
+
+class _Option(NamedTuple):
+    """Values that are taken, by their names, and why others are not."""
+
+    taken: tuple[str, ...]
+    reason: str
+
+
+_NO_CODE = "an artifact holds no code, and none is run"
+_STORED = "how weights are stored was chosen at export (graph_weights, table_codec)"
+_PLACED = "an artifact is on one device, chosen by device ('cpu', 'cuda' or 'auto')"
+_FILES = "an artifact's files are those that its manifest names"
+_OPTIONS: dict[str, _Option] = {
+    "trust_remote_code": _Option(("None", "False", "True"), _NO_CODE),
+    "code_revision": _Option(("None", "'main'"), _NO_CODE),
+    "custom_generate": _Option(("None",), _NO_CODE),
+    "low_cpu_mem_usage": _Option(("None", "False", "True"), "expected True or False"),
+    "dtype": _Option(
+        ("None", "'auto'", "'float32'", "torch.float32"),
+        "logits are float32, and what the graph computes in was chosen at export (graph_weights)",
+    ),
+    "attn_implementation": _Option(("None",), "the graph has an attention of its own"),
+    "use_flash_attention_2": _Option(("None", "False"), "the graph has an attention of its own"),
+    "experts_implementation": _Option(("None",), "the graph has no experts"),
+    "use_kernels": _Option(("None", "False"), "the graph has kernels of its own"),
+    "allow_all_kernels": _Option(("None", "False"), "the graph has kernels of its own"),
+    "kernel_config": _Option(("None",), "the graph has kernels of its own"),
+    "tqdm_class": _Option(("None",), "give progress, a function"),
+    "quantization_config": _Option(("None",), _STORED),
+    "load_in_8bit": _Option(("None", "False"), _STORED),
+    "load_in_4bit": _Option(("None", "False"), _STORED),
+    "device_mesh": _Option(("None",), _PLACED),
+    "tp_plan": _Option(("None",), _PLACED),
+    "tp_size": _Option(("None", "1"), _PLACED),
+    "distributed_config": _Option(("None",), _PLACED),
+    "max_memory": _Option(("None",), "give memory_limit or vram_limit"),
+    "offload_folder": _Option(("None",), "the table stays on storage anyway"),
+    "offload_state_dict": _Option(("None", "False"), "the table stays on storage anyway"),
+    "offload_buffers": _Option(("None", "False"), "the table stays on storage anyway"),
+    "config": _Option(("None",), "the manifest says what the model is"),
+    "generation_config": _Option(("None",), "give it to generate, or export it with the model"),
+    "state_dict": _Option(("None",), _FILES),
+    "key_mapping": _Option(("None",), _FILES),
+    "ignore_mismatched_sizes": _Option(("None", "False"), _FILES),
+    "weights_only": _Option(("None", "True"), "pickles are never read"),
+    "use_safetensors": _Option(("None", "True"), "pickles are never read"),
+    "from_tf": _Option(("None", "False"), _FILES),
+    "from_flax": _Option(("None", "False"), _FILES),
+    "gguf_file": _Option(("None",), _FILES),
+    "variant": _Option(("None",), _FILES),
+    "subfolder": _Option(("None", "''", "'.'"), "give the folder of the artifact itself"),
+    "adapter_kwargs": _Option(("None", "{}"), "give overlays instead (docs/overlays.md)"),
+    "adapter_name": _Option(("None", "'default'"), "give overlays instead (docs/overlays.md)"),
+    "output_loading_info": _Option(("None", "False"), "the model alone is returned"),
+    "resume_download": _Option(("None", "False", "True"), "expected True or False"),
+    "proxies": _Option(("None", "{}"), "set HTTPS_PROXY in the environment"),
+    "mirror": _Option(("None",), "set HF_ENDPOINT in the environment"),
+    "use_cache": _Option(("None", "True"), "give it to generate"),
+    "use_io_binding": _Option(("None", "True"), "the runtime always binds its buffers"),
+    "provider": _Option(("None",), _PLACED),
+    "session_options": _Option(("None",), "give threads, memory_limit or packed_cache"),
+}
+# Older names of the same.
+_OPTIONS["torch_dtype"] = _OPTIONS["dtype"]
+_LOAD = tuple(inspect.signature(load).parameters)[1:]
+
+
+def loading_keywords(given: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the arguments of `edge_memllm.load` among `given`.
+
+    `device_map` stands for `device` where it names one device. Raises `RequestError` for a value
+    that cannot be met, and for a name that is neither `load`'s nor one of transformers.
+    """
+    keywords = {name: value for name, value in given.items() if name in _LOAD}
+    for name, value in given.items():
+        if name in _LOAD or (name.startswith("_") and value is None):
+            continue
+        if name == "device_map":
+            _place(keywords, value)
+        elif name not in _OPTIONS:
+            raise RequestError(
+                f"{name}: there is no such option. There are {', '.join(_LOAD)}, and for the Hub "
+                "revision, cache_dir, token, local_files_only and force_download."
+            )
+        elif _shown(value) not in _OPTIONS[name].taken:
+            raise RequestError(f"{name} is {_shown(value)}: {_OPTIONS[name].reason}. Leave it out.")
+    return keywords
+
+
+def _place(keywords: dict[str, Any], device_map: object) -> None:
+    """Set `device` to the one device that a map names for the whole model."""
+    if device_map is None:
+        return
+    whole = device_map
+    if isinstance(device_map, Mapping) and list(device_map) == [""]:
+        whole = device_map[""]
+    device = "cuda" if whole == 0 and whole is not False else str(whole)
+    device = {"cuda:0": "cuda"}.get(device, device)
+    if device not in ("auto", "cpu", "cuda"):
+        raise RequestError(f"device_map is {_shown(device_map)}: {_PLACED}. Leave it out.")
+    chosen = keywords.setdefault("device", device)
+    if chosen != device:
+        raise RequestError(
+            f"device_map is {_shown(device_map)} and device is {_shown(chosen)}. Give one of them."
+        )
+
+
+def _shown(value: object) -> str:
+    return f"{value!r:.80}"
 
 
 class EdgeMemLLMForCausalLM(OptimizedModel, Generating):

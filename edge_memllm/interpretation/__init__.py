@@ -5,7 +5,6 @@
 torch, for they need a checkpoint's weights.
 """
 
-from edge_memllm.interpretation.explaining import Questions, explain
-from edge_memllm.interpretation.subject import Subject, open_subject
+from edge_memllm.interpretation.explaining import Questions, Subject, explain, open_subject
 
 __all__ = ["Questions", "Subject", "explain", "open_subject"]

@@ -7,39 +7,397 @@ controls. docs/explain.md defines every figure. Needs scikit-learn.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import unicodedata
+from collections import Counter
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from importlib import import_module
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from xxhash import xxh3_64_intdigest
 
-from edge_memllm.interpretation.agreement import (
-    contingency,
-    distance,
-    mutual_information,
-    purity,
-    shuffled_tables,
+from edge_memllm.errors import RequestError, missing_extra
+from edge_memllm.interpretation.findings import (
+    Agreement,
+    Choice,
+    Cluster,
+    LayerClusters,
+    MapPoint,
+    Token,
 )
-from edge_memllm.interpretation.cluster_labels import Labeller
-from edge_memllm.interpretation.features import (
+from edge_memllm.interpretation.memory import (
     EMBEDDING,
     Features,
+    Memory,
     check_layers,
     features_of,
     sample_tokens,
+    unit,
 )
-from edge_memllm.interpretation.findings import Agreement, Cluster, LayerClusters, MapPoint
-from edge_memllm.interpretation.learning import learning
-from edge_memllm.interpretation.memory import Memory
-from edge_memllm.interpretation.partition import Assignment, Partition, assign, partition, rule
-from edge_memllm.interpretation.token_classes import Labelling, labellings
-from edge_memllm.interpretation.token_map import plane
-from edge_memllm.interpretation.token_texts import TokenTexts
+from edge_memllm.interpretation.tokens import Labelling, TokenTexts, labellings
 
+Mask = NDArray[np.bool_]
+
+_MOST_WORDS = 3  # properties in a label
+_LIKE = 3  # typical tokens
+_LEAST_SHARE = 0.25  # of a cluster, for a property to be named
+_LEAST_LIFT = 1.5  # times its share of the vocabulary
+_LEAST_INFORMATION = 0.05  # nats per token of the cluster, for a property to be named
+_TELLING = 1.0  # the same, for it to say enough
+_SAME = 0.8  # of the tokens of two properties: one says it all
+_ENDING_LETTERS = (1, 2, 3, 4)
+_RARE = 0.002  # of the vocabulary: endings and scripts that fewer tokens have are left out
+
+Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
+
+CANDIDATES = (8, 16, 32, 64)
+SAMPLE, JUDGED = 8192, 2000  # tokens that centres are found on, and that a silhouette is taken of
+_LEAST_PER_CLUSTER = 4  # distinct vectors
+_STARTS, _ROUNDS = 3, 100  # of K-means: the best of so many, each at most so long
+
+SHUFFLES = 20
+_NOTHING = 1e-9  # nats
+
+_FEWEST = 100  # points for t-SNE, which has little to go by with fewer
+_PERPLEXITY = 30
+_COMPONENTS = 50  # that t-SNE is given, as its authors advise for long vectors
+_START = 1e-4  # standard deviation of where t-SNE starts, as in scikit-learn
+_LEAST = 1e-12
 Progress = Callable[[str, int, int], None]
 
 _TYPICAL = 12  # tokens shown of a cluster
 _MAP_POINTS = 600
+
+
+@dataclass(frozen=True, slots=True)
+class Property:
+    """Something that tokens have or have not, [V]."""
+
+    words: str
+    mask: Mask
+
+
+class Labeller:
+    """Names clusters of one vocabulary."""
+
+    def __init__(self, texts: TokenTexts, labellings: Iterable[Labelling]) -> None:
+        """Look at every token once; `labellings` are properties as well."""
+        words = [texts.text(token) for token in range(len(texts))]
+        self._properties = [
+            *_of_labellings(labellings),
+            *_of_groups(_endings(words), len(words)),
+            *_of_groups(_scripts(words), len(words)),
+            Property("leading space", np.array([word[:1].isspace() for word in words])),
+            Property("no leading space", np.array([not word[:1].isspace() for word in words])),
+        ]
+        self._shares = np.array([each.mask.mean() for each in self._properties])
+
+    def label(self, members: Mask, typical: Sequence[Token]) -> str:
+        """Return what sets the tokens of `members` [V] apart, with their share in per cent.
+
+        Where that says little, the first of the `typical` tokens are named before it.
+        """
+        shares = np.array([each.mask[members].mean() for each in self._properties])
+        told = _information(shares, self._shares)
+        told[(shares < _LEAST_SHARE) | (shares < _LEAST_LIFT * self._shares)] = 0
+        chosen: list[int] = []
+        for place in np.argsort(-told, kind="stable").tolist():
+            if told[place] < _LEAST_INFORMATION or len(chosen) == _MOST_WORDS:
+                break
+            if not any(self._overlap(members, place, other) > _SAME for other in chosen):
+                chosen.append(place)
+        named = ", ".join(
+            f"{self._properties[place].words} {shares[place]:.0%}" for place in chosen
+        )
+        if named and told[chosen[0]] >= _TELLING:
+            return named
+        like = f"like {', '.join(_shown(each) for each in typical[:_LIKE])}"
+        return f"{like}; {named}" if named else like
+
+    def _overlap(self, members: Mask, first: int, second: int) -> float:
+        """How much of what either property has in a cluster both have."""
+        one, other = (self._properties[place].mask[members] for place in (first, second))
+        return float((one & other).sum() / max(1, (one | other).sum()))
+
+
+def _shown(token: Token) -> str:
+    """A token's text without its spaces; what would not be seen is written out."""
+    text = token.text.strip()
+    return text if text and text.isprintable() else repr(token.text)[1:-1]
+
+
+def _information(share: NDArray[np.float64], usual: NDArray[np.float64]) -> NDArray[np.float64]:
+    """Kullback-Leibler divergence of a property's share in a cluster from that elsewhere, nats."""
+    share, usual = (np.clip(each, 1e-9, 1 - 1e-9) for each in (share, usual))
+    having = share * np.log(share / usual)
+    return np.asarray(having + (1 - share) * np.log((1 - share) / (1 - usual)))
+
+
+def _of_labellings(labellings: Iterable[Labelling]) -> list[Property]:
+    return [
+        Property(name, each.classes == number)
+        for each in labellings
+        for number, name in enumerate(each.names)
+    ]
+
+
+def _of_groups(groups: Mapping[str, list[int]], vocabulary: int) -> list[Property]:
+    """Properties of groups of tokens that are large enough, that of the most words first.
+
+    Of endings that say the same, the longest is named.
+    """
+    found = []
+    for words, tokens in sorted(groups.items(), key=lambda each: (-len(each[0]), each[0])):
+        if len(tokens) >= max(3, _RARE * vocabulary):
+            mask = np.zeros(vocabulary, np.bool_)
+            mask[tokens] = True
+            found.append(Property(words, mask))
+    return found
+
+
+def _endings(words: list[str]) -> dict[str, list[int]]:
+    """Tokens by the last letters that lower-case ones end in; not those that are all of it."""
+    found: dict[str, list[int]] = {}
+    for token, word in enumerate(words):
+        letters = word.strip()
+        if letters.isalpha() and letters.islower():
+            for count in _ENDING_LETTERS:
+                if count < len(letters):
+                    found.setdefault(f"ends in -{letters[-count:]}", []).append(token)
+    return found
+
+
+def _scripts(words: list[str]) -> dict[str, list[int]]:
+    """Tokens by the script of most of their letters; Latin, which is the usual, is no script."""
+    found: dict[str, list[int]] = {}
+    for token, word in enumerate(words):
+        names = Counter(
+            unicodedata.name(letter, "?").split()[0] for letter in word if letter.isalpha()
+        )
+        script = names.most_common(1)[0][0] if names else "LATIN"
+        if script != "LATIN":
+            found.setdefault(f"{script.capitalize()} script", []).append(token)
+        elif not word.isascii() and names:
+            found.setdefault("accented letters", []).append(token)
+    return found
+
+
+def learning(part: str) -> Any:
+    """Return a module of scikit-learn, such as "cluster"; it takes a second to load.
+
+    Raises `RuntimeUnavailableError` where it is not installed.
+    """
+    try:
+        return import_module(f"sklearn.{part}")
+    except ModuleNotFoundError as error:
+        raise missing_extra("scikit-learn", "explain") from error
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Partition:
+    """Centres [k, W] of a layer's vectors, which are taken less `mean` [W] and at length one."""
+
+    layer: int
+    mean: Floats
+    centres: Floats
+    choices: tuple[Choice, ...]  # that were tried, with their silhouettes; none if k was asked for
+
+    def points(self, vectors: Floats) -> Floats:
+        """Return vectors [N, W] as they are compared with centres."""
+        return unit(vectors - self.mean)
+
+    def assign(self, vectors: Floats) -> tuple[Ids, Floats]:
+        """Return the nearest centre of each vector [N], and the squared distance to it."""
+        points = self.points(vectors)
+        squares = (self.centres**2).sum(axis=1)
+        far = squares - 2 * (points @ self.centres.T)  # less the vector's own square
+        nearest = far.argmin(axis=1)
+        own = (points**2).sum(axis=1)
+        return nearest, own + far[np.arange(len(far)), nearest]
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Assignment:
+    """The cluster of every token [V], the largest cluster first, and its distance from the centre.
+
+    Only clusters that have tokens are there.
+    """
+
+    clusters: Ids
+    distances: Floats
+
+    @property
+    def count(self) -> int:
+        """How many clusters there are."""
+        return int(self.clusters.max()) + 1
+
+
+def partition(features: Features, layer: int, clusters: int | None, seed: int) -> Partition:
+    """Find centres in one layer; None for `clusters` takes that of `CANDIDATES` which fits best.
+
+    Raises `RequestError` where there are fewer distinct vectors than clusters.
+    """
+    points, mean = _sample(features, layer, seed)
+    distinct = len({xxh3_64_intdigest(row) for row in points})
+    _check(clusters, distinct, layer)
+    if clusters is not None:
+        return Partition(layer, mean, _centres(points, clusters, seed)[0], ())
+    best, choices = np.empty((0, 0), np.float32), list[Choice]()
+    for count in _candidates(distinct):
+        centres, labels = _centres(points, count, seed)
+        choices.append(Choice(count, _silhouette(points, labels, seed)))
+        if choices[-1].value == max(choice.value for choice in choices):
+            best = centres
+    return Partition(layer, mean, best, tuple(choices))
+
+
+def assign(
+    features: Features, partitions: Sequence[Partition], progress: Callable[[int, int], None]
+) -> list[Assignment]:
+    """Return the clusters of all tokens for each of the partitions, in one pass."""
+    clusters = np.zeros((len(partitions), features.vocabulary), np.int64)
+    distances = np.zeros(clusters.shape, np.float32)
+    layers = list(dict.fromkeys(each.layer for each in partitions))
+    for block in features.blocks(layers, progress):
+        for number, each in enumerate(partitions):
+            if each.layer == block.layer:
+                found = each.assign(block.vectors)
+                clusters[number, block.ids], distances[number, block.ids] = found
+    return [Assignment(_by_size(own), far) for own, far in zip(clusters, distances, strict=True)]
+
+
+def rule(choices: Sequence[Choice]) -> str:
+    """Return in words how the number of clusters was chosen."""
+    if not choices:
+        return "the number that was asked for"
+    counts = ", ".join(str(choice.clusters) for choice in choices)
+    return f"the highest mean silhouette of {JUDGED:,} tokens at most, among {counts} clusters"
+
+
+def _sample(features: Features, layer: int, seed: int) -> tuple[Floats, Floats]:
+    """Vectors of some tokens as they are compared, and the mean that was taken off."""
+    vectors = features.vectors(layer, sample_tokens(features, SAMPLE, seed))
+    mean = vectors.mean(axis=0)
+    return unit(vectors - mean), mean
+
+
+def _by_size(clusters: Ids) -> Ids:
+    """Number clusters by size, the largest first, leaving out empty ones."""
+    sizes = np.bincount(clusters)
+    order = np.argsort(-sizes, kind="stable")
+    numbers = np.empty_like(order)
+    numbers[order] = np.arange(len(order))
+    return np.asarray(numbers[clusters])
+
+
+def _candidates(distinct: int) -> list[int]:
+    fitting = [count for count in CANDIDATES if count * _LEAST_PER_CLUSTER <= distinct]
+    return fitting or [max(2, distinct // _LEAST_PER_CLUSTER)]
+
+
+def _check(clusters: int | None, distinct: int, layer: int) -> None:
+    least = 2 if clusters is None else clusters
+    if least < 2:
+        raise RequestError(f"clusters is {clusters}, expected at least 2.")
+    if distinct <= least:
+        raise RequestError(
+            f"layer {layer}: the tokens that are looked at have {distinct} distinct vectors, too "
+            f"few for {least} clusters. Ask for fewer."
+        )
+
+
+def _centres(points: Floats, count: int, seed: int) -> tuple[Floats, Ids]:
+    means = learning("cluster").KMeans(count, n_init=_STARTS, max_iter=_ROUNDS, random_state=seed)
+    labels = means.fit_predict(points)
+    return means.cluster_centers_.astype(np.float32), labels.astype(np.int64)
+
+
+def _silhouette(points: Floats, labels: Ids, seed: int) -> float:
+    """The mean over some points of (b - a) / max(a, b) (Rousseeuw, 1987)."""
+    judged = np.random.default_rng(seed).permutation(len(points))[:JUDGED]
+    if not 2 <= len(np.unique(labels[judged])) < len(judged):
+        return -1.0
+    return float(learning("metrics").silhouette_score(points[judged], labels[judged]))
+
+
+def contingency(clusters: Ids, classes: Ids) -> Ids:
+    """Return how many tokens are in each cluster and class, [clusters, classes]."""
+    width = int(classes.max()) + 1
+    counts = np.bincount(clusters * width + classes, minlength=(int(clusters.max()) + 1) * width)
+    return counts.reshape(-1, width)
+
+
+def purity(table: Ids) -> float:
+    """Return the share of tokens that are of their cluster's largest class."""
+    return float(table.max(axis=1).sum() / table.sum())
+
+
+def mutual_information(table: Ids) -> float:
+    """Return the adjusted mutual information, normalised by the mean of both entropies.
+
+    That of Vinh, Epps and Bailey (2010), eq. 10 and 15; two partitions of one part each agree.
+    """
+    rows, columns, total = table.sum(axis=1), table.sum(axis=0), int(table.sum())
+    entropies = [_entropy(rows / total), _entropy(columns / total)]
+    found = sum(entropies) - _entropy(table.ravel() / total)
+    kept = table[rows > 0][:, columns > 0]
+    expected = float(learning("metrics.cluster").expected_mutual_information(kept, total))
+    most = sum(entropies) / 2
+    if most - expected <= _NOTHING:
+        return 1.0 if sum(entropies) <= _NOTHING else 0.0
+    return (found - expected) / (most - expected)
+
+
+def shuffled_tables(clusters: Ids, classes: Ids, seed: int) -> list[Ids]:
+    """Return the tables of `SHUFFLES` random orders of the classes."""
+    random = np.random.default_rng(seed)
+    return [contingency(clusters, random.permutation(classes)) for _ in range(SHUFFLES)]
+
+
+def distance(value: float, others: list[float], step: float) -> float:
+    """Return how many standard deviations `value` lies above the mean of `others`.
+
+    A deviation counts as `step` at least, the smallest difference that there can be.
+    """
+    spread = max(float(np.std(others, ddof=1)), step)
+    return (value - float(np.mean(others))) / spread
+
+
+def _entropy(shares: NDArray[np.float64]) -> float:
+    positive = shares[shares > 0]
+    return float(-(positive * np.log(positive)).sum())
+
+
+def plane(points: Floats, seed: int) -> tuple[NDArray[np.float64], str]:
+    """Return a place [N, 2] for each point [N, W], from -1 to 1, and how they were found.
+
+    t-SNE (van der Maaten and Hinton, 2008), started from the principal components; those alone
+    for few points. Distances between far points mean little.
+    """
+    whole = _principal(points)
+    places = np.zeros((len(points), 2), np.float32)
+    places[:, : whole.shape[1]] = whole[:, :2]
+    how = "the first two principal components"
+    if len(points) >= _FEWEST:
+        start = places * (_START / max(float(places.std()), _LEAST))
+        places = (
+            learning("manifold")
+            .TSNE(2, perplexity=_PERPLEXITY, init=start, random_state=seed)
+            .fit_transform(whole)
+        )
+        how = f"t-SNE with perplexity {_PERPLEXITY}, started from the principal components"
+    places -= (places.max(axis=0) + places.min(axis=0)) / 2
+    return places.astype(np.float64) / max(float(np.abs(places).max()), _LEAST), how
+
+
+def _principal(points: Floats) -> Floats:
+    """The first principal components [N, <= 50], the largest first."""
+    left, sizes, _ = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
+    components: Floats = (left * sizes)[:, :_COMPONENTS]
+    return components
 
 
 def cluster_layers(

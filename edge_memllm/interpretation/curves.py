@@ -6,32 +6,149 @@ docs/explain.md sets them beside the curves of the paper, which defines none of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.evaluation import Task
-from edge_memllm.interpretation.features import (
+from edge_memllm.evaluation import Task, mean_result, measure_task
+from edge_memllm.evaluation.perplexity import (
+    Predictor,
+    divergences,
+    exponential,
+    next_token_losses,
+    predictions,
+    text_tokens,
+)
+from edge_memllm.feeding import Logits
+from edge_memllm.interpretation.findings import Curve, GainGroup, GainSweep, LayerCurves
+from edge_memllm.interpretation.memory import (
     Features,
+    Memory,
     check_layers,
     features_of,
     sample_tokens,
     unit,
 )
-from edge_memllm.interpretation.findings import Curve, GainGroup, GainSweep, LayerCurves
-from edge_memllm.interpretation.gained_runtime import without_layer
-from edge_memllm.interpretation.importance import gain_effects, task_sweep
-from edge_memllm.interpretation.memory import Memory
-from edge_memllm.interpretation.neighbours import NEIGHBOURS, clustering_coefficient, scrambled
-from edge_memllm.predictor import Predictor
+from edge_memllm.interpretation.texts import scaled_memory, without_layer
+from edge_memllm.mixed_precision.sensitivity import sample_windows
+
+Counted = Callable[[int, int], None]
+Window = NDArray[np.int64]
 
 Floats = NDArray[np.float32]
+
+NEIGHBOURS = 10
 Progress = Callable[[str, int, int], None]
 
 GAINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _GRAPH, _SAMPLE = 2000, 8192  # tokens
 _DEVIATIONS = 3
+
+
+@dataclass(frozen=True, slots=True)
+class Effect:
+    """What changed gains do to the predictions of a text, in nats per token."""
+
+    divergence: float  # mean KL divergence of the model's predictions from the changed ones
+    loss: float  # mean negative log-likelihood with the change
+
+    @property
+    def perplexity(self) -> float:
+        """Of the text, with the change."""
+        return exponential(self.loss)
+
+
+def gain_effects(
+    model: Predictor,
+    text: str,
+    factors: Sequence[Sequence[float]],
+    progress: Counted = lambda done, total: None,
+) -> list[Effect]:
+    """Return what each of `factors`, one number per layer, does on windows spread over a text.
+
+    At most 2,048 tokens are predicted, of large models 512: each from those before it in its
+    window. Raises `RequestError` for a text with nothing to predict, and as `scaled_memory`.
+    """
+    spec = model.manifest.model
+    tokens = np.asarray(text_tokens(model, text).fed, np.int64)
+    windows = sample_windows(
+        tokens, spec.vocab_size, model.table.layout, spec.max_position_embeddings
+    )
+    changed = [scaled_memory(model, each) for each in factors]
+    sums, count = np.zeros((len(factors), 2)), 0
+    for number, window in enumerate(windows):
+        truth = [(logits.copy(), targets) for logits, targets in _predicted(model, window)]
+        count += len(window) - 1
+        for place, other in enumerate(changed):
+            for (right, targets), (logits, _) in zip(truth, _predicted(other, window), strict=True):
+                sums[place, 0] += divergences(right, logits).sum()
+                sums[place, 1] += next_token_losses(logits, targets).sum()
+            progress(number * len(changed) + place + 1, len(windows) * len(changed))
+    return [Effect(*each) for each in (sums / count).tolist()]
+
+
+def task_sweep(
+    model: Predictor,
+    tasks: Sequence[Task],
+    gains: Sequence[float],
+    progress: Counted = lambda done, total: None,
+) -> tuple[GainGroup, ...]:
+    """Return how well a model does on each group of tasks at each of the gains.
+
+    A task's group is the folder it was read from, otherwise the task itself; a group's figure is
+    the mean accuracy of its tasks.
+    """
+    layers = model.manifest.model.num_hidden_layers
+    groups: dict[str, list[Task]] = {}
+    for task in tasks:
+        groups.setdefault(task.group or task.name, []).append(task)
+    figures: dict[str, list[float]] = {name: [] for name in groups}
+    for number, gain in enumerate(gains):
+        scaled = scaled_memory(model, [gain] * layers)
+        for place, (name, members) in enumerate(groups.items(), 1):
+            result = mean_result(name, [measure_task(scaled, each) for each in members])
+            figures[name].append(result.scores["acc"].value)
+            progress(number * len(groups) + place, len(gains) * len(groups))
+    return tuple(GainGroup(name, "accuracy", tuple(each)) for name, each in figures.items())
+
+
+def _predicted(model: Predictor, window: Window) -> Iterator[tuple[Logits, Sequence[int]]]:
+    tokens: list[int] = window.tolist()
+    return predictions(model.runtime, model.table, tokens, context=len(tokens), stride=len(tokens))
+
+
+def clustering_coefficient(points: Floats, neighbours: int = NEIGHBOURS) -> float:
+    """Return the mean local clustering coefficient of points [N, W] of length one.
+
+    Two points are linked if either is among the `neighbours` with the highest cosine to the other.
+    A point's coefficient is the share of the pairs of its links that are linked themselves (Watts
+    and Strogatz, 1998). Needs N^2 numbers; with so few points that all are linked it is 1.
+    """
+    linked = _linked(points, min(neighbours, len(points) - 1))
+    degree = linked.sum(axis=1)
+    closed = ((linked @ linked) * linked).sum(axis=1)  # each triangle twice, as are the pairs below
+    pairs = degree * (degree - 1)
+    return float(np.divide(closed, pairs, out=np.zeros_like(closed), where=pairs > 0).mean())
+
+
+def scrambled(vectors: Floats, seed: int) -> Floats:
+    """Return vectors [N, W] with each of their W numbers dealt out anew among the N tokens.
+
+    The control: what one number is over all tokens stays, what tokens have in common is gone.
+    """
+    return np.random.default_rng(seed).permuted(vectors, axis=0)
+
+
+def _linked(points: Floats, neighbours: int) -> Floats:
+    """The graph as a symmetric matrix [N, N] of zeros and ones."""
+    cosines = points @ points.T
+    np.fill_diagonal(cosines, -np.inf)
+    nearest = np.argpartition(-cosines, neighbours - 1, axis=1)[:, :neighbours]
+    linked = np.zeros_like(cosines)
+    np.put_along_axis(linked, nearest, 1, axis=1)
+    return np.maximum(linked, linked.T)
 
 
 def layer_curves(

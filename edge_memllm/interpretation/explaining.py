@@ -5,26 +5,44 @@ Knows which analysis answers what, and what each needs; computes nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_memllm.errors import RequestError
-from edge_memllm.interpretation.features import check_layers
-from edge_memllm.interpretation.findings import Explanation, KeyCard, Sentence, TokenCard
-from edge_memllm.interpretation.keys import key_cards, token_cards
-from edge_memllm.interpretation.sentences import measure_sentence
-from edge_memllm.interpretation.similarity import similar_tokens
-from edge_memllm.perplexity import text_tokens
+from edge_memllm import __version__
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import MANIFEST_NAME, GraphSpec, Manifest, ModelSpec, TableSpec
+from edge_memllm.errors import ArtifactError, RequestError, missing_extra
+from edge_memllm.evaluation.perplexity import Predictor, text_tokens
+from edge_memllm.interpretation.findings import (
+    Explanation,
+    KeyCard,
+    ModelFacts,
+    Sentence,
+    TokenCard,
+)
+from edge_memllm.interpretation.head import Head
+from edge_memllm.interpretation.keys import key_cards, similar_tokens, token_cards
+from edge_memllm.interpretation.memory import Memory, NetworkRecords, TableMemory, check_layers
+from edge_memllm.interpretation.texts import measure_sentence
+from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
     from edge_memllm.evaluation import Task
     from edge_memllm.interpretation.findings import LayerClusters, LayerCurves, SimilarTokens
-    from edge_memllm.interpretation.subject import Subject
+    from edge_memllm.interpretation.network import NetworkMemory
+
 
 Progress = Callable[[str, int, int], None]
+
+_TOKENIZER = "tokenizer.json"
+_OPSET = 0  # of no graph
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -182,7 +200,7 @@ class _Asked:
 
 def _with_parts(sentence: Sentence, subject: Subject) -> Sentence:
     """Add the direct parts of the logits, which need the network."""
-    from edge_memllm.interpretation.decomposition import direct_parts
+    from edge_memllm.interpretation.network import direct_parts
 
     assert subject.network is not None
     ids, targets = (
@@ -202,3 +220,153 @@ def _fed(subject: Subject, text: str) -> list[int]:
             "shorter text."
         )
     return fed
+
+
+@dataclass(frozen=True)
+class Subject:
+    """An opened model. `network` is the memory again where it is a checkpoint's, else None."""
+
+    facts: ModelFacts
+    predictor: Predictor
+    memory: Memory
+    head: Head
+    texts: TokenTexts
+    network: NetworkMemory | None
+
+
+@contextmanager
+def open_subject(path: Path, threads: int | None = None) -> Iterator[Subject]:
+    """Open the folder of a checkpoint or an artifact, on the CPU, and close it in the end.
+
+    `threads` of an artifact's graph, or of torch. Raises what `edge_memllm.load` or the export's
+    reading of a checkpoint raises, and `ArtifactError` for a dense model.
+    """
+    with ExitStack() as opened:
+        whole = (path / MANIFEST_NAME).exists() or not path.is_dir()
+        opener = _open_artifact if whole else _open_checkpoint
+        yield opener(path, threads, opened)
+
+
+def _open_artifact(path: Path, threads: int | None, opened: ExitStack) -> Subject:
+    from edge_memllm.loading import load
+    from edge_memllm_runtimes.graph_head import GraphHead
+
+    artifact = opened.enter_context(Artifact.open(path))
+    _refuse_dense(path, artifact.manifest.model)
+    head = GraphHead(artifact)
+    opened.callback(head.close)
+    model = opened.enter_context(load(path, device="cpu", threads=threads))
+    memory = TableMemory(model)
+    return _subject(path, "artifact", model, memory, head.head, None)
+
+
+def _open_checkpoint(path: Path, threads: int | None, opened: ExitStack) -> Subject:
+    try:
+        import torch
+
+        from edge_memllm.modeling.training import keep_to_quota
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "torch", "export") from error
+    opened.callback(torch.set_num_threads, torch.get_num_threads())
+    if threads is None:
+        keep_to_quota()
+    else:
+        torch.set_num_threads(threads)
+    model = open_checkpoint(path)
+    _refuse_dense(path, model.manifest.model)
+    memory = model.memory
+    return _subject(path, "checkpoint", model, memory, memory.head, memory)
+
+
+def _subject(
+    path: Path,
+    source: str,
+    model: Predictor,
+    memory: Memory,
+    head: Head,
+    network: NetworkMemory | None,
+) -> Subject:
+    spec = model.manifest.model
+    facts = ModelFacts(
+        name=path.resolve().name,
+        source=source,
+        identity=spec.identity,
+        beta=spec.beta,
+        layers=spec.num_hidden_layers,
+        memory_layers=spec.memory_layers,
+        width=spec.hidden_size,
+        vocabulary=spec.vocab_size,
+        keys=memory.keys,
+        memory_gain=spec.memory_gain,
+    )
+    texts = TokenTexts(model.tokenizer, spec.vocab_size)
+    return Subject(facts, model, memory, head, texts, network)
+
+
+def _refuse_dense(path: Path, model: ModelSpec) -> None:
+    if not model.memory_layers:
+        raise ArtifactError(
+            f"{path}: this model is dense (beta 8): it has no memory to explain. Give one with a "
+            "smaller beta."
+        )
+
+
+@dataclass(frozen=True)
+class CheckpointModel:
+    """See `edge_memllm.evaluation.perplexity.Predictor`; its manifest names no files."""
+
+    manifest: Manifest
+    runtime: Runtime
+    table: NetworkRecords
+    tokenizer: Tokenizer
+    memory: NetworkMemory
+    prefill_chunk: int = 256
+
+
+def open_checkpoint(path: Path) -> CheckpointModel:
+    """Open the folder of a checkpoint that has a tokenizer; its weights stay mapped.
+
+    Raises `ArtifactError` without a tokenizer, `ExportError` for a checkpoint that cannot be read.
+    """
+    import torch
+
+    from edge_memllm.interpretation.network import NetworkMemory
+    from edge_memllm_export.checkpoint import Checkpoint
+    from edge_memllm_export.exporter import model_spec
+    from edge_memllm_runtimes.torch_reference import TorchReference
+
+    source = Checkpoint.open(path)
+    if not (path / _TOKENIZER).is_file():
+        raise ArtifactError(
+            f"{path}: no {_TOKENIZER}, so tokens have no text. Put the tokenizer there."
+        )
+    network = source.network()
+    memory = NetworkMemory(network)
+    records = NetworkRecords(memory)
+    return CheckpointModel(
+        manifest=_manifest(model_spec(source, source.identity()), records),
+        runtime=TorchReference(network, torch.float32),
+        table=records,
+        tokenizer=Tokenizer((path / _TOKENIZER).read_bytes()),
+        memory=memory,
+    )
+
+
+def _manifest(model: ModelSpec, records: NetworkRecords) -> Manifest:
+    """That of the artifact which would store nothing coarser than it is computed."""
+    layout = records.layout
+    table = TableSpec(
+        file="",
+        codec=layout.codec.id,
+        embedding_dtype=layout.embedding_dtype,
+        record_bytes=layout.record_bytes,
+        stride=layout.stride,
+        alignment=layout.alignment,
+        records_offset=0,
+        checksums_sha256="",
+        parameters_sha256=None,
+        classes=None,
+    )
+    wire = layout.codec.wire
+    graph = GraphSpec("", None, "fp32", "float32", "float32", wire, _OPSET)
+    return Manifest(model, table, graph, {}, f"edge-memllm {__version__}")

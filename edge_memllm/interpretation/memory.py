@@ -6,14 +6,32 @@ table, which has rows and no keys.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from typing import Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.codecs import get_codec
+from edge_memllm.errors import RequestError
+from edge_memllm.evaluation.perplexity import Predictor
+from edge_memllm.table.source import StoredRows
+from edge_memllm.table.table import Fetched, TableStatistics
+
+if TYPE_CHECKING:
+    from edge_memllm.interpretation.network import NetworkMemory
+
+
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
+Kind = Literal["coefficients", "rows"]
+Progress = Callable[[int, int], None]
+
+EMBEDDING = -1  # in place of a layer: the tokens' embeddings, for comparison
+_CHUNK_BYTES = 16 << 20
+_SAMPLE_BYTES = 128 << 20
 
 
 class Memory(Protocol):
@@ -50,3 +68,235 @@ class Memory(Protocol):
 
     def values(self, layer: int, keys: Sequence[int] | None = None) -> Floats:
         """Return the values [K, D] of a layer, or only of the keys that are named."""
+
+
+@dataclass(frozen=True, slots=True)
+class Block:
+    """Vectors [N, W] of some tokens [N] in one layer, which is `EMBEDDING` for embeddings."""
+
+    layer: int
+    ids: Ids
+    vectors: Floats
+
+
+class Features(Protocol):
+    """Vectors of all tokens in all layers; W numbers each, D in place of W for embeddings."""
+
+    @property
+    def kind(self) -> Kind:
+        """What the vectors are."""
+
+    @property
+    def layers(self) -> int:
+        """M."""
+
+    @property
+    def vocabulary(self) -> int:
+        """V."""
+
+    @property
+    def size(self) -> int:
+        """W."""
+
+    def vectors(self, layer: int, ids: Ids) -> Floats:
+        """Return [N, W] of distinct tokens [N]."""
+
+    def blocks(self, layers: Sequence[int], progress: Progress) -> Iterator[Block]:
+        """Yield the vectors of every token in each of the layers, in no order to rely on.
+
+        `progress(done, total)` counts a token once for each layer.
+        """
+
+
+class ComputedFeatures:
+    """Of a memory whose weights are at hand: each chunk is computed when it is asked for."""
+
+    def __init__(self, memory: Memory, kind: Kind) -> None:
+        self.kind = kind
+        self.layers = memory.layers
+        self.vocabulary = memory.vocabulary
+        self.size = memory.width if kind == "rows" else memory.keys or 0
+        self._memory = memory
+
+    def vectors(self, layer: int, ids: Ids) -> Floats:
+        """Return [N, W] of distinct tokens [N]."""
+        found = np.empty((len(ids), self._width(layer)), np.float32)
+        for part in _parts(len(ids), 4 * self.size):
+            found[part] = self._some(layer, ids[part])
+        return found
+
+    def blocks(self, layers: Sequence[int], progress: Progress) -> Iterator[Block]:
+        """Yield the vectors of every token: one layer after the other."""
+        done, total = 0, len(layers) * self.vocabulary
+        for layer in layers:
+            for part in _parts(self.vocabulary, 4 * self.size):
+                ids = np.arange(part.start, part.stop)
+                yield Block(layer, ids, self._some(layer, ids))
+                done += len(ids)
+                progress(done, total)
+
+    def _some(self, layer: int, ids: Ids) -> Floats:
+        if layer == EMBEDDING:
+            return self._memory.embeddings(ids)
+        of = self._memory.rows if self.kind == "rows" else self._memory.coefficients
+        return of(layer, ids)
+
+    def _width(self, layer: int) -> int:
+        return self._memory.width if layer == EMBEDDING else self.size
+
+
+class TableMemory:
+    """The rows of a model's table, as a memory without keys and as features.
+
+    A record holds all layers, so that a pass over the table serves any number of them.
+    """
+
+    kind: Kind = "rows"
+    keys: int | None = None
+
+    def __init__(self, model: Predictor) -> None:
+        """Take a model that stays open; raises `RequestError` for a dense one."""
+        spec = model.manifest.model
+        if not spec.memory_layers:
+            raise RequestError(
+                "This model is dense (beta 8): it has no memory to look into. Take one with a "
+                "smaller beta."
+            )
+        self.layers = spec.memory_layers
+        self.width = self.size = spec.hidden_size
+        self.vocabulary = spec.vocab_size
+        self._context = spec.max_position_embeddings
+        self._table = model.table
+
+    def coefficients(self, layer: int, ids: Ids, keys: Sequence[int] | None = None) -> Floats:
+        """Refuse: a table holds what keys gave, not the keys."""
+        raise _no_keys()
+
+    def values(self, layer: int, keys: Sequence[int] | None = None) -> Floats:
+        """Refuse, as `coefficients` does."""
+        raise _no_keys()
+
+    def rows(self, layer: int, ids: Ids) -> Floats:
+        """Return the rows [N, D] of distinct tokens [N], without gain."""
+        return self.vectors(layer, ids)
+
+    def embeddings(self, ids: Ids) -> Floats:
+        """Return the embeddings [N, D] of distinct tokens [N]."""
+        return self.vectors(EMBEDDING, ids)
+
+    def vectors(self, layer: int, ids: Ids) -> Floats:
+        """Return [N, D] of distinct tokens [N]."""
+        found = np.empty((len(ids), self.width), np.float32)
+        source = self._source(lambda done, total: None)
+        for part in _parts(len(ids), 4 * self.layers * self.width):
+            found[part] = _of_layer(layer, *source.rows(ids[part]))
+        return found
+
+    def blocks(self, layers: Sequence[int], progress: Progress) -> Iterator[Block]:
+        """Yield the vectors of every token: one pass, each chunk in all layers."""
+        order = self._table.layout.stored_order(self.vocabulary)
+        chunks = self._source(
+            lambda done, total: progress(done * len(layers), total * len(layers))
+        ).chunks("", order)
+        start = 0
+        for embedding, rows in chunks:
+            ids = order[start : start + len(embedding)]
+            start += len(ids)
+            for layer in layers:
+                yield Block(layer, ids, _of_layer(layer, embedding, rows))
+
+    def _source(self, progress: Progress) -> StoredRows:
+        return StoredRows(
+            self._table, self._context, lambda stage, done, total: progress(done, total)
+        )
+
+
+def features_of(source: Memory, kind: Kind | None = None) -> Features:
+    """Return the vectors that tokens are compared by; None takes coefficients where there are any.
+
+    Raises `RequestError` for coefficients of a memory that has none.
+    """
+    if kind is None:
+        kind = "rows" if source.keys is None else "coefficients"
+    if kind == "coefficients" and source.keys is None:
+        raise RequestError("This memory has no keys, so there are no coefficients. Ask for rows.")
+    return source if isinstance(source, TableMemory) else ComputedFeatures(source, kind)
+
+
+def check_layers(layers: Sequence[int], memories: int) -> None:
+    """Raise `RequestError` for a layer that has no memory of its own, or one named twice."""
+    for layer in layers:
+        if not 0 <= layer < memories:
+            raise RequestError(
+                f"layer {layer} has no memory of its own, those that have are 0 to {memories - 1}."
+            )
+    if not layers or len(set(layers)) < len(layers):
+        raise RequestError(f"layers are {list(layers)}, expected at least one, and each once.")
+
+
+def sample_tokens(features: Features, most: int, seed: int) -> Ids:
+    """Return at most `most` tokens, rising, drawn so that their vectors stay below 128 MiB."""
+    most = min(most, _SAMPLE_BYTES // (4 * features.size))
+    if features.vocabulary <= most:
+        return np.arange(features.vocabulary)
+    drawn = np.random.default_rng(seed).choice(features.vocabulary, most, replace=False)
+    return np.sort(drawn)
+
+
+def unit(vectors: Floats) -> Floats:
+    """Return vectors [N, W] at length one; those of zeros stay as they are."""
+    lengths = np.linalg.norm(vectors, axis=1, keepdims=True)
+    scaled: Floats = np.divide(vectors, lengths, out=np.zeros_like(vectors), where=lengths > 0)
+    return scaled
+
+
+def _no_keys() -> RequestError:
+    return RequestError(
+        "An artifact has no keys: its table holds their sums. Give the checkpoint it was exported "
+        "from."
+    )
+
+
+def _of_layer(layer: int, embedding: Floats, rows: Floats) -> Floats:
+    return embedding if layer == EMBEDDING else np.ascontiguousarray(rows[:, layer])
+
+
+def _parts(count: int, each: int) -> list[slice]:
+    """Cut `count` things of `each` bytes into parts of bounded size."""
+    step = max(1, _CHUNK_BYTES // each)
+    return [slice(start, min(start + step, count)) for start in range(0, count, step)]
+
+
+class NetworkRecords:
+    """See `edge_memllm.table.source.RecordSource`; records are float32 and come from nowhere."""
+
+    reader_name = "network"
+    reader_reason = "a checkpoint has no table"
+    statistics = TableStatistics()
+
+    def __init__(self, memory: NetworkMemory) -> None:
+        self._memory = memory
+        codec = get_codec("f32" if memory.layers else "none")
+        self.layout = RecordLayout(memory.layers, memory.width, codec, "float32")
+
+    def locate(self, token: int) -> tuple[int, int]:
+        """Return the record's place among all, as a table in the order of ids would have it."""
+        return token * self.layout.stride, self.layout.record_bytes
+
+    def announce(self, ids: Iterable[int]) -> None:
+        """Nothing can be read ahead."""
+
+    def fetch(self, ids: Ids, buffer: RecordBuffer) -> Fetched:
+        """Compute the record of `ids[i]` into slot i of `buffer`."""
+        buffer.embedding(len(ids))[:] = self.embeddings(ids)
+        for wire in buffer.wire(len(ids)).values():
+            wire[:] = self.rows(ids).reshape(len(ids), -1)
+        return Fetched(0, 0)
+
+    def rows(self, ids: Ids) -> Floats:
+        """Return the memory rows of `ids` [U] as float32 [U, M, D]."""
+        return self._memory.all_rows(ids)
+
+    def embeddings(self, ids: Ids) -> Floats:
+        """Return the embeddings of `ids` [U] as float32 [U, D]."""
+        return self._memory.embeddings(ids)

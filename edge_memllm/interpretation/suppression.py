@@ -7,32 +7,124 @@ files; the overlay's writer has them.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import RequestError
-from edge_memllm.interpretation.features import check_layers
-from edge_memllm.interpretation.memory import Memory
-from edge_memllm.interpretation.promoters import (
-    By,
-    Progress,
-    Promoters,
-    memory_gain,
-    strongest_promoters,
-    token_readings,
-)
-from edge_memllm.interpretation.word_directions import WordDirections
-from edge_memllm.overlays import Edit
+from edge_memllm.evaluation.perplexity import check_windows, text_tokens
+from edge_memllm.interpretation.head import Highest, WordDirections, vocabulary_spread
+from edge_memllm.interpretation.memory import Block, Memory, check_layers, features_of
+from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression
+from edge_memllm.interpretation.tokens import WordTokens, word_tokens
+from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
+from edge_memllm.overlays.table import OverlaidTable
+
+if TYPE_CHECKING:
+    from edge_memllm.interpretation.explaining import Subject
+
 
 Floats = NDArray[np.float32]
 Ids = NDArray[np.int64]
+By = Literal["tokens", "rows", "keys"]
+Progress = Callable[[str, int, int], None]
 
 DEFAULT_MOST = 2000
 MOST_STRENGTH = 10
 _BLOCK_TOKENS = 1024  # whose coefficients are alive at once
+
+
+@dataclass(frozen=True, slots=True, eq=False)
+class Promoters:
+    """What promotes most: rows of `tokens` [n] in `layers` [n], or the `keys` [n] of these."""
+
+    tokens: Ids
+    layers: Ids
+    keys: Ids | None
+
+    def __len__(self) -> int:
+        return len(self.tokens)
+
+
+def token_readings(
+    memory: Memory,
+    directions: WordDirections,
+    gain: Floats,
+    layers: Sequence[int],
+    progress: Progress = lambda *_: None,
+) -> Floats:
+    """Return [V, W]: what each token's memory, all of `layers` together, adds to the words' logits.
+
+    `gain` [M] is that of each memory.
+    """
+    total = np.zeros((memory.vocabulary, len(directions.directions)), np.float32)
+    blocks = features_of(memory, "rows").blocks(
+        layers, lambda done, total: progress("memory", done, total)
+    )
+    for block in blocks:
+        total[block.ids] += directions.read(block.vectors) * gain[block.layer]
+    return total
+
+
+def strongest_promoters(
+    memory: Memory,
+    directions: WordDirections,
+    gain: Floats,
+    *,
+    keys: bool,
+    layers: Sequence[int],
+    most: int,
+    weights: Floats | None = None,
+    progress: Progress = lambda *_: None,
+) -> Promoters:
+    """Return at most `most` rows, or `keys` of rows, that promote most, the strongest first.
+
+    What counts is the sum, over the words, of what each adds to their logits where that is above
+    zero. `gain` [M] is that of each memory; `weights` [V] says how much each token counts, None all
+    the same. Raises `RequestError` for keys of a memory that has none.
+    """
+    features = features_of(memory, "coefficients" if keys else "rows")
+    parts = features.size if keys else 1
+    highest = Highest(most, 1)
+    blocks = features.blocks(layers, lambda done, total: progress("memory", done, total))
+    for block in blocks:
+        promotion = _of_keys if keys else _of_rows
+        found = promotion(memory, block, directions, float(gain[block.layer]))  # [N, parts]
+        if weights is not None:
+            found *= weights[block.ids][:, None]
+        # Token, layer and key as one number.
+        numbers = (block.ids[:, None] * memory.layers + block.layer) * parts + np.arange(parts)
+        highest.add(numbers.ravel(), found.reshape(-1, 1))
+    kept = highest.values[:, 0] > 0
+    rows, key = np.divmod(highest.ids[kept, 0], parts)
+    tokens, layer = np.divmod(rows, memory.layers)
+    return Promoters(tokens, layer, key if keys else None)
+
+
+def memory_gain(gain: Floats, memories: int) -> Floats:
+    """Return the gain [M] of each memory out of that of each layer [L].
+
+    A memory that all layers share is added once for each of them, so its gains sum up.
+    """
+    total: Floats = gain if memories == len(gain) else gain.sum(keepdims=True)
+    return total
+
+
+def _of_rows(memory: Memory, block: Block, directions: WordDirections, gain: float) -> Floats:
+    found: Floats = np.maximum(directions.read(block.vectors) * gain, 0).sum(axis=1, keepdims=True)
+    return found
+
+
+def _of_keys(memory: Memory, block: Block, directions: WordDirections, gain: float) -> Floats:
+    """What each key's part of each row promotes, [N, K]: word by word, to stay small."""
+    values = directions.read(memory.values(block.layer)) * gain  # [K, W]
+    total = np.zeros_like(block.vectors)
+    for value in values.T:
+        total += np.maximum(block.vectors * value, 0)
+    return total
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -166,7 +258,7 @@ def _in_layer(
     if found.keys is None:
         changes = _taken(directions, before, gain, strength)
     else:
-        changes = -strength * _of_keys(memory, layer, ids, places, found.keys[inside])
+        changes = -strength * _added_by_keys(memory, layer, ids, places, found.keys[inside])
     after = directions.read(rows + changes) * gain
     return Suppression(ids, np.full(len(ids), layer), changes, before, after, int(inside.sum()))
 
@@ -180,7 +272,7 @@ def _taken(directions: WordDirections, before: Floats, gain: np.float32, strengt
     return directions.change(np.maximum(before, 0) * share)
 
 
-def _of_keys(memory: Memory, layer: int, ids: Ids, places: Ids, keys: Ids) -> Floats:
+def _added_by_keys(memory: Memory, layer: int, ids: Ids, places: Ids, keys: Ids) -> Floats:
     """What keys add to rows [N, D]: `keys[i]` to that of `ids[places[i]]`."""
     total = np.zeros((len(ids), memory.width), np.float32)
     named, column = np.unique(keys, return_inverse=True)
@@ -204,3 +296,126 @@ def _joined(parts: Sequence[Suppression], count: int) -> Suppression:
     order = np.lexsort((layers, tokens))
     changes, before, after = (every(name)[order] for name in ("changes", "before", "after"))
     return Suppression(tokens[order], layers[order], changes, before, after, count)
+
+
+def other_rows(chosen: Suppression, vocabulary: int, seed: int) -> Suppression:
+    """Return the same changes of as many rows in each layer, of tokens drawn from the others.
+
+    In a layer where most tokens were chosen, they are drawn from all. Readings are not those of
+    the rows drawn: only the changes are meant to be used.
+    """
+    random = np.random.default_rng(seed)
+    tokens = chosen.tokens.copy()
+    for layer in np.unique(chosen.layers):
+        inside = chosen.layers == layer
+        others = np.setdiff1d(np.arange(vocabulary), chosen.tokens[inside])
+        pool = others if len(others) >= inside.sum() else np.arange(vocabulary)
+        tokens[inside] = random.choice(pool, inside.sum(), replace=False)
+    return replace(chosen, tokens=tokens)
+
+
+def other_directions(chosen: Suppression, seed: int) -> Suppression:
+    """Return changes of the same rows, as long as the chosen ones, in random directions."""
+    random = np.random.default_rng(seed)
+    drawn = random.standard_normal(chosen.changes.shape, np.float32)
+    wanted, found = (
+        np.linalg.norm(each, axis=1, keepdims=True) for each in (chosen.changes, drawn)
+    )
+    return replace(chosen, changes=drawn * (wanted / found))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Wish:
+    """What to turn down, and how; the fields are those of `word_tokens` and `suppress_words`.
+
+    `corpus` is a text by which frequent tokens count more in finding what promotes most.
+    """
+
+    words: tuple[str, ...]
+    pieces: bool = False
+    by: By = "tokens"
+    strength: float = 1.0
+    most: int = DEFAULT_MOST
+    layers: tuple[int, ...] | None = None
+    corpus: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Effects:
+    """What a suppression does to texts, and what its two controls do (`suppression_controls`)."""
+
+    suppression: SuppressionEffect
+    other_rows: SuppressionEffect
+    other_directions: SuppressionEffect
+
+
+def words_of(subject: Subject, wish: Wish) -> WordTokens:
+    """Return the tokens that a wish is about. Raises as `word_tokens` does."""
+    tokenizer = subject.predictor.tokenizer
+    return word_tokens(tokenizer, subject.texts, wish.words, pieces=wish.pieces)
+
+
+def suppress(
+    subject: Subject, wish: Wish, words: WordTokens, progress: Progress = lambda *_: None
+) -> Suppression:
+    """Find what promotes the words, and turn it down. Raises as `suppress_words` does."""
+    if wish.by == "keys":
+        subject.memory.values(0, [])  # refuses, and says why there are no keys
+    ids = words.ids
+    directions = WordDirections(
+        subject.head.directions(ids), vocabulary_spread(subject.head, progress)
+    )
+    return suppress_words(
+        subject.memory,
+        directions,
+        np.array(subject.facts.memory_gain, np.float32),
+        by=wish.by,
+        strength=wish.strength,
+        most=wish.most,
+        layers=wish.layers,
+        weights=None if wish.corpus is None else _frequencies(subject, wish.corpus),
+        progress=progress,
+    )
+
+
+def effects(
+    subject: Subject,
+    spec: OverlaySpec,
+    found: Suppression,
+    words: WordTokens,
+    texts: Sequence[str],
+    *,
+    context: int | None = None,
+    stride: int | None = None,
+    seed: int = 0,
+    progress: Progress = lambda *_: None,
+) -> Effects:
+    """Measure on texts what the overlay of `spec` would do, and what its controls do.
+
+    `seed` is that of the controls; windows are those of `perplexity.measure_perplexity`. Raises
+    `RequestError` for a text with nothing to predict, or windows that cannot be.
+    """
+    model = subject.predictor
+    vocabulary = subject.facts.vocabulary
+    most = model.manifest.model.max_position_embeddings
+    context, stride = check_windows(context, stride, most)
+    variants = (found, other_rows(found, vocabulary, seed), other_directions(found, seed))
+    laid = [
+        OverlaidTable(model.table, [overlay_of(spec, each.edits())], vocabulary)
+        for each in variants
+    ]
+    measured = measure_suppression(
+        model.runtime,
+        model.table,
+        laid,
+        [text_tokens(model, text).fed for text in texts],
+        words.ids,
+        context=context,
+        stride=stride,
+        progress=progress,
+    )
+    return Effects(*measured)
+
+
+def _frequencies(subject: Subject, corpus: str) -> np.ndarray:
+    return subject.texts.counts(corpus).astype(np.float32)

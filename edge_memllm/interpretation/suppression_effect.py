@@ -12,12 +12,16 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.evaluation.divergence import divergences
+from edge_memllm.evaluation.perplexity import (
+    divergences,
+    exponential,
+    next_token_losses,
+    predictions,
+)
 from edge_memllm.feeding import Logits
-from edge_memllm.interpretation.finding import Finding
-from edge_memllm.perplexity import exponential, next_token_losses, predictions
-from edge_memllm.record_source import RecordSource
+from edge_memllm.interpretation.findings import Finding
 from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.table.source import RecordSource
 
 Values = NDArray[np.float64]
 Ids = NDArray[np.int64]

@@ -3,8 +3,13 @@
 See docs/quantisation.md. Functions and dataclasses over a runtime; no command line, no files.
 """
 
-from edge_memllm.mixed_precision.planning import MixedPlan, RowSource, plan_allocation
-from edge_memllm.mixed_precision.sizing import Sizing
-from edge_memllm.mixed_precision.target import Target, target_of
+from edge_memllm.mixed_precision.planning import (
+    MixedPlan,
+    RowSource,
+    Sizing,
+    Target,
+    plan_allocation,
+    target_of,
+)
 
 __all__ = ["MixedPlan", "RowSource", "Sizing", "Target", "plan_allocation", "target_of"]

@@ -5,30 +5,167 @@ Knows rows, a runtime and a text's tokens by what they do; nothing of checkpoint
 
 from __future__ import annotations
 
+import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
-from edge_memllm.codecs.allocation import Allocation
-from edge_memllm.codecs.codec import Codec, Floats
+from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.tensor_header import build_header
+from edge_memllm.codecs.codec import Allocation, Codec, Floats
+from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.errors import ExportError
-from edge_memllm.mixed_precision.candidates import energies, measure_candidates
-from edge_memllm.mixed_precision.class_forms import Values
-from edge_memllm.mixed_precision.frequencies import token_shares
 from edge_memllm.mixed_precision.sensitivity import (
+    Candidates,
     Ids,
     Sample,
     Subject,
+    candidate_ids,
+    energies,
+    measure_candidates,
     sample_windows,
     sensitivities,
 )
-from edge_memllm.mixed_precision.sizing import Sizing
-from edge_memllm.records import RecordLayout
+from edge_memllm.mixed_precision.solver import Problem, Room, Solution, Values, solve
 from edge_memllm.runtime_protocol import Runtime
 
+_WORD = re.compile(r"mixed-(\d+(?:\.\d+)?)")
+_ANY_IDENTITY = "sha256:" + 64 * "0"
+
+_CLASSES = 8  # twice as many take off a twentieth of the divergence
+
+_MOST = 0.5  # times, for a token that the text lacks: less than one that it has
+
 Progress = Callable[[str, int, int], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Target:
+    """One of the two: `bits` per memory value, or `file_bytes`."""
+
+    bits: float | None = None
+    file_bytes: int | None = None
+
+    def __str__(self) -> str:
+        return self._shown(self.file_bytes or 0) if self.bits is None else f"{self.bits:g} bits"
+
+    def limit(self, layout: RecordLayout, vocab_size: int) -> int:
+        """Return the bytes that `taken` may come to."""
+        if self.bits is None:
+            return self.file_bytes or 0
+        return int(self.bits * vocab_size * layout.layers * layout.width / 8)
+
+    def taken(self, layout: RecordLayout, vocab_size: int) -> int:
+        """Return what a table takes: the whole file; or scales, codes and parameters alone."""
+        if self.bits is None:
+            header = len(build_header(layout, vocab_size, _ANY_IDENTITY))
+            return header + layout.table_bytes(vocab_size)
+        each = zip(layout.counts(vocab_size), layout.variants, strict=True)
+        records = sum(count * (one.scales_bytes + one.codes_bytes) for count, one in each)
+        return records + layout.parameters_bytes
+
+    def room(self, layout: RecordLayout) -> Room:
+        """Return what counts of a record besides its memory values."""
+        if self.bits is None:
+            return Room(layout.embedding_bytes, layout.alignment)
+        return Room(0, 1)
+
+    def described(self, taken: int, layout: RecordLayout, vocab_size: int) -> str:
+        """Return what is taken in the unit of this target."""
+        if self.bits is None:
+            return self._shown(taken)
+        return f"{8 * taken / (vocab_size * layout.layers * layout.width):.3f} bits"
+
+    def _shown(self, size: int) -> str:
+        return f"{size:,} bytes"
+
+
+def target_of(word: str) -> Target | None:
+    """Return the target that a word such as `mixed-4.5` stands for, None for other words."""
+    found = _WORD.fullmatch(word)
+    return None if found is None else Target(bits=float(found[1]))
+
+
+@dataclass(frozen=True)
+class Sizing:
+    """What a table may take. The codec of `layout` does not matter."""
+
+    target: Target
+    layout: RecordLayout
+    vocab_size: int
+
+    def check(self) -> None:
+        """Raise `ExportError` for a target below the smallest or above the largest table."""
+        ids = candidate_ids(self.layout.width)
+        if not ids:
+            raise ExportError(
+                f"mixed precision: rows of {self.layout.width} values, expected a multiple of 32. "
+                "Choose a table codec without groups, such as f16."
+            )
+        # In the other order where padding swallows all differences.
+        least, most = sorted((self._taken_by_all(ids[0]), self._taken_by_all(ids[-1])))
+        if not least <= self.target.limit(self.layout, self.vocab_size) <= most:
+            raise ExportError(
+                f"target {self.target}: in mixed precision the table of this model takes "
+                f"{self.described(least)} to {self.described(most)}. Choose a target in between."
+            )
+
+    def fill(self, weights: Values, candidates: Candidates) -> tuple[Allocation, float]:
+        """Return the best allocation that the target leaves room for, and its expected error.
+
+        `weights` [V, L] say how much the relative error of each row counts. Call `check` before.
+        """
+        room = self.target.room(self.layout)
+        problem = Problem(weights, candidates.errors, candidates.sizes, room, _CLASSES)
+        limit = self.target.limit(self.layout, self.vocab_size)
+        budget = limit
+        while budget > problem.smallest:
+            solution = solve(problem, budget)
+            allocation = _allocation(solution, candidates.ids, weights)
+            surplus = self.taken(allocation) - limit
+            if surplus <= 0:
+                return allocation, solution.error
+            budget -= surplus  # for what is stored besides the records
+        everyone = self._all(candidates.ids[0])
+        return everyone, float(weights.sum(axis=0) @ candidates.errors[:, 0])
+
+    def taken(self, allocation: Allocation) -> int:
+        """Return the bytes that count towards the target."""
+        layout = replace(self.layout, codec=MixedCodec.of(allocation))
+        return self.target.taken(layout, self.vocab_size)
+
+    def described(self, taken: int) -> str:
+        """Return bytes in the unit of the target."""
+        return self.target.described(taken, self.layout, self.vocab_size)
+
+    def _taken_by_all(self, codec: str) -> int:
+        return self.taken(self._all(codec))
+
+    def _all(self, codec: str) -> Allocation:
+        class_of = np.zeros(self.vocab_size, np.uint8)
+        return Allocation(((codec,) * self.layout.layers,), class_of)
+
+
+def _allocation(solution: Solution, ids: tuple[str, ...], weights: Values) -> Allocation:
+    """Return a solution as an allocation, the class of the heaviest tokens first."""
+    sums = np.bincount(solution.class_of, weights.sum(axis=1))
+    order = np.argsort(-sums / np.bincount(solution.class_of), kind="stable")
+    classes = [
+        tuple(ids[each] for each in solution.forms[number].chosen) for number in order.tolist()
+    ]
+    return Allocation(tuple(classes), np.argsort(order).astype(np.uint8)[solution.class_of])
+
+
+def token_shares(tokens: NDArray[np.int64], vocab_size: int) -> NDArray[np.float64]:
+    """Return the share of each token [V] in texts like this one; all are above zero."""
+    counts = np.bincount(tokens, minlength=vocab_size).astype(np.float64)
+    lacking = counts == 0
+    once = max(1, int((counts == 1).sum()))
+    counts[lacking] = min(_MOST, once / max(1, int(lacking.sum())))
+    return np.asarray(counts / counts.sum())
 
 
 class RowSource(Protocol):

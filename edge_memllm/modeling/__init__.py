@@ -7,9 +7,13 @@ from __future__ import annotations
 
 from transformers import AutoConfig, AutoModel, AutoModelForCausalLM
 
-from edge_memllm.modeling.configuration import MemoryLLMConfig
+from edge_memllm.modeling.configuration import (
+    PRESETS,
+    MemoryLLMConfig,
+    parameter_counts,
+    preset_config,
+)
 from edge_memllm.modeling.network import MemoryLLMForCausalLM, MemoryLLMModel, TokenRows
-from edge_memllm.modeling.presets import PRESETS, parameter_counts, preset_config
 
 AutoConfig.register(MemoryLLMConfig.model_type, MemoryLLMConfig)
 AutoModel.register(MemoryLLMConfig, MemoryLLMModel)

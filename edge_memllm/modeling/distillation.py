@@ -10,10 +10,9 @@ from typing import Any
 import torch
 from torch import nn
 
-from edge_memllm.modeling.conversion_recipe import DistillationRecipe
-from edge_memllm.modeling.loss import next_token_loss
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
-from edge_memllm.modeling.trainer import LanguageModelTrainer
+from edge_memllm.modeling.recipe import DistillationRecipe
+from edge_memllm.modeling.trainer import LanguageModelTrainer, next_token_loss
 
 _ROWS = 256  # positions per stretch: its float32 logits stay in the cache of a CPU core
 

@@ -20,15 +20,120 @@ from transformers.cache_utils import Cache, DynamicCache
 from transformers.masking_utils import create_causal_mask
 from transformers.modeling_outputs import BaseModelOutputWithPast, CausalLMOutputWithPast
 from transformers.models.llama.modeling_llama import (
+    LlamaAttention,
     LlamaRMSNorm,
     LlamaRotaryEmbedding,
 )
+from transformers.models.qwen3.modeling_qwen3 import Qwen3Attention
 
-from edge_memllm.modeling.attention import build_attention
-from edge_memllm.modeling.cache_argument import CACHE, one_cache
-from edge_memllm.modeling.configuration import MemoryLLMConfig
-from edge_memllm.modeling.feed_forward import SwiGLU, build_compute
-from edge_memllm.modeling.token_memory import TokenMemory, TrainedRows, rows_of_layer
+from edge_memllm.modeling.configuration import CACHE, MemoryLLMConfig, one_cache
+
+# Not for weight decay: a rare token's rows would shrink in all the steps that do without it, and
+# a gain has one as its origin.
+UNDECAYED = ("token_memory.rows.weight", "token_memory.gain")
+
+
+def build_attention(config: MemoryLLMConfig, layer: int) -> LlamaAttention | Qwen3Attention:
+    """Attention with biases of query, key and value where the configuration has them.
+
+    The output projection never has one, which Llama's own ``attention_bias`` gives it.
+    """
+    kind = Qwen3Attention if config.qk_norm else LlamaAttention
+    attention = kind(config, layer)
+    if config.attention_bias:
+        output = attention.o_proj
+        attention.o_proj = nn.Linear(output.in_features, output.out_features, bias=False)
+    return attention
+
+
+class SwiGLU(nn.Module):
+    """``down(silu(gate(x)) * up(x))`` without biases (paper, eq. 2.3)."""
+
+    def __init__(self, hidden_size: int, width: int) -> None:
+        super().__init__()
+        self.gate_proj = nn.Linear(hidden_size, width, bias=False)
+        self.up_proj = nn.Linear(hidden_size, width, bias=False)
+        self.down_proj = nn.Linear(width, hidden_size, bias=False)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
+
+
+class LinearCompute(nn.Module):
+    """FFN-C read literally as "a linear dense module": one ``h x h`` matrix, or two."""
+
+    def __init__(self, hidden_size: int, width: int, beta: int) -> None:
+        super().__init__()
+        shapes = [(hidden_size, width), (width, hidden_size)][: min(beta, 2)]
+        self.projections = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in shapes)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """[..., D] -> [..., D]."""
+        for projection in self.projections:
+            x = projection(x)
+        return x
+
+
+def build_compute(config: MemoryLLMConfig) -> SwiGLU | LinearCompute:
+    """The FFN-C of one layer, in the form the configuration names."""
+    if config.compute_form == "linear":
+        return LinearCompute(config.hidden_size, config.intermediate_size, config.beta)
+    return SwiGLU(config.hidden_size, config.intermediate_size)
+
+
+class TrainedRows(nn.Embedding):
+    """Memory rows that are parameters, one line [M * D] per token.
+
+    They start at zero, so that a token which training never meets adds nothing, and a network
+    that has an FFN-M as well starts as if it had no others.
+    """
+
+
+class TokenMemory(nn.Module):
+    """From tokens to what the layers make their memory of.
+
+    ``gain`` is learned, one number per layer, where all layers share one memory: it is all that
+    tells them apart.
+    """
+
+    def __init__(self, config: MemoryLLMConfig) -> None:
+        super().__init__()
+        self.width = config.hidden_size
+        self.norm: nn.Module | None = None
+        self.network: nn.Module | None = None
+        self.rows: nn.Module | None = None
+        self.gain: nn.Parameter | None = None
+        shared = config.memory_sharing == "all_layers"
+        if config.has_memory_network and (shared or config.memory_norm == "shared"):
+            self.norm = LlamaRMSNorm(self.width, eps=config.rms_norm_eps)
+        if config.has_memory_network and shared:
+            self.network = SwiGLU(self.width, config.memory_intermediate_size)
+        if config.has_trained_rows:
+            self.rows = TrainedRows(config.vocab_size, config.memory_layers * self.width)
+        if shared:
+            self.gain = nn.Parameter(torch.ones(config.num_hidden_layers))
+
+    def forward(
+        self, ids: torch.Tensor, embedding: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """What each layer's own FFN-M reads [U, D], and the rows [U, M, D] to add to its output.
+
+        ``ids`` [U] and their ``embedding`` [U, D]. M is 1 where all layers share one memory.
+        """
+        source = embedding if self.norm is None else self.norm(embedding)
+        rows = None if self.rows is None else self.rows(ids).unflatten(-1, (-1, self.width))
+        if self.network is not None:
+            computed = self.network(source).unsqueeze(1)
+            rows = computed if rows is None else rows + computed
+        return source, rows
+
+
+def rows_of_layer(rows: torch.Tensor | None, layer: int) -> torch.Tensor | None:
+    """The rows [U, D] of one layer out of [U, M, D]: its own, or those that all layers share."""
+    if rows is None or not rows.shape[1]:
+        return None
+    return rows[:, layer if rows.shape[1] > 1 else 0]
 
 
 @dataclass(frozen=True)

@@ -17,34 +17,38 @@ from accelerate import PartialState
 from huggingface_hub.errors import StrictDataclassError
 from safetensors import SafetensorError
 from tokenizers import Tokenizer
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
+from torch.distributed.tensor import DTensor
 from transformers import GenerationConfig
 from transformers.trainer_callback import PrinterCallback, ProgressCallback
 from transformers.trainer_utils import get_last_checkpoint
 
-from edge_memllm.atomic import WholeFile, write_whole
+from edge_memllm.artifact.atomic import WholeFile, write_whole
 from edge_memllm.errors import RecipeError
-from edge_memllm.modeling.configuration import MemoryLLMConfig
-from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
-from edge_memllm.modeling.gathering import whole_network
-from edge_memllm.modeling.network import MemoryLLMForCausalLM
-from edge_memllm.modeling.presets import preset_config
-from edge_memllm.modeling.progress import TrainingProgress
-from edge_memllm.modeling.recipe import DataRecipe, Recipe
-from edge_memllm.modeling.threads import keep_to_quota
-from edge_memllm.modeling.token_cache import content_key, link_or_copy, made_once
-from edge_memllm.modeling.tokenizer_training import (
+from edge_memllm.modeling.configuration import MemoryLLMConfig, preset_config
+from edge_memllm.modeling.data import (
     END_OF_TEXT,
+    TokenWindows,
     byte_tokenizer,
+    content_key,
+    documents,
     given_tokenizer,
+    link_or_copy,
+    made_once,
     read_tokenizer,
     save_tokenizer,
     train_tokenizer,
+    write_tokens,
 )
+from edge_memllm.modeling.network import MemoryLLMForCausalLM
+from edge_memllm.modeling.recipe import DataRecipe, Recipe
 from edge_memllm.modeling.trainer import (
     LanguageModelTrainer,
+    TrainingProgress,
     keep_freed_memory,
     training_arguments,
 )
+from edge_memllm.process.limits import processor_share
 
 RECORD_FILE = "training.json"
 _CHECKPOINTS = "checkpoints"
@@ -55,6 +59,32 @@ _SHAPE = (
     *("memory_norm", "memory_source", "memory_sharing", "compute_form", "compute_placement"),
     *("tie_word_embeddings", "attention_bias", "qk_norm"),
 )
+
+
+def whole_network(network: MemoryLLMForCausalLM) -> MemoryLLMForCausalLM:
+    """The network itself, or where its weights are spread a whole copy on the CPU.
+
+    Every process has to call it; only that of the main one is then of use.
+    """
+    if not any(isinstance(weight, DTensor) for weight in network.parameters()):
+        return network
+    options = StateDictOptions(full_state_dict=True, cpu_offload=True)
+    weights = get_model_state_dict(network, options=options)
+    whole = MemoryLLMForCausalLM(network.config)
+    whole.generation_config = network.generation_config
+    if weights:  # there are none in the other processes
+        whole.load_state_dict(weights)
+    return whole
+
+
+def keep_to_quota() -> None:
+    """Let torch use no more threads than this process gets processors' time for.
+
+    It counts the processors of the machine, whatever share of them a container has.
+    """
+    share = processor_share()
+    if share is not None and torch.get_num_threads() > share:
+        torch.set_num_threads(share)
 
 
 def train(recipe: Recipe, out: Path, resume: bool = False) -> dict[str, Any]:

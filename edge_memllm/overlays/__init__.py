@@ -1,10 +1,7 @@
 """Overlays: small files that change the memory rows of chosen tokens, on top of any table."""
 
-from edge_memllm.overlays.columns import overlay_of
-from edge_memllm.overlays.header import SUFFIX
-from edge_memllm.overlays.overlay import Edit, Operation, Overlay, OverlaySpec
-from edge_memllm.overlays.reading import open_overlay
-from edge_memllm.overlays.writing import OverlayWriter, Written, write_overlay
+from edge_memllm.overlays.file import SUFFIX, OverlayWriter, Written, open_overlay, write_overlay
+from edge_memllm.overlays.overlay import Edit, Operation, Overlay, OverlaySpec, overlay_of
 
 __all__ = [
     "SUFFIX",

@@ -7,9 +7,8 @@ import os
 from edge_memllm.errors import RequestError
 from edge_memllm.readers.choice import choose_reader
 from edge_memllm.readers.direct import DirectReader
-from edge_memllm.readers.mapped import MmapReader
+from edge_memllm.readers.in_memory import MmapReader, RamReader
 from edge_memllm.readers.pread import PreadReader
-from edge_memllm.readers.ram import RamReader
 from edge_memllm.readers.reader import Reader, Region
 from edge_memllm.readers.uring import UringReader
 

@@ -12,10 +12,8 @@ from concurrent.futures import wait
 from itertools import pairwise
 
 from edge_memllm.errors import StorageError
-from edge_memllm.forking import Workers
-from edge_memllm.readers.arena import Arena, Span
-from edge_memllm.readers.open_file import OpenFile
-from edge_memllm.readers.reader import ASKED_FOR, Region, scatter
+from edge_memllm.process.forking import Workers
+from edge_memllm.readers.reader import ASKED_FOR, Arena, OpenFile, Region, Span, scatter
 
 _ALIGNMENTS = (512, 4096)  # of blocks, in practice
 _THREADS = 8

@@ -8,8 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from edge_memllm.readers.open_file import OpenFile
-from edge_memllm.readers.reader import ASKED_FOR
+from edge_memllm.readers.reader import ASKED_FOR, OpenFile
 
 # Records announced ahead of the one that is read: the device works on them side by side, and what
 # is announced but not yet read stays at a few MB.

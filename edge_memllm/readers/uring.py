@@ -6,20 +6,137 @@ x86-64 only.
 
 from __future__ import annotations
 
+import ctypes
 import errno
+import mmap
 import os
 import platform
+import struct
 import sys
 import threading
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from typing import Any
+from weakref import finalize
 
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.readers.arena import Arena, Span
+from edge_memllm.process.limits import close_file
 from edge_memllm.readers.direct import DirectReader
-from edge_memllm.readers.reader import ASKED_FOR, Region, scatter
-from edge_memllm.readers.ring import Ring
+from edge_memllm.readers.reader import ASKED_FOR, Arena, Region, Span, scatter
+
+_SETUP, _ENTER = 425, 426  # numbers of the system calls
+_GETEVENTS = 1
+_READ = 22  # the operation: read into one buffer at an offset
+_SQES_AT = 0x10000000  # where the descriptor maps the entries; the queues are at 0
+_SINGLE_MMAP, _CURRENT_POSITION = 1 << 0, 1 << 3  # features: one map for both queues; Linux 5.6
+_PARAMETERS = struct.Struct("=5I 2I 3I 10I 10I")  # struct io_uring_params, its offsets last
+_ENTRY_BYTES = 64
+# opcode, flags, ioprio, descriptor, offset, address, length, rw_flags, user_data; the rest is 0
+_ENTRY = struct.Struct("=BBHiQQIIQ")
+_COMPLETION = struct.Struct("=QiI")  # user_data, result, flags
+_WAIT_MILLISECONDS = 2000  # for the kernel to find resources, before giving up
 
 _DEPTH = 64
+
+
+class Ring:
+    """Up to `depth` reads at once. Raises `OSError` where the kernel has no io_uring for us."""
+
+    def __init__(self, depth: int) -> None:
+        self._call = _system_call()
+        parameters = ctypes.create_string_buffer(_PARAMETERS.size)
+        self._descriptor = self._call(_SETUP, depth, parameters, 0, 0, 0, 0)
+        self._free = finalize(self, close_file, self._descriptor)  # also if nobody calls `close`
+        try:
+            self._map(_PARAMETERS.unpack(parameters.raw))
+        except BaseException:
+            self._free()
+            raise
+        self.depth = depth
+        self.in_flight = 0
+
+    def _map(self, values: tuple[int, ...]) -> None:
+        entries, completions, features = values[0], values[1], values[5]
+        if not features & _SINGLE_MMAP or not features & _CURRENT_POSITION:
+            raise OSError(errno.ENOSYS, "its io_uring is older than Linux 5.6")
+        # head, tail, ring_mask, ring_entries, flags, dropped, array, ... / head, tail, mask, ...
+        submission, completion = values[10:20], values[20:30]
+        array_at, completions_at = submission[6], completion[5]
+        size = max(array_at + 4 * entries, completions_at + _COMPLETION.size * completions)
+        self._queues = mmap.mmap(self._descriptor, size)
+        self._entries = mmap.mmap(self._descriptor, entries * _ENTRY_BYTES, offset=_SQES_AT)
+        self._words = memoryview(self._queues).cast("I")
+        self._sq_head, self._sq_tail = submission[0] // 4, submission[1] // 4
+        self._cq_head, self._cq_tail = completion[0] // 4, completion[1] // 4
+        self._mask, self._cq_mask = entries - 1, completions - 1
+        self._completions_at = completions_at
+        for index in range(entries):
+            self._words[array_at // 4 + index] = index
+
+    def queue_read(self, file: int, offset: int, address: int, length: int, tag: int) -> None:
+        """Queue one read; `submit` hands it to the kernel. At most `depth` may be in flight."""
+        tail = self._words[self._sq_tail]
+        at = (tail & self._mask) * _ENTRY_BYTES
+        _ENTRY.pack_into(self._entries, at, _READ, 0, 0, file, offset, address, length, 0, tag)
+        self._words[self._sq_tail] = tail + 1 & 0xFFFFFFFF
+        self.in_flight += 1
+
+    def submit(self) -> None:
+        """Hand over what is queued, and wait until something in flight is complete."""
+        for _ in range(_WAIT_MILLISECONDS):
+            queued = self._words[self._sq_tail] - self._words[self._sq_head] & 0xFFFFFFFF
+            try:
+                self._call(_ENTER, self._descriptor, queued, 1, _GETEVENTS, 0, 0)
+            except InterruptedError:
+                continue  # Python has run its signal handlers
+            except OSError as error:
+                if error.errno not in (errno.EAGAIN, errno.EBUSY):
+                    raise
+                if self._words[self._cq_head] == self._words[self._cq_tail]:
+                    time.sleep(0.001)  # the kernel is out of resources for now
+                    continue
+            return
+        raise OSError(errno.EAGAIN, os.strerror(errno.EAGAIN))
+
+    def completions(self) -> Iterator[tuple[int, int]]:
+        """Yield (tag, bytes read or negative errno) of what is complete."""
+        words = self._words
+        while (head := words[self._cq_head]) != words[self._cq_tail]:
+            at = self._completions_at + (head & self._cq_mask) * _COMPLETION.size
+            tag, result, _ = _COMPLETION.unpack_from(self._queues, at)
+            words[self._cq_head] = head + 1 & 0xFFFFFFFF
+            self.in_flight -= 1
+            yield tag, result
+
+    def drain(self) -> None:
+        """Wait for all that is in flight and forget it."""
+        while self.in_flight:
+            self.submit()
+            for _ in self.completions():
+                pass
+
+    def close(self) -> None:
+        """Unmap the queues and close the ring."""
+        self._words.release()
+        self._entries.close()
+        self._queues.close()
+        self._free()
+
+
+def _system_call() -> Any:
+    """Return the C library's `syscall`, raising `OSError` when it fails."""
+    call = ctypes.CDLL(None, use_errno=True).syscall
+    call.restype = ctypes.c_long
+    call.argtypes = [ctypes.c_long] * 2 + [ctypes.c_void_p] + [ctypes.c_long] * 4
+    call.errcheck = _check
+    return call
+
+
+def _check(result: Any, *_: object) -> Any:
+    if result < 0:
+        number = ctypes.get_errno()
+        raise OSError(number, os.strerror(number))
+    return result
 
 
 class UringReader:

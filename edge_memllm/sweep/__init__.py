@@ -3,9 +3,8 @@
 Functions and dataclasses; they know nothing of the command line.
 """
 
-from edge_memllm.sweep.plan import Plan, SweepRequest, make_plan
-from edge_memllm.sweep.results import ResultsFolder, load_results
-from edge_memllm.sweep.running import Sweep, run_sweep
+from edge_memllm.sweep.plan import Plan, ResultsFolder, SweepRequest, load_results, make_plan
+from edge_memllm.sweep.sweep import Sweep, run_sweep
 
 __all__ = [
     "Plan",

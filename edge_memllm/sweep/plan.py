@@ -7,23 +7,27 @@ their figures depend on, files by their digests.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
-from edge_memllm.codecs import get_codec
-from edge_memllm.codecs.words import codec_id
-from edge_memllm.errors import ExportError, RequestError
+from edge_memllm.artifact.atomic import FolderLock, not_written, write_whole
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.codecs import codec_id, get_codec
+from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import Task
-from edge_memllm.manifest import Manifest
+from edge_memllm.evaluation.perplexity import check_windows
 from edge_memllm.mixed_precision import Sizing, target_of
-from edge_memllm.perplexity import check_windows
 
 # Codecs whose rows are as good as the network's.
 FAITHFUL = ("f32", "f16", "bf16")
+
+_FOLDER = "results"
 
 
 @dataclass(frozen=True)
@@ -135,3 +139,75 @@ def _codec(word: str, manifest: Manifest) -> str:
 
 def _digest(data: bytes) -> str:
     return hashlib.sha256(data).hexdigest()
+
+
+class ResultsFolder:
+    """DIR/results. Files appear by a rename; the bytes are on the disk before."""
+
+    def __init__(self, out: Path) -> None:
+        self._out = out
+        self._path = out / _FOLDER
+
+    @contextmanager
+    def locked(self) -> Iterator[None]:
+        """Make the folder and hold it alone; the lock ends with the process, however it ends."""
+        try:
+            self._path.mkdir(parents=True, exist_ok=True)
+            lock = FolderLock(self._path.resolve())
+        except OSError as error:
+            raise not_written(self._path, error) from error
+        with closing(lock):
+            if lock.taken:
+                raise RequestError(
+                    f"{self._out}: another sweep is writing there. Wait for it, or choose another "
+                    "folder."
+                )
+            yield
+
+    def read(self, codec: str) -> dict[str, Any] | None:
+        """Return a codec's result, None without one. Raises `ArtifactError` for a torn file."""
+        path = self._path / f"{codec}.json"
+        return _read(path) if path.exists() else None
+
+    def write(self, codec: str, result: Mapping[str, Any]) -> None:
+        """Store a codec's result in place of what there was."""
+        write_whole(self._path / f"{codec}.json", _json(result))
+
+    def all(self) -> dict[str, dict[str, Any]]:
+        """Return every result by codec, in the order of their names."""
+        return {path.stem: _read(path) for path in sorted(self._path.glob("*.json"))}
+
+
+def load_results(out: Path) -> dict[str, Any]:
+    """Return what the last sweep into `out` has put together, as `run_sweep` wrote it."""
+    return _read(out / "results.json")
+
+
+def write_summary(path: Path, summary: Mapping[str, Any]) -> None:
+    """Write results.json."""
+    write_whole(path, _json(summary))
+
+
+def differences(found: Mapping[str, Any], expected: Mapping[str, Any]) -> list[str]:
+    """Return the names of the settings in which two results differ."""
+    names = dict.fromkeys([*expected, *found])
+    return [name for name in names if found.get(name) != expected.get(name)]
+
+
+def _json(value: Mapping[str, Any]) -> str:
+    return json.dumps(value, indent=1, allow_nan=False) + "\n"
+
+
+def _read(path: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(path.read_bytes())
+    except (ValueError, RecursionError) as error:
+        raise ArtifactError(
+            f"{path}: not a result of a sweep ({error}). Remove the file; it is measured again."
+        ) from error
+    if not isinstance(found, dict) or not isinstance(found.get("settings"), dict):
+        raise ArtifactError(
+            f"{path}: not a result of a sweep: it states no settings. Remove the file; it is "
+            "measured again."
+        )
+    return found

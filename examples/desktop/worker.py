@@ -13,8 +13,7 @@ from pathlib import Path
 from queue import Empty, SimpleQueue
 from time import perf_counter
 
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.errors import EdgeMemLLMError, GenerationCancelledError
+from edge_memllm.errors import Cancellation, EdgeMemLLMError, GenerationCancelledError
 from edge_memllm.loading import load
 from edge_memllm.model import Model
 from edge_memllm.sampling import Sampling

@@ -11,10 +11,8 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_memllm_export.exporter import ExportReport, export_model
-    from edge_memllm_export.ladder import Rung, verify_against
-    from edge_memllm_export.quality import Quality
-    from edge_memllm_export.requantizer import RequantizeReport, requantize
-    from edge_memllm_export.row_changes import checkpoint_difference
+    from edge_memllm_export.judgement import Quality, Rung, verify_against
+    from edge_memllm_export.requantizer import RequantizeReport, checkpoint_difference, requantize
 
 __all__ = [
     "ExportReport",
@@ -29,13 +27,13 @@ __all__ = [
 
 _HOMES = {
     "ExportReport": "exporter",
-    "Quality": "quality",
+    "Quality": "judgement",
     "RequantizeReport": "requantizer",
-    "Rung": "ladder",
-    "checkpoint_difference": "row_changes",
+    "Rung": "judgement",
+    "checkpoint_difference": "requantizer",
     "export_model": "exporter",
     "requantize": "requantizer",
-    "verify_against": "ladder",
+    "verify_against": "judgement",
 }
 
 

@@ -8,37 +8,52 @@ Everything is built in OUT.partial, compared with the source, and published in o
 from __future__ import annotations
 
 import os
+import re
 import shutil
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import numpy as np
+import onnx_ir as ir
+
 import edge_memllm
-from edge_memllm.artifact import Artifact
-from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.words import codec_id
-from edge_memllm.errors import CorruptionError, ExportError
-from edge_memllm.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
+from edge_memllm.artifact.atomic import seal
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
+from edge_memllm.codecs import Codec, codec_id, get_codec
+from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
+from edge_memllm.feeding import Feeder
 from edge_memllm.mixed_precision import Target
-from edge_memllm.stored_rows import StoredRows
-from edge_memllm.table import Table
-from edge_memllm_export.comparison import compare_artifacts
-from edge_memllm_export.graph_rewire import rewire_graph
-from edge_memllm_export.graph_rows import MemoryShape
-from edge_memllm_export.sealing import seal
+from edge_memllm.overlays import OverlaySpec, OverlayWriter
+from edge_memllm.overlays.making import Difference, differs
+from edge_memllm.table.source import StoredRows
+from edge_memllm.table.table import Table
+from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.ops import GraphTape
+from edge_memllm_export.graph.tokens import MemoryShape, memory_rows
 from edge_memllm_export.staging import Staging
-from edge_memllm_export.table_export import (
+from edge_memllm_export.table import (
     MixedFigures,
     TableForm,
     check_table_options,
     learned,
     mixed,
+    table_rows,
     write_table,
 )
-from edge_memllm_export.texts import TOKENIZER_FILE, TableText, table_text
+from edge_memllm_export.text_files import TableText, table_text
+from edge_memllm_export.weights.quantizer import quantize
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.ort_graph import check_artifact_graph
+
+_NODES = "/model/memory/"
+_INITIALISERS = "model.memory."
+_WIRE_INPUTS = ("memory_rows", "memory_codes", "memory_scales")
+
+_TOKENS = 64
 
 Progress = Callable[[str, int, int], None]
 
@@ -46,6 +61,76 @@ Progress = Callable[[str, int, int], None]
 _FAITHFUL = ("f32", "f16", "bf16")
 # Beyond this the graph does not compute what it did, whatever the codec: a wrong wire costs nats.
 _MAX_MEAN_KL = 1.0
+
+# What rows are made of, besides the embedding: FFN-M, its norms, and rows that were trained.
+_MAKES_ROWS = re.compile(
+    r"model\.layers\.\d+\.(memory|memory_layernorm)\..+"
+    r"|model\.token_memory\.(network|norm|rows)\..+"
+)
+_DIFFER_AT_WILL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
+
+
+def rewire_graph(source: Path, out: Path, weights: str, shape: MemoryShape, codec: Codec) -> None:
+    """Write the graph at `source` to `out`, fed in the wire form of `codec`.
+
+    `weights` is the manifest's word for the graph's matrices. Weights outside of the file stay
+    where the file says, beside it. Raises `ArtifactError` for a graph that is not the exporter's.
+    """
+    model = ir.load(source)
+    graph = model.graph
+    inputs = {value.name: value for value in graph.inputs}
+    old = [node for node in graph if (node.name or "").startswith(_NODES)]
+    if not old or not {"token_index", "memory_gain"} <= set(inputs):
+        raise ArtifactError(
+            f"{source}: the part that takes in the table's rows was not found. Only graphs made "
+            "by 'edge-memllm export' can be changed; export the model again."
+        )
+    tape = GraphTape(weights, {}, None, quantize, 0.0)
+    wire, memory = memory_rows(tape, shape, codec, inputs["memory_gain"], inputs["token_index"])
+    nodes, initialisers = tape.recorded()
+    graph.insert_before(old[0], nodes)
+    for node, index in list(old[-1].outputs[0].uses()):
+        node.replace_input_with(index, memory)
+    graph.remove(old, safe=True)
+    _replace_inputs(graph, wire)
+    for name in [name for name in graph.initializers if name.startswith(_INITIALISERS)]:
+        del graph.initializers[name]
+    for value in initialisers:
+        graph.register_initializer(value)
+    ir.save(model, out)
+
+
+def _replace_inputs(graph: ir.Graph, wire: list[ir.Value]) -> None:
+    """Exchange the wire form's inputs, in their place among the others."""
+    places = [place for place, value in enumerate(graph.inputs) if value.name in _WIRE_INPUTS]
+    graph.inputs[places[0] : places[-1] + 1] = wire
+
+
+def compare_artifacts(reference: Path, other: Path) -> tuple[float, int]:
+    """Return the mean KL divergence (nats) from `reference` to `other`, and over how many tokens.
+
+    The tokens are spread over the vocabulary, so rows of rare tokens count as much as others.
+    """
+    with Artifact.open(reference) as artifact:
+        model = artifact.manifest.model
+        count = min(_TOKENS, model.max_position_embeddings, model.vocab_size)
+    ids = np.random.default_rng(0).permutation(model.vocab_size)[:count].tolist()
+    truth, found = (_log_probabilities(path, ids) for path in (reference, other))
+    divergence = (np.exp(truth) * (truth - found)).sum(axis=1)
+    return float(divergence.mean()), count
+
+
+def _log_probabilities(path: Path, ids: Sequence[int]) -> np.ndarray:
+    """Float64 [T, V]."""
+    with (
+        Artifact.open(path) as artifact,
+        closing(Table.open(artifact, "pread")) as table,
+        closing(open_runtime(artifact, "cpu")) as runtime,
+        Feeder(runtime, table, 1, len(ids)) as feeder,
+    ):
+        logits = feeder.score(0, ids).astype(np.float64)
+    logits -= logits.max(axis=1, keepdims=True)
+    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
 
 
 @dataclass(frozen=True)
@@ -244,3 +329,67 @@ class _Requantizing:
         os.replace(rewired, file)
         self._files[spec.file] = seal(file)
         return replace(spec, wire=codec.wire)
+
+
+def checkpoint_difference(
+    base: Path,
+    changed: Path,
+    out: str | os.PathLike[str],
+    *,
+    name: str,
+    description: str = "",
+    codec: str = "f16",
+    tolerance: float = 0.0,
+    overwrite: bool = False,
+    progress: Progress | None = None,
+) -> Difference:
+    """Write an overlay that makes the rows of exports of `base` those of `changed`.
+
+    A row is stored when the norm of its difference is above `tolerance` times that of the base
+    row. Raises `ExportError` for folders that are no checkpoints, and naming the first thing that
+    differs besides rows; `RequestError` as `OverlayWriter`.
+    """
+    ours, theirs = Checkpoint.open(base), Checkpoint.open(changed)
+    _check_same_but_rows(ours, theirs)
+    config = ours.config
+    if not config.memory_layers:
+        raise ExportError(f"{base}: a dense model (beta 8) has no memory rows to compare.")
+    spec = OverlaySpec(
+        name, ours.identity(), config.memory_layers, config.hidden_size, codec, description
+    )
+    start = 0
+    with OverlayWriter(out, spec, overwrite=overwrite) as writer:
+        parts = (table_rows(each.network()) for each in (ours, theirs))
+        for (_, before), (_, after) in zip(*parts, strict=True):
+            at, layers = np.nonzero(differs(before, after, tolerance))
+            writer.replace(start + at, layers, after[at, layers])
+            start += len(after)
+            if progress is not None:
+                progress("comparing", start, config.vocab_size)
+        return Difference(writer.finish(), config.vocab_size * config.memory_layers)
+
+
+def _check_same_but_rows(base: Checkpoint, changed: Checkpoint) -> None:
+    ours, theirs = (_fields(each) for each in (base, changed))
+    for key in sorted(ours.keys() | theirs.keys()):
+        if ours.get(key) != theirs.get(key):
+            raise ExportError(
+                f"{changed.path}: {key} is {theirs.get(key)}, that of {base.path} is "
+                f"{ours.get(key)}. Overlays change memory rows only."
+            )
+    for weight in base.weight_names:
+        if not _MAKES_ROWS.fullmatch(weight) and not _equal(base, changed, weight):
+            raise ExportError(
+                f"{changed.path}: {weight} is not that of {base.path}, and overlays change memory "
+                "rows only. Train FFN-M, or trained rows, and freeze the rest."
+            )
+
+
+def _fields(checkpoint: Checkpoint) -> dict[str, object]:
+    fields: dict[str, object] = checkpoint.config.to_dict()
+    return {key: value for key, value in fields.items() if key not in _DIFFER_AT_WILL}
+
+
+def _equal(base: Checkpoint, changed: Checkpoint, weight: str) -> bool:
+    ours, theirs = base.array(weight), changed.array(weight)
+    return ours.dtype == theirs.dtype and np.array_equal(ours.view(np.uint8), theirs.view(np.uint8))

@@ -18,9 +18,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
-from edge_memllm.atomic import FolderLock, reason, sync_folder
+from edge_memllm.artifact.atomic import FolderLock, reason, sync_folder
+from edge_memllm.artifact.manifest import FORMAT, MANIFEST_NAME
 from edge_memllm.errors import ExportError
-from edge_memllm.manifest import FORMAT, MANIFEST_NAME
 
 _log = logging.getLogger(__name__)
 

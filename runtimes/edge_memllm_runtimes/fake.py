@@ -14,10 +14,9 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from edge_memllm.records import RecordBuffer
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
-from edge_memllm_runtimes.kv_cache import GrowingCache
-from edge_memllm_runtimes.runtime import check_step, own_cache
+from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
 
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _STATE_BYTES = 8

@@ -21,7 +21,7 @@ from edge_memllm.errors import ArtifactError
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Node, Tensor
 
 if TYPE_CHECKING:
-    from edge_memllm.manifest import Manifest
+    from edge_memllm.artifact.manifest import Manifest
 
 Dims = tuple[int | str, ...]
 

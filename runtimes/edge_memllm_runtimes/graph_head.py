@@ -13,11 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import ArtifactError
-from edge_memllm.readers.open_file import OpenFile
+from edge_memllm.readers.reader import OpenFile
 from edge_memllm_runtimes.graph_file import Tensor, read_graph
 
 if TYPE_CHECKING:
-    from edge_memllm.artifact import Artifact
+    from edge_memllm.artifact.folder import Artifact
     from edge_memllm.interpretation.head import Head
 
 Floats = NDArray[np.float32]

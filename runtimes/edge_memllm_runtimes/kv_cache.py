@@ -7,14 +7,18 @@ values lie is the business of the runtime that derives from it.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from typing import TypeVar
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-from edge_memllm.forking import ProcessLock
-from edge_memllm.runtime_protocol import Held, HeldLayout
+from edge_memllm.process.forking import ProcessLock
+from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
 
 FIRST_CAPACITY = 256
+
+Cache = TypeVar("Cache", bound=KVCache)
 
 
 def grown_capacity(needed: int, context: int) -> int:
@@ -211,3 +215,49 @@ class GrowingCache(ABC):
             f"the {self._budget.limit:,} bytes that the memory limit leaves for them {room:,} are "
             "free. Shorten the text, ask for fewer tokens, or raise the limit."
         )
+
+
+def own_cache(cache: KVCache, kind: type[Cache]) -> Cache:
+    """Return `cache` as the kind a runtime makes; raises `TypeError` if another made it."""
+    if not isinstance(cache, kind):
+        raise TypeError(f"a {type(cache).__name__} was given, expected the runtime's own cache.")
+    return cache
+
+
+def check_step(
+    token_index: NDArray[np.int64],
+    distinct: int,
+    cache: KVCache,
+    logits_index: NDArray[np.int64],
+    sequence: int | range | None,
+) -> None:
+    """Raise `ValueError` for arrays that do not fit together, before anything is computed."""
+    batch, tokens = token_index.shape
+    if sequence is None:
+        fits = batch == cache.batch and (tokens == 1 or batch == 1)
+    elif isinstance(sequence, range):
+        inside = 0 <= sequence.start < sequence.stop <= cache.batch and sequence.step == 1
+        fits = inside and batch == len(sequence) and tokens == 1
+    else:
+        fits = batch == 1 and 0 <= sequence < cache.batch
+    if not fits or tokens < 1:
+        raise ValueError(
+            f"token_index {token_index.shape} does not fit a cache of {cache.batch} sequences: "
+            "expected [B, 1], or [1, T] with one sequence of them."
+        )
+    if logits_index.shape[0] != batch:
+        raise ValueError(f"logits_index {logits_index.shape}, expected [{batch}, K].")
+    _check_range("token_index", token_index, distinct)
+    _check_range("logits_index", logits_index, tokens)
+
+
+def _check_range(name: str, index: NDArray[np.int64], limit: int) -> None:
+    # ONNX Runtime takes -1 for the last entry without a word.
+    if index.size == 1:  # every decode step: a plain number is compared ten times as fast
+        low = high = index.item()
+    elif index.size:
+        low, high = index.min(), index.max()
+    else:
+        return
+    if low < 0 or high >= limit:
+        raise ValueError(f"{name} goes from {low} to {high}, expected 0 to {limit - 1}.")

@@ -5,10 +5,15 @@ Plain data with its checks; knows no library that computes.
 
 from __future__ import annotations
 
+import os
 from dataclasses import dataclass
 from pathlib import Path
 
 from edge_memllm.errors import RequestError
+from edge_memllm.process.limits import processor_share
+
+_TOPOLOGY = Path("/sys/devices/system/cpu")
+_ROOT = Path("/")
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,3 +39,29 @@ class RuntimeOptions:
                 "packed_cache is for a CPU, the device is 'cuda', which does not repack weights "
                 "in memory. Leave it out or use device 'cpu'."
             )
+
+
+def physical_cores(topology: Path = _TOPOLOGY, root: Path = _ROOT) -> int:
+    """Return the physical cores among the processors this process is allowed on.
+
+    Two hardware threads of one core count once: they share the arithmetic that a graph needs.
+    Where the system does not tell, every processor counts as a core. A container may be given less
+    of their time than that (docker --cpus, limits of Kubernetes): then it is as many cores as that
+    time is of, rounded up, for threads beyond it would only wait for each other.
+    """
+    cores = _cores(topology)
+    return max(1, min(cores, processor_share(root) or cores))
+
+
+def _cores(topology: Path) -> int:
+    if not hasattr(os, "sched_getaffinity"):
+        return os.cpu_count() or 1
+    return len({_siblings(topology, processor) for processor in os.sched_getaffinity(0)})
+
+
+def _siblings(topology: Path, processor: int) -> str:
+    file = topology / f"cpu{processor}" / "topology" / "thread_siblings_list"
+    try:
+        return file.read_text(encoding="ascii").strip()
+    except OSError:
+        return str(processor)

@@ -6,34 +6,68 @@ options are in `ort_session`, the graph's form in `ort_graph`, its buffers in `o
 
 from __future__ import annotations
 
+import ctypes
+import os
 from contextlib import AbstractContextManager, nullcontext
+from functools import cache
 from threading import Lock
 from typing import TYPE_CHECKING, Any
+from weakref import WeakSet
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.records import RecordBuffer
 from edge_memllm.runtime_protocol import KVCache, StepLogits
-from edge_memllm_runtimes.cuda_graphs import CudaGraphs
-from edge_memllm_runtimes.forking import Home
-from edge_memllm_runtimes.kv_cache import KVBudget
+from edge_memllm_runtimes.kv_cache import KVBudget, check_step, own_cache
 from edge_memllm_runtimes.options import RuntimeOptions
-from edge_memllm_runtimes.ort_cache import OrtCache
+from edge_memllm_runtimes.ort_cache import CudaGraphs, OrtCache
 from edge_memllm_runtimes.ort_graph import GraphShape, read_checked_graph
 from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.ort_session import (
     open_packed,
     open_session,
     pack_graph,
+    packed_graph,
     require_device,
 )
-from edge_memllm_runtimes.packed_cache import packed_graph
-from edge_memllm_runtimes.runtime import check_step, own_cache
 
 if TYPE_CHECKING:
-    from edge_memllm.artifact import Artifact
+    from edge_memllm.artifact.folder import Artifact
+
+
+class Home:
+    """The process that a session was made in, if it can be used in that one only."""
+
+    def __init__(self, session: Any, device: str) -> None:
+        self._process = os.getpid()
+        threads = session.get_session_options().intra_op_num_threads
+        self._bound = device != "cpu" or threads != 1
+        if self._bound:
+            _never_freed_in_a_child().add(session)
+
+    def check(self, where: str) -> None:
+        """Raise `EdgeMemLLMError` in a process that has not what the session computes with."""
+        if self._bound and os.getpid() != self._process:
+            raise EdgeMemLLMError(
+                f"{where}: was loaded before this process was forked, and the threads that compute "
+                "are the parent's. Load the model in each process, or with threads=1 on the CPU, "
+                "which needs no others; or start processes by 'spawn' or 'forkserver'."
+            )
+
+
+@cache
+def _never_freed_in_a_child() -> WeakSet[Any]:
+    sessions: WeakSet[Any] = WeakSet()
+
+    def keep() -> None:
+        for session in list(sessions):
+            ctypes.pythonapi.Py_IncRef(ctypes.py_object(session))
+
+    if hasattr(os, "register_at_fork"):
+        os.register_at_fork(after_in_child=keep)
+    return sessions
 
 
 class OrtRuntime:

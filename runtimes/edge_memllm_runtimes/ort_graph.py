@@ -21,8 +21,8 @@ from edge_memllm_runtimes.graph_check import check_graph
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
 
 if TYPE_CHECKING:
-    from edge_memllm.artifact import Artifact
-    from edge_memllm.manifest import Manifest
+    from edge_memllm.artifact.folder import Artifact
+    from edge_memllm.artifact.manifest import Manifest
 
 # The most that a writer leaves between two weights, so that each begins on a page of any system.
 _MAX_GAP = 1 << 16

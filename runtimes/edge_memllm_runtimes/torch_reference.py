@@ -14,11 +14,10 @@ import torch
 from numpy.typing import NDArray
 from transformers import DynamicCache
 
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.modeling import MemoryLLMForCausalLM, TokenRows
-from edge_memllm.records import RecordBuffer
 from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
-from edge_memllm_runtimes.kv_cache import GrowingCache
-from edge_memllm_runtimes.runtime import check_step, own_cache
+from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
 
 _PARTS = ("key", "value")
 

@@ -14,8 +14,8 @@ from typing import Any
 
 import pytest
 
-from edge_memllm import atomic
-from edge_memllm.atomic import (
+from edge_memllm.artifact import atomic
+from edge_memllm.artifact.atomic import (
     FolderLock,
     WholeFile,
     clear_leftovers,
@@ -198,7 +198,7 @@ def test_file_systems_without_locks(
 KILLED = """
 import os, signal, sys
 from pathlib import Path
-from edge_memllm.atomic import WholeFile, whole_folder
+from edge_memllm.artifact.atomic import WholeFile, whole_folder
 with WholeFile(sys.argv[1] + "/a") as file, whole_folder(Path(sys.argv[1]) / "b") as folder:
     file.write(b"half"); (folder / "half").write_text("half")
     os.kill(os.getpid(), signal.SIGKILL)

@@ -12,10 +12,10 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm import directory
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact import folder as directory
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from support.checkpoints import MakeArtifact
 from support.small_model import IDENTITY, OTHER_IDENTITY, SmallArtifact, flip, write_artifact
 
@@ -252,7 +252,7 @@ def test_a_file_beyond_memory_is_one_error(
         raise MemoryError
 
     with Artifact.open(small.path) as artifact:
-        monkeypatch.setattr("edge_memllm.artifact.bytearray", refuse, raising=False)
+        monkeypatch.setattr("edge_memllm.artifact.folder.bytearray", refuse, raising=False)
         with pytest.raises(StorageError, match=r"graph\.onnx: no memory for its \d+ bytes"):
             artifact.read_bytes("graph.onnx")
 

@@ -11,9 +11,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_memllm.artifact.manifest import FileSpec, GraphSpec, Manifest, TableSpec, sealed
 from edge_memllm.codecs import codec_ids
 from edge_memllm.errors import ArtifactError, CorruptionError
-from edge_memllm.manifest import FileSpec, GraphSpec, Manifest, TableSpec, sealed
 from support import ROOT
 from support.small_model import IDENTITY, file_spec, model_spec, write_artifact
 

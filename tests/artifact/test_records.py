@@ -7,8 +7,8 @@ import numpy as np
 import pytest
 from xxhash import xxh3_64_intdigest
 
+from edge_memllm.artifact.layout import RecordBuffer, RecordLayout, checksum_seed, record_checksum
 from edge_memllm.codecs import get_codec
-from edge_memllm.records import RecordBuffer, RecordLayout, checksum_seed, record_checksum
 from support.ready_codecs import IDS, ready
 from support.small_model import IDENTITY
 

@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from edge_memllm.artifact.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 from edge_memllm.errors import ArtifactError
-from edge_memllm.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 
 
 @pytest.mark.parametrize(

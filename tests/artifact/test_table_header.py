@@ -12,11 +12,11 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import FileSpec
+from edge_memllm.artifact.tensor_header import check_header
 from edge_memllm.errors import ArtifactError
-from edge_memllm.manifest import FileSpec
-from edge_memllm.table import Table
-from edge_memllm.table_header import check_header
+from edge_memllm.table.table import Table
 from support.small_model import SmallArtifact, flip, write_artifact
 
 HEADER = 4096

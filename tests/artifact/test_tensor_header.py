@@ -9,8 +9,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import load
 
-from edge_memllm.errors import ArtifactError
-from edge_memllm.tensor_header import (
+from edge_memllm.artifact.tensor_header import (
     LENGTH,
     FileKind,
     Tensors,
@@ -18,6 +17,7 @@ from edge_memllm.tensor_header import (
     header_bytes,
     tensor_views,
 )
+from edge_memllm.errors import ArtifactError
 
 KIND = FileKind("cake", "1", "cake", "a cake", "Bake one.", "bake it again")
 METADATA = {"format": "cake", "format_version": "1", "slices": "8"}

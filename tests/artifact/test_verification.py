@@ -8,11 +8,11 @@ from pathlib import Path
 
 import pytest
 
-from edge_memllm import verification
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact import verification
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.errors import CorruptionError
-from edge_memllm.table import Table
-from edge_memllm.verification import verify_artifact
+from edge_memllm.table.table import Table
 from support.small_model import SmallArtifact, file_spec, write_artifact
 
 

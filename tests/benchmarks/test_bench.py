@@ -10,12 +10,11 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.artifact import Artifact
-from edge_memllm.benchmark import measuring
-from edge_memllm.benchmark.bandwidth import MemoryBandwidth
-from edge_memllm.benchmark.device import DeviceProbe
-from edge_memllm.cli import synthetic
-from edge_memllm.cli.bench_page import page
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.benchmark import benchmark as measuring
+from edge_memllm.benchmark.machine import DeviceProbe, MemoryBandwidth
+from edge_memllm.cli.analysis import bench as synthetic
+from edge_memllm.cli.analysis.bench_page import page
 from edge_memllm.cli.main import main
 from edge_memllm.errors import RuntimeUnavailableError
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact

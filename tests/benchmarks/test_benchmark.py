@@ -13,17 +13,27 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm.artifact import Artifact
-from edge_memllm.benchmark import bandwidth
-from edge_memllm.benchmark.bandwidth import MemoryBandwidth, array_size
-from edge_memllm.benchmark.device import DeviceProbe
-from edge_memllm.benchmark.page_cache import cached_share, evictor
-from edge_memllm.benchmark.plan import Plan, Variant, readers_for
-from edge_memllm.benchmark.prompts import check_room, distinct_prompt, text_prompt
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.benchmark import machine as bandwidth
+from edge_memllm.benchmark.machine import (
+    DeviceProbe,
+    MemoryBandwidth,
+    array_size,
+    cached_share,
+    describe_storage,
+    evictor,
+    weight_bytes,
+)
+from edge_memllm.benchmark.plan import (
+    Plan,
+    Variant,
+    check_room,
+    distinct_prompt,
+    readers_for,
+    text_prompt,
+)
+from edge_memllm.benchmark.report import quartiles, ratio_of_medians
 from edge_memllm.benchmark.rounds import _turns
-from edge_memllm.benchmark.spread import quartiles, ratio_of_medians
-from edge_memllm.benchmark.storage import describe_storage
-from edge_memllm.benchmark.weights import weight_bytes
 from edge_memllm.errors import RequestError, RuntimeUnavailableError, StorageError
 from support.checkpoints import VOCABULARY, MakeArtifact
 from support.small_model import file_spec, write_artifact

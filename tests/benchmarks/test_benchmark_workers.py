@@ -10,7 +10,8 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.benchmark import crew, worker
+from edge_memllm.benchmark import rounds as crew
+from edge_memllm.benchmark import worker
 from edge_memllm.benchmark.plan import Plan, Variant
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from support.checkpoints import MakeArtifact

@@ -11,7 +11,7 @@ import pytest
 from edge_memllm import __version__
 from edge_memllm.cli import inspection
 from edge_memllm.cli.main import COMMANDS, main
-from edge_memllm.cli.text import byte_count, number, table
+from edge_memllm.cli.output import byte_count, number, table
 from edge_memllm.errors import CorruptionError, missing_extra
 from support.small_model import write_small_artifact
 

@@ -11,10 +11,10 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.cli import demo
 from edge_memllm.cli.main import main
-from edge_memllm.footprint import footprint
+from edge_memllm.memory_plan import footprint
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 
 
@@ -113,7 +113,7 @@ def test_a_red_rung_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from edge_memllm_export import ladder
+    from edge_memllm_export import judgement as ladder
 
     monkeypatch.setattr(ladder, "_GRAPH_KL_BOUNDS", {})
     words = ["verify", str(artifact), "--against", str(make_checkpoint())]

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm.cli.explain import _key
+from edge_memllm.cli.analysis.explain import _key
 from edge_memllm.cli.main import build_parser
 from edge_memllm.cli.options import (
     READERS,
@@ -22,12 +22,12 @@ from edge_memllm.cli.options import (
     loading_keywords,
 )
 from edge_memllm.errors import RequestError
+from edge_memllm.feeding import PREFILL_CHUNKS, SERVING_CHUNK
 from edge_memllm.interpretation.explaining import Questions
-from edge_memllm.interpretation.suppressing import Wish
-from edge_memllm.modeling.conversion_recipe import ConversionRecipe
-from edge_memllm.prefill import PREFILL_CHUNKS, SERVING_CHUNK
+from edge_memllm.interpretation.suppression import Wish
+from edge_memllm.modeling.recipe import ConversionRecipe
 from edge_memllm.readers import reader_names
-from edge_memllm.table import QUALITIES
+from edge_memllm.table.table import QUALITIES
 
 
 @pytest.mark.parametrize(

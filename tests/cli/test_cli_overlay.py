@@ -15,8 +15,7 @@ from safetensors.numpy import load_file, save_file
 import edge_memllm
 from edge_memllm import Model
 from edge_memllm.cli.main import main
-from edge_memllm.cli.session import Session
-from edge_memllm.cli.settings import Settings
+from edge_memllm.cli.prompt import Session, Settings
 from edge_memllm.overlays import Edit, OverlaySpec, open_overlay, overlay_of
 from edge_memllm.sampling import Sampling
 from support.checkpoints import LAYERS, MakeArtifact, MakeCheckpoint

@@ -15,8 +15,7 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.cli.session import Session
-from edge_memllm.cli.settings import Settings
+from edge_memllm.cli.prompt import Session, Settings
 from edge_memllm.errors import RequestError
 from edge_memllm.model import Model
 from edge_memllm.sampling import Sampling

@@ -20,7 +20,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from edge_memllm import interrupts
+from edge_memllm.process import interrupts
 from support.checkpoints import MakeArtifact
 
 pytestmark = pytest.mark.skipif(os.name != "posix", reason="signals are POSIX's")
@@ -43,7 +43,7 @@ from {module} import {name}
 sys.exit(main(sys.argv[1:]))
 """
 _STEP = {"module": "edge_memllm_runtimes.ort", "name": "OrtRuntime", "method": "step"}
-_ENCODE = {"module": "edge_memllm.tokenization", "name": "Tokenizer", "method": "encode"}
+_ENCODE = {"module": "edge_memllm.text.tokenization", "name": "Tokenizer", "method": "encode"}
 
 
 @contextmanager
@@ -238,7 +238,7 @@ def test_other_threads_change_nothing() -> None:
 
 def test_leaving_waits_for_no_thread(tmp_path: Path) -> None:
     code = (
-        "import threading, edge_memllm.interrupts as i\n"
+        "import threading, edge_memllm.process.interrupts as i\n"
         "threading.Thread(target=threading.Event().wait).start()\n"
         "print('said', end='')\n"
         "i.leave(3)\n"

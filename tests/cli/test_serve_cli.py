@@ -22,10 +22,10 @@ import pytest
 
 from edge_memllm.cli import serve
 from edge_memllm.cli.main import build_parser, main
-from edge_memllm.cli.serve_options import KEY_VARIABLE, settings_from
+from edge_memllm.cli.serve import KEY_VARIABLE, settings_from
 from edge_memllm.errors import RequestError
-from edge_memllm.serving.http.server import bound_socket
-from edge_memllm.serving.http.settings import Limits, Settings
+from edge_memllm.server.server import bound_socket
+from edge_memllm.server.settings import Limits, Settings
 from support.checkpoints import MakeArtifact
 
 KEY = "a-long-enough-key"

@@ -66,7 +66,7 @@ def test_a_closed_input_is_an_error(artifact: Path) -> None:
 def test_numbers_of_closed_streams_are_nobody_elses() -> None:
     """What a library prints must not end up in a file that happens to be open."""
     line = (
-        f'"{sys.executable}" -c "import os; from edge_memllm.cli.streams import prepare_streams;'
+        f'"{sys.executable}" -c "import os; from edge_memllm.cli.output import prepare_streams;'
         "prepare_streams(); file = os.open('/', os.O_RDONLY); os._exit(file)\" <&- >&- 2>&-"
     )
     assert shell(line)[0] > 2

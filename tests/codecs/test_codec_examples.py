@@ -7,11 +7,10 @@ import re
 import numpy as np
 import pytest
 
-from edge_memllm.codecs import codec_ids, get_codec
-from edge_memllm.codecs.int2 import LEVELS as INT2
-from edge_memllm.codecs.int3 import LEVELS as INT3
-from edge_memllm.codecs.nf4 import LEVELS as NF4
-from edge_memllm.codecs.words import CODEC_WORDS
+from edge_memllm.codecs import CODEC_WORDS, codec_ids, get_codec
+from edge_memllm.codecs.levels import INT2_LEVELS as INT2
+from edge_memllm.codecs.levels import INT3_LEVELS as INT3
+from edge_memllm.codecs.levels import NF4_LEVELS as NF4
 from support import ROOT
 
 PAGE = (ROOT / "docs" / "codecs.md").read_text("utf-8")

@@ -9,10 +9,10 @@ import onnx_ir as ir
 import onnxruntime
 import pytest
 
+from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import Codec
-from edge_memllm.records import RecordBuffer, RecordLayout
-from edge_memllm_export.graph_rows import MemoryShape, token_inputs
-from edge_memllm_export.graph_tape import GraphTape
+from edge_memllm_export.graph.ops import GraphTape
+from edge_memllm_export.graph.tokens import MemoryShape, token_inputs
 from support.ready_codecs import WITH_ROWS, ready
 
 LAYERS, WIDTH, TOKENS = 2, 128, 5

@@ -9,11 +9,11 @@ import numpy as np
 import pytest
 
 from edge_memllm.codecs import codec_ids, get_codec
-from edge_memllm.codecs.codebook import CodebookFit
-from edge_memllm.codecs.int2 import LEVELS as INT2
-from edge_memllm.codecs.int3 import LEVELS as INT3
-from edge_memllm.codecs.nf4 import LEVELS as NF4
-from edge_memllm.codecs.packing import pack, unpack
+from edge_memllm.codecs.levels import INT2_LEVELS as INT2
+from edge_memllm.codecs.levels import INT3_LEVELS as INT3
+from edge_memllm.codecs.levels import NF4_LEVELS as NF4
+from edge_memllm.codecs.levels import CodebookFit
+from edge_memllm.codecs.wire import pack, unpack
 from edge_memllm.errors import RuntimeUnavailableError
 from support.ready_codecs import ready
 

@@ -3,8 +3,7 @@ from __future__ import annotations
 import pytest
 
 from edge_memllm.cli.export import TABLE_CODECS
-from edge_memllm.codecs import codec_ids, get_codec
-from edge_memllm.codecs.words import CODEC_WORDS, codec_id
+from edge_memllm.codecs import CODEC_WORDS, codec_id, codec_ids, get_codec
 
 
 @pytest.mark.parametrize("codec", codec_ids())

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 
 from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.codebook import CodebookFit
+from edge_memllm.codecs.levels import CodebookFit
 from support.ready_codecs import ready
 
 LEARNING = ("codebook3-g32", "lowrank-r64-f16")

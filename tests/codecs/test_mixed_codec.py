@@ -13,10 +13,10 @@ from hypothesis import strategies as st
 from test_codec_graph import rows_graph
 from test_codecs import check_codec, rows_of
 
+from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.allocation import PARTS, Allocation, TokenClass
+from edge_memllm.codecs.codec import PARTS, Allocation, TokenClass
 from edge_memllm.codecs.mixed import MixedCodec
-from edge_memllm.records import RecordBuffer, RecordLayout
 from support.ready_codecs import MIXED, mixed, ready_mixed
 
 WIDTH = 128

@@ -9,14 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision import Sizing, Target, target_of
-from edge_memllm.mixed_precision.candidates import Candidates, candidate_ids, measure_candidates
-from edge_memllm.mixed_precision.class_forms import Room, class_forms, layer_steps
-from edge_memllm.mixed_precision.frequencies import token_shares
-from edge_memllm.mixed_precision.solver import Problem, solve
-from edge_memllm.records import RecordLayout
+from edge_memllm.mixed_precision.planning import token_shares
+from edge_memllm.mixed_precision.sensitivity import Candidates, candidate_ids, measure_candidates
+from edge_memllm.mixed_precision.solver import Problem, Room, class_forms, layer_steps, solve
 
 SIZES = np.array([20, 16, 32, 24])
 ERRORS = np.array([[0.4, 1.0, 0.01, 0.3], [0.5, 1.0, 0.02, 0.03], [0.9, 0.8, 0.1, 0.2]])

@@ -14,18 +14,18 @@ import numpy as np
 import pytest
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.cli.main import main
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.mixed_precision import Target
 from edge_memllm.mixed_precision.sensitivity import Sample, Subject, sample_windows, sensitivities
-from edge_memllm.records import RecordLayout
 from edge_memllm.sweep import SweepRequest, run_sweep
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from edge_memllm_export import export_model, requantize
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.network_rows import NetworkRows
+from edge_memllm_export.table import NetworkRows
 from edge_memllm_runtimes.torch_reference import TorchReference
 from support.checkpoints import MakeArtifact, MakeCheckpoint, files_of
 

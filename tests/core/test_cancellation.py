@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.errors import GenerationCancelledError
+from edge_memllm.errors import Cancellation, GenerationCancelledError
 from support.checkpoints import MakeArtifact
 from support.engine import GatedRuntime, wait_until
 from support.small_model import open_small_model, write_small_artifact

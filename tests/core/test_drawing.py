@@ -10,8 +10,20 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm.charts import SMALL, WIDE, Form, Line, line_chart, per_cent
-from edge_memllm.drawing import Axis, Box, at_right, beside, picture, spanning
+from edge_memllm.svg import (
+    SMALL,
+    WIDE,
+    Axis,
+    Box,
+    Form,
+    Line,
+    at_right,
+    beside,
+    line_chart,
+    per_cent,
+    picture,
+    spanning,
+)
 
 
 @given(st.lists(st.integers(-(10**8), 10**8).map(lambda n: n / 100), min_size=1, max_size=9))

@@ -9,13 +9,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import CorruptionError
 from edge_memllm.feeding import Feeder
 from edge_memllm.generation import TokenSequence, generate_tokens
 from edge_memllm.sampling import Sampler, Sampling
 from edge_memllm.statistics import StepCosts
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import EOS, VOCABULARY
 from support.small_model import CONTEXT, ScriptedRuntime, write_small_artifact

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm.half_floats import place_of_largest, widen
+from edge_memllm.sampling import place_of_largest, widen
 
 EVERY = np.arange(1 << 16, dtype=np.uint16).view(np.float16)
 

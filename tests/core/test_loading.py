@@ -11,7 +11,7 @@ import edge_memllm
 from edge_memllm import RequestError
 from edge_memllm.errors import ArtifactError, RuntimeUnavailableError
 from edge_memllm.statistics import ProcessMemory
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import VOCABULARY, MakeArtifact
 from support.small_model import write_small_artifact

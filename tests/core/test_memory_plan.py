@@ -10,10 +10,18 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_memllm.artifact.manifest import FileSpec, Manifest
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-from edge_memllm.footprint import Choices, Item, footprint, memory_items, position_bytes, total
-from edge_memllm.manifest import FileSpec, Manifest
-from edge_memllm.memory_plan import arithmetic, plan_memory
+from edge_memllm.memory_plan import (
+    Choices,
+    Item,
+    arithmetic,
+    footprint,
+    memory_items,
+    plan_memory,
+    position_bytes,
+    total,
+)
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
 from support.small_model import write_artifact
 

@@ -13,8 +13,7 @@ import pytest
 
 import edge_memllm
 from edge_memllm import Model, RequestError, Sampling
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.errors import GenerationCancelledError
+from edge_memllm.errors import Cancellation, GenerationCancelledError
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
 from edge_memllm.session import Session
 from support.checkpoints import MakeArtifact

@@ -13,19 +13,20 @@ from hypothesis import strategies as st
 
 import edge_memllm
 from edge_memllm import Model, Sampling
-from edge_memllm.artifact import Artifact
-from edge_memllm.generation import TokenSequence, generate_tokens
-from edge_memllm.sampling import Sampler
-from edge_memllm.speculation import (
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.generation import (
     ENDINGS,
     FIRST_DRAFTS,
     FIRST_REST,
     LONGEST_REST,
     MISSES_BEFORE_REST,
     PromptLookup,
+    TokenSequence,
+    generate_tokens,
 )
+from edge_memllm.sampling import Sampler
 from edge_memllm.statistics import StepCosts
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import EOS, VOCABULARY, MakeArtifact
 from support.small_model import CONTEXT, open_small_model, write_small_artifact

@@ -8,8 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-from edge_memllm.sampling import Sampler, Sampling
-from edge_memllm.steering import Steering, allowed_ids
+from edge_memllm.sampling import Sampler, Sampling, Steering, allowed_ids
 
 SIZE = 12
 

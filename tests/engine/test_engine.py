@@ -13,9 +13,9 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_memllm import Model, RequestError, Sampling
+from edge_memllm.engine import Engine, Request
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of
-from edge_memllm.serving import Engine, Request
-from edge_memllm.steering import Steering
+from edge_memllm.sampling import Steering
 from support.checkpoints import EOS, VOCABULARY
 from support.engine import WARM, GatedRuntime, held, serial, text_of, tokens_of, wait_until
 from support.small_model import open_small_model, write_small_artifact

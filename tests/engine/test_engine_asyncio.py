@@ -11,8 +11,8 @@ from typing import Any
 import pytest
 
 from edge_memllm import Model
+from edge_memllm.engine import Engine, Request
 from edge_memllm.errors import DeadlineError
-from edge_memllm.serving import Engine, Request
 from support.engine import GatedRuntime, held, serial, tokens_of, wait_until
 from support.small_model import open_small_model, write_small_artifact
 

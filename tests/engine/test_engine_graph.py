@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 import pytest
 
 from edge_memllm import Model, Sampling, load
-from edge_memllm.serving import Engine, ReplyPiece, Request
+from edge_memllm.engine import Engine, ReplyPiece, Request
 from support.checkpoints import MakeArtifact
 from support.engine import WARM, serial, wait_until
 

@@ -16,6 +16,7 @@ import numpy as np
 import pytest
 
 from edge_memllm import Model, RequestError
+from edge_memllm.engine import Engine, Reply, Request
 from edge_memllm.errors import (
     CorruptionError,
     DeadlineError,
@@ -24,8 +25,7 @@ from edge_memllm.errors import (
     QueueFullError,
     ServiceError,
 )
-from edge_memllm.serving import Engine, Reply, Request
-from edge_memllm.steering import Steering
+from edge_memllm.sampling import Steering
 from edge_memllm_runtimes.kv_cache import KVBudget
 from support.checkpoints import VOCABULARY
 from support.engine import GatedRuntime, held, serial, tokens_of, wait_until

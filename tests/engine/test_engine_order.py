@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from edge_memllm import Model
-from edge_memllm.serving import Engine, Reply, Request
+from edge_memllm.engine import Engine, Reply, Request
 from support.engine import GatedRuntime, held, serial
 from support.small_model import open_small_model, write_small_artifact
 

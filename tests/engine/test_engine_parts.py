@@ -8,8 +8,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.serving.queueing import FairQueue
-from edge_memllm.serving.slots import LEAST_COPY, Beginning, Slot, Slots, common_length
+from edge_memllm.engine.engine import FairQueue
+from edge_memllm.engine.slots import LEAST_COPY, Beginning, Slot, Slots, common_length
 from edge_memllm_runtimes.fake import FakeCache, FakeRuntime
 from support.checkpoints import VOCABULARY
 

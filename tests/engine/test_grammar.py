@@ -16,9 +16,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm import RequestError, RuntimeUnavailableError
-from edge_memllm.serving import grammar
-from edge_memllm.serving.grammar import GrammarConstraint, Grammars
-from edge_memllm.steering import Constraint
+from edge_memllm.engine import grammar
+from edge_memllm.engine.grammar import GrammarConstraint, Grammars
+from edge_memllm.sampling import Constraint
 from support.checkpoints import BOS, EOS, PAD, VOCABULARY
 from support.small_model import IDENTITY, byte_tokenizer, model_spec
 
@@ -111,7 +111,7 @@ def test_a_schema_that_takes_too_long_is_given_up(
 @pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX's")
 def test_a_trial_that_nobody_waits_for_ends_by_itself() -> None:
     code = (
-        "from edge_memllm.serving import grammar_trial as trial\n"
+        "from edge_memllm.engine import grammar_trial as trial\n"
         "trial.MOST_SECONDS = 1\n"
         "trial.limit()\n"
         "while True: pass\n"

@@ -12,12 +12,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm import Model, RequestError
-from edge_memllm.evaluation import (
-    combine_divergences,
-    divergence,
-    measure_divergence,
-    measure_perplexity,
-)
+from edge_memllm.evaluation import combine_divergences, measure_divergence, measure_perplexity
+from edge_memllm.evaluation import perplexity as divergence
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, VOCABULARY, raw_byte_tokenizer
 from support.small_model import CONTEXT, open_small_model, write_small_artifact

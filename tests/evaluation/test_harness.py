@@ -16,7 +16,7 @@ from hypothesis import strategies as st
 import edge_memllm
 from edge_memllm import Model, RequestError, RuntimeUnavailableError, Sampling
 from edge_memllm.evaluation import measure_perplexity, measure_task, read_tasks
-from edge_memllm.evaluation.likelihood import Scorer
+from edge_memllm.evaluation.tasks import Scorer
 from support import HARNESS
 from support.checkpoints import EOS, MakeArtifact
 from support.small_model import CONTEXT, ScriptedRuntime, open_small_model, write_small_artifact

@@ -11,9 +11,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm import Model, RequestError
-from edge_memllm.evaluation.likelihood import PairEncoder, Scorer
+from edge_memllm.evaluation.tasks import PairEncoder, Scorer
 from edge_memllm.feeding import Feeder
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, VOCABULARY, raw_byte_tokenizer
 from support.small_model import byte_tokenizer, open_small_model, write_small_artifact

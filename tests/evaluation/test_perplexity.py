@@ -13,14 +13,14 @@ from hypothesis import strategies as st
 import edge_memllm
 from edge_memllm import Model, RequestError
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.feeding import Feeder
-from edge_memllm.perplexity import (
+from edge_memllm.evaluation.perplexity import (
     Perplexity,
     combine,
     measure_perplexity,
     next_token_losses,
     token_losses,
 )
+from edge_memllm.feeding import Feeder
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.small_model import CONTEXT, open_small_model, write_small_artifact
@@ -126,7 +126,7 @@ def test_without_a_token_to_start_from_the_first_is_not_predicted(tmp_path: Path
 def edge_memllm_files(path: Path, spec: Any) -> Model:
     import dataclasses
 
-    from edge_memllm.artifact import Artifact
+    from edge_memllm.artifact.folder import Artifact
 
     with Artifact.open(path) as artifact:
         changed = dataclasses.replace(artifact.manifest, model=spec)

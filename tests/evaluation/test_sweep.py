@@ -19,13 +19,13 @@ import pytest
 
 import edge_memllm
 import edge_memllm_export
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.cli.analysis.sweep import short_names
 from edge_memllm.cli.main import main
-from edge_memllm.cli.sweep import short_names
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import measure_divergence, read_tasks
 from edge_memllm.sweep import ResultsFolder, SweepRequest, load_results, run_sweep
-from edge_memllm.sweep.rows import measure_rows
+from edge_memllm.sweep.measuring import measure_rows
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
 TEXT = "The quick brown fox jumps over the lazy dog. " * 2

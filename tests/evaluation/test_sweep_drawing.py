@@ -7,7 +7,7 @@ from xml.etree import ElementTree
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm.sweep.plots import pareto, size_against_divergence, size_against_perplexity
+from edge_memllm.sweep.report import pareto, size_against_divergence, size_against_perplexity
 
 POINTS = st.lists(st.tuples(st.integers(0, 9), st.integers(0, 9)), min_size=1, max_size=20)
 

@@ -8,7 +8,7 @@ import pytest
 
 from edge_memllm import RequestError
 from edge_memllm.evaluation import Item, Task, read_tasks
-from edge_memllm.evaluation.items import SCHEMAS, find_schema
+from edge_memllm.evaluation.task_files import SCHEMAS, find_schema
 
 
 def write(path: Path, *rows: Any) -> Path:

@@ -8,7 +8,7 @@ import pytest
 
 from edge_memllm import Model, RequestError
 from edge_memllm.evaluation import Item, Kind, Score, Task, TaskResult, mean_result, measure_task
-from edge_memllm.evaluation.likelihood import Likelihood, Scorer
+from edge_memllm.evaluation.tasks import Likelihood, Scorer
 from support.small_model import CONTEXT, open_small_model, write_small_artifact
 
 

@@ -17,7 +17,7 @@ from safetensors.torch import load_file, save_file
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table_rows import default_chunk, table_rows
+from edge_memllm_export.table import default_chunk, table_rows
 from support.checkpoints import MakeCheckpoint, change_config, files_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4

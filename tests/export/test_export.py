@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 import torch
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError, RuntimeUnavailableError
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table_rows import table_rows
+from edge_memllm_export.table import table_rows
 from support.checkpoints import MakeArtifact, MakeCheckpoint, change_config, files_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4

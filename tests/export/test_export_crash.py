@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
 from edge_memllm_export.staging import Staging

@@ -11,13 +11,13 @@ import torch
 
 import edge_memllm
 from edge_memllm import Sampling
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import CorruptionError, ExportError
-from edge_memllm.table import Table
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.table.table import Table
+from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table_rows import table_rows
+from edge_memllm_export.table import table_rows
 from support.checkpoints import MakeArtifact, MakeCheckpoint, files_of
 
 GREEDY = Sampling(temperature=0.0)

@@ -7,8 +7,8 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm_export.gptq import Feedback, damped
-from edge_memllm_export.quantizer import BLOCKS, dequantize, quantize
+from edge_memllm_export.weights.gptq import Feedback, damped
+from edge_memllm_export.weights.quantizer import BLOCKS, dequantize, quantize
 
 FLOAT16 = np.dtype("float16")
 

@@ -14,10 +14,16 @@ import torch
 
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
+from edge_memllm_export.architectures.memoryllm import (
+    EXTERNAL_FILE,
+    GRAPH_FILE,
+    GraphForm,
+    build_graph,
+    save_graph,
+)
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import rotary_tables
-from edge_memllm_export.graph import EXTERNAL_FILE, GRAPH_FILE, GraphForm, build_graph, save_graph
-from edge_memllm_export.quantizer import block_for, dequantize, quantize
+from edge_memllm_export.weights.quantizer import block_for, dequantize, quantize
 from support.checkpoints import MakeCheckpoint
 from support.graphs import IDENTITY, GraphSession
 

@@ -15,11 +15,9 @@ from edge_memllm.cli.main import build_parser, main
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.graph_attention import AttentionShape, widen_heads
-from edge_memllm_export.judged_artifact import JudgedArtifact
-from edge_memllm_export.matrix_forms import METHODS
-from edge_memllm_export.quality import mean_kl
-from edge_memllm_export.quantizer import dequantize
+from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
+from edge_memllm_export.judgement import JudgedArtifact, mean_kl
+from edge_memllm_export.weights.quantizer import METHODS, dequantize
 from support.checkpoints import MakeCheckpoint, files_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4

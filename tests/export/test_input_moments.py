@@ -13,8 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from edge_memllm.errors import ExportError
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.input_moments import InputMoments
-from edge_memllm_export.matrix_forms import matrix_kinds
+from edge_memllm_export.weights.gptq import InputMoments
+from edge_memllm_export.weights.quantizer import matrix_kinds
 from support.checkpoints import MakeCheckpoint
 
 SHAPES: list[dict[str, Any]] = [

@@ -12,12 +12,19 @@ import pytest
 import torch
 
 from edge_memllm.errors import ArtifactError, ExportError
-from edge_memllm_export import Quality, export_model, ladder, verify_against
+from edge_memllm_export import Quality, export_model, verify_against
+from edge_memllm_export import judgement as ladder
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.judged_artifact import JudgedArtifact
-from edge_memllm_export.ladder import Rung, climb
-from edge_memllm_export.quality import mean_kl, measure_quality, text_tokens, token_budget
-from edge_memllm_export.texts import judging_text
+from edge_memllm_export.judgement import (
+    JudgedArtifact,
+    Rung,
+    climb,
+    mean_kl,
+    measure_quality,
+    text_tokens,
+    token_budget,
+)
+from edge_memllm_export.text_files import judging_text
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
 FORMS = [

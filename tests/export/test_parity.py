@@ -15,10 +15,10 @@ import torch
 from transformers import AutoModelForCausalLM
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.feeding import Feeder
 from edge_memllm.readers import reader_names
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
 GREEDY = edge_memllm.Sampling(temperature=0.0)

@@ -9,7 +9,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from edge_memllm.errors import ExportError
-from edge_memllm_export.quantizer import BLOCKS, block_for, dequantize, quantize
+from edge_memllm_export.weights.quantizer import BLOCKS, block_for, dequantize, quantize
 
 FLOAT16, FLOAT32 = np.dtype("float16"), np.dtype("float32")
 
@@ -80,7 +80,7 @@ def test_rows_are_worked_on_in_parts_without_a_seam(
 ) -> None:
     weight = random.standard_normal((37, 96)).astype(np.float32)
     whole = quantize(weight, 4, 32, FLOAT16, "w")
-    monkeypatch.setattr("edge_memllm_export.quantizer.CHUNK_WEIGHTS", 96 * 5)
+    monkeypatch.setattr("edge_memllm_export.weights.quantizer.CHUNK_WEIGHTS", 96 * 5)
     for part, expected in zip(quantize(weight, 4, 32, FLOAT16, "w"), whole, strict=True):
         np.testing.assert_array_equal(part, expected)
 

@@ -15,14 +15,14 @@ import pytest
 
 import edge_memllm
 import edge_memllm.codecs
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.cli.main import main
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.feeding import Feeder
 from edge_memllm_export import requantize
 from edge_memllm_export import requantizer as module
-from edge_memllm_export.graph_rewire import rewire_graph
-from edge_memllm_export.graph_rows import MemoryShape
+from edge_memllm_export.graph.tokens import MemoryShape
+from edge_memllm_export.requantizer import rewire_graph
 from support.checkpoints import MakeArtifact, files_of
 from support.graphs import change_graph
 

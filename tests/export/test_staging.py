@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
 from support.checkpoints import files_of

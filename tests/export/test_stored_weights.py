@@ -18,7 +18,7 @@ from transformers import AutoModelForCausalLM
 import edge_memllm
 from edge_memllm.cli.main import main
 from edge_memllm.errors import ArtifactError, EdgeMemLLMError, ExportError, RecipeError
-from edge_memllm.modeling.dense_checkpoint import dense_network
+from edge_memllm.modeling.conversion import dense_network
 from edge_memllm_export.checkpoint import Checkpoint
 from support.checkpoints import change_config, write_checkpoint, write_dense
 

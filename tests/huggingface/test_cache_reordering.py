@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm.huggingface.reordering import reorder
+from edge_memllm.huggingface.generating import reorder
 
 
 class Places:

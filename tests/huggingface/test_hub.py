@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import (
     ArtifactError,
 )

@@ -8,7 +8,8 @@ from types import SimpleNamespace
 
 import pytest
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import sealed
 from edge_memllm.errors import (
     ArtifactError,
     CorruptionError,
@@ -18,7 +19,6 @@ from edge_memllm.errors import (
 )
 from edge_memllm.hub import HubModel, artifact_folder
 from edge_memllm.hub.download import download_artifact
-from edge_memllm.manifest import sealed
 from support.hub import COMMIT, FakeHub, serving
 from support.small_model import write_small_artifact
 

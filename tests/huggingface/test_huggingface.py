@@ -14,8 +14,8 @@ from transformers import (
 
 from edge_memllm.errors import RequestError
 from edge_memllm.huggingface import EdgeMemLLMConfig, EdgeMemLLMForCausalLM
-from edge_memllm.huggingface.cache import GenerationCache
-from edge_memllm.modeling.cache_argument import CACHE
+from edge_memllm.huggingface.generating import GenerationCache
+from edge_memllm.modeling.configuration import CACHE
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.hub import EXACT, GREEDY, TEXT, ids, padded
 

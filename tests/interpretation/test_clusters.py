@@ -9,22 +9,22 @@ import pytest
 
 import edge_memllm
 from edge_memllm import RequestError, RuntimeUnavailableError
-from edge_memllm.interpretation import features as features_module
-from edge_memllm.interpretation.agreement import (
+from edge_memllm.interpretation import memory as features_module
+from edge_memllm.interpretation.clusters import (
     SHUFFLES,
+    assign,
+    cluster_layers,
     contingency,
     distance,
     mutual_information,
+    partition,
+    plane,
     purity,
     shuffled_tables,
 )
-from edge_memllm.interpretation.clusters import cluster_layers
-from edge_memllm.interpretation.features import EMBEDDING, ComputedFeatures, TableMemory
-from edge_memllm.interpretation.partition import assign, partition
-from edge_memllm.interpretation.subject import open_subject
-from edge_memllm.interpretation.token_classes import character_class
-from edge_memllm.interpretation.token_map import plane
-from edge_memllm.interpretation.token_texts import TokenTexts
+from edge_memllm.interpretation.explaining import open_subject
+from edge_memllm.interpretation.memory import EMBEDDING, ComputedFeatures, TableMemory
+from edge_memllm.interpretation.tokens import TokenTexts, character_class
 from support import ROOT
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import network_memory
@@ -89,7 +89,7 @@ def test_planted_clusters_are_found_and_counted(monkeypatch: pytest.MonkeyPatch)
 
 
 def test_centres_of_a_sample_serve_the_whole_vocabulary(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("edge_memllm.interpretation.partition.SAMPLE", 120)
+    monkeypatch.setattr("edge_memllm.interpretation.clusters.SAMPLE", 120)
     memory = Planted(EVERY % 8)
     features = ComputedFeatures(memory, "coefficients")
     both = [partition(features, layer, 8, 0) for layer in (0, EMBEDDING)]

@@ -11,11 +11,16 @@ import pytest
 import edge_memllm
 from edge_memllm import RequestError
 from edge_memllm.evaluation import Item, Task, measure_divergence, measure_perplexity, measure_task
-from edge_memllm.interpretation.curves import GAINS, layer_curves
-from edge_memllm.interpretation.features import TableMemory, unit
-from edge_memllm.interpretation.gained_runtime import scaled_memory, without_layer
-from edge_memllm.interpretation.importance import gain_effects, task_sweep
-from edge_memllm.interpretation.neighbours import clustering_coefficient, scrambled
+from edge_memllm.interpretation.curves import (
+    GAINS,
+    clustering_coefficient,
+    gain_effects,
+    layer_curves,
+    scrambled,
+    task_sweep,
+)
+from edge_memllm.interpretation.memory import TableMemory, unit
+from edge_memllm.interpretation.texts import scaled_memory, without_layer
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import network_memory
 from support.small_model import open_small_model, write_small_artifact

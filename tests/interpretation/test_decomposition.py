@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from edge_memllm.interpretation.decomposition import direct_parts
+from edge_memllm.interpretation.network import direct_parts
 from support.checkpoints import LAYERS, MakeCheckpoint
 from support.interpretation import WITH_MEMORY, network_memory
 

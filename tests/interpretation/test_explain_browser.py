@@ -8,8 +8,7 @@ from pathlib import Path
 import pytest
 
 from edge_memllm.interpretation.report import html_page
-from edge_memllm.interpretation.report.markup import figure
-from edge_memllm.interpretation.report.token_text import visible
+from edge_memllm.interpretation.report.markup import figure, visible
 from support.browser import Browser, Page, running_browser
 from support.interpretation import HOSTILE, explanation
 

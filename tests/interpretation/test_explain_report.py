@@ -19,9 +19,17 @@ from hypothesis import strategies as st
 
 from edge_memllm.interpretation.findings import Curve, Explanation, KeyUse, LayerClusters
 from edge_memllm.interpretation.report import html_page
-from edge_memllm.interpretation.report.cards import as_used
-from edge_memllm.interpretation.report.markup import MINUS, Markup, element, figure, percent, scaled
-from edge_memllm.interpretation.report.token_text import running, visible
+from edge_memllm.interpretation.report.markup import (
+    MINUS,
+    Markup,
+    element,
+    figure,
+    percent,
+    running,
+    scaled,
+    visible,
+)
+from edge_memllm.interpretation.report.page import as_used
 from support import ROOT
 from support.interpretation import ALL, HOSTILE, explanation, key_card, layer_curves, sentence
 

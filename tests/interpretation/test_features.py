@@ -10,8 +10,8 @@ import pytest
 
 import edge_memllm
 from edge_memllm import Model, RequestError
-from edge_memllm.interpretation import features as module
-from edge_memllm.interpretation.features import (
+from edge_memllm.interpretation import memory as module
+from edge_memllm.interpretation.memory import (
     EMBEDDING,
     Features,
     TableMemory,
@@ -32,7 +32,7 @@ EVERY = np.arange(VOCABULARY)
 def small_chunks(monkeypatch: pytest.MonkeyPatch) -> None:
     """Many chunks, as a large vocabulary has them."""
     monkeypatch.setattr(module, "_CHUNK_BYTES", 1 << 14)
-    monkeypatch.setattr("edge_memllm.stored_rows._CHUNK_BYTES", 1 << 14)
+    monkeypatch.setattr("edge_memllm.table.source._CHUNK_BYTES", 1 << 14)
 
 
 @pytest.fixture

@@ -10,10 +10,10 @@ import pytest
 import torch
 
 from edge_memllm import ArtifactError, RequestError, load
-from edge_memllm.interpretation.checkpoint_model import open_checkpoint
+from edge_memllm.evaluation.perplexity import measure_perplexity
+from edge_memllm.interpretation.explaining import open_checkpoint
 from edge_memllm.interpretation.keys import shares_of
-from edge_memllm.interpretation.network_memory import NetworkMemory
-from edge_memllm.perplexity import measure_perplexity
+from edge_memllm.interpretation.network import NetworkMemory
 from support.checkpoints import LAYERS, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import WITH_KEYS, WITH_MEMORY, WITHOUT_KEYS, network_memory
 

@@ -10,9 +10,8 @@ import pytest
 import torch
 
 from edge_memllm import RequestError
-from edge_memllm.interpretation.explaining import Questions, explain
+from edge_memllm.interpretation.explaining import Questions, explain, open_subject
 from edge_memllm.interpretation.findings import Sentence
-from edge_memllm.interpretation.subject import open_subject
 from support.checkpoints import BOS, LAYERS, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import WITH_MEMORY
 from support.small_model import byte_tokenizer

@@ -9,16 +9,20 @@ import numpy as np
 import pytest
 
 from edge_memllm import RequestError
+from edge_memllm.interpretation import head as directions_module
 from edge_memllm.interpretation import suppression as suppression_module
-from edge_memllm.interpretation import word_directions as directions_module
-from edge_memllm.interpretation.network_memory import NetworkMemory
-from edge_memllm.interpretation.network_records import NetworkRecords
-from edge_memllm.interpretation.promoters import memory_gain
-from edge_memllm.interpretation.suppression import Suppression, suppress_words
-from edge_memllm.interpretation.suppression_controls import other_directions, other_rows
-from edge_memllm.interpretation.word_directions import WordDirections, vocabulary_spread
+from edge_memllm.interpretation.head import WordDirections, vocabulary_spread
+from edge_memllm.interpretation.memory import NetworkRecords
+from edge_memllm.interpretation.network import NetworkMemory
+from edge_memllm.interpretation.suppression import (
+    Suppression,
+    memory_gain,
+    other_directions,
+    other_rows,
+    suppress_words,
+)
 from edge_memllm.overlays import OverlaySpec, overlay_of
-from edge_memllm.overlays.overlaid_table import OverlaidTable
+from edge_memllm.overlays.table import OverlaidTable
 from support.checkpoints import VOCABULARY, MakeCheckpoint
 from support.interpretation import WITH_KEYS, WITH_MEMORY, network_memory
 
@@ -194,7 +198,7 @@ def test_small_chunks_give_the_same(
     plain_memory: NetworkMemory, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     whole = suppressed(plain_memory, by="rows")
-    monkeypatch.setattr("edge_memllm.interpretation.features._CHUNK_BYTES", 4096)
+    monkeypatch.setattr("edge_memllm.interpretation.memory._CHUNK_BYTES", 4096)
     monkeypatch.setattr(directions_module, "_CHUNK_BYTES", 4096)
     parts = suppressed(plain_memory, by="rows")
     assert parts.tokens.tolist() == whole.tokens.tolist()

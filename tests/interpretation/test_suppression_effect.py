@@ -10,13 +10,12 @@ import pytest
 from edge_memllm import RequestError
 from edge_memllm.errors import ArtifactError
 from edge_memllm.feeding import Feeder
-from edge_memllm.interpretation.subject import Subject, open_subject
-from edge_memllm.interpretation.suppressing import Wish, effects, suppress, words_of
+from edge_memllm.interpretation.explaining import Subject, open_subject
+from edge_memllm.interpretation.suppression import Wish, effects, suppress, words_of
 from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression
-from edge_memllm.interpretation.token_texts import TokenTexts
-from edge_memllm.interpretation.word_tokens import word_tokens
+from edge_memllm.interpretation.tokens import TokenTexts, word_tokens
 from edge_memllm.overlays import OverlaySpec, overlay_of
-from edge_memllm.overlays.overlaid_table import OverlaidTable
+from edge_memllm.overlays.table import OverlaidTable
 from support.checkpoints import BOS, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.small_model import byte_tokenizer
 

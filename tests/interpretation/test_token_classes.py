@@ -7,17 +7,17 @@ import re
 import numpy as np
 import pytest
 
-from edge_memllm.interpretation.cluster_labels import Labeller
+from edge_memllm.interpretation.clusters import Labeller
 from edge_memllm.interpretation.findings import Token
-from edge_memllm.interpretation.token_classes import (
+from edge_memllm.interpretation.tokens import (
     UNLABELLED,
     Labelling,
+    TokenTexts,
     character_class,
     frequency_band,
     labellings,
     word_class,
 )
-from edge_memllm.interpretation.token_texts import TokenTexts
 from support.checkpoints import VOCABULARY
 from support.small_model import byte_tokenizer
 

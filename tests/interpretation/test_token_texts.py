@@ -8,8 +8,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from edge_memllm import RequestError
-from edge_memllm.interpretation.token_texts import TokenTexts
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import BOS, VOCABULARY
 from support.small_model import byte_tokenizer
 

@@ -19,11 +19,10 @@ from transformers import AutoModelForCausalLM
 import edge_memllm
 from edge_memllm.cli.main import main
 from edge_memllm.errors import RecipeError
-from edge_memllm.modeling.conversion import convert
-from edge_memllm.modeling.conversion_recipe import ConversionRecipe
-from edge_memllm.modeling.dense_checkpoint import dense_network
+from edge_memllm.modeling.conversion import convert, dense_network
 from edge_memllm.modeling.distillation import divergence
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
+from edge_memllm.modeling.recipe import ConversionRecipe
 from edge_memllm_export import export_model
 from support.checkpoints import FAMILIES, change_config, write_dense
 

@@ -10,11 +10,17 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.atomic import WholeFile
+from edge_memllm.artifact.atomic import WholeFile
 from edge_memllm.errors import RecipeError
-from edge_memllm.modeling.corpus import TokenWindows, documents, write_tokens
+from edge_memllm.modeling.data import (
+    END_OF_TEXT,
+    TokenWindows,
+    byte_tokenizer,
+    documents,
+    train_tokenizer,
+    write_tokens,
+)
 from edge_memllm.modeling.recipe import DataRecipe
-from edge_memllm.modeling.tokenizer_training import END_OF_TEXT, byte_tokenizer, train_tokenizer
 
 SENTENCES = [
     f"= title {i} =\nThe cat number {i} sat on the mat and saw {i * 7}.\n" for i in range(200)

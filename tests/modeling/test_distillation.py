@@ -7,9 +7,8 @@ import torch
 from torch.nn import functional
 
 from edge_memllm.modeling.distillation import LayerSchedule, divergence, hidden_distance
-from edge_memllm.modeling.feed_forward import SwiGLU
-from edge_memllm.modeling.feed_forward_split import TokenGroups, activations, split_neurons
-from edge_memllm.modeling.memory_regression import batch_and_steps
+from edge_memllm.modeling.fitting import TokenGroups, activations, batch_and_steps, split_neurons
+from edge_memllm.modeling.network import SwiGLU
 
 
 def test_divergence_is_the_plain_formula() -> None:

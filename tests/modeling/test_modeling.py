@@ -18,9 +18,8 @@ from edge_memllm.modeling import (
     parameter_counts,
     preset_config,
 )
-from edge_memllm.modeling.cache_argument import CACHE
-from edge_memllm.modeling.loss import next_token_loss
-from edge_memllm.modeling.trainer import LanguageModelTrainer
+from edge_memllm.modeling.configuration import CACHE
+from edge_memllm.modeling.trainer import LanguageModelTrainer, next_token_loss
 from support.checkpoints import MakeCheckpoint
 
 # Active parameters in millions: Table 5 of the paper, its column mended (the Flex rows are printed

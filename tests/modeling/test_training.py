@@ -19,10 +19,9 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling import training
-from edge_memllm.modeling.corpus import TokenWindows
-from edge_memllm.modeling.loss import next_token_loss
+from edge_memllm.modeling.data import TokenWindows
 from edge_memllm.modeling.recipe import Recipe
-from edge_memllm.modeling.trainer import LanguageModelTrainer
+from edge_memllm.modeling.trainer import LanguageModelTrainer, next_token_loss
 from edge_memllm.modeling.training import train
 from support import ROOT
 from support.training import SENTENCES, TINY, recipe_for

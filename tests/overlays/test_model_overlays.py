@@ -13,14 +13,14 @@ import pytest
 
 import edge_memllm
 from edge_memllm import Model, RequestError, Sampling
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ArtifactError
 from edge_memllm.evaluation import measure_divergence, measure_perplexity
 from edge_memllm.feeding import Feeder
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of, write_overlay
-from edge_memllm.overlays.shelf import MOST_CHOICES
-from edge_memllm.record_source import RecordSource
-from edge_memllm.table import Table
+from edge_memllm.overlays.loaded import MOST_CHOICES
+from edge_memllm.table.source import RecordSource
+from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from support.checkpoints import HIDDEN, LAYERS, MakeArtifact
 from support.overlays import row
@@ -189,8 +189,8 @@ def test_a_graph_computes_with_the_rows_it_is_given(
     make_artifact: MakeArtifact, tmp_path: Path, weights: str, codec: str
 ) -> None:
     """A table whose rows were all replaced by another's gives that one's logits, bit for bit."""
-    from edge_memllm.overlays.composing import plain_codec
-    from edge_memllm.overlays.copying import write_graft
+    from edge_memllm.overlays.making import write_graft
+    from edge_memllm.overlays.table import plain_codec
 
     path = make_artifact(graph_weights=weights, table_codec=codec)
     other = make_artifact(graph_weights=weights, table_codec=codec, seed=1)
@@ -212,7 +212,7 @@ def test_a_graph_computes_with_the_rows_it_is_given(
 
 
 def _wire(source: RecordSource) -> tuple[np.ndarray, np.ndarray]:
-    from edge_memllm.records import RecordBuffer
+    from edge_memllm.artifact.layout import RecordBuffer
 
     buffer = RecordBuffer(source.layout, 300)
     source.fetch(np.arange(300), buffer)

@@ -11,13 +11,13 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.codecs import codec_ids
 from edge_memllm.errors import CorruptionError, RequestError
 from edge_memllm.overlays import Edit, Overlay
-from edge_memllm.overlays.composing import plain_codec
+from edge_memllm.overlays.table import plain_codec
 from edge_memllm.readers import reader_names
-from edge_memllm.records import RecordBuffer
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from support.overlays import applied, every_operation, laid_over, made, open_table, row
 from support.ready_codecs import LOW_RANK
 from support.small_model import SmallArtifact, write_artifact

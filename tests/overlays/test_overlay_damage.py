@@ -14,10 +14,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from edge_memllm.artifact.tensor_header import LENGTH
 from edge_memllm.errors import ArtifactError, CorruptionError
 from edge_memllm.overlays import open_overlay, write_overlay
-from edge_memllm.overlays.header import COLUMNS, Header
-from edge_memllm.tensor_header import LENGTH
+from edge_memllm.overlays.file import COLUMNS, Header
 from support.overlays import every_operation, spec
 from support.small_model import flip
 

@@ -24,7 +24,7 @@ from edge_memllm.overlays import (
     overlay_of,
     write_overlay,
 )
-from edge_memllm.overlays.header import COLUMNS
+from edge_memllm.overlays.file import COLUMNS
 from support import TESTS
 from support.overlays import every_operation, made, row, spec
 from support.small_model import OTHER_IDENTITY, model_spec, write_artifact

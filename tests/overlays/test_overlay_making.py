@@ -9,14 +9,20 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import RequestError
 from edge_memllm.overlays import open_overlay, overlay_of
-from edge_memllm.overlays.copying import write_difference, write_graft
-from edge_memllm.overlays.editing import Alteration, checked_layers, edits_of
-from edge_memllm.overlays.edits_file import read_edits
-from edge_memllm.overlays.kinship import check_same_but_rows, check_same_shape
-from edge_memllm.table import Table
+from edge_memllm.overlays.making import (
+    Alteration,
+    check_same_but_rows,
+    check_same_shape,
+    checked_layers,
+    edits_of,
+    read_edits,
+    write_difference,
+    write_graft,
+)
+from edge_memllm.table.table import Table
 from support.checkpoints import MakeArtifact
 from support.overlays import laid_over, open_table, spec
 from support.small_model import OTHER_IDENTITY, SmallArtifact, file_spec, write_artifact
@@ -174,7 +180,7 @@ def changed_copy(small: SmallArtifact, path: Path, rows: dict[tuple[int, int], f
 
 
 def _write(path: Path, embedding: np.ndarray, rows: np.ndarray) -> SmallArtifact:
-    from edge_memllm.table_writer import TableWriter
+    from edge_memllm.table.writer import TableWriter
 
     made = write_artifact(path)
     (path / made.manifest.table.file).unlink()
@@ -190,7 +196,7 @@ def _write(path: Path, embedding: np.ndarray, rows: np.ndarray) -> SmallArtifact
 def test_a_difference_stores_what_changed(
     small: SmallArtifact, table: Table, out: Path, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_memllm.overlays.copying._CHUNK_BYTES", chunk)
+    monkeypatch.setattr("edge_memllm.overlays.making._CHUNK_BYTES", chunk)
     places = {(3, 1): 1.0, (7, 0): 0.5, (7, 1): 2.0}
     changed = changed_copy(small, out.parent / "changed", places)
     found = write_difference(out, spec(codec="int8-g32"), table, changed, 24)

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file, save_file
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError
 from edge_memllm.overlays import open_overlay
-from edge_memllm.overlays.kinship import check_same_but_rows
-from edge_memllm.overlays.overlaid_table import OverlaidTable
-from edge_memllm.table import Table
+from edge_memllm.overlays.making import check_same_but_rows
+from edge_memllm.overlays.table import OverlaidTable
+from edge_memllm.table.table import Table
 from edge_memllm_export import checkpoint_difference, export_model
 from support.checkpoints import MakeCheckpoint, change_config
 from support.overlays import row

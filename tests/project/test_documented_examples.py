@@ -52,11 +52,11 @@ def workplace(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> W
     monkeypatch.chdir(tmp_path)
     for name in ("calibration", "calibrated_weights"):
         monkeypatch.setattr(f"edge_memllm_export.{name}._TOKENS", 256)
-    for module in ("edge_memllm_export.quality", "edge_memllm.mixed_precision.sensitivity"):
+    for module in ("edge_memllm_export.judgement", "edge_memllm.mixed_precision.sensitivity"):
         monkeypatch.setattr(f"{module}._MOST_TOKENS", 256)
         monkeypatch.setattr(f"{module}._FEWEST_TOKENS", 256)
-    monkeypatch.setattr("edge_memllm.modeling.memory_regression._STEPS", 20)
-    monkeypatch.setattr("edge_memllm.serving.http.server.Server.run", end_at_once)
+    monkeypatch.setattr("edge_memllm.modeling.fitting._STEPS", 20)
+    monkeypatch.setattr("edge_memllm.server.server.Server.run", end_at_once)
     return Workplace(tmp_path, stock)
 
 

@@ -11,7 +11,8 @@ def test_tree_is_exactly_the_documented_one() -> None:
     classes = {
         name: value.__bases__
         for name, value in vars(errors).items()
-        if inspect.isclass(value) and value.__module__ == errors.__name__
+        if inspect.isclass(value) and issubclass(value, Exception)
+        if value.__module__ == errors.__name__
     }
     assert classes == {
         "EdgeMemLLMError": (Exception,),

@@ -14,9 +14,9 @@ from benchmarks.fuzz import __main__ as fuzz
 from benchmarks.fuzz import worker
 from benchmarks.fuzz.artifact import Files, make_artifact, read_files, vouched
 from benchmarks.fuzz.mutants import make_mutant
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.errors import ArtifactError
-from edge_memllm.verification import verify_artifact
 
 pytest.importorskip("torch")
 pytestmark = pytest.mark.skipif(not Path("/proc/self/clear_refs").exists(), reason="needs Linux")

@@ -31,8 +31,7 @@ FORBIDDEN = {
 TORCH_MODULES = (
     "edge_memllm.modeling",
     "edge_memllm.huggingface",
-    "edge_memllm.interpretation.network_memory",
-    "edge_memllm.interpretation.decomposition",
+    "edge_memllm.interpretation.network",
     "edge_memllm_runtimes.torch_reference",
 )
 
@@ -106,7 +105,7 @@ def loaded_after(statement: str) -> set[str]:
     [
         "import edge_memllm",
         "from edge_memllm import Model, Sampling, load",
-        "import edge_memllm_runtimes, edge_memllm.perplexity",
+        "import edge_memllm_runtimes, edge_memllm.evaluation.perplexity",
         "from edge_memllm.hub import artifact_folder",
     ],
 )

@@ -78,8 +78,8 @@ def test_the_wheel_holds_every_module_and_its_data(tmp_path: Path) -> None:
     assert packed == modules()
     assert "edge_memllm_export/quality_text.txt" in names
     assert {f"edge_memllm/interpretation/report/page.{end}" for end in ("css", "js")} <= names
-    page = (path for path in (PACKAGES[0] / "serving" / "page").iterdir() if path.is_file())
-    assert {f"edge_memllm/serving/page/{path.name}" for path in page} <= names
+    page = (path for path in (PACKAGES[0] / "server" / "page").iterdir() if path.is_file())
+    assert {f"edge_memllm/server/page/{path.name}" for path in page} <= names
     assert {name for name in names if name.startswith("optimum")} == {PLUGIN.as_posix()}
     assert {name for name in names if name.endswith("py.typed")} == {
         f"{package}/py.typed"

@@ -12,8 +12,7 @@ import pytest
 
 import edge_memllm
 from edge_memllm import Model, RequestError, Sampling
-from edge_memllm.cancellation import Cancellation
-from edge_memllm.errors import GenerationCancelledError
+from edge_memllm.errors import Cancellation, GenerationCancelledError
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of
 from support.checkpoints import MakeArtifact
 from support.overlays import row

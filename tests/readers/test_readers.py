@@ -16,7 +16,7 @@ import pytest
 
 from edge_memllm.errors import RequestError, StorageError
 from edge_memllm.readers import Reader, Region, open_reader, reader_names
-from edge_memllm.readers import open_file as open_file_module
+from edge_memllm.readers import reader as open_file_module
 from edge_memllm.readers.pread import PreadReader
 
 # In the middle of a file of 6000 bytes, and aligned to nothing.

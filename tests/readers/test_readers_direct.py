@@ -18,11 +18,12 @@ from hypothesis import strategies as st
 from test_readers import buffers, is_closed, views
 
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.readers import Region, open_file, open_reader, ring, uring
-from edge_memllm.readers.arena import Arena, Span
+from edge_memllm.readers import Region, open_reader, uring
+from edge_memllm.readers import reader as open_file
+from edge_memllm.readers import uring as ring
 from edge_memllm.readers.direct import DirectReader
-from edge_memllm.readers.ring import Ring
-from edge_memllm.readers.uring import UringReader
+from edge_memllm.readers.reader import Arena, Span
+from edge_memllm.readers.uring import Ring, UringReader
 
 REGION = Region(start=4096, size=300 * 2560, record_bytes=2500, stride=2560)
 OFFSETS = [REGION.start + i * REGION.stride for i in range(REGION.count)]

@@ -13,8 +13,9 @@ import pytest
 from test_readers import REGION, SIZE, START, buffers, is_closed, open_, path, views
 
 from edge_memllm.errors import StorageError
-from edge_memllm.readers import Region, open_reader, ram
-from edge_memllm.readers.mapped import MmapReader
+from edge_memllm.readers import Region, open_reader
+from edge_memllm.readers import in_memory as ram
+from edge_memllm.readers.in_memory import MmapReader
 
 __all__ = ["path"]  # a fixture
 

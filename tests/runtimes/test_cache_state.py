@@ -9,10 +9,10 @@ import numpy as np
 import pytest
 
 from edge_memllm import RequestError
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.feeding import Feeder
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint

@@ -8,8 +8,8 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.control_groups import available_processors, memory_limits, processor_share
-from edge_memllm_runtimes.processors import physical_cores
+from edge_memllm.process.limits import available_processors, memory_limits, processor_share
+from edge_memllm_runtimes.options import physical_cores
 
 
 def write(root: Path, files: dict[str, str]) -> None:
@@ -113,7 +113,7 @@ def test_threads_are_bounded_by_the_quota(tmp_path: Path, monkeypatch: Any) -> N
 def test_torch_keeps_to_the_quota(monkeypatch: pytest.MonkeyPatch) -> None:
     import torch
 
-    from edge_memllm.modeling import threads
+    from edge_memllm.modeling import training as threads
 
     before = torch.get_num_threads()
     try:

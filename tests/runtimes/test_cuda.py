@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import EdgeMemLLMError, RequestError, RuntimeUnavailableError
 from edge_memllm.feeding import Feeder
 from edge_memllm_runtimes import open_runtime

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from edge_memllm.forking import ProcessLock, Workers
+from edge_memllm.process.forking import ProcessLock, Workers
 from support.checkpoints import MakeArtifact
 
 if not hasattr(os, "fork"):
@@ -20,7 +20,7 @@ PROGRAM = """
 import os, sys, threading, time, warnings
 warnings.simplefilter("ignore")
 import edge_memllm
-from edge_memllm.serving import Engine, Request
+from edge_memllm.engine import Engine, Request
 
 folder, threads, reader, what = sys.argv[1], int(sys.argv[2]), sys.argv[3], sys.argv[4]
 prompt = "One after the other. " * 8

@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
-from edge_memllm.manifest import FileSpec
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import FileSpec
 from edge_memllm_runtimes.ort_graph import read_checked_graph
 from support.checkpoints import MakeArtifact
 from support.graphs import Change, change_graph, manifest_of, refused, seal

@@ -13,8 +13,8 @@ import onnx_ir as ir
 import pytest
 
 from edge_memllm import ArtifactError, StorageError
-from edge_memllm.artifact import Artifact
-from edge_memllm_export.graph import save_graph
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm_export.architectures.memoryllm import save_graph
 from edge_memllm_runtimes.graph_head import GraphHead
 from support.checkpoints import HIDDEN, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.graphs import manifest_of, seal
@@ -105,6 +105,6 @@ def test_a_file_cut_while_it_is_open_is_an_error(
 
 
 def _spec(path: Path):
-    from edge_memllm_export.sealing import seal
+    from edge_memllm.artifact.atomic import seal
 
     return seal(path)

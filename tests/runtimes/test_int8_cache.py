@@ -10,12 +10,12 @@ import pytest
 import torch
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
-from edge_memllm.modeling.cache_argument import CACHE
-from edge_memllm.tokenization import Tokenizer
-from edge_memllm_export.calibration import kv_scales
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.modeling.configuration import CACHE
+from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.ladder import verify_against
+from edge_memllm_export.judgement import verify_against
+from edge_memllm_export.weights.kv_steps import kv_scales
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
 TEXT = "Keys are cached after the rotary embedding, values as they are. " * 7

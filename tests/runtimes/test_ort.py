@@ -13,12 +13,12 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_memllm import load
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import EdgeMemLLMError, RuntimeUnavailableError
-from edge_memllm.records import RecordBuffer
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.kv_cache import grown_capacity
-from edge_memllm_runtimes.processors import physical_cores
+from edge_memllm_runtimes.options import physical_cores
 from support.checkpoints import MakeArtifact
 from support.runtimes import ARTIFACTS
 

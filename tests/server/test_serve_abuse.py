@@ -17,7 +17,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.serving.http.settings import Limits
+from edge_memllm.server.settings import Limits
 from support.engine import wait_until
 from support.server import Served, serving_small
 from support.small_model import write_small_artifact

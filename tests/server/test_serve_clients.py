@@ -10,7 +10,7 @@ import pytest
 
 import edge_memllm
 from edge_memllm import Model, Sampling
-from edge_memllm.evaluation.likelihood import Scorer
+from edge_memllm.evaluation.tasks import Scorer
 from support.checkpoints import MakeArtifact
 from support.server import MODEL_ID, TEMPLATE, Served, serving
 

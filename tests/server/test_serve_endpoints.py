@@ -14,10 +14,10 @@ from starlette.testclient import TestClient
 from tokenizers import decoders, models
 
 from edge_memllm import Model
-from edge_memllm.interpretation.token_texts import TokenTexts
+from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
-from edge_memllm.serving.http.page import POLICY, page_routes
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.server.application import POLICY, page_routes
+from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import EOS, VOCABULARY
 from support.server import MODEL_ID, TEMPLATE, Served, serving, serving_small
 from support.small_model import CONTEXT, byte_tokenizer, open_small_model, write_small_artifact
@@ -121,7 +121,7 @@ def test_metrics_are_prometheus_text(served: Served) -> None:
 
 
 def test_the_speed_is_that_of_the_last_seconds(monkeypatch: pytest.MonkeyPatch) -> None:
-    from edge_memllm.serving.http import metrics
+    from edge_memllm.server import service as metrics
 
     now = 100.0
     monkeypatch.setattr(metrics, "monotonic", lambda: now)

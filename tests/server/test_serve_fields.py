@@ -10,9 +10,9 @@ import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
 
-from edge_memllm.serving.http.fields import BodyFields
-from edge_memllm.serving.http.parameters import PARAMETERS, Endpoint, honoured, not_honoured, same
-from edge_memllm.serving.http.service import Service
+from edge_memllm.server.fields import BodyFields
+from edge_memllm.server.parameters import PARAMETERS, Endpoint, honoured, not_honoured, same
+from edge_memllm.server.service import Service
 from support import ROOT
 from support.server import HELLO, Served, chat, complete, reading, refusal, serving_small
 from support.small_model import write_small_artifact

@@ -9,13 +9,13 @@ from typing import Any
 import pytest
 
 from edge_memllm.errors import RequestError
-from edge_memllm.serving.http.guard import (
+from edge_memllm.server.guard import (
     checked_host,
     checked_origin,
     is_loopback,
     missing_protection,
 )
-from edge_memllm.serving.http.settings import Settings
+from edge_memllm.server.settings import Settings
 from support.server import Served, serving_small
 from support.small_model import write_small_artifact
 
@@ -152,7 +152,7 @@ def test_everything_but_health_and_page_needs_a_key(locked: Served, path: str) -
 def test_clients_are_told_apart_by_key_or_address(
     folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from edge_memllm.serving import Engine
+    from edge_memllm.engine import Engine
 
     seen: list[str] = []
     submit = Engine.submit

@@ -17,12 +17,12 @@ from typing import Any
 import httpx
 import pytest
 
-from edge_memllm.serving import grammar
-from edge_memllm.serving.http import prompts
-from edge_memllm.serving.http.api_error import ApiError
-from edge_memllm.serving.http.lanes import Lane
-from edge_memllm.serving.http.settings import Limits
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.engine import grammar
+from edge_memllm.server import calls as prompts
+from edge_memllm.server.fields import ApiError
+from edge_memllm.server.lanes import Lane
+from edge_memllm.server.settings import Limits
+from edge_memllm.text.tokenization import Tokenizer
 from support.engine import GatedRuntime, wait_until
 from support.server import TEMPLATE, Served, serving_small
 from support.small_model import write_small_artifact

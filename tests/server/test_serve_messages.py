@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.chat import ChatTemplate
-from edge_memllm.serving import Engine
-from edge_memllm.serving.http.service import Service
-from edge_memllm.serving.http.settings import Settings
+from edge_memllm.engine import Engine
+from edge_memllm.server.service import Service
+from edge_memllm.server.settings import Settings
+from edge_memllm.text.chat import ChatTemplate
 from support.server import MODEL_ID, chat, reading, refusal
 
 

@@ -16,7 +16,7 @@ from schemathesis.specs.openapi.checks import (
     response_schema_conformance,
 )
 
-from edge_memllm.serving.http.settings import Limits
+from edge_memllm.server.settings import Limits
 from support import DATA
 from support.server import MODEL_ID, TEMPLATE, Served, serving_small
 from support.small_model import write_small_artifact

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from edge_memllm import load
-from edge_memllm.serving import page as package
+from edge_memllm.server import page as package
 from support.browser import (
     WORDS,
     Browser,

@@ -9,7 +9,7 @@ import pytest
 
 from edge_memllm import StorageError
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
-from edge_memllm.serving.http.settings import Limits
+from edge_memllm.server.settings import Limits
 from support.browser import (
     READY,
     WORDS,

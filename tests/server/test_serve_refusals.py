@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.serving.http.service import Service
+from edge_memllm.server.service import Service
 from support.checkpoints import VOCABULARY
 from support.server import HELLO, complete, reading, refusal
 

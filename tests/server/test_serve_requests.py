@@ -10,11 +10,9 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.serving.http.api_error import ApiError
-from edge_memllm.serving.http.chat_call import read_chat
-from edge_memllm.serving.http.completion_call import read_completion
-from edge_memllm.serving.http.fields import BodyFields, shown
-from edge_memllm.serving.http.service import Service
+from edge_memllm.server.calls import read_chat, read_completion
+from edge_memllm.server.fields import ApiError, BodyFields, shown
+from edge_memllm.server.service import Service
 from support.checkpoints import BOS, VOCABULARY
 from support.server import HELLO, MODEL_ID, chat, complete, reading
 

@@ -13,7 +13,7 @@ import httpx
 import pytest
 
 from edge_memllm import StorageError
-from edge_memllm.serving.http.settings import Limits
+from edge_memllm.server.settings import Limits
 from support.engine import GatedRuntime, wait_until
 from support.server import HELLO, TEMPLATE, Served, busy, serving_small
 from support.small_model import write_small_artifact

@@ -10,12 +10,11 @@ import numpy as np
 import pytest
 
 from edge_memllm import RequestError, load
+from edge_memllm.engine import Engine, Request
 from edge_memllm.feeding import Feeder
-from edge_memllm.interpretation.gained_runtime import scaled_memory
-from edge_memllm.record_source import RecordSource
+from edge_memllm.interpretation.texts import scaled_memory
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.serving import Engine, Request
-from edge_memllm.serving.memoryless import MemorylessTable
+from edge_memllm.table.source import MemorylessTable, RecordSource
 from support.checkpoints import MakeArtifact
 from support.server import TEMPLATE, Served, serving, serving_small
 from support.small_model import write_small_artifact

@@ -283,7 +283,7 @@ def _models(stock: Path) -> None:
     from transformers import LlamaConfig, LlamaForCausalLM
 
     from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
-    from edge_memllm.modeling.tokenizer_training import save_tokenizer, train_tokenizer
+    from edge_memllm.modeling.data import save_tokenizer, train_tokenizer
     from edge_memllm_export import export_model
 
     torch.set_num_threads(1)

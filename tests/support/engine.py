@@ -7,7 +7,7 @@ import time
 from typing import Any
 
 from edge_memllm import Model, Sampling
-from edge_memllm.serving import Engine, Reply, Request
+from edge_memllm.engine import Engine, Reply, Request
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import VOCABULARY
 from support.small_model import CONTEXT

@@ -19,12 +19,12 @@ import numpy as np
 from tokenizers import Tokenizer, models
 
 from edge_memllm import Model, Sampling, load
-from edge_memllm.artifact import Artifact
-from edge_memllm.codecs.allocation import Allocation
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.codecs.codec import Allocation
 from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.feeding import Feeder
-from edge_memllm.table import Table
-from edge_memllm.table_writer import TableWriter
+from edge_memllm.table.table import Table
+from edge_memllm.table.writer import TableWriter
 from edge_memllm_export import export_model
 from support.checkpoints import write_checkpoint
 

@@ -14,15 +14,20 @@ import pytest
 import torch
 
 import edge_memllm
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.manifest import FileSpec, Manifest
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
-from edge_memllm.manifest import FileSpec, Manifest
 from edge_memllm.modeling import TokenRows
-from edge_memllm.records import RecordBuffer, RecordLayout
+from edge_memllm_export.architectures.memoryllm import (
+    GRAPH_FILE,
+    GraphForm,
+    build_graph,
+    save_graph,
+)
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import rotary_tables
-from edge_memllm_export.graph import GRAPH_FILE, GraphForm, build_graph, save_graph
 
 IDENTITY = "sha256:" + "0" * 64
 CAPACITY = 40

@@ -30,7 +30,7 @@ from edge_memllm.interpretation.findings import (
     Token,
     TokenCard,
 )
-from edge_memllm.interpretation.network_memory import NetworkMemory
+from edge_memllm.interpretation.network import NetworkMemory
 
 WITH_KEYS: dict[str, dict[str, Any]] = {
     "memoryllm": {},

@@ -6,10 +6,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of
-from edge_memllm.overlays.overlaid_table import OverlaidTable
-from edge_memllm.table import Table
+from edge_memllm.overlays.table import OverlaidTable
+from edge_memllm.table.table import Table
 from support.small_model import IDENTITY, SmallArtifact
 
 LAYERS, WIDTH = 2, 64

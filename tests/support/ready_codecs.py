@@ -7,7 +7,7 @@ from functools import cache
 import numpy as np
 
 from edge_memllm.codecs import Codec, codec_ids, get_codec
-from edge_memllm.codecs.allocation import Allocation
+from edge_memllm.codecs.codec import Allocation
 from edge_memllm.codecs.mixed import MixedCodec
 
 LOW_RANK = ("lowrank-r64-f16", "lowrank-r128-int8-g32", "lowrank-r32-int4-g32")

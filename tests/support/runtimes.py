@@ -12,7 +12,7 @@ import pytest
 
 from edge_memllm.feeding import Feeder
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from support.checkpoints import CONTEXT
 
 TEXT = list(b"Whatever runs here computes the same for one text.")
@@ -84,7 +84,8 @@ def pretend_cuda(patch: pytest.MonkeyPatch) -> list[str]:
     import onnxruntime
     from onnxruntime.capi import onnxruntime_inference_collection as library
 
-    from edge_memllm_runtimes import cuda_graphs, ort_session
+    from edge_memllm_runtimes import ort_cache as cuda_graphs
+    from edge_memllm_runtimes import ort_session
 
     make, from_numpy = library.OrtDevice.make, library.OrtValue.ortvalue_from_numpy
 

@@ -17,16 +17,13 @@ import pytest
 from openai import OpenAI
 
 from edge_memllm import Model
-from edge_memllm.chat import ChatTemplate
-from edge_memllm.serving import Engine
-from edge_memllm.serving.http.api_error import ApiError
-from edge_memllm.serving.http.call import Call
-from edge_memllm.serving.http.chat_call import read_chat
-from edge_memllm.serving.http.completion_call import read_completion
-from edge_memllm.serving.http.fields import BodyFields
-from edge_memllm.serving.http.server import Server, bound_socket
-from edge_memllm.serving.http.service import Service
-from edge_memllm.serving.http.settings import Limits, Settings
+from edge_memllm.engine import Engine
+from edge_memllm.server.calls import Call, read_chat, read_completion
+from edge_memllm.server.fields import ApiError, BodyFields
+from edge_memllm.server.server import Server, bound_socket
+from edge_memllm.server.service import Service
+from edge_memllm.server.settings import Limits, Settings
+from edge_memllm.text.chat import ChatTemplate
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.engine import wait_until
 from support.small_model import open_small_model, write_small_artifact

@@ -15,14 +15,14 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.manifest import FileSpec, GraphSpec, Manifest, ModelSpec
 from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.manifest import FileSpec, GraphSpec, Manifest, ModelSpec
 from edge_memllm.model import Model
-from edge_memllm.records import RecordLayout
-from edge_memllm.table import Table
-from edge_memllm.table_writer import TableWriter
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.table.table import Table
+from edge_memllm.table.writer import TableWriter
+from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_runtimes.fake import FakeCache, FakeRuntime
 from support.checkpoints import BOS, EOS, VOCABULARY, raw_byte_tokenizer
 

@@ -16,10 +16,10 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from test_mixed_table import EVERY, TOKENS, open_table, small
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import Manifest, sealed
+from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.errors import ArtifactError, CorruptionError
-from edge_memllm.manifest import Manifest, sealed
-from edge_memllm.verification import verify_artifact
 from support.ready_codecs import MIXED
 from support.small_model import SmallArtifact, file_spec, flip, write_artifact
 
@@ -45,7 +45,9 @@ def forget_digest(small: SmallArtifact) -> None:
 def test_verify_reads_every_class_to_its_end(
     small: SmallArtifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("edge_memllm.verification._CHUNK_BYTES", 3 * small.manifest.table.stride)
+    monkeypatch.setattr(
+        "edge_memllm.artifact.verification._CHUNK_BYTES", 3 * small.manifest.table.stride
+    )
     stages = verify(small)
     assert stages.count("records") == -(-TOKENS // 3)
     assert stages.count("padding") == sum(

@@ -12,17 +12,17 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
-from edge_memllm.artifact import Artifact
-from edge_memllm.benchmark.device import DeviceProbe
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordBuffer
+from edge_memllm.benchmark.machine import DeviceProbe
 from edge_memllm.cli.inspection import _page
 from edge_memllm.errors import EdgeMemLLMError, ExportError, RequestError
 from edge_memllm.feeding import Feeder
-from edge_memllm.footprint import Choices, footprint, memory_items
+from edge_memllm.memory_plan import Choices, footprint, memory_items
 from edge_memllm.readers import reader_names
-from edge_memllm.records import RecordBuffer
 from edge_memllm.statistics import Meter
-from edge_memllm.table import Table
-from edge_memllm.table_writer import TableWriter
+from edge_memllm.table.table import Table
+from edge_memllm.table.writer import TableWriter
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.ready_codecs import mixed
 from support.small_model import SmallArtifact, write_artifact

@@ -10,7 +10,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.errors import RequestError
-from edge_memllm.record_cache import RecordCache
+from edge_memllm.table.table import RecordCache
 
 BYTES = 24
 

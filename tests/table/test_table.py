@@ -11,12 +11,12 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import codec_ids, get_codec
 from edge_memllm.errors import CorruptionError, RequestError, StorageError
 from edge_memllm.readers import reader_names
-from edge_memllm.records import RecordBuffer, RecordLayout
-from edge_memllm.table import Table, TableStatistics
+from edge_memllm.table.table import Table, TableStatistics
 from support.ready_codecs import LOW_RANK
 from support.small_model import SmallArtifact, write_artifact
 

@@ -8,10 +8,10 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import CorruptionError, RequestError
-from edge_memllm.records import RecordBuffer
-from edge_memllm.table import Table
+from edge_memllm.table.table import Table
 from support.small_model import SmallArtifact, flip, write_artifact
 
 EVERY = np.arange(24)

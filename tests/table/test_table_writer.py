@@ -15,10 +15,10 @@ import numpy as np
 import pytest
 from safetensors import safe_open
 
+from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
-from edge_memllm.records import RecordLayout
-from edge_memllm.table_writer import TableWriter
+from edge_memllm.table.writer import TableWriter
 from support.small_model import IDENTITY, SmallArtifact, write_artifact
 
 LAYOUT = RecordLayout(2, 64, get_codec("int8-g32"), "float16", 512)

@@ -10,10 +10,10 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.artifact import Artifact
-from edge_memllm.chat import MAX_TEMPLATE_BYTES, ChatTemplate
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ArtifactError, RequestError
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.text.chat import MAX_TEMPLATE_BYTES, ChatTemplate
+from edge_memllm.text.tokenization import Tokenizer
 from support.small_model import write_small_artifact
 
 MESSAGES = [{"role": "user", "content": "Hi"}]

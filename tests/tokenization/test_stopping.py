@@ -5,7 +5,7 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from edge_memllm.errors import RequestError
-from edge_memllm.stopping import MAX_STOP_CHARACTERS, MAX_STOPS, StopMatcher, check_stops
+from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS, MAX_STOPS, StopMatcher, check_stops
 
 LETTERS = st.text("ab\n", max_size=24)
 STOPS = st.lists(st.text("ab\n", min_size=1, max_size=5), max_size=4)

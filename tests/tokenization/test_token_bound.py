@@ -9,9 +9,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from edge_memllm.long_text import tokens_beyond
-from edge_memllm.token_bound import TokenBound
-from edge_memllm.tokenization import Tokenizer as OurTokenizer
+from edge_memllm.evaluation.perplexity import tokens_beyond
+from edge_memllm.text.token_bound import TokenBound
+from edge_memllm.text.tokenization import Tokenizer as OurTokenizer
 from support.checkpoints import raw_byte_tokenizer
 
 _LETTERS = pre_tokenizers.ByteLevel.alphabet()

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, pre_tokenizers, trainers
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ArtifactError, RequestError
-from edge_memllm.tokenization import Detokenizer, Tokenizer
+from edge_memllm.text.tokenization import Detokenizer, Tokenizer
 from support.checkpoints import BOS, EOS, VOCABULARY, raw_byte_tokenizer
 from support.small_model import byte_tokenizer, write_small_artifact
 

@@ -14,8 +14,8 @@ from tokenizers import Tokenizer as Library
 from tokenizers import decoders, models, normalizers, pre_tokenizers, processors
 
 from edge_memllm.errors import ArtifactError
-from edge_memllm.pattern_check import PatternError, check_pattern
-from edge_memllm.tokenization import Detokenizer, Tokenizer
+from edge_memllm.text.patterns import PatternError, check_pattern
+from edge_memllm.text.tokenization import Detokenizer, Tokenizer
 
 LETTERS = {letter: number for number, letter in enumerate("abcdefghijklmnopqrstuvwxyz .")}
 TEXT = "the old mill turns near the bank while a child sleeps. " * 400
@@ -259,7 +259,7 @@ def test_numbers_beyond_those_of_real_tokenizers_are_refused(
 ) -> None:
     for name, most in (("TOKENS", 27), ("MERGES", 1), ("ADDED", 1)):
         with monkeypatch.context() as patch:
-            patch.setattr(f"edge_memllm.tokenizer_check.MOST_{name}", most)
+            patch.setattr(f"edge_memllm.text.tokenizer_file.MOST_{name}", most)
             merges = models.BPE({**LETTERS, "ab": 28, "cd": 29}, [("a", "b"), ("c", "d")])
             library = Library(merges)
             library.add_tokens(["one", "two"])

@@ -9,9 +9,9 @@ from typing import Any
 import pytest
 from tokenizers.processors import TemplateProcessing
 
-from edge_memllm.artifact import Artifact
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ArtifactError
-from edge_memllm.tokenization import Tokenizer
+from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import raw_byte_tokenizer
 from support.small_model import write_small_artifact
 

@@ -14,12 +14,11 @@ import pytest
 from tokenizers import Tokenizer as Library
 from tokenizers import models, pre_tokenizers
 
-from edge_memllm.atomic import WholeFile
+from edge_memllm.artifact.atomic import WholeFile
 from edge_memllm.errors import ArtifactError, RecipeError
-from edge_memllm.modeling.corpus import write_tokens
-from edge_memllm.modeling.tokenizer_training import given_tokenizer, read_tokenizer
-from edge_memllm.tokenization import Tokenizer
-from edge_memllm.tokenizer_file import MAX_TOKENIZER_BYTES, library_errors, open_tokenizer
+from edge_memllm.modeling.data import given_tokenizer, read_tokenizer, write_tokens
+from edge_memllm.text.tokenization import Tokenizer
+from edge_memllm.text.tokenizer_file import MAX_TOKENIZER_BYTES, library_errors, open_tokenizer
 from support.checkpoints import raw_byte_tokenizer
 
 Fields = dict[str, Any]

@@ -17,10 +17,11 @@ from edge_memllm.interpretation.report.markup import (
     figure,
     note,
     percent,
+    running,
     scaled,
     table,
+    visible,
 )
-from edge_memllm.interpretation.report.token_text import running, visible
 
 _WITHIN = 97.0  # per cent of the values that the colours tell apart
 _DIGITS = 6  # of figures given to the script

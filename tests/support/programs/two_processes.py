@@ -18,8 +18,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.distributed.tensor import DTensor
 
 from edge_memllm.modeling import MemoryLLMForCausalLM, training
-from edge_memllm.modeling.gathering import whole_network
 from edge_memllm.modeling.recipe import Recipe
+from edge_memllm.modeling.training import whole_network
 from support.training import recipe_for
 
 STEPS = 20

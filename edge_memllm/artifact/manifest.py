@@ -1,0 +1,395 @@
+"""The manifest: what an artifact holds, as dataclasses and as canonical JSON, strict both ways.
+
+It checks every value against the others, so code that holds a `Manifest` need not check again.
+It knows nothing of folders or files: `artifact.py` compares it with what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from typing import get_args
+
+from edge_memllm.artifact.layout import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
+from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
+from edge_memllm.codecs import get_codec
+from edge_memllm.codecs.codec import MOST_CLASSES, TokenClass, Wire
+from edge_memllm.errors import ArtifactError, CorruptionError
+
+MANIFEST_NAME = "manifest.json"
+FORMAT = "edge-memllm"
+FORMAT_VERSION = 3
+GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
+KV_DTYPES = ("float16", "float32", "int8")
+
+_IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
+_DIGEST = re.compile(r"[0-9a-f]{64}")
+_UNSEALED = "0" * 64
+_CODEC = re.compile(r"[a-z0-9-]{1,100}")
+_PRODUCER = re.compile(r"[ -~]{1,200}")
+# A plain file name on every system: no separator, drive, NUL, leading or trailing dot.
+_FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
+_A_FILE_NAME = "a plain file name (letters, digits, '.', '_' and '-', no leading dot, no folder)"
+
+# Generous, yet small enough that no size computed from them costs much memory before it is checked.
+MAX_VOCABULARY = 1 << 24
+MAX_POSITIONS = 1 << 24
+MAX_WIDTH = 1 << 17
+MAX_LAYERS = 1024
+_MAX_FILE_BYTES = 1 << 60
+# Tokenizer, chat template and the like together; those of 250,000 tokens have some 40 MB.
+_MAX_TEXT_BYTES = 1 << 28
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSpec:
+    """The shape of the model, in Hugging Face names, and its identity."""
+
+    identity: str  # "sha256:<64 hex digits>" of the checkpoint's configuration and weights
+    beta: int
+    hidden_size: int
+    num_hidden_layers: int
+    num_attention_heads: int
+    num_key_value_heads: int
+    head_dim: int
+    vocab_size: int
+    max_position_embeddings: int
+    bos_token_id: int | None
+    eos_token_ids: tuple[int, ...]
+    memory_gain: tuple[float, ...]  # one per layer
+    memory_layers: int  # rows of a token: one per layer, one for all, none for beta 8
+
+
+@dataclass(frozen=True, slots=True)
+class TableSpec:
+    """The table file: how its records are laid out and where they start."""
+
+    file: str
+    codec: str
+    embedding_dtype: str
+    record_bytes: int
+    stride: int
+    alignment: int
+    records_offset: int
+    checksums_sha256: str
+    parameters_sha256: str | None  # of the codec's parameters, if it has some
+    classes: tuple[TokenClass, ...] | None  # whose records differ in form, if any do
+
+
+@dataclass(frozen=True, slots=True)
+class GraphSpec:
+    """The graph file: how its weights are stored and what it computes in."""
+
+    file: str
+    external_data: str | None
+    weights: str
+    compute_dtype: str
+    kv_dtype: str  # of keys and values: the compute dtype, or "int8"
+    wire: str
+    opset: int
+
+
+@dataclass(frozen=True, slots=True)
+class FileSpec:
+    """Size and sha256 digest of one file."""
+
+    bytes: int
+    sha256: str
+
+
+@dataclass(frozen=True, slots=True)
+class Manifest:
+    """Everything manifest.json says. `files` names every file of the artifact but itself."""
+
+    model: ModelSpec
+    table: TableSpec
+    graph: GraphSpec
+    files: dict[str, FileSpec]
+    producer: str
+
+    @property
+    def layout(self) -> RecordLayout:
+        """The layout of the table's records."""
+        codec = get_codec(self.table.codec)
+        if self.table.classes is not None:
+            codec = codec.with_classes(self.table.classes)
+        return RecordLayout(
+            layers=self.model.memory_layers,
+            width=self.model.hidden_size,
+            codec=codec,
+            embedding_dtype=self.table.embedding_dtype,
+            alignment=self.table.alignment,
+        )
+
+    @property
+    def fingerprint(self) -> str:
+        """What names this content to sessions: sha256 of the canonical JSON of version 2.
+
+        It stays what it was when an artifact is read by a later version of this software.
+        """
+        return hashlib.sha256(_canonical(self._content(2))).hexdigest()
+
+    def to_json(self) -> bytes:
+        """Return the canonical JSON. Raises `ArtifactError` for what `from_json` would refuse."""
+        data = sealed(self._content(FORMAT_VERSION))
+        Manifest.from_json(data, MANIFEST_NAME)
+        return data
+
+    def _content(self, version: int) -> dict[str, object]:
+        return {"format": FORMAT, "format_version": version, **asdict(self)}
+
+    @classmethod
+    def from_json(cls, data: bytes, where: str) -> Manifest:
+        """Parse and check a manifest.
+
+        Raises `CorruptionError` for one that was changed after it was written, `ArtifactError`
+        for any other that cannot be; both name `where`.
+        """
+        content = parse_json_object(data, where)
+        version = _check_version(content, where)
+        seal = ("sha256",) if version > 2 else ()
+        if seal:
+            _check_seal(data, content.get("sha256"), where)
+        if version == 1:
+            _complete_version_1(content)
+        top = exact_fields(content, where, ("format", "format_version", *seal, *_names(cls)))
+        manifest = cls(
+            model=_parse_model(content["model"], f"{where}: model"),
+            table=_parse_table(content["table"], f"{where}: table"),
+            graph=_parse_graph(content["graph"], f"{where}: graph"),
+            files=_parse_files(top.mapping("files"), f"{where}: files"),
+            producer=top.text("producer", _PRODUCER, "a line of ASCII text"),
+        )
+        _check_model(manifest.model, f"{where}: model")
+        _check_table(manifest, f"{where}: table")
+        _check_graph(manifest, f"{where}: graph")
+        return manifest
+
+
+def sealed(content: Mapping[str, object]) -> bytes:
+    """Return the canonical JSON of a manifest's content, protected by its own digest.
+
+    The digest is that of the bytes with 64 zeros in its place.
+    """
+    digest = hashlib.sha256(_canonical({**content, "sha256": _UNSEALED})).hexdigest()
+    return _canonical({**content, "sha256": digest})
+
+
+def _canonical(content: Mapping[str, object]) -> bytes:
+    return (json.dumps(content, sort_keys=True, indent=2) + "\n").encode("ascii")
+
+
+def _check_seal(data: bytes, digest: object, where: str) -> None:
+    if not isinstance(digest, str) or not _DIGEST.fullmatch(digest):
+        raise ArtifactError(
+            f"{where}: sha256 is missing or is not 64 hex digits. Export the model again."
+        )
+    # Spelt otherwise, or in two places, it would not be clear which bytes the digest is of.
+    written = digest.encode("ascii")
+    unsealed = data.replace(written, _UNSEALED.encode("ascii"))
+    found = hashlib.sha256(unsealed).hexdigest()
+    if data.count(written) != 1 or found != digest:
+        raise CorruptionError(
+            f"{where}: sha256 of its content is {found[:12]}, it says {digest[:12]}: the file was "
+            "changed after it was written. Copy the folder again."
+        )
+
+
+def _names(spec: type) -> tuple[str, ...]:
+    return tuple(field.name for field in fields(spec))
+
+
+def _check_version(content: dict[str, object], where: str) -> int:
+    """Check the version before any other key, for each has its own; return it."""
+    if content.get("format") != FORMAT:
+        raise ArtifactError(f"{where}: this is not an {FORMAT} manifest (no format '{FORMAT}').")
+    header = exact_fields(
+        {"format_version": content.get("format_version")}, where, ["format_version"]
+    )
+    version = header.integer("format_version", 1, 1 << 31)
+    if version > FORMAT_VERSION:
+        raise ArtifactError(
+            f"{where}: format_version is {version}, this reader supports 1 to {FORMAT_VERSION}. "
+            "Upgrade edge-memllm or export the model again."
+        )
+    return version
+
+
+def _complete_version_1(content: dict[str, object]) -> None:
+    """Add what version 1 left unsaid: keys and values in the compute dtype, nothing shared."""
+    model, graph, table = (content.get(part) for part in ("model", "graph", "table"))
+    if isinstance(model, dict) and "num_hidden_layers" in model:
+        rows = 0 if model.get("beta") == 8 else model["num_hidden_layers"]
+        content["model"] = {"memory_layers": rows, **model}
+    if isinstance(graph, dict) and "kv_dtype" not in graph and "compute_dtype" in graph:
+        content["graph"] = {**graph, "kv_dtype": graph["compute_dtype"]}
+    if isinstance(table, dict):
+        content["table"] = {"parameters_sha256": None, "classes": None, **table}
+
+
+def _parse_model(value: object, where: str) -> ModelSpec:
+    model = exact_fields(value, where, _names(ModelSpec))
+    vocab_size = model.integer("vocab_size", 1, MAX_VOCABULARY)
+    return ModelSpec(
+        identity=model.text("identity", _IDENTITY, "'sha256:' and 64 hex digits"),
+        beta=model.integer("beta", 0, 8),
+        hidden_size=model.integer("hidden_size", 1, MAX_WIDTH),
+        num_hidden_layers=model.integer("num_hidden_layers", 1, MAX_LAYERS),
+        num_attention_heads=model.integer("num_attention_heads", 1, MAX_WIDTH),
+        num_key_value_heads=model.integer("num_key_value_heads", 1, MAX_WIDTH),
+        head_dim=model.integer("head_dim", 1, MAX_WIDTH),
+        vocab_size=vocab_size,
+        max_position_embeddings=model.integer("max_position_embeddings", 1, MAX_POSITIONS),
+        bos_token_id=model.optional_integer("bos_token_id", 0, vocab_size - 1),
+        eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
+        memory_gain=model.numbers("memory_gain", -1e6, 1e6),
+        memory_layers=model.integer("memory_layers", 0, MAX_LAYERS),
+    )
+
+
+def _parse_table(value: object, where: str) -> TableSpec:
+    table = exact_fields(value, where, _names(TableSpec))
+    return TableSpec(
+        file=table.text("file", _FILE_NAME, _A_FILE_NAME),
+        codec=table.text("codec", _CODEC, "a codec id"),
+        embedding_dtype=table.choice("embedding_dtype", EMBEDDING_DTYPES),
+        record_bytes=table.integer("record_bytes", 1, _MAX_FILE_BYTES),
+        stride=table.integer("stride", 1, _MAX_FILE_BYTES),
+        alignment=table.integer("alignment", ALIGNMENTS[0], ALIGNMENTS[-1]),
+        records_offset=table.integer("records_offset", 1, _MAX_FILE_BYTES),
+        checksums_sha256=table.text("checksums_sha256", _DIGEST, "64 hex digits"),
+        parameters_sha256=table.optional_text("parameters_sha256", _DIGEST, "64 hex digits"),
+        classes=_parse_classes(table.optional_items("classes", MOST_CLASSES), f"{where}: classes"),
+    )
+
+
+def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, ...] | None:
+    if items is None:
+        return None
+    classes = [exact_fields(item, where, _names(TokenClass)) for item in items]
+    return tuple(
+        TokenClass(
+            tokens=each.integer("tokens", 1, MAX_VOCABULARY),
+            layers=each.texts("layers", _CODEC, "a codec id"),
+        )
+        for each in classes
+    )
+
+
+def _parse_graph(value: object, where: str) -> GraphSpec:
+    graph = exact_fields(value, where, _names(GraphSpec))
+    return GraphSpec(
+        file=graph.text("file", _FILE_NAME, _A_FILE_NAME),
+        external_data=graph.optional_text("external_data", _FILE_NAME, _A_FILE_NAME),
+        weights=graph.choice("weights", GRAPH_WEIGHTS),
+        compute_dtype=graph.choice("compute_dtype", EMBEDDING_DTYPES),
+        kv_dtype=graph.choice("kv_dtype", KV_DTYPES),
+        wire=graph.choice("wire", get_args(Wire)),
+        opset=graph.integer("opset", 1, 1000),
+    )
+
+
+def _parse_files(files: dict[str, object], where: str) -> dict[str, FileSpec]:
+    parsed: dict[str, FileSpec] = {}
+    folded = {MANIFEST_NAME}
+    for name, value in files.items():
+        if not _FILE_NAME.fullmatch(name):
+            raise ArtifactError(f"{where}: found the name {name!a:.80}, expected {_A_FILE_NAME}.")
+        if name.lower() in folded:
+            raise ArtifactError(f"{where}: '{name}' is there already, case does not count.")
+        folded.add(name.lower())
+        spec = exact_fields(value, f"{where}: {name}", _names(FileSpec))
+        parsed[name] = FileSpec(
+            bytes=spec.integer("bytes", 0, _MAX_FILE_BYTES),
+            sha256=spec.text("sha256", _DIGEST, "64 hex digits"),
+        )
+    return parsed
+
+
+def _check_model(model: ModelSpec, where: str) -> None:
+    heads, shared = model.num_attention_heads, model.num_key_value_heads
+    if heads % shared:
+        raise ArtifactError(
+            f"{where}: num_attention_heads is {heads}, expected a multiple of "
+            f"num_key_value_heads, {shared}."
+        )
+    if len(model.memory_gain) != model.num_hidden_layers:
+        raise ArtifactError(
+            f"{where}: memory_gain has {len(model.memory_gain)} values, expected one for each "
+            f"of {model.num_hidden_layers} layers."
+        )
+    counts = (0,) if model.beta == 8 else (model.num_hidden_layers, 1)
+    if model.memory_layers not in counts:
+        raise ArtifactError(
+            f"{where}: memory_layers is {model.memory_layers}, expected "
+            f"{' or '.join(map(str, counts))} for beta {model.beta}."
+        )
+
+
+def _check_table(manifest: Manifest, where: str) -> None:
+    table = manifest.table
+    try:
+        layout = manifest.layout
+    except (ArtifactError, ValueError) as error:
+        raise ArtifactError(f"{where}: {error}") from None
+    if table.classes is not None:
+        tokens = sum(each.tokens for each in table.classes)
+        _expect_equal(where, "the number of tokens", tokens, manifest.model.vocab_size)
+    if (table.parameters_sha256 is None) != (layout.parameters_bytes == 0):
+        raise ArtifactError(
+            f"{where}: parameters_sha256 is {table.parameters_sha256!r}, codec {table.codec} has "
+            f"{layout.parameters_bytes} bytes of parameters. Export the model again."
+        )
+    _expect_equal(where, "record_bytes", table.record_bytes, layout.record_bytes)
+    _expect_equal(where, "stride", table.stride, layout.stride)
+    page = max(4096, table.alignment)
+    if table.records_offset % page:
+        raise ArtifactError(
+            f"{where}: records_offset is {table.records_offset}, expected a multiple of {page}."
+        )
+    size = table.records_offset + layout.table_bytes(manifest.model.vocab_size)
+    found = _listed(manifest, table.file, where).bytes
+    _expect_equal(where, f"the size of {table.file}", found, size)
+
+
+def _check_graph(manifest: Manifest, where: str) -> None:
+    graph = manifest.graph
+    wire = get_codec(manifest.table.codec).wire
+    if graph.wire != wire:
+        raise ArtifactError(
+            f"{where}: wire is '{graph.wire}', expected '{wire}' for codec "
+            f"{manifest.table.codec}. Graph and table are from different exports."
+        )
+    if graph.kv_dtype not in (graph.compute_dtype, "int8"):
+        raise ArtifactError(
+            f"{where}: kv_dtype is '{graph.kv_dtype}', expected '{graph.compute_dtype}' or 'int8'."
+        )
+    names = [name for name in (graph.file, graph.external_data) if name is not None]
+    for name in names:
+        _listed(manifest, name, where)
+    if len({manifest.table.file, *names}) != 1 + len(names):
+        raise ArtifactError(f"{where}: table, graph and external data must be different files.")
+    others = manifest.files.keys() - {manifest.table.file, *names}
+    size = sum(manifest.files[name].bytes for name in others)
+    if size > _MAX_TEXT_BYTES:
+        raise ArtifactError(
+            f"{where}: the files besides table and graph have {size} bytes, expected at most "
+            f"{_MAX_TEXT_BYTES} together."
+        )
+
+
+def _listed(manifest: Manifest, name: str, where: str) -> FileSpec:
+    if name not in manifest.files:
+        raise ArtifactError(f"{where}: '{name}' is not listed under files.")
+    return manifest.files[name]
+
+
+def _expect_equal(where: str, what: str, found: int, expected: int) -> None:
+    if found != expected:
+        raise ArtifactError(
+            f"{where}: {what} is {found}, expected {expected} for this model and codec. "
+            "Export the model again."
+        )

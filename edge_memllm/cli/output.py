@@ -1,0 +1,227 @@
+"""Figures and tables as people read them, and JSON as programs do. Prints nothing but JSON."""
+
+from __future__ import annotations
+
+import errno
+import io
+import json
+import os
+import sys
+from collections.abc import Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+from types import TracebackType
+from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
+
+from edge_memllm.errors import RequestError
+
+if TYPE_CHECKING:
+    from tqdm import tqdm
+
+
+_OUTPUT = "standard output"
+
+
+def write_json(value: Mapping[str, Any]) -> None:
+    """Print ``value`` as the one JSON object of a command."""
+    print(json.dumps(value, indent=2, allow_nan=False))
+
+
+def byte_count(count: float) -> str:
+    """A size in decimal units, as drives are sold: ``1,536 B``, ``12.3 MB``, ``6.46 GB``."""
+    if count < 10_000:
+        return f"{count:,.0f} B"
+    for unit in ("kB", "MB", "GB"):
+        count /= 1000
+        if count < 999.5:
+            return f"{count:.3g} {unit}"
+    return f"{count / 1000:.3g} TB"
+
+
+def number(value: float) -> str:
+    """A whole number with thousands separated."""
+    return f"{value:,.0f}"
+
+
+def table(rows: Sequence[Sequence[str]]) -> str:
+    """Columns padded to one width each, two spaces between, the last one ragged."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = (
+        "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip()
+        for row in rows
+    )
+    return "\n".join(lines)
+
+
+def read_text(path: Path) -> str:
+    """Return the text of a file, which must be UTF-8."""
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise RequestError(
+            f"{path}: byte {error.start} is not UTF-8 text. Convert the file to UTF-8."
+        ) from error
+
+
+def read_standard_input() -> str:
+    """Return what is piped in, without the line break that a shell puts at its end."""
+    try:
+        text = sys.stdin.read().removesuffix("\n")
+        text.encode()  # some locales let bytes through that are no text, as half surrogates
+    except UnicodeError as error:
+        raise RequestError("Standard input is not UTF-8 text. Convert it to UTF-8.") from error
+    return text
+
+
+class StageBars:
+    """Callable as ``bars(stage, done, total)``: starts a bar for each new stage."""
+
+    def __init__(self) -> None:
+        self._stage = ""
+        self._bar: tqdm[None] | None = None
+
+    def __call__(self, stage: str, done: int, total: int) -> None:
+        """Show that ``done`` of ``total`` steps of ``stage`` are done."""
+        if self._bar is None or stage != self._stage:
+            self._start(stage, total)
+        assert self._bar is not None
+        self._bar.update(done - self._bar.n)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._close()
+
+    def _start(self, stage: str, total: int) -> None:
+        from tqdm import tqdm
+
+        self._close()
+        self._stage = stage
+        # Work that is done at once shows no bar.
+        self._bar = tqdm(
+            total=total,
+            desc=f"{stage:<8}",
+            file=sys.stderr,
+            dynamic_ncols=True,
+            delay=0.5,
+            disable=None,  # nothing but a terminal shows a bar
+        )
+
+    def _close(self) -> None:
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
+
+
+def prepare_streams() -> None:
+    """Make all three usable, and their descriptors nobody else's.
+
+    Python has None for a stream that is closed, and the next file to be opened gets its number: a
+    library that prints would write into it.
+    """
+    held = os.open(os.devnull, os.O_RDWR)
+    while held <= 2:
+        held = os.open(os.devnull, os.O_RDWR)
+    os.close(held)
+    if sys.stdin is None:
+        sys.stdin = _Closed("standard input")
+    if sys.stdout is None:
+        sys.stdout = _Closed(_OUTPUT)
+    if sys.stderr is None:
+        sys.stderr = open(os.devnull, "w", encoding="utf-8")  # noqa: SIM115 - as long as we run
+    if type(sys.stdout) is io.TextIOWrapper:
+        sys.stdout = sys.__stdout__ = _Output.of(sys.stdout)  # type: ignore[misc]
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="replace")  # '?' for what a terminal's encoding lacks
+
+
+def say(text: str) -> None:
+    """Print a line on stderr, if anybody can have it."""
+    try:
+        print(text, file=sys.stderr, flush=True)
+    except (OSError, ValueError):
+        _discard(sys.stderr)
+
+
+def unwritten_output() -> OSError | None:
+    """Write what was printed; return why that cannot be done, and let go of it."""
+    found = sys.stdout.failure if isinstance(sys.stdout, _Output) else None
+    try:
+        sys.stdout.flush()
+    except OSError as error:
+        _discard(sys.stdout)
+        return found or _of_output(error)
+    except ValueError:  # somebody has closed it
+        return OSError(errno.EBADF, os.strerror(errno.EBADF), _OUTPUT)
+    return found
+
+
+def _discard(stream: TextIO) -> None:
+    """Point a stream at nothing, so that the interpreter's last flush is silent too."""
+    with suppress(OSError, ValueError):
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, stream.fileno())
+        os.close(nothing)
+
+
+def _of_output(error: OSError) -> OSError:
+    return OSError(error.errno, error.strerror, _OUTPUT)
+
+
+class _Output(io.TextIOWrapper):
+    """Standard output whose errors say that they are its own, and are not forgotten.
+
+    argparse overlooks them, and so would anybody who prints where they are not looked for.
+    """
+
+    failure: OSError | None = None
+
+    @classmethod
+    def of(cls, stream: io.TextIOWrapper) -> Self:
+        """Take the place of a stream."""
+        lines, through = stream.line_buffering, stream.write_through
+        newline = None if os.name == "nt" else "\n"
+        encoding, errors = stream.encoding, stream.errors
+        return cls(stream.detach(), encoding, errors, newline, lines, through)
+
+    def write(self, text: str) -> int:
+        """Write as any stream does."""
+        try:
+            return super().write(text)
+        except OSError as error:
+            self.failure = _of_output(error)
+            raise self.failure from error
+
+    def flush(self) -> None:
+        """Write what is held back."""
+        try:
+            super().flush()
+        except OSError as error:
+            self.failure = _of_output(error)
+            raise self.failure from error
+
+
+class _Closed(io.TextIOBase):
+    """A stream that was closed when the program started: using it is an error that names it."""
+
+    def __init__(self, name: str) -> None:
+        self._name = name
+
+    def write(self, text: str) -> int:
+        self._refuse()
+
+    def read(self, size: int | None = -1) -> str:
+        self._refuse()
+
+    def readline(self, size: int = -1) -> str:  # type: ignore[override]
+        self._refuse()
+
+    def _refuse(self) -> NoReturn:
+        raise OSError(errno.EBADF, os.strerror(errno.EBADF), self._name)

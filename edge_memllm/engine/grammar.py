@@ -1,0 +1,208 @@
+"""JSON that fits a schema, token by token: what a grammar allows next, by llguidance.
+
+Makes `steering.Constraint`s for one model's vocabulary. Knows nothing of requests or logits.
+Needs the extra `serve`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import OrderedDict
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+from numpy.typing import NDArray
+
+from edge_memllm.artifact.manifest import ModelSpec
+from edge_memllm.engine.engine import interpreters
+from edge_memllm.engine.grammar_trial import READY
+from edge_memllm.errors import RequestError, RuntimeUnavailableError, missing_extra
+from edge_memllm.process.forking import ProcessLock
+from edge_memllm.sampling import Constraint
+from edge_memllm.text.tokenization import Tokenizer
+
+if TYPE_CHECKING:
+    from llguidance import LLMatcher, LLTokenizer
+    from llguidance._lib import JsonCompileOptions
+
+MakeConstraint = Callable[[], Constraint]
+
+# White space is fixed: free, it lets a small model write line breaks until its tokens are used up.
+# And a schema cannot ask for words of its own to be overlooked.
+_OPTIONS: JsonCompileOptions = {
+    "whitespace_flexible": False,
+    "item_separator": ", ",
+    "key_separator": ": ",
+    "lenient": False,
+}
+_SILENT = 0
+# Schemas whose grammars are kept: programs ask with the same few again and again.
+_KEPT = 32
+TRIAL_SECONDS = 3.0
+_TRIAL = Path(__file__).with_name("grammar_trial.py")
+
+
+class Grammars:
+    """Compiles schemas for one model. Thread-safe; the vocabulary is prepared on first use."""
+
+    def __init__(self, tokenizer: Tokenizer, model: ModelSpec) -> None:
+        self._tokenizer = tokenizer
+        self._model = model
+        self._lock = ProcessLock()
+        self._vocabulary: LLTokenizer | None = None
+        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+
+    def json_object(self) -> MakeConstraint:
+        """Return what makes a constraint to any one JSON object; this is quick."""
+        return self._constraints(json.dumps({"type": "object"}), trial=False)
+
+    def kept(self, schema: Mapping[str, object]) -> MakeConstraint | None:
+        """Return what `json_schema` returned for a schema, if that was not long ago."""
+        text = json.dumps(schema)
+        with self._lock:
+            return _maker(self._compiled[text]) if text in self._compiled else None
+
+    def json_schema(self, schema: Mapping[str, object]) -> MakeConstraint:
+        """Return what makes a constraint to JSON that a schema accepts; may take seconds.
+
+        Raises `RequestError` for a schema that is none, that nothing fits, that asks for what
+        cannot be kept to, or takes too long; `RuntimeUnavailableError` without llguidance, or
+        where there is no Python to try it out in.
+        """
+        try:
+            text = json.dumps(schema)
+        except RecursionError:
+            raise _refusal("it is nested too deeply") from None
+        return self._constraints(text, trial=True)
+
+    def _constraints(self, text: str, *, trial: bool) -> MakeConstraint:
+        with self._lock:
+            compiled = self._compiled.pop(text, None)
+        if compiled is None:
+            compiled = self._compile(text, trial)
+        with self._lock:
+            self._compiled[text] = compiled
+            if len(self._compiled) > _KEPT:
+                self._compiled.popitem(last=False)
+        return _maker(compiled)
+
+    def _compile(self, schema: str, trial: bool) -> LLMatcher:
+        vocabulary = self._prepared()
+        from llguidance import LLMatcher
+
+        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        if trial:
+            _try_out(grammar)
+        compiled = LLMatcher(vocabulary, grammar, log_level=_SILENT)
+        if compiled.is_error():
+            raise _refusal(compiled.get_error())
+        return compiled
+
+    def _prepared(self) -> LLTokenizer:
+        try:
+            from llguidance import LLTokenizer
+        except ModuleNotFoundError:
+            raise missing_extra("llguidance", "serve") from None
+        ends = list(self._model.eos_token_ids)
+        if not ends:
+            raise RequestError(
+                "the model has no token that ends a text, so a grammar cannot end one either."
+            )
+        with self._lock:
+            if self._vocabulary is None:
+                size = self._model.vocab_size
+                try:
+                    self._vocabulary = LLTokenizer(self._tokenizer.definition, size, ends)
+                except ValueError as error:
+                    raise RequestError(
+                        f"llguidance cannot use the model's tokenizer: {_one_line(str(error))}"
+                    ) from error
+            return self._vocabulary
+
+
+def _maker(compiled: LLMatcher) -> MakeConstraint:
+    return lambda: GrammarConstraint(compiled.deep_copy())
+
+
+class GrammarConstraint:
+    """One text under a grammar: a `Constraint`."""
+
+    def __init__(self, matcher: LLMatcher) -> None:
+        self._matcher = matcher
+
+    def allowed(self) -> NDArray[np.bool_]:
+        """Return which tokens [V] may come next; once the text is complete, those that end it."""
+        bias = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)
+        self._check()
+        return bias.astype(np.bool_)
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen."""
+        self._matcher.consume_token(token)
+        self._check()
+
+    def _check(self) -> None:
+        """A grammar may turn out to be too much work only on the way."""
+        if self._matcher.is_error():
+            raise RequestError(
+                f"the grammar gave up: {_one_line(self._matcher.get_error())}. Simplify the schema."
+            )
+
+
+def _try_out(grammar: str) -> None:
+    """Compile a grammar in a process of its own, and raise `RequestError` if it cannot be.
+
+    Raises `RuntimeUnavailableError` where there is no Python to start. A frozen program has none;
+    it trusts whoever gives it schemas.
+    """
+    if getattr(sys, "frozen", False):
+        return
+    for python in interpreters():
+        outcome = _outcome(python, grammar)
+        if outcome is None:
+            continue
+        if outcome:
+            raise _refusal(outcome)
+        return
+    raise RuntimeUnavailableError(
+        "a schema is tried out in a process of its own, and no Python was found for it that has "
+        f"llguidance: this program is {sys.executable or 'of no name'!r}. Serve with a Python "
+        "interpreter, or ask for any JSON object, which needs no trial."
+    )
+
+
+def _outcome(python: str, grammar: str) -> str | None:
+    """Return what is wrong with a grammar, "" for nothing; None if it was not tried."""
+    import llguidance
+
+    place = str(Path(llguidance.__file__).parents[1])  # a Python of another start may not know it
+    try:
+        done = subprocess.run(
+            [python, "-P", str(_TRIAL)],
+            input=grammar,
+            capture_output=True,
+            encoding="utf-8",
+            timeout=TRIAL_SECONDS,
+            env=os.environ | {"PYTHONPATH": place},
+        )
+    except subprocess.TimeoutExpired:
+        return f"compiling it takes more than {TRIAL_SECONDS:g} seconds"
+    except OSError:
+        return None
+    ready, _, found = done.stdout.partition("\n")
+    if ready != READY:
+        return None
+    return "compiling it fails, or takes too much memory" if done.returncode else found.strip()
+
+
+def _refusal(reason: str) -> RequestError:
+    return RequestError(f"the schema cannot be kept to: {_one_line(reason)}. Simplify it.")
+
+
+def _one_line(text: str) -> str:
+    return " ".join(text.split())[:300].rstrip(".")

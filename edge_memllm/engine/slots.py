@@ -1,0 +1,146 @@
+"""The places in one cache of keys and values: what each holds, and which one a prompt gets.
+
+What a finished reply leaves behind stays until its place is needed, so that a text that begins
+the same way starts from there. Knows tokens and the cache; nothing of requests or threads.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from itertools import count
+from typing import NamedTuple
+
+from edge_memllm.request import common_length
+from edge_memllm.runtime_protocol import KVCache
+from edge_memllm.table.source import RecordSource
+
+# Moving fewer positions than this from another place is not worth the calls.
+LEAST_COPY = 8
+
+
+class Beginning(NamedTuple):
+    """A prompt, and the records it is computed from: others give it other keys and values."""
+
+    tokens: list[int]
+    source: RecordSource
+
+
+class Slot:
+    """One place of the cache, and the tokens whose keys and values are there."""
+
+    def __init__(self, place: int) -> None:
+        self.place = place
+        self.source: RecordSource | None = None
+        self.tokens: list[int] = []
+        # As many from the front were computed in whole chunks, as a fresh prompt would be.
+        self.whole_chunks = 0
+        self.busy = False
+        self.used = 0  # when it was last given back; 0 is never
+
+
+class Slots:
+    """All places of one cache; a common beginning is used again in multiples of `grain` tokens.
+
+    With a grain of 1 any common beginning is used again. A larger one is the size of prefill
+    chunks, and then only what was computed in whole chunks is used: the rest of a prompt is then
+    cut, and so computed, as if nothing had been there.
+    """
+
+    def __init__(self, cache: KVCache, context: int, grain: int = 1) -> None:
+        self._cache = cache
+        self._context = context
+        self._grain = grain
+        self._slots = [Slot(place) for place in range(cache.batch)]
+        self._clock = count(1)
+
+    @property
+    def free(self) -> int:
+        """How many places nobody uses."""
+        return sum(not slot.busy for slot in self._slots)
+
+    def take(self, prompt: Beginning, *, reuse: bool = True) -> Slot:
+        """Return a free place for a prompt, holding what it can already; at least one is free.
+
+        At least the last token of the prompt is left to be computed.
+        """
+        free = [slot for slot in self._slots if not slot.busy]
+        likest = max(free, key=lambda slot: self.common(slot, prompt))
+        kept = self.common(likest, prompt) if reuse else 0
+        # A text that goes on where it ended, not one that merely begins the same way, gets its
+        # place: the others keep theirs, and what they share is copied.
+        if not kept or (self._cache.copies and 2 * kept < len(likest.tokens)):
+            likest, kept = min(free, key=lambda slot: slot.used), 0
+        self.cut(likest, kept)
+        likest.source, likest.busy = prompt.source, True
+        return likest
+
+    def share(self, slot: Slot, prompt: Beginning) -> int:
+        """Copy what another place holds of a prompt beyond what `slot` does; return how much."""
+        if not self._cache.copies:
+            return 0
+        source = max(self._slots, key=lambda other: self.common(other, prompt))
+        length, held = self.common(source, prompt), len(slot.tokens)
+        if length < held + LEAST_COPY:
+            return 0
+        self._cache.copy(slot.place, source.place, length)
+        slot.tokens = prompt.tokens[:length]
+        slot.whole_chunks = min(source.whole_chunks, length)
+        return length - held
+
+    def common(self, slot: Slot, prompt: Beginning) -> int:
+        """Return how much of a prompt, less its last token, could be used again from a place."""
+        if slot.source is not prompt.source:
+            return 0
+        held = slot.tokens if self._grain == 1 else slot.tokens[: slot.whole_chunks]
+        return self._whole(common_length(held, prompt.tokens[:-1]))
+
+    def worth_waiting(
+        self, theirs: Slot, their_prompt: Beginning, own: Slot, prompt: Beginning
+    ) -> bool:
+        """Tell whether computing their prompt further will give something to copy to `own`."""
+        if not self._cache.copies or their_prompt.source is not prompt.source:
+            return False
+        reach = self._whole(common_length(their_prompt.tokens, prompt.tokens[:-1]))
+        return reach > len(theirs.tokens) and reach >= len(own.tokens) + LEAST_COPY
+
+    def note_chunk(self, slot: Slot, chunk: Sequence[int]) -> None:
+        """Note that a chunk of a prompt was appended to a place."""
+        if slot.whole_chunks == len(slot.tokens) and len(chunk) == self._grain:
+            slot.whole_chunks += self._grain
+        slot.tokens += chunk
+
+    def cut(self, slot: Slot, length: int) -> None:
+        """Forget what a place holds from `length` on, or what a failed step may have left."""
+        del slot.tokens[length:]
+        slot.whole_chunks = min(slot.whole_chunks, length)
+        self._cache.truncate(slot.place, length)
+
+    def give_back(self, slot: Slot) -> None:
+        """Let others have a place; what it holds can be used again until they do."""
+        # A step may have to go over it: there must be room for the one token it then takes.
+        self.cut(slot, min(len(slot.tokens), self._context - 1))
+        slot.busy = False
+        slot.used = next(self._clock)
+
+    def gather(self, slots: Sequence[Slot], start: int = 0) -> range:
+        """Bring slots together from a place on, and return the places that cover them."""
+        if self._cache.copies:
+            goal = range(start, start + len(slots))
+            outside = [slot for slot in slots if slot.place not in goal]
+            for slot in self.at(goal):
+                if slot not in slots:
+                    self._swap(slot, outside.pop())
+        places = [slot.place for slot in slots]
+        return range(min(places), max(places) + 1)
+
+    def at(self, places: range) -> list[Slot]:
+        """Return the slots of a range, in its order."""
+        return self._slots[places.start : places.stop]
+
+    def _whole(self, length: int) -> int:
+        return length - length % self._grain
+
+    def _swap(self, first: Slot, second: Slot) -> None:
+        self._cache.swap(first.place, second.place)
+        first.place, second.place = second.place, first.place
+        self._slots[first.place], self._slots[second.place] = first, second

@@ -1,0 +1,515 @@
+"""One request, understood: what is asked of the engine, and how the reply is to be written."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+from typing import Any, NamedTuple
+
+from edge_memllm.engine.grammar import MakeConstraint
+from edge_memllm.errors import RequestError
+from edge_memllm.evaluation.perplexity import BLOCK, tokens_beyond
+from edge_memllm.model import Model
+from edge_memllm.request import Request, check_tokens
+from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Sampling, Steering
+from edge_memllm.server.fields import (
+    ApiError,
+    BodyFields,
+    WantedSchema,
+    blaming,
+    checked_text,
+    refused,
+    shown,
+    take_schema,
+)
+from edge_memllm.server.parameters import not_honoured, nothing_of
+from edge_memllm.server.service import Service
+from edge_memllm.server.settings import Limits
+from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS
+
+MOST_TEMPERATURE = 2.0
+MOST_REPETITION = 10.0
+MOST_USER = 256
+MOST_NAME = 256
+_MOST_METADATA, _MOST_METADATA_TEXT = 16, 512
+_STREAM_UNSUPPORTED = nothing_of("events are not padded", include_obfuscation=(False,))
+# OpenAI's top_p may be 0, which keeps the likeliest token alone.
+_LEAST_TOP_P = 1e-9
+_SEED_LOW, _SEED_HIGH = -(1 << 63), SEED_LIMIT - 1
+
+MOST_MESSAGES = 4096
+ROLES = ("system", "developer", "user", "assistant")
+# OpenAI's newer word for the same: templates know the older one.
+_ALIASES = {"developer": "system"}
+_OTHER_ROLES = ("tool", "function")
+# Fields of messages for what this server does not do, with values that ask for nothing.
+_MESSAGE_UNSUPPORTED = {
+    **nothing_of("it has no tools", tool_calls=([],), tool_call_id=("",), function_call=()),
+    **nothing_of("it takes text only", audio=()),
+    **nothing_of(
+        "a template makes no use of it",
+        refusal=("",),
+        annotations=([],),
+        reasoning=("",),
+        reasoning_content=("",),
+    ),
+}
+_PART_UNSUPPORTED = nothing_of(
+    "it takes text only", prompt_cache_breakpoint=(), cache_control=({"type": "ephemeral"},)
+)
+
+Message = dict[str, str]
+
+# Shorter texts are tokenized in less time than it would take to say how long they are.
+_SHORT = 4096
+
+MOST_TOP = 20
+_CHAT_UNSUPPORTED = not_honoured("chat")
+
+# OpenAI's default.
+MAX_TOKENS = 16
+_COMPLETION_UNSUPPORTED = not_honoured("completions")
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Wishes:
+    """What completions and chat have in common."""
+
+    sampling: Sampling
+    steering: Steering
+    schema: WantedSchema | None
+    choices: int
+    seed: int | None
+    stops: tuple[str, ...]
+    stop_tokens: tuple[int, ...]
+    ignore_eos: bool
+    overlays: tuple[str, ...] | None
+    without_memory: bool
+    trace: bool
+    stream: bool
+    usage: bool  # at the end of a stream
+    running_usage: bool  # with each of its parts
+    statistics: bool
+    user: str
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Call:
+    """A whole request: its prompts as token ids, each to get `wishes.choices` replies."""
+
+    wishes: Wishes
+    prompts: Sequence[Sequence[int]]
+    max_tokens: int
+    top: int | None  # likeliest tokens to tell for each token, None to tell no likelihoods
+    echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
+
+    def requests(
+        self,
+        client: str,
+        timeout: float | None = None,
+        since: float | None = None,
+        constraint: MakeConstraint | None = None,
+    ) -> list[Request]:
+        """Return what the engine is asked for, one request for each prompt.
+
+        `constraint` is what was made of `wishes.schema`; the rest is as in `Request`.
+        """
+        wishes = self.wishes
+        whose = f"{client}/{wishes.user}" if wishes.user else client
+        return [
+            Request(
+                prompt=prompt,
+                max_new_tokens=self.max_tokens,
+                stop=wishes.stops,
+                stop_token_ids=wishes.stop_tokens,
+                sampling=wishes.sampling,
+                steering=wishes.steering,
+                constraint=constraint,
+                seed=wishes.seed,
+                ignore_eos=wishes.ignore_eos,
+                choices=wishes.choices,
+                top=self.top,
+                score_prompt=self.echo is not None and self.top is not None,
+                overlays=wishes.overlays,
+                without_memory=wishes.without_memory,
+                trace=wishes.trace,
+                client=whose,
+                timeout=timeout,
+                since=since,
+            )
+            for prompt in self.prompts
+        ]
+
+
+def take_wishes(fields: BodyFields, model: Model, limits: Limits) -> Wishes:
+    """Take the shared fields. Raises `ApiError` for the first that cannot be granted."""
+    stream = fields.flag("stream")
+    seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
+    usage, running = _take_usage(fields, stream)
+    _take_hints(fields)
+    return Wishes(
+        sampling=_take_sampling(fields, model.sampling),
+        steering=_take_steering(fields, model.manifest.model.vocab_size, limits.biases),
+        schema=take_schema(fields, limits.schema_bytes),
+        choices=_or(fields.optional_integer("n", 1, limits.choices), 1),
+        seed=None if seed is None else seed % SEED_LIMIT,
+        stops=_take_stops(fields, limits.stops),
+        stop_tokens=_take_stop_tokens(fields, limits.stops, model),
+        ignore_eos=fields.flag("ignore_eos"),
+        overlays=_take_overlays(fields, model.overlays, limits.overlays),
+        without_memory=fields.flag("without_memory"),
+        trace=fields.flag("trace"),
+        stream=stream,
+        usage=usage,
+        running_usage=running,
+        statistics=fields.flag("statistics"),
+        user=_take_user(fields),
+    )
+
+
+def _take_sampling(fields: BodyFields, default: Sampling) -> Sampling:
+    """Take how tokens are chosen; what is left out comes from the artifact."""
+    top_p = fields.optional_number("top_p", 0, 1)
+    top_k = fields.optional_integer("top_k", -1, 1 << 31)  # -1 is vLLM's word for all
+    given: dict[str, Any] = {
+        "temperature": fields.optional_number("temperature", 0, MOST_TEMPERATURE),
+        "top_p": None if top_p is None else max(top_p, _LEAST_TOP_P),
+        "top_k": None if top_k is None else max(top_k, 0),
+        "min_p": fields.optional_number("min_p", 0, 1),
+        "repetition_penalty": fields.optional_number("repetition_penalty", 0.01, MOST_REPETITION),
+    }
+    return replace(default, **{name: value for name, value in given.items() if value is not None})
+
+
+def _take_steering(fields: BodyFields, vocab_size: int, most: int) -> Steering:
+    frequency, presence = (
+        fields.optional_number(name, -MOST_PENALTY, MOST_PENALTY) or 0.0
+        for name in ("frequency_penalty", "presence_penalty")
+    )
+    biases = fields.pairs("logit_bias", most)
+    where = fields.param("logit_bias")
+    return Steering(frequency, presence, _biases(biases, where, vocab_size))
+
+
+def _biases(given: Mapping[str, object], where: str, vocab_size: int) -> dict[int, float]:
+    """Return biases by token; they come under the token's number, written as text."""
+    found: dict[int, float] = {}
+    for name in given:
+        token = int(name) if name.isascii() and name.isdecimal() and len(name) < 20 else -1
+        if not 0 <= token < vocab_size or str(token) != name:
+            expected = f"token numbers from 0 to {vocab_size - 1}"
+            raise refused(where, f"{where} has the entry {shown(name)}, expected {expected}.")
+    entries = BodyFields(given, f"{where}.")
+    for name in given:
+        found[int(name)] = entries.optional_number(name, -MOST_BIAS, MOST_BIAS) or 0.0
+    return found
+
+
+def _take_stops(fields: BodyFields, most: int) -> tuple[str, ...]:
+    value = fields.value("stop")
+    where = fields.param("stop")
+    texts = [] if value is None else [value] if isinstance(value, str) else value
+    if not isinstance(texts, list) or len(texts) > most:
+        raise refused(where, f"{where} is {shown(value)}, expected a text or at most {most}.")
+    stops = tuple(
+        checked_text(each, f"{where}[{number}]", MAX_STOP_CHARACTERS)
+        for number, each in enumerate(texts)
+    )
+    if "" in stops:
+        raise refused(where, f"{where} has an empty text, which would stop every reply.")
+    return stops
+
+
+def _take_overlays(
+    fields: BodyFields, loaded: tuple[str, ...], most: int
+) -> tuple[str, ...] | None:
+    names = fields.optional_items("overlays", most)
+    if names is None:
+        return None
+    where = fields.param("overlays")
+    chosen = tuple(checked_text(each, where, MOST_NAME) for each in names)
+    unknown = [name for name in chosen if name not in loaded]
+    if unknown:
+        there = ", ".join(loaded) or "none"
+        raise refused(where, f"There is no overlay {shown(unknown[0])}. Loaded: {there}.")
+    if len(set(chosen)) < len(chosen):
+        raise refused(where, f"{where} names an overlay twice.")
+    return chosen
+
+
+def _take_stop_tokens(fields: BodyFields, most: int, model: Model) -> tuple[int, ...]:
+    tokens = fields.optional_items("stop_token_ids", most) or []
+    with blaming(fields.param("stop_token_ids")):
+        return tuple(check_tokens(tokens, model.manifest.model.vocab_size))
+
+
+def _take_usage(fields: BodyFields, stream: bool) -> tuple[bool, bool]:
+    """Take whether a stream tells its usage at its end, and whether with each part as well."""
+    options = fields.group("stream_options")
+    if options is None:
+        return False, False
+    usage, running = options.flag("include_usage"), options.flag("continuous_usage_stats")
+    options.finish(_STREAM_UNSUPPORTED)
+    where = fields.param("stream_options")
+    if usage and not stream:
+        raise refused(where, f"{where} is for streams. Ask with stream true, or leave it out.")
+    if running and not usage:
+        message = f"{where}.continuous_usage_stats needs include_usage true. Add it."
+        raise refused(f"{where}.continuous_usage_stats", message)
+    return usage, running
+
+
+def _take_user(fields: BodyFields) -> str:
+    """Take who asks, under either of OpenAI's names: users of one client take turns."""
+    names = (fields.bounded_text(name, MOST_USER) for name in ("user", "safety_identifier"))
+    return "/".join(name for name in names if name)
+
+
+def _take_hints(fields: BodyFields) -> None:
+    """Take what may be said of a request and changes nothing about its reply."""
+    fields.bounded_text("prompt_cache_key", MOST_USER)
+    pairs = fields.pairs("metadata", _MOST_METADATA)
+    where = fields.param("metadata")
+    for name, value in pairs.items():
+        checked_text(value, f"{where}.{name}", _MOST_METADATA_TEXT)
+
+
+def _or(value: int | None, default: int) -> int:
+    return default if value is None else value
+
+
+def take_messages(fields: BodyFields, limits: Limits) -> list[Message]:
+    """Take the field `messages`, of which there must be one at least."""
+    where = fields.param("messages")
+    values = fields.optional_items("messages", MOST_MESSAGES)
+    if values is None:
+        fields.required("messages")
+    if not values:
+        raise refused(where, f"{where} is a list of 0, expected a message at least.")
+    return [
+        _message(BodyFields.of(value, f"{where}[{number}]"), limits)
+        for number, value in enumerate(values)
+    ]
+
+
+def _message(fields: BodyFields, limits: Limits) -> Message:
+    role, where = fields.required("role"), fields.param("role")
+    if role in _OTHER_ROLES:
+        message = f"{where} is '{role}': this server does not support tools."
+        raise refused(where, message, "unsupported_parameter")
+    if not isinstance(role, str) or role not in ROLES:
+        expected = ", ".join(ROLES)
+        raise refused(where, f"{where} is {shown(role)}, expected one of {expected}.")
+    content = fields.value("content")
+    name = fields.bounded_text("name", MOST_NAME)
+    fields.finish(_MESSAGE_UNSUPPORTED)
+    text = _text(content, fields.param("content"), limits.body_bytes)
+    found = {"role": _ALIASES.get(role, role), "content": text}
+    return found if name is None else {**found, "name": name}
+
+
+def _text(content: object, where: str, most: int) -> str:
+    """Return the text of a message, which may come in parts."""
+    if content is None:
+        raise refused(where, f"{where} is missing.", "missing_required_parameter")
+    if not isinstance(content, list):
+        return checked_text(content, where, most)
+    if not content:
+        raise refused(where, f"{where} is a list of 0, expected a part at least.")
+    return "".join(
+        _part(BodyFields.of(each, f"{where}[{number}]"), most)
+        for number, each in enumerate(content)
+    )
+
+
+def _part(fields: BodyFields, most: int) -> str:
+    kind, where = fields.required("type"), fields.param("type")
+    if kind != "text":
+        message = f"{where} is {shown(kind)}: this server takes parts of type 'text' only."
+        raise refused(where, message, "unsupported_parameter")
+    text = checked_text(fields.required("text"), fields.param("text"), most)
+    fields.finish(_PART_UNSUPPORTED)
+    return text
+
+
+class Prompt(NamedTuple):
+    """One prompt as it was given, and where in the request it stands."""
+
+    value: str | list[object]
+    where: str
+
+
+def take_prompts(fields: BodyFields, most: int, limits: Limits) -> list[Prompt]:
+    """Take the field `prompt`: at most `most` texts or lists of ids, not looked into yet."""
+    value, where = fields.required("prompt"), fields.param("prompt")
+    if isinstance(value, str) or (isinstance(value, list) and value and _is_number(value[0])):
+        return [_checked(value, where, limits)]
+    if not isinstance(value, list) or not value:
+        expected = "a text, a list of token ids, or a list of those"
+        raise refused(where, f"{where} is {shown(value)}, expected {expected}.")
+    if len(value) > most:
+        raise refused(
+            where,
+            f"{where} holds {len(value)} prompts, expected at most {most}: a request may have "
+            f"{limits.choices} replies, n for each prompt.",
+        )
+    return [_checked(each, f"{where}[{number}]", limits) for number, each in enumerate(value)]
+
+
+def encoded(prompt: Prompt, service: Service) -> list[int]:
+    """Return the ids of a prompt. Raises `ApiError` for one that does not fit the context."""
+    value, where = prompt
+    if isinstance(value, str):
+        return encoded_text(value, service, where)
+    _check_length(len(value), service, where)
+    with blaming(where):
+        return check_tokens(value, service.spec.vocab_size)
+
+
+def encoded_text(text: str, service: Service, where: str, *, special: bool = True) -> list[int]:
+    """Return the ids of a text; what cannot fit is refused before, or while, it is tokenized."""
+    tokenizer = service.model.tokenizer
+    if len(text) > _SHORT:
+        _check_length(service.token_bound.fewest(len(text)), service, where, least=True)
+    if len(text) > BLOCK:
+        beyond = tokens_beyond(tokenizer, text, _room(service))
+        _check_length(beyond or 0, service, where, least=True)
+    ids = tokenizer.encode(text, special=special)
+    _check_length(len(ids), service, where)
+    return ids
+
+
+def _room(service: Service) -> int:
+    """Return how many tokens a prompt may have."""
+    context, limit = service.spec.max_position_embeddings, service.settings.limits.prompt_tokens
+    return context if limit is None else min(context, limit)
+
+
+def _check_length(length: int, service: Service, where: str, *, least: bool = False) -> None:
+    """Refuse what is too long.
+
+    In words that clients look for, so that they know to shorten it: litellm for the first half
+    sentence, langchain-openai for "prompt is too long".
+    """
+    room, context = _room(service), service.spec.max_position_embeddings
+    if length <= room:
+        return
+    own = "" if room == context else f", and this server takes prompts of at most {room}"
+    what, it = ("messages", "your messages") if where == "messages" else ("prompt", "it")
+    raise ApiError(
+        400,
+        f"This model's maximum context length is {context} tokens{own}. However, your prompt is "
+        f"too long: {it} resulted in {'at least ' if least else ''}{length} tokens. Please reduce "
+        f"the length of the {what}.",
+        code="context_length_exceeded",
+        param=where,
+    )
+
+
+def _checked(value: object, where: str, limits: Limits) -> Prompt:
+    if isinstance(value, list):
+        if not value:
+            raise refused(where, f"{where} is a list of no tokens, expected one at least.")
+        return Prompt(value, where)
+    return Prompt(checked_text(value, where, limits.body_bytes), where)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
+def read_chat(fields: BodyFields, service: Service) -> Call:
+    """Return the call that an object stands for. Raises `ApiError`."""
+    limits, model = service.settings.limits, service.model
+    service.check_model(fields)
+    messages = take_messages(fields, limits)
+    wishes = take_wishes(fields, model, limits)
+    top = _take_top(fields)
+    max_tokens = _take_max_tokens(fields, service.most_tokens)
+    context = model.manifest.model.max_position_embeddings
+    fields.finish(_CHAT_UNSUPPORTED)
+    return Call(
+        wishes=wishes,
+        prompts=[_prompt(messages, service)],
+        max_tokens=max_tokens or min(service.most_tokens, context),
+        top=top,
+    )
+
+
+def _take_top(fields: BodyFields) -> int | None:
+    wanted, top = fields.flag("logprobs"), fields.optional_integer("top_logprobs", 0, MOST_TOP)
+    if top and not wanted:
+        where = fields.param("top_logprobs")
+        raise refused(where, f"{where} needs logprobs true. Add it, or leave {where} out.")
+    return (top or 0) if wanted else None
+
+
+def _take_max_tokens(fields: BodyFields, most: int) -> int | None:
+    """Take the limit under its new name or its old one."""
+    name, old = "max_completion_tokens", "max_tokens"
+    new_value, old_value = (fields.optional_integer(each, 1, most) for each in (name, old))
+    if None not in (new_value, old_value) and new_value != old_value:
+        raise refused(name, f"{name} is {new_value} and {old} is {old_value}. Give one of them.")
+    return new_value or old_value
+
+
+def _prompt(messages: list[Message], service: Service) -> list[int]:
+    if service.template is None:
+        raise ApiError(
+            400,
+            f"The model '{service.settings.model_id}' has no chat template, so it cannot chat. "
+            "Use /v1/completions, or start the server with --chat-template FILE.",
+            code="no_chat_template",
+        )
+    try:
+        text = service.template.render(messages)
+    except RequestError as error:
+        raise refused("messages", str(error)) from error
+    return encoded_text(text, service, "messages", special=False)
+
+
+def read_completion(fields: BodyFields, service: Service) -> Call:
+    """Return the call that an object stands for. Raises `ApiError`."""
+    limits = service.settings.limits
+    service.check_model(fields)
+    wishes = take_wishes(fields, service.model, limits)
+    _check_best_of(fields, wishes.choices)
+    prompts = take_prompts(fields, limits.choices // wishes.choices, limits)
+    most = service.most_tokens
+    given = fields.optional_integer("max_tokens", 0, most)
+    top = _take_completion_top(fields)
+    echo = fields.flag("echo")
+    fields.finish(_COMPLETION_UNSUPPORTED)
+    ids = [encoded(each, service) for each in prompts]
+    return Call(
+        wishes=wishes,
+        prompts=ids,
+        max_tokens=min(MAX_TOKENS, most) if given is None else given,
+        top=top,
+        echo=[*map(partial(_prompt_text, service), prompts, ids)] if echo else None,
+    )
+
+
+def _take_completion_top(fields: BodyFields) -> int | None:
+    """Take how many likeliest tokens to tell; false, which is chat's word, tells nothing."""
+    if fields.peek("logprobs") is False:
+        fields.value("logprobs")
+    return fields.optional_integer("logprobs", 0, MOST_TOP)
+
+
+def _check_best_of(fields: BodyFields, choices: int) -> None:
+    best_of = fields.optional_integer("best_of", 0, 1 << 31)
+    if best_of is not None and best_of != choices:
+        raise refused(
+            "best_of",
+            f"best_of is {best_of} and n is {choices}: this server does not choose among replies. "
+            "Leave best_of out, or ask for n replies with logprobs and choose yourself.",
+            "unsupported_parameter",
+        )
+
+
+def _prompt_text(service: Service, prompt: Prompt, ids: list[int]) -> str:
+    """Return what a reply that repeats its prompt begins with."""
+    given = prompt.value
+    return given if isinstance(given, str) else service.model.tokenizer.decode(ids)

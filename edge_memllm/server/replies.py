@@ -1,0 +1,282 @@
+"""The endpoints that generate: read the call, ask the engine, write the reply as it comes.
+
+Whoever asked may leave at any time: everything is cancelled then, within one token.
+"""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import (
+    AsyncGenerator,
+    AsyncIterator,
+    Callable,
+    Coroutine,
+    Iterator,
+    Sequence,
+)
+from contextlib import AsyncExitStack, ExitStack, aclosing, asynccontextmanager
+from time import monotonic
+from typing import TypeVar
+
+from starlette.requests import ClientDisconnect, Request
+from starlette.responses import JSONResponse
+from starlette.types import Receive, Scope, Send
+
+from edge_memllm.engine.grammar import MakeConstraint
+from edge_memllm.engine.reply import Reply, ReplyPiece
+from edge_memllm.errors import DeadlineError
+from edge_memllm.server.calls import Call
+from edge_memllm.server.fields import Body, BodyFields, parsed, received
+from edge_memllm.server.guard import client_of
+from edge_memllm.server.reply_format import (
+    DONE,
+    WAITING,
+    Addition,
+    EventStream,
+    Gathering,
+    Json,
+    ReplyFormat,
+    ReplyWriter,
+    event,
+)
+from edge_memllm.server.service import Service
+from edge_memllm.server.settings import Limits
+
+# A piece with the number of its reply, what went wrong, or None at the end of a reply.
+_Item = tuple[int, ReplyPiece] | Exception | None
+
+Found = TypeVar("Found")
+ReadCall = Callable[[BodyFields, Service], Call]
+
+
+async def merged(
+    replies: Sequence[Reply], pulse: float
+) -> AsyncGenerator[tuple[int, ReplyPiece] | None, None]:
+    """Yield (number of the reply, piece), and None whenever nothing came for `pulse` seconds.
+
+    Ends with the last reply, or raises what went wrong with the first one that failed.
+    """
+    queue: asyncio.Queue[_Item] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(*each, queue)) for each in enumerate(replies)]
+    try:
+        left = len(replies)
+        while left:
+            try:
+                async with asyncio.timeout(pulse):
+                    item = await queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _pump(number: int, reply: Reply, queue: asyncio.Queue[_Item]) -> None:
+    try:
+        async for piece in reply:
+            queue.put_nowait((number, piece))
+    except Exception as error:  # handed over to whoever reads, who knows what to do
+        queue.put_nowait(error)
+    else:
+        queue.put_nowait(None)
+
+
+class Generating:
+    """One endpoint: `read` says what its requests mean, `format` how its replies look."""
+
+    def __init__(self, service: Service, read: ReadCall, format: ReplyFormat) -> None:
+        self._service = service
+        self._read = read
+        self._format = format
+
+    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
+        """Answer one request (ASGI). Raises `ApiError` while nothing has been sent."""
+        since = monotonic()
+        async with AsyncExitStack() as stack:
+            try:
+                async with asyncio.timeout(self._service.settings.limits.reply_seconds):
+                    async with received(
+                        Request(scope, receive), self._limits, self._service.long_bodies
+                    ) as body:
+                        client = await stack.enter_async_context(_watched(receive))
+                        call = await client.wait_for(self._understood(body))
+                    constraint = await client.wait_for(self._service.constraint(call.wishes.schema))
+                    replies = await self._service.quick.run(
+                        self._submit, call, client_of(scope), since, constraint
+                    )
+            except TimeoutError:
+                raise self._too_late() from None
+            for reply in replies:
+                stack.callback(reply.cancel)
+                client.on_leaving(reply.cancel)
+            answer = _Answer(call, self._service, self._format, replies, client)
+            if call.wishes.stream:
+                await answer.stream(send)
+            elif await answer.gather():
+                await JSONResponse(answer.whole())(scope, receive, send)
+
+    @property
+    def _limits(self) -> Limits:
+        return self._service.settings.limits
+
+    async def _understood(self, body: Body) -> Call:
+        return await self._service.lane(body).run(self._read_body, body)
+
+    def _read_body(self, body: Body) -> Call:
+        return self._read(BodyFields(parsed(body, self._limits)), self._service)
+
+    def _submit(
+        self, call: Call, client: str, since: float, constraint: MakeConstraint | None
+    ) -> list[Reply]:
+        """Ask for all prompts, or none: if the queue is full on the way, no reply is kept."""
+        timeout = self._limits.reply_seconds
+        with ExitStack() as undo:
+            replies: list[Reply] = []
+            for request in call.requests(client, timeout, since, constraint):
+                replies.append(self._service.engine.submit(request))
+                undo.callback(replies[-1].cancel)
+            undo.pop_all()
+        return replies
+
+    def _too_late(self) -> DeadlineError:
+        return DeadlineError(
+            f"The request was given {self._limits.reply_seconds:g} seconds, and it was not read by "
+            "then: others were before it, or it is long. Try again when less is asked."
+        )
+
+
+class _Answer:
+    """A call that is being answered."""
+
+    def __init__(
+        self,
+        call: Call,
+        service: Service,
+        format: ReplyFormat,
+        replies: Sequence[Reply],
+        client: _Client,
+    ) -> None:
+        self._wishes = call.wishes
+        self._client = client
+        self._service = service
+        self._replies = replies
+        self._gathering = Gathering(call, service, replies)
+        self._writer = ReplyWriter(format, service, call)
+
+    async def gather(self) -> bool:
+        """Wait for everything; False when nobody waits for it any more."""
+        async with aclosing(self._additions()) as additions:
+            async for _ in additions:
+                pass
+        return not self._client.left
+
+    def whole(self) -> Json:
+        """Return the complete reply."""
+        return self._writer.whole(self._gathering.wholes, self._gathering.usage())
+
+    async def stream(self, send: Send) -> None:
+        """Send the reply as it comes. An error that comes late becomes an event of its own."""
+        stream = EventStream(send)
+        try:
+            await self._stream_into(stream)
+        except Exception as error:
+            if not stream.begun:
+                raise
+            await stream.put(event(self._service.explained(error).body()))
+        if not self._client.left:
+            await stream.end()
+
+    async def _stream_into(self, stream: EventStream) -> None:
+        async with aclosing(self._additions()) as additions:
+            async for addition in additions:
+                for data in self._events(addition):
+                    await stream.put(data)
+        if self._client.left:
+            return
+        if self._wishes.usage:
+            await stream.put(event(self._writer.last(self._gathering.usage())))
+        await stream.put(DONE)
+
+    def _events(self, addition: Addition | None) -> Iterator[bytes]:
+        if addition is None:
+            yield WAITING
+            return
+        index, part, first = addition
+        opening = self._writer.opening(index) if first else None
+        if opening is not None:
+            yield event(opening)
+        if part.text or part.scores or part.reason or part.records:
+            usage = self._gathering.usage_so_far() if self._wishes.running_usage else None
+            yield event(self._writer.part(index, part, usage))
+
+    async def _additions(self) -> AsyncGenerator[Addition | None, None]:
+        """Yield what comes; None when nothing has come for a while."""
+        pulse = self._service.settings.pulse_seconds
+        async with aclosing(merged(self._replies, pulse)) as arriving:
+            async for item in arriving:
+                if item is None:
+                    yield None
+                    continue
+                self._service.note_piece(item[1])
+                if self._gathering.takes_long(*item):
+                    yield await self._service.quick.run(self._gathering.add, *item)
+                else:
+                    yield self._gathering.add(*item)
+
+
+class _Client:
+    """Who asked, as far as it is still there."""
+
+    def __init__(self, receive: Receive) -> None:
+        self._receive = receive
+        self._leaving: list[Callable[[], object]] = []
+        self._task = asyncio.create_task(self._watch())
+
+    @property
+    def left(self) -> bool:
+        """Whether it has gone."""
+        return self._task.done()
+
+    def on_leaving(self, act: Callable[[], object]) -> None:
+        """Call something as soon as it has gone."""
+        if self.left:
+            act()
+        self._leaving.append(act)
+
+    async def wait_for(self, work: Coroutine[None, None, Found]) -> Found:
+        """Return what `work` comes to. Raises `ClientDisconnect` if the client goes before."""
+        task = asyncio.create_task(work)
+        try:
+            await asyncio.wait((task, self._task), return_when=asyncio.FIRST_COMPLETED)
+            if not task.done():
+                raise ClientDisconnect
+            return task.result()
+        finally:
+            task.cancel()
+
+    def forget(self) -> None:
+        """Look no longer."""
+        self._task.cancel()
+
+    async def _watch(self) -> None:
+        while (await self._receive())["type"] != "http.disconnect":
+            pass
+        for act in self._leaving:
+            act()
+
+
+@asynccontextmanager
+async def _watched(receive: Receive) -> AsyncIterator[_Client]:
+    """Watch a client; its whole request must have been received."""
+    client = _Client(receive)
+    try:
+        yield client
+    finally:
+        client.forget()

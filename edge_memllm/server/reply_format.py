@@ -1,0 +1,339 @@
+"""The shape of replies: what completions and chat have in common, and where they differ.
+
+A reply is made of choices. The same classes write them whole, or in parts as they come.
+"""
+
+from __future__ import annotations
+
+import json
+import uuid
+from collections.abc import Iterable, Sequence
+from dataclasses import asdict, dataclass, field
+from typing import Any, NamedTuple, Protocol
+
+from starlette.types import Send
+
+from edge_memllm.engine.engine import Engine
+from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece, TokenScore
+from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.server.calls import Call
+from edge_memllm.server.service import Service
+from edge_memllm.statistics import process_memory
+from edge_memllm.text.tokenization import Detokenizer
+
+Json = dict[str, Any]
+
+_MANY = 512  # tokens that are quickly written out
+
+HEADERS = [
+    (b"content-type", b"text/event-stream; charset=utf-8"),
+    (b"cache-control", b"no-store"),
+    (b"x-accel-buffering", b"no"),  # a proxy in between must not collect them
+]
+DONE = b"data: [DONE]\n\n"
+WAITING = b": waiting\n\n"
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedScore:
+    """A token's score, and where in the reply's text (in characters) the token begins."""
+
+    score: TokenScore
+    offset: int
+
+
+def completion_scores(scores: Sequence[PlacedScore], texts: TokenTexts) -> dict[str, Any]:
+    """Return the form of `/v1/completions`: four lists of one entry for each token.
+
+    Tokens that are no text of their own are named by their bytes, so that no two share a name.
+    """
+    return {
+        "tokens": [texts.text(each.score.token) for each in scores],
+        "token_logprobs": [each.score.logprob for each in scores],
+        "top_logprobs": [_by_text(each.score, texts) for each in scores],
+        "text_offset": [each.offset for each in scores],
+    }
+
+
+def chat_scores(scores: Sequence[PlacedScore], texts: TokenTexts) -> dict[str, Any]:
+    """Return the form of `/v1/chat/completions`: one entry for each token, with its bytes."""
+    content = []
+    for each in scores:
+        token, logprob = each.score.token, each.score.logprob
+        top = [
+            _entry(other, logprob if other == token else value, texts)
+            for other, value in each.score.top
+        ]
+        content.append({**_entry(token, logprob, texts), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _by_text(score: TokenScore, texts: TokenTexts) -> dict[str, float] | None:
+    """Return the likeliest tokens, and the token itself; None where nothing predicts it."""
+    if score.logprob is None:
+        return None
+    likeliest = {texts.text(token): value for token, value in score.top}
+    return {**likeliest, texts.text(score.token): score.logprob}
+
+
+def _entry(token: int, logprob: float | None, texts: TokenTexts) -> dict[str, Any]:
+    return {"token": texts.text(token), "logprob": logprob, "bytes": list(texts.utf8(token))}
+
+
+def trace_of(
+    tokens: Sequence[int], records: Sequence[RecordUse], texts: TokenTexts, engine: Engine
+) -> dict[str, Any]:
+    """Return new tokens, the records of those fed to make them, and the memory of the server now.
+
+    In a stream, tokens and records of the parts, put together, are those of the whole.
+    """
+    memory = process_memory()
+    return {
+        "tokens": list(tokens),
+        "records": [{**asdict(each), "text": texts.text(each.token)} for each in records],
+        "memory": {
+            "anon_bytes": memory.anon_bytes,
+            "file_bytes": memory.file_bytes,
+            "kv_bytes": engine.statistics.kv_bytes,
+        },
+    }
+
+
+@dataclass(slots=True)
+class Content:
+    """What a choice holds, whole or in part; it is finished once there is a reason."""
+
+    text: str = ""
+    scores: list[PlacedScore] = field(default_factory=list)
+    reason: str | None = None
+    statistics: ChoiceStatistics | None = None
+    tokens: list[int] = field(default_factory=list)
+    records: list[RecordUse] = field(default_factory=list)
+
+
+class ReplyFormat(Protocol):
+    """How one kind of reply is written; `scored` says whether likelihoods were wished for."""
+
+    prefix: str  # of its id
+    whole_kind: str
+    part_kind: str
+
+    def whole(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
+        """Return the fields of a complete choice."""
+
+    def opening(self) -> Json | None:
+        """Return the fields that begin a choice in a stream, if something does."""
+
+    def part(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
+        """Return the fields that add to a choice in a stream."""
+
+
+class CompletionFormat:
+    """`/v1/completions`."""
+
+    prefix = "cmpl"
+    whole_kind = part_kind = "text_completion"
+
+    def whole(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
+        """Return text and likelihoods; a part looks the same."""
+        logprobs = completion_scores(content.scores, texts) if scored else None
+        return {"text": content.text, "logprobs": logprobs}
+
+    def opening(self) -> Json | None:
+        """Nothing goes before the text."""
+
+    part = whole
+
+
+class ChatFormat:
+    """`/v1/chat/completions`."""
+
+    prefix = "chatcmpl"
+    whole_kind = "chat.completion"
+    part_kind = "chat.completion.chunk"
+
+    def whole(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
+        """Return the assistant's message and likelihoods."""
+        logprobs = chat_scores(content.scores, texts) if scored else None
+        message = {"role": "assistant", "content": content.text, "refusal": None}
+        return {"message": message, "logprobs": logprobs}
+
+    def opening(self) -> Json | None:
+        """Say whose message it is."""
+        return {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
+
+    def part(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
+        """Return what is added to the message."""
+        logprobs = chat_scores(content.scores, texts) if scored else None
+        delta = {"content": content.text} if content.text else {}
+        return {"delta": delta, "logprobs": logprobs}
+
+
+class ReplyWriter:
+    """Writes one reply: the same id and time in all its parts."""
+
+    def __init__(self, format: ReplyFormat, service: Service, call: Call) -> None:
+        self._format = format
+        self._texts = service.texts
+        self._scored = call.top is not None
+        self._statistics = call.wishes.statistics
+        self._traced = call.wishes.trace
+        self._engine = service.engine
+        self._head: Json = {
+            "id": f"{format.prefix}-{uuid.uuid4().hex}",
+            "created": service.now(),
+            "model": service.settings.model_id,
+            "system_fingerprint": service.fingerprint,
+        }
+        # Where a stream tells its usage at the end, all parts before it say that they do not.
+        self._no_usage: Json = {"usage": None} if call.wishes.usage else {}
+
+    def whole(self, contents: Sequence[Content], usage: Json) -> Json:
+        """Return the complete reply."""
+        choices = [
+            self._choice(index, self._format.whole(each, self._scored, self._texts), each)
+            for index, each in enumerate(contents)
+        ]
+        return {**self._head, "object": self._format.whole_kind, "choices": choices, "usage": usage}
+
+    def opening(self, index: int) -> Json | None:
+        """Return what begins a choice in a stream, if something does."""
+        fields = self._format.opening()
+        return None if fields is None else self._chunk([self._choice(index, fields, Content())])
+
+    def part(self, index: int, content: Content, usage: Json | None = None) -> Json:
+        """Return what adds to a choice in a stream; `usage` is what the reply has taken so far."""
+        fields = self._format.part(content, self._scored, self._texts)
+        chunk = self._chunk([self._choice(index, fields, content)])
+        return chunk if usage is None else {**chunk, "usage": usage}
+
+    def last(self, usage: Json) -> Json:
+        """Return the end of a stream that tells its usage."""
+        return {**self._chunk([]), "usage": usage}
+
+    def _chunk(self, choices: Sequence[Json]) -> Json:
+        kind = self._format.part_kind
+        return {**self._head, "object": kind, "choices": choices, **self._no_usage}
+
+    def _choice(self, index: int, fields: Json, content: Content) -> Json:
+        choice = {"index": index, **fields, "finish_reason": content.reason}
+        if self._statistics and content.statistics is not None:
+            choice["statistics"] = content.statistics.as_dict()
+        if self._traced and (content.tokens or content.records):
+            choice["trace"] = trace_of(content.tokens, content.records, self._texts, self._engine)
+        return choice
+
+
+def usage_of(statistics: Iterable[Sequence[ChoiceStatistics]]) -> Json:
+    """Return the tokens of a reply; each prompt counts once, however many choices it got."""
+    by_prompt = list(statistics)
+    prompt = sum(each[0].prompt_tokens for each in by_prompt)
+    completion = sum(one.completion_tokens for each in by_prompt for one in each)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(each[0].reused_tokens for each in by_prompt)
+        },
+    }
+
+
+class Addition(NamedTuple):
+    """What a piece adds to a choice."""
+
+    choice: int  # its number, among those of all prompts
+    part: Content
+    first: bool
+
+
+class Gathering:
+    """All choices of one call, in the order of its prompts. Not thread-safe."""
+
+    def __init__(self, call: Call, service: Service, replies: Sequence[Reply]) -> None:
+        self.wholes = [Content() for _ in range(len(call.prompts) * call.wishes.choices)]
+        self._begun: set[int] = set()
+        self._call = call
+        self._service = service
+        self._replies = replies
+
+    def usage_so_far(self) -> Json:
+        """Return the tokens of what has come."""
+        prompt = sum(len(each.prompt) for each in self._replies)
+        completion = sum(len(each.tokens) for each in self.wholes)
+        return {
+            "prompt_tokens": prompt,
+            "completion_tokens": completion,
+            "total_tokens": prompt + completion,
+        }
+
+    def takes_long(self, prompt: int, piece: ReplyPiece) -> bool:
+        """Whether adding a piece will: where each token of a prompt begins has to be found out."""
+        scores = self._replies[prompt].prompt_scores or ()
+        return self._call.echo is not None and len(scores) > _MANY and not self._has(prompt, piece)
+
+    def add(self, prompt: int, piece: ReplyPiece) -> Addition:
+        """Take a piece of a prompt's reply."""
+        index = self._index(prompt, piece)
+        first = not self._has(prompt, piece)
+        self._begun.add(index)
+        whole, part = self.wholes[index], self._echo(prompt) if first else Content()
+        if piece.score is not None:
+            part.scores.append(PlacedScore(piece.score, len(whole.text) + len(part.text)))
+        part.text += piece.text
+        part.reason, part.statistics = piece.finish_reason, piece.statistics
+        part.tokens = [] if piece.token is None else [piece.token]
+        part.records = list(piece.records)
+        whole.tokens += part.tokens
+        whole.records += part.records
+        whole.text += part.text
+        whole.scores += part.scores
+        whole.reason, whole.statistics = part.reason, part.statistics
+        return Addition(index, part, first)
+
+    def usage(self) -> Json:
+        """Return the tokens of the whole, once it is complete."""
+        count = self._call.wishes.choices
+        known = [each.statistics for each in self.wholes if each.statistics is not None]
+        return usage_of(known[at : at + count] for at in range(0, len(known), count))
+
+    def _index(self, prompt: int, piece: ReplyPiece) -> int:
+        return prompt * self._call.wishes.choices + piece.choice
+
+    def _has(self, prompt: int, piece: ReplyPiece) -> bool:
+        return self._index(prompt, piece) in self._begun
+
+    def _echo(self, prompt: int) -> Content:
+        """Return what a choice begins with: its prompt, where that was wished for."""
+        if self._call.echo is None:
+            return Content()
+        part = Content(self._call.echo[prompt])
+        detokenizer, shown = Detokenizer(self._service.model.tokenizer), 0
+        for score in self._replies[prompt].prompt_scores or ():
+            part.scores.append(PlacedScore(score, shown))
+            shown += len(detokenizer.push(score.token))
+        return part
+
+
+def event(value: Any) -> bytes:
+    """Return an event that carries JSON, which never holds a line break."""
+    return b"data: " + json.dumps(value, allow_nan=False, separators=(",", ":")).encode() + b"\n\n"
+
+
+class EventStream:
+    """A response under way; it begins with the first event."""
+
+    def __init__(self, send: Send) -> None:
+        self.begun = False
+        self._send = send
+
+    async def put(self, data: bytes) -> None:
+        """Send an event."""
+        if not self.begun:
+            self.begun = True
+            await self._send({"type": "http.response.start", "status": 200, "headers": HEADERS})
+        await self._send({"type": "http.response.body", "body": data, "more_body": True})
+
+    async def end(self) -> None:
+        """End the response."""
+        await self._send({"type": "http.response.body", "body": b"", "more_body": False})

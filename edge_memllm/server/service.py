@@ -1,0 +1,268 @@
+"""What all endpoints share: the model, the engine over it, and what was made of them once."""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import time
+from bisect import bisect_left
+from collections import Counter, deque
+from collections.abc import Iterator, Mapping
+from functools import cached_property
+from itertools import accumulate
+from time import monotonic
+
+from edge_memllm.engine.engine import Engine
+from edge_memllm.engine.grammar import Grammars, MakeConstraint
+from edge_memllm.engine.reply import ReplyPiece
+from edge_memllm.engine.scheduler import EngineStatistics
+from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.server.fields import (
+    ApiError,
+    Body,
+    BodyFields,
+    WantedSchema,
+    blaming,
+    explained,
+    is_storage,
+    shown,
+)
+from edge_memllm.server.lanes import Lane
+from edge_memllm.server.settings import Settings
+from edge_memllm.statistics import ProcessMemory
+from edge_memllm.text.chat import ChatTemplate
+from edge_memllm.text.token_bound import TokenBound
+
+CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
+PREFIX = "edge_memllm_"
+# Seconds over which the speed is an average.
+WINDOW = 10
+_BOUNDS = (0.01, 0.03, 0.1, 0.3, 1.0, 3.0, 10.0, 30.0, 100.0, 300.0)
+
+# What a model without a limit of its own takes: its context is what ends a text then.
+_MOST_TOKENS = (1 << 31) - 1
+MOST_MODEL_ID = 1024
+# Each of them is done in milliseconds.
+_QUICK_THREADS = 4
+
+
+class Histogram:
+    """How often something took how long, in seconds."""
+
+    def __init__(self) -> None:
+        self._counts = [0] * (len(_BOUNDS) + 1)
+        self._sum = 0.0
+
+    def note(self, seconds: float) -> None:
+        """Count one more."""
+        self._counts[bisect_left(_BOUNDS, seconds)] += 1
+        self._sum += seconds
+
+    def lines(self, name: str) -> Iterator[str]:
+        """Yield the samples."""
+        totals = list(accumulate(self._counts))
+        for bound, total in zip((*map(str, _BOUNDS), "+Inf"), totals, strict=True):
+            yield f'{name}_bucket{{le="{bound}"}} {total}'
+        yield f"{name}_sum {self._sum:.6f}"
+        yield f"{name}_count {totals[-1]}"
+
+
+class Speed:
+    """Tokens per second over the last seconds."""
+
+    def __init__(self) -> None:
+        self._seconds: deque[tuple[int, int]] = deque(maxlen=WINDOW + 1)  # (second, tokens)
+
+    def note(self) -> None:
+        """Count a token."""
+        now = int(monotonic())
+        if not self._seconds or self._seconds[-1][0] != now:
+            self._seconds.append((now, 0))
+        self._seconds[-1] = (now, self._seconds[-1][1] + 1)
+
+    def value(self) -> float:
+        """Return the average over the whole seconds of the window."""
+        now = int(monotonic())
+        return (
+            sum(count for second, count in self._seconds if now - WINDOW <= second < now) / WINDOW
+        )
+
+
+class Metrics:
+    """What the engine does not count itself."""
+
+    def __init__(self) -> None:
+        self.under_way = 0  # requests, of any kind
+        self.speed = Speed()
+        self._responses: Counter[tuple[str, int]] = Counter()
+        self._first_token = Histogram()
+        self._queued = Histogram()
+        self._reply = Histogram()
+
+    def note_response(self, path: str, status: int) -> None:
+        """Count a request that was answered; `path` is one of the server's own."""
+        self._responses[path, status] += 1
+
+    def note_piece(self, piece: ReplyPiece) -> None:
+        """Count a token, and what its choice took if it is the last."""
+        if piece.token is not None:
+            self.speed.note()
+        if piece.statistics is not None:
+            self._queued.note(piece.statistics.queued_seconds)
+            self._reply.note(piece.statistics.seconds)
+            if piece.statistics.first_token_seconds is not None:
+                self._first_token.note(piece.statistics.first_token_seconds)
+
+    def text(self, engine: EngineStatistics, memory: ProcessMemory) -> str:
+        """Return everything as one text."""
+        return "\n".join([*self._server(), *_engine(engine), *_memory(memory), ""])
+
+    def _server(self) -> Iterator[str]:
+        name = PREFIX + "http_requests_total"
+        yield from _head(name, "counter", "requests answered, by path and status")
+        for (path, status), count in sorted(self._responses.items()):
+            yield f'{name}{{path="{path}",status="{status}"}} {count}'
+        yield from _sample("http_requests_under_way", "gauge", self.under_way, "requests under way")
+        yield from _sample(
+            "tokens_per_second", "gauge", self.speed.value(), f"tokens made, over {WINDOW} s"
+        )
+        for name, histogram, meaning in (
+            ("queued_seconds", self._queued, "from being asked to having a slot"),
+            ("first_token_seconds", self._first_token, "from being asked to the first token"),
+            ("reply_seconds", self._reply, "from being asked to the end of a choice"),
+        ):
+            yield from _head(PREFIX + name, "histogram", meaning)
+            yield from histogram.lines(PREFIX + name)
+
+
+_ENGINE: Mapping[str, tuple[str, str, str]] = {
+    "slots": ("slots", "gauge", "texts that can be under way at once"),
+    "under_way": ("slots_busy", "gauge", "texts under way"),
+    "queued": ("queued", "gauge", "texts that wait for a slot"),
+    "kv_bytes": ("kv_bytes", "gauge", "bytes of keys and values"),
+    "requests": ("accepted_total", "counter", "prompts taken into the queue"),
+    "refused": ("refused_total", "counter", "prompts refused because the queue was full"),
+    "finished": ("finished_total", "counter", "texts that came to their end"),
+    "given_up": ("given_up_total", "counter", "texts cancelled, out of time or failed"),
+    "prompt_tokens": ("prompt_tokens_total", "counter", "tokens of prompts that were computed"),
+    "reused_tokens": ("reused_tokens_total", "counter", "tokens of prompts that were there still"),
+    "completion_tokens": ("completion_tokens_total", "counter", "tokens made"),
+    "steps": ("steps_total", "counter", "steps in which texts grew"),
+    "records_read": ("records_total", "counter", "records of the table that were used"),
+    "bytes_read": ("table_read_bytes_total", "counter", "bytes of records read from the table"),
+}
+_MEMORY: Mapping[str, tuple[str, str, str]] = {
+    "anon_bytes": ("resident_anon_bytes", "gauge", "memory of the process's own"),
+    "file_bytes": ("resident_file_bytes", "gauge", "mapped files in memory"),
+}
+
+
+def _engine(statistics: EngineStatistics) -> Iterator[str]:
+    for field, (name, kind, meaning) in _ENGINE.items():
+        yield from _sample(name, kind, getattr(statistics, field), meaning)
+
+
+def _memory(memory: ProcessMemory) -> Iterator[str]:
+    for field, (name, kind, meaning) in _MEMORY.items():
+        value = getattr(memory, field)
+        if value is not None:  # a system that does not tell
+            yield from _sample(name, kind, value, meaning)
+
+
+def _sample(name: str, kind: str, value: float, meaning: str) -> Iterator[str]:
+    yield from _head(PREFIX + name, kind, meaning)
+    yield f"{PREFIX}{name} {value}"
+
+
+def _head(name: str, kind: str, meaning: str) -> Iterator[str]:
+    yield f"# HELP {name} {meaning}"
+    yield f"# TYPE {name} {kind}"
+
+
+class Service:
+    """Holds no request; safe to share. The engine and its model stay the caller's to close."""
+
+    def __init__(
+        self, engine: Engine, settings: Settings, template: ChatTemplate | None = None
+    ) -> None:
+        """Take an engine; `template` replaces the chat template of its model."""
+        self.engine = engine
+        self.model = engine.model
+        self.settings = settings
+        self.template = template or self.model.tokenizer.chat_template
+        self.created = self.now()
+        self.metrics = Metrics()
+        self.trouble: str | None = None  # why the last reply could not be read, if it was that
+        self.spec = self.model.manifest.model
+        self.grammars = Grammars(self.model.tokenizer, self.spec)
+        self.texts = TokenTexts(self.model.tokenizer, self.spec.vocab_size)
+        self.token_bound = TokenBound(self.model.tokenizer.definition)
+        self.quick = Lane("short requests", _QUICK_THREADS)
+        self.thorough = Lane("long requests", 1)
+        self.schemas = Lane("schemas", 1, settings.limits.schemas_waiting)
+        self.long_bodies = asyncio.Semaphore(settings.limits.long_bodies)
+
+    @property
+    def most_tokens(self) -> int:
+        """The most tokens a request may ask for."""
+        limit = self.settings.limits.max_tokens
+        return _MOST_TOKENS if limit is None else limit
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """What decides, beside seed and request, which text comes: weights, forms, device."""
+        graph, table = self.model.manifest.graph, self.model.manifest.table
+        parts = (self.spec.identity, graph, table.codec, self.model.runtime.name)
+        return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still works on a request, be it that nobody waits for it."""
+        return any(lane.busy for lane in (self.quick, self.thorough, self.schemas))
+
+    def lane(self, body: Body) -> Lane:
+        """Return where a body is to be read and its prompts are to be tokenized."""
+        return self.quick if body.brief else self.thorough
+
+    async def constraint(self, wanted: WantedSchema | None) -> MakeConstraint | None:
+        """Return what makes constraints to a schema; a new one waits for those before it.
+
+        Raises `ApiError`.
+        """
+        if wanted is None:
+            return None
+        with blaming(wanted.where):
+            if wanted.schema is None:
+                return await self.quick.run(self.grammars.json_object)
+            kept = self.grammars.kept(wanted.schema)
+            return kept or await self.schemas.run(self.grammars.json_schema, wanted.schema)
+
+    def note_piece(self, piece: ReplyPiece) -> None:
+        """Count a piece of a reply; one that came to its end ends a trouble."""
+        self.metrics.note_piece(piece)
+        if piece.finish_reason is not None:
+            self.trouble = None
+
+    def explained(self, error: Exception) -> ApiError:
+        """Return what a client is told about an error; remember it if storage is at fault."""
+        if is_storage(error):
+            self.trouble = type(error).__name__
+        return explained(error)
+
+    @staticmethod
+    def now() -> int:
+        """Return the time, in seconds since 1970."""
+        return int(time.time())
+
+    def check_model(self, fields: BodyFields) -> None:
+        """Take the field `model`, which names the one there is or is left out."""
+        name = fields.bounded_text("model", MOST_MODEL_ID)
+        if name is not None:
+            self.check_model_id(name, fields.param("model"))
+
+    def check_model_id(self, name: str, param: str) -> None:
+        """Raise `ApiError` for a model that is not served."""
+        served = self.settings.model_id
+        if name != served:
+            message = f"There is no model {shown(name)} here. This server has {shown(served)}."
+            raise ApiError(404, message, code="model_not_found", param=param)

@@ -1,0 +1,382 @@
+"""Text to token ids and back, from the tokenizer files of an artifact.
+
+Decoding also works token by token, without ever giving out half a character. Knows the
+`tokenizers` library; nothing of graphs, tables or sampling.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from codecs import getincrementaldecoder
+from collections.abc import Callable, Sequence
+from functools import cache
+from typing import TYPE_CHECKING, Any
+
+from edge_memllm.artifact.strict_json import parse_json_object
+from edge_memllm.errors import ArtifactError, RequestError
+from edge_memllm.text.chat import TEMPLATE_FILE, ChatTemplate
+from edge_memllm.text.tokenizer_file import (
+    CONFIG_FILE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    TokenizerConfig,
+    is_unicode,
+    library_errors,
+    open_tokenizer,
+)
+
+if TYPE_CHECKING:
+    from edge_memllm.artifact.folder import Artifact
+
+
+MAX_CONFIG_BYTES = 16 << 20  # thousands of added tokens take about a million bytes
+_UNFINISHED = "\ufffd"  # what bytes are decoded to that are no character, or not yet
+_MOST_BYTES = 3  # of a character that is not complete
+_BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
+_BRIEF = 4096  # characters that are encoded in a few milliseconds
+
+MAX_STOPS = 64
+MAX_STOP_CHARACTERS = 4096
+
+
+class Tokenizer:
+    """The tokenizer of one artifact; stateless, so several threads may share it."""
+
+    def __init__(
+        self,
+        definition: bytes,
+        *,
+        config: TokenizerConfig | None = None,
+        template: ChatTemplate | None = None,
+    ) -> None:
+        """Take the bytes of a `tokenizer.json`, and what else is said of it.
+
+        Raises `ArtifactError` for what is no tokenizer.
+        """
+        self._tokenizer = open_tokenizer(definition)
+        if config is not None:
+            config.apply(self._tokenizer)
+        self.named_tokens = {} if config is None else config.named
+        self._template = template
+        added = self._tokenizer.get_added_tokens_decoder()
+        self._special = {number for number, token in added.items() if token.special}
+        self._spelling, self.mixes_bytes = _bytes_in(self._tokenizer.decoder)
+        self._bytes: dict[int, bytes | None] = {}
+
+    @classmethod
+    def from_artifact(cls, artifact: Artifact) -> Tokenizer:
+        """Read `tokenizer.json`, what is said of its tokens and, if there is one, the template.
+
+        A template that is none ends chat only: it is found out when it is used.
+        """
+        files = artifact.manifest.files
+
+        def read(name: str) -> bytes | None:
+            return artifact.read_bytes(name) if name in files else None
+
+        return cls.from_files(read, str(artifact.path))
+
+    @classmethod
+    def from_files(cls, read: Callable[[str], bytes | None], where: str) -> Tokenizer:
+        """Take the files of a folder called `where`: `read` gives None for one that is not there.
+
+        Raises `ArtifactError`.
+        """
+        definition = read(TOKENIZER_FILE)
+        if definition is None:
+            raise ArtifactError(
+                f"{where}: no tokenizer.json in the manifest, so text cannot be read. "
+                "Export again from a checkpoint folder that has a tokenizer."
+            )
+        fields, tokens = (
+            parse_json_object(read(name) or b"{}", f"{where}/{name}", MAX_CONFIG_BYTES)
+            for name in (CONFIG_FILE, TOKENS_FILE)
+        )
+        config, source = TokenizerConfig(fields, tokens), fields.get("chat_template")
+        if (text := read(TEMPLATE_FILE)) is not None:
+            source = text
+        template = None if source is None else ChatTemplate(source, config.named)
+        return cls(definition, config=config, template=template)
+
+    @property
+    def definition(self) -> str:
+        """The text of a `tokenizer.json` that makes the same tokenizer."""
+        text: str = self._tokenizer.to_str()
+        return text
+
+    @property
+    def chat_template(self) -> ChatTemplate | None:
+        """What turns chat messages into a prompt; None when the artifact has no template."""
+        return self._template
+
+    def encode(self, text: str, *, special: bool = True) -> list[int]:
+        """Return the ids of `text`; `special` adds what the tokenizer puts around a text.
+
+        Text made by a chat template holds its special tokens already: pass `special=False`.
+        However long the text is, other threads go on meanwhile. Raises `RequestError` for what is
+        not text, `ArtifactError` where the tokenizer fails.
+        """
+        if not isinstance(text, str) or not is_unicode(text):
+            raise RequestError(
+                f"{text!a:.80} is not text: expected a str that can be written as UTF-8."
+            )
+        with library_errors(f"{TOKENIZER_FILE}: fails to encode a text"):
+            # The first is quicker to call, but holds the interpreter; the second does not, and
+            # leaves out the offsets, which take half of the time. Both give the same ids.
+            if len(text) <= _BRIEF:
+                encoding = self._tokenizer.encode(text, add_special_tokens=special)
+            else:
+                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
+        ids: list[int] = encoding.ids
+        return ids
+
+    def spelling(self, token: int) -> str | None:
+        """Return a token as the vocabulary spells it; None for an id that has no token."""
+        found: str | None = self._tokenizer.id_to_token(token)
+        return found
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` without special tokens.
+
+        Bytes that are no character become U+FFFD, those around them stay what they are.
+        """
+        text = self.decode_at_once(ids)
+        if self.mixes_bytes and _UNFINISHED in text:
+            detokenizer = Detokenizer(self)
+            text = "".join(map(detokenizer.push, ids)) + detokenizer.flush()
+        return text
+
+    def decode_at_once(self, ids: Sequence[int]) -> str:
+        """Return the text of `ids` as the library decodes them.
+
+        Where only some tokens stand for bytes, it gives up all bytes in a row when they are not
+        all characters.
+        """
+        with library_errors(f"{TOKENIZER_FILE}: fails to decode tokens"):
+            text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
+        return text
+
+    def special_token(self, text: str) -> int | None:
+        """Return the special token that is spelt so; None where there is none."""
+        token = self.token(text)
+        return token if token in self._special else None
+
+    def token(self, spelling: str) -> int | None:
+        """Return the token that the vocabulary spells so; None where there is none."""
+        found: int | None = self._tokenizer.token_to_id(spelling)
+        return found
+
+    def is_silent(self, token: int) -> bool:
+        """Whether a token has no text, wherever it stands: a special one, or none at all."""
+        return token in self._special or self.spelling(token) is None
+
+    def bytes_of(self, token: int) -> bytes | None:
+        """Return the bytes that a token stands for; None where its neighbours have a say."""
+        if token not in self._bytes:
+            self._bytes[token] = self._spelling(self.spelling(token) or "")
+        return self._bytes[token]
+
+
+class Detokenizer:
+    """Turns ids into text one by one: the pieces joined are the decoded whole.
+
+    A piece ends at a character boundary, so it may be empty until the tokens that complete a
+    character have come. At most three bytes wait; what cannot become a character does not.
+    """
+
+    def __init__(self, tokenizer: Tokenizer) -> None:
+        self._tokenizer = tokenizer
+        self._utf8 = getincrementaldecoder("utf-8")("replace")
+        self._waiting: list[int] = []  # tokens whose bytes wait
+        # Decoders look at their neighbours (leading spaces), so text is decoded behind the tokens
+        # of the piece before. The last `_pending` tokens of that window wait, and the first
+        # `_shown` characters of its text are out.
+        self._window: list[int] = []
+        self._pending = 0
+        self._shown = 0
+
+    def push(self, token: int) -> str:
+        """Take the next id and return the text that is now certain."""
+        if self._tokenizer.is_silent(token):
+            return ""
+        spelt = self._tokenizer.bytes_of(token)
+        if spelt is None:
+            return self._end_bytes() + self._push_text(token)
+        text = self._utf8.decode(spelt)
+        return self._end_text() + self._settle(token, text)
+
+    def flush(self) -> str:
+        """Return what was held back: the tokens have ended, complete or not."""
+        return self._end_bytes() + self._end_text()
+
+    def _settle(self, token: int, text: str) -> str:
+        """Return the text of bytes; remember their tokens where other text may follow."""
+        if not self._tokenizer.mixes_bytes:
+            return text
+        self._waiting.append(token)  # one byte each
+        if not text:
+            return ""
+        known = len(self._waiting) - len(self._utf8.getstate()[0])
+        unit, self._waiting = self._waiting[:known], self._waiting[known:]
+        if not self._window and _UNFINISHED not in text:
+            text = self._tokenizer.decode_at_once(unit)  # a space may fall away at the beginning
+        self._window = unit
+        return text
+
+    def _end_bytes(self) -> str:
+        """Give up waiting for bytes: something else follows, or nothing."""
+        text = self._utf8.decode(b"", final=True)
+        if self._waiting:
+            self._window, self._waiting = self._waiting, []
+        return text
+
+    def _end_text(self) -> str:
+        """Give up waiting for text."""
+        if not self._pending:
+            return ""
+        self._pending = 0
+        return self._tokenizer.decode_at_once(self._window)[self._shown :]
+
+    def _push_text(self, token: int) -> str:
+        decode = self._tokenizer.decode_at_once
+        if not self._pending:
+            self._shown = len(decode(self._window))
+        self._window = [*self._window, token]
+        self._pending += 1
+        text = decode(self._window)
+        # Only a decoder that mixes bytes into text in a way of its own leaves them incomplete.
+        waits = text.endswith(_UNFINISHED) and self._pending <= _MOST_BYTES
+        certain = len(text) - waits
+        piece = text[self._shown : certain]
+        if waits:
+            self._shown = max(self._shown, certain)
+        else:
+            self._window, self._pending = self._window[-self._pending :], 0
+        return piece
+
+
+def _bytes_in(decoder: Any) -> tuple[Callable[[str], bytes | None], bool]:
+    """Return how to tell a token's bytes from its spelling, and whether there is other text too."""
+    parts = _parts(decoder)
+    if parts == ["ByteLevel"]:
+        return _byte_level, False
+    if "ByteFallback" in parts:
+        return _byte_fallback, True
+    return lambda spelling: None, False
+
+
+def _parts(decoder: Any) -> list[str]:
+    """The names of what a decoder does, in its order."""
+    fields = {} if decoder is None else json.loads(decoder.__getstate__())
+    return [each["type"] for each in fields.get("decoders", [fields]) if each]
+
+
+def _byte_level(spelling: str) -> bytes:
+    letters = _byte_letters()
+    found = [letters.get(letter) for letter in spelling]
+    return spelling.encode() if None in found else bytes(found)  # type: ignore[arg-type]
+
+
+def _byte_fallback(spelling: str) -> bytes | None:
+    match = _BYTE.fullmatch(spelling)
+    return None if match is None else bytes([int(match[1], 16)])
+
+
+@cache
+def _byte_letters() -> dict[str, int]:
+    """The byte that each letter stands for, where every token is bytes."""
+    seen = [*range(0x21, 0x7F), *range(0xA1, 0xAD), *range(0xAE, 0x100)]
+    unseen = [byte for byte in range(256) if byte not in seen]
+    return {chr(byte): byte for byte in seen} | {
+        chr(256 + place): byte for place, byte in enumerate(unseen)
+    }
+
+
+def read_json(artifact: Artifact, name: str) -> dict[str, Any]:
+    """Return a JSON object of the artifact, or an empty one when the artifact lacks the file."""
+    if name not in artifact.manifest.files:
+        return {}
+    return parse_json_object(artifact.read_bytes(name), str(artifact.path / name), MAX_CONFIG_BYTES)
+
+
+def check_stops(stop: str | Sequence[str]) -> tuple[str, ...]:
+    """Return the stop strings as a tuple; one string stands for itself.
+
+    Raises `RequestError` for an empty string, too many or too long ones, or anything else.
+    """
+    stops = (stop,) if isinstance(stop, str) else tuple(stop)
+    if len(stops) > MAX_STOPS:
+        raise RequestError(f"{len(stops)} stop strings were given, expected at most {MAX_STOPS}.")
+    for text in stops:
+        if not isinstance(text, str):
+            raise RequestError(f"stop holds {text!r}, expected strings only.")
+        if not 1 <= len(text) <= MAX_STOP_CHARACTERS:
+            raise RequestError(
+                f"a stop string has {len(text)} characters, expected 1 to {MAX_STOP_CHARACTERS}."
+            )
+    return stops
+
+
+class StopMatcher:
+    """Lets text through up to the first stop string that is complete.
+
+    When two are complete at the same character, the longer one counts. So the result depends on
+    the text alone, not on how it was cut into pieces. Takes linear time.
+    """
+
+    def __init__(self, stops: Sequence[str]) -> None:
+        self._automata = [_PrefixAutomaton(text) for text in stops]
+        self._held = ""
+        self.stopped = False
+
+    def push(self, text: str) -> str:
+        """Take the next piece and return what can be shown now; nothing after a stop."""
+        if self.stopped:
+            return ""
+        self._held += text
+        start = len(self._held) - len(text)
+        for end in range(start + 1, len(self._held) + 1):
+            matched = self._advance(self._held[end - 1])
+            if matched:
+                self.stopped = True
+                return self._release(end - matched)
+        open_prefix = max((automaton.matched for automaton in self._automata), default=0)
+        return self._release(len(self._held) - open_prefix)
+
+    def flush(self) -> str:
+        """Return what is held back: the text has ended without a stop string."""
+        return "" if self.stopped else self._release(len(self._held))
+
+    def _advance(self, letter: str) -> int:
+        """Feed one character to all; return the length of the longest complete stop string."""
+        complete = 0
+        for automaton in self._automata:
+            if automaton.advance(letter):
+                complete = max(complete, automaton.matched)
+        return complete
+
+    def _release(self, count: int) -> str:
+        shown, self._held = self._held[:count], self._held[count:]
+        return shown
+
+
+class _PrefixAutomaton:
+    """Counts with how many characters of one string the text so far ends (Knuth-Morris-Pratt)."""
+
+    def __init__(self, text: str) -> None:
+        self.matched = 0
+        self._text = text
+        self._fallback = [0] * len(text)
+        for end in range(1, len(text)):
+            self._fallback[end] = self._extend(self._fallback[end - 1], text[end])
+
+    def advance(self, letter: str) -> bool:
+        """Take one character; True when the whole string has just been seen."""
+        self.matched = self._extend(self.matched, letter)
+        return self.matched == len(self._text)
+
+    def _extend(self, matched: int, letter: str) -> int:
+        while matched and self._text[matched] != letter:
+            matched = self._fallback[matched - 1]
+        return matched + (self._text[matched] == letter)

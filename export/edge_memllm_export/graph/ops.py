@@ -1,0 +1,182 @@
+"""Recording of the graph: onnx-ir nodes named after the module paths of the network.
+
+It knows operators and number formats; which operators make an attention or a feed-forward block
+is the business of the modules that call it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_memllm.errors import ExportError
+from edge_memllm_export.weights.quantizer import (
+    CHUNK_WEIGHTS,
+    WEIGHT_FORMS,
+    QuantizeMatrix,
+    block_for,
+    kind_of,
+)
+
+CONTRIB = "com.microsoft"
+DATA_TYPES = {
+    "float32": ir.DataType.FLOAT,
+    "float16": ir.DataType.FLOAT16,
+    "int8": ir.DataType.INT8,
+    "uint8": ir.DataType.UINT8,
+    "int32": ir.DataType.INT32,
+    "int64": ir.DataType.INT64,
+}
+# 4: MatMulNBits may round its input to int8 by blocks, which is what makes it fast on a CPU.
+_ACCURACY_LEVEL = 4
+
+
+class GraphTape:
+    """Nodes and initialisers of one graph, in the order they are made.
+
+    ``weights`` is the form of its matrices but for those kinds that ``matrices`` gives another;
+    ``block`` weights share a scale, None chooses by the matrix. ``quantize`` makes codes of them.
+    """
+
+    def __init__(
+        self,
+        weights: str,
+        matrices: Mapping[str, str],
+        block: int | None,
+        quantize: QuantizeMatrix,
+        epsilon: float,
+    ) -> None:
+        self.compute_dtype, _ = WEIGHT_FORMS[weights]
+        self._weights = weights
+        self._matrices = matrices
+        self._block = block
+        self._quantize = quantize
+        self._epsilon = epsilon
+        self._tape = ir.tape.Tape()
+
+    def op(
+        self,
+        name: str,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        attributes: Mapping[str, Any] | None = None,
+        *,
+        domain: str = "",
+        dtype: str | None = None,
+    ) -> ir.Value:
+        """One node with one output, of the compute dtype unless said otherwise."""
+        output = ir.val(f"{name}/output_0", dtype=DATA_TYPES[dtype or self.compute_dtype])
+        return self._tape.op(op_type, inputs, attributes, domain=domain, name=name, output=output)
+
+    def op_outputs(
+        self,
+        name: str,
+        op_type: str,
+        inputs: Sequence[ir.Value | None],
+        outputs: Sequence[str],
+        attributes: Mapping[str, Any],
+        *,
+        domain: str = CONTRIB,
+        dtypes: Sequence[str] | None = None,
+    ) -> list[ir.Value]:
+        """One node with several outputs; an output named "" is left out."""
+        kinds = dtypes or [self.compute_dtype] * len(outputs)
+        pairs = zip(outputs, kinds, strict=True)
+        values = [ir.val(output, dtype=DATA_TYPES[kind]) for output, kind in pairs]
+        self._tape.op_multi_out(
+            op_type, inputs, attributes, outputs=values, domain=domain, name=name
+        )
+        return values
+
+    def graph(
+        self, inputs: Sequence[ir.Value], outputs: Sequence[ir.Value], opset: int
+    ) -> ir.Graph:
+        """Everything recorded, as a graph between these inputs and outputs."""
+        return ir.Graph(
+            inputs,
+            outputs,
+            nodes=self._tape.nodes,
+            initializers=self._tape.initializers,
+            opset_imports={"": opset, CONTRIB: 1},
+            name="edge_memllm",
+        )
+
+    def recorded(self) -> tuple[list[ir.Node], list[ir.Value]]:
+        """Nodes and initialisers so far, for a graph that exists already."""
+        return list(self._tape.nodes), list(self._tape.initializers)
+
+    def constant(self, name: str, array: np.ndarray) -> ir.Value:
+        """An initialiser, stored as it is."""
+        return self._tape.initializer(ir.tensor(array, name=name))
+
+    def vector(self, name: str, array: np.ndarray) -> ir.Value:
+        """A small weight, stored in the compute dtype."""
+        _require_finite(name, array, self.compute_dtype)
+        return self.constant(name, array.astype(self.compute_dtype))
+
+    def linear(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
+        """``x [..., K] @ weight [N, K].T``, the weight stored in the form of its kind."""
+        _, bits = WEIGHT_FORMS[self._matrices.get(kind_of(path), self._weights)]
+        if bits is None:
+            return self._float_linear(path, x, weight)
+        N, K = weight.shape
+        name = f"{path[1:].replace('/', '.')}.weight"
+        block = block_for(K, self._block)
+        codes, scales = self._quantize(weight, bits, block, np.dtype(self.compute_dtype), name)
+        attributes = {"K": K, "N": N, "bits": bits, "block_size": block}
+        return self.op(
+            f"{path}/MatMulNBits",
+            "MatMulNBits",
+            [x, self.constant(f"{name}_codes", codes), self.constant(f"{name}_scales", scales)],
+            {**attributes, "accuracy_level": _ACCURACY_LEVEL},
+            domain=CONTRIB,
+        )
+
+    def norm(self, path: str, x: ir.Value, weight: np.ndarray, filled: float = 1.0) -> ir.Value:
+        """RMSNorm of ``x``, over the part ``filled`` of its last axis; the rest of it is zero."""
+        name = f"{path[1:].replace('/', '.')}.weight"
+        scale = self.vector(name, weight if filled == 1 else weight * filled**0.5)
+        attributes = {"axis": -1, "epsilon": self._epsilon * filled}
+        return self.op(f"{path}/RMSNormalization", "RMSNormalization", [x, scale], attributes)
+
+    def add_norm(
+        self, path: str, x: ir.Value, skip: ir.Value, weight: np.ndarray
+    ) -> tuple[ir.Value, ir.Value]:
+        """RMSNorm of ``x + skip``, and the sum itself."""
+        name = f"{path}/SkipSimplifiedLayerNormalization"
+        normed, _, _, total = self.op_outputs(
+            name,
+            "SkipSimplifiedLayerNormalization",
+            [x, skip, self.vector(f"{path[1:].replace('/', '.')}.weight", weight)],
+            [f"{name}/output_0", "", "", f"{name}/output_3"],
+            {"epsilon": self._epsilon},
+        )
+        return normed, total
+
+    def _float_linear(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
+        name = f"{path[1:].replace('/', '.')}.weight"
+        dtype = self.compute_dtype
+        _require_finite(name, weight, dtype)
+        # Lazy: the transposed copy of one matrix at a time is alive, while the graph is saved.
+        tensor = ir.LazyTensor(
+            lambda: ir.tensor(np.ascontiguousarray(weight.T.astype(dtype)), name=name),
+            dtype=DATA_TYPES[dtype],
+            shape=ir.Shape(weight.T.shape),
+            name=name,
+        )
+        return self.op(f"{path}/MatMul", "MatMul", [x, self._tape.initializer(tensor)])
+
+
+def _require_finite(name: str, weight: np.ndarray, dtype: str) -> None:
+    """Raise ExportError for a value that is no number in `dtype`; looks at some rows at a time."""
+    limit = np.finfo(dtype).max
+    step = max(1, CHUNK_WEIGHTS // max(1, weight[:1].size))
+    for start in range(0, len(weight), step):
+        if not (np.abs(weight[start : start + step].astype(np.float32)) <= limit).all():
+            raise ExportError(
+                f"{name}: a value is not finite in {dtype}. Mend the checkpoint, or export with "
+                "graph weights fp32 if it is only too large for float16."
+            )

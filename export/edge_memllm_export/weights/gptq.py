@@ -1,0 +1,256 @@
+"""GPTQ: codes that make up for each other's rounding, judged by what a matrix is fed.
+
+Rounding to nearest keeps every weight close. What counts is the output, and the error that one
+column makes there can be taken back by the columns rounded after it. With M = X^T X / n of a
+matrix's inputs X, the error of a row w is (w - v) M (w - v)^T, v being the row that codes and
+scales stand for. Frantar et al., GPTQ (ICLR 2023), round the columns one by one, the largest inputs
+first, each after the errors so far have been carried over to it. The carrying is written here as
+feedback through a factor of M, which is the same (Chee et al., QuIP, 2023, theorem 6) and needs
+no inverse. Scales are those of rounding to nearest. It knows numpy, no networks and no graphs.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+from torch import nn
+from torch.nn import functional
+from transformers.masking_utils import create_causal_mask
+
+from edge_memllm.errors import ExportError
+from edge_memllm.modeling import MemoryLLMForCausalLM
+from edge_memllm.modeling.configuration import CACHE
+from edge_memllm.modeling.network import rows_of_layer
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
+from edge_memllm_export.text_files import fitting_text
+from edge_memllm_export.weights.kv_steps import text_tokens
+from edge_memllm_export.weights.quantizer import QuantizeMatrix, quantize
+
+# A share of the mean square input is added to all: calibration text does not hold all there is.
+_DAMPING = 0.01
+_STRIDE = 64  # columns whose errors are carried among themselves before they are to all others
+
+_WINDOW = 256
+_BATCH = 8  # windows in a layer at once
+_ROWS = 1024  # tokens whose memory is computed at once
+# Matrix of the graph -> the module whose input it reads. `projections` are themselves.
+_READERS = {
+    "self_attn.qkv_proj": "self_attn.q_proj",
+    "self_attn.o_proj": "self_attn.o_proj",
+    "mlp.gate_up_proj": "mlp.gate_proj",
+    "mlp.down_proj": "mlp.down_proj",
+    "mlp.projections.0": "mlp.projections.0",
+    "mlp.projections.1": "mlp.projections.1",
+}
+
+Progress = Callable[[int], None]
+
+_TOKENS = 8192  # half or twice as many change nothing measurable
+
+
+class Feedback:
+    """Chooses the codes of matrices that read the same inputs; a ``quantizer.ChooseCodes``.
+
+    ``moment`` is M, float32 [K, K], symmetric.
+    """
+
+    def __init__(self, moment: np.ndarray, bits: int, block: int) -> None:
+        self._limit = 2 ** (bits - 1)
+        self._block = block
+        wide = _widened(damped(moment), block)
+        self._order = np.argsort(-wide.diagonal(), kind="stable")
+        # M = U D U^T with U unit upper triangular, out of the lower factor of M turned around.
+        # Each of these is as large as M, so none is kept longer than needed.
+        turned = self._order[::-1]
+        wide = wide[turned[:, None], turned]
+        factor = np.linalg.cholesky(wide)
+        del wide
+        roots = factor.diagonal().copy()
+        factor /= roots
+        self._powers = np.square(roots[::-1, None])  # D [K, 1]
+        # U^T: row k takes the errors of the columns before k.
+        self._carry = np.ascontiguousarray(factor[::-1, ::-1].T)
+
+    def __call__(self, weight: np.ndarray, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
+        """Signed codes [n, K]; a row whose error would not shrink keeps its nearest codes."""
+        # Transposed: a column of the matrix is worked on as one run of memory.
+        columns, rounded = weight.T[self._order], nearest.T[self._order]
+        steps = scales.T[self._order // self._block]
+        codes, error = self._round(columns, steps)
+        carried = self._carry @ (columns - rounded * steps)
+        before = (self._powers * np.square(carried)).sum(axis=0)
+        chosen = np.empty_like(codes)
+        chosen[self._order] = np.where(error < before, codes, rounded)
+        return chosen.T
+
+    def _round(self, columns: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [K, n] of columns [K, n] with their steps, and the error of each row [n]."""
+        # The inverse of a subnormal step would be infinite; such a block is zero.
+        usable = np.abs(steps) >= np.finfo(np.float32).tiny
+        inverse = np.divide(1, steps, out=np.zeros_like(steps), where=usable)
+        codes, missed, wanted = np.empty_like(columns), np.empty_like(columns), columns.copy()
+        for start in range(0, len(columns), _STRIDE):
+            stop = min(start + _STRIDE, len(columns))
+            wanted[start:stop] += self._carry[start:stop, :start] @ missed[:start]
+            for k in range(start, stop):
+                np.rint(wanted[k] * inverse[k], out=codes[k])
+                np.clip(codes[k], -self._limit, self._limit - 1, out=codes[k])
+                np.subtract(columns[k], codes[k] * steps[k], out=missed[k])
+                wanted[k + 1 : stop] += self._carry[k + 1 : stop, k, None] * missed[k]
+        return codes, (self._powers * np.square(wanted - codes * steps)).sum(axis=0)
+
+
+def damped(moment: np.ndarray) -> np.ndarray:
+    """M as errors are judged by: with a little of every input, and one for those always zero."""
+    power = moment.diagonal()
+    out = moment.copy()
+    np.fill_diagonal(out, power + np.where(power > 0, _DAMPING * power.mean(), np.float32(1)))
+    return out
+
+
+def _widened(moment: np.ndarray, block: int) -> np.ndarray:
+    """M with inputs added up to a whole number of blocks; their weights are zero."""
+    width = len(moment)
+    if width % block == 0:
+        return moment
+    wide = np.eye(-(-width // block) * block, dtype=np.float32)
+    wide[:width, :width] = moment
+    return wide
+
+
+class InputMoments:
+    """Second moments by the names of the graph's matrices, asked for in the graph's order."""
+
+    def __init__(
+        self, network: MemoryLLMForCausalLM, tokens: list[int], progress: Progress
+    ) -> None:
+        self._walk = _moments(network, tokens, progress)
+        self._found: dict[str, np.ndarray] = {}
+
+    def of(self, name: str) -> np.ndarray:
+        """``X^T X / n`` float32 [K, K] of what the matrix ``name`` reads, in the graph's columns.
+
+        Goes on to the layer of this matrix and forgets the one before. Raises ExportError when
+        an input is not finite.
+        """
+        while name not in self._found:
+            self._found = next(self._walk)
+        moment = self._found[name]
+        if not np.isfinite(moment).all():
+            raise ExportError(
+                f"{name}: what the network feeds this matrix on the calibration text is not "
+                "finite. Mend the checkpoint, or export with the graph method rtn."
+            )
+        return moment
+
+
+@torch.no_grad()
+def _moments(
+    network: MemoryLLMForCausalLM, tokens: list[int], progress: Progress
+) -> Iterator[dict[str, np.ndarray]]:
+    """Yield the moments of every layer's matrices, then that of the head."""
+    model, config = network.model, network.config
+    window = min(_WINDOW, len(tokens), config.max_position_embeddings)
+    ids = torch.tensor(tokens[: len(tokens) // window * window]).view(-1, window)
+    distinct, index = torch.unique(ids, return_inverse=True)
+    embedding = model.embed_tokens(distinct)
+    parts = index.split(_BATCH)
+    stream = [functional.embedding(part, embedding) for part in parts]
+    source, shared = model.token_memory(distinct, embedding)
+    for number, layer in enumerate(model.layers):
+        rows = _memory(layer, source, rows_of_layer(shared, number)) if config.has_memory else None
+        found, hooks = _listen(layer)
+        for place, (x, part) in enumerate(zip(stream, parts, strict=True)):
+            fed = part, None, rows, model.memory_gain(number)
+            stream[place] = layer(x, *fed, **_attention(model, config, x))
+        for hook in hooks:
+            hook.remove()
+        yield _named(found, f"model.layers.{number}", ids.numel(), config)
+        progress(number + 1)
+    found = {}
+    for x in stream:
+        _add_moment(found, "lm_head", network.lm_head, (model.norm(x),))
+    yield _named(found, "", ids.numel(), config)
+
+
+def _attention(model: Any, config: Any, x: torch.Tensor) -> dict[str, Any]:
+    """What the network gives the attention of each layer, for a batch [B, T, D] from the start."""
+    positions = torch.arange(x.shape[1]).unsqueeze(0)
+    mask = create_causal_mask(
+        config=config,
+        inputs_embeds=x,
+        attention_mask=None,
+        position_ids=positions,
+        **{CACHE: None},
+    )
+    rotary = model.rotary_emb(x, position_ids=positions)
+    return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
+
+
+def _memory(layer: Any, source: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
+    """The layer's memory rows [U, D] from what ``TokenMemory`` gives for the tokens."""
+    parts = source.split(_ROWS)
+    ready = [None] * len(parts) if rows is None else rows.split(_ROWS)
+    found = [layer.recall(part, own) for part, own in zip(parts, ready, strict=True)]
+    return torch.cat([memory.float() for memory in found])
+
+
+def _listen(layer: nn.Module) -> tuple[dict[str, torch.Tensor], list[Any]]:
+    """Sums of ``x x^T`` by matrix, growing as the layer is run, until the hooks are removed."""
+    sums: dict[str, torch.Tensor] = {}
+    modules = dict(layer.named_modules())
+    present = [(name, modules[path]) for name, path in _READERS.items() if path in modules]
+    return sums, [
+        module.register_forward_pre_hook(partial(_add_moment, sums, name))
+        for name, module in present
+    ]
+
+
+def _add_moment(
+    sums: dict[str, torch.Tensor], name: str, _: nn.Module, inputs: tuple[torch.Tensor]
+) -> None:
+    x = inputs[0].float().flatten(0, 1)
+    if name not in sums:
+        sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+    sums[name].addmm_(x.T, x)
+
+
+def _named(
+    sums: dict[str, torch.Tensor], path: str, count: int, config: Any
+) -> dict[str, np.ndarray]:
+    """Moments by the names of the graph's initialisers, in its columns."""
+    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    named = {}
+    for name, total in sums.items():
+        moment = total.div_(count).numpy()
+        if name == "self_attn.o_proj":
+            moment = widen_heads(widen_heads(moment, shape).T, shape)
+        named[f"{path}.{name}.weight".lstrip(".")] = moment
+    return named
+
+
+def matrix_quantizer(
+    source: Checkpoint, method: str | None, text: str | None, progress: Progress
+) -> QuantizeMatrix:
+    """What quantises a graph's matrices, to be called in the graph's order.
+
+    ``text`` is calibrated on, None takes the one that comes along; ``progress(layers done)`` is
+    called by a calibrated method. Raises ExportError for a text that the model cannot read.
+    """
+    if method != "gptq":
+        return quantize
+    tokens = text_tokens(source, text, fitting_text(), _TOKENS)
+    moments = InputMoments(source.network(), tokens, progress)
+
+    def with_feedback(
+        weight: np.ndarray, bits: int, block: int, scale_dtype: np.dtype, name: str
+    ) -> tuple[np.ndarray, np.ndarray]:
+        choose = Feedback(moments.of(name), bits, block)
+        return quantize(weight, bits, block, scale_dtype, name, choose)
+
+    return with_feedback

@@ -1,0 +1,112 @@
+"""Calibration of int8 keys and values: one step per channel, from what a network makes of text.
+
+The tokens of a calibration text are made here for the matrices' calibration too.
+
+A key is cached after the rotary embedding, which turns the pair (i, i + d/2) of a head by an angle
+that depends on the position. The length of the pair bounds both at every position, so that is what
+is measured; values are measured as they are.
+"""
+
+from __future__ import annotations
+
+from functools import partial
+from typing import Any
+
+import numpy as np
+import torch
+
+from edge_memllm.errors import ExportError
+from edge_memllm.text.tokenization import Tokenizer
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.blocks import KVScales
+from edge_memllm_export.text_files import fitting_text
+
+_TOKENS, _WINDOW = 8192, 1024
+# Other texts reach a little further than this one; what is beyond is clipped.
+_HEADROOM = 1.1
+_LARGEST_CODE = 127
+_SMALLEST_STEP = 1e-6  # of a channel that is zero on all of the text
+
+
+def kv_scales(source: Checkpoint, text: str | None) -> list[KVScales]:
+    """Steps for every layer, from the network's keys and values on the first tokens of a text.
+
+    None takes the text that comes along, or random tokens where there is no tokenizer.
+    """
+    network = source.network()
+    keys: dict[int, torch.Tensor] = {}
+    values: dict[int, torch.Tensor] = {}
+    config: Any = source.config
+    heads = config.num_key_value_heads
+    for number, layer in enumerate(network.model.layers):
+        keep_key = partial(_keep_largest_pair, keys, number, heads)
+        attention = layer.self_attn
+        keys_from = attention.k_norm if config.qk_norm else attention.k_proj
+        keys_from.register_forward_hook(keep_key)
+        attention.v_proj.register_forward_hook(partial(_keep_largest, values, number))
+    with torch.inference_mode():
+        window = min(_WINDOW, source.config.max_position_embeddings)
+        tokens = text_tokens(source, text, fitting_text(), _TOKENS)
+        for part in torch.tensor([tokens]).split(window, dim=1):
+            network.model(part, use_cache=False)
+    return [
+        KVScales(*(_steps(largest[number], heads) for largest in (keys, values)))
+        for number in range(len(keys))
+    ]
+
+
+def text_tokens(source: Checkpoint, text: str | None, otherwise: str, most: int) -> list[int]:
+    """The first tokens of `text`, or where that is None of `otherwise`; at most `most`.
+
+    Random tokens take the place of `otherwise` where the model has no tokenizer or not its own.
+    With a `text` that is an ExportError, and so is a text without tokens.
+    """
+    vocabulary = source.config.vocab_size
+    file = source.path / "tokenizer.json"
+    ids: list[int] = []
+    if file.is_file():
+        ids = Tokenizer(file.read_bytes()).encode(otherwise if text is None else text)[:most]
+    if ids and max(ids) < vocabulary:
+        return ids
+    if text is not None:
+        raise ExportError(
+            f"{file}: gives {len(ids)} tokens of the calibration text, the largest "
+            f"{max(ids, default=None)}; expected some of the model's {vocabulary}. Give a text "
+            "and the model's own tokenizer, or calibrate without a text."
+        )
+    return np.random.default_rng(0).integers(0, vocabulary, most).tolist()
+
+
+def _keep_largest(
+    found: dict[int, torch.Tensor], number: int, _: object, __: object, output: torch.Tensor
+) -> None:
+    """Keep the largest magnitude of each channel of [B, T, Hk * d]."""
+    _keep(found, number, output.float().abs().amax((0, 1)))
+
+
+def _keep_largest_pair(
+    found: dict[int, torch.Tensor],
+    number: int,
+    heads: int,
+    _: object,
+    __: object,
+    output: torch.Tensor,
+) -> None:
+    """Keep, for both channels of a rotated pair, the largest length of the pair.
+
+    The key is [B, T, Hk * d] or, out of its norm, [B, T, Hk, d].
+    """
+    halves = output.float().flatten(2).unflatten(-1, (heads, 2, -1))
+    lengths = halves.norm(dim=-2, keepdim=True).amax((0, 1))
+    _keep(found, number, lengths.expand(-1, 2, -1).flatten())
+
+
+def _keep(found: dict[int, torch.Tensor], number: int, largest: torch.Tensor) -> None:
+    """Keep what is larger than in the windows before."""
+    found[number] = torch.maximum(found.get(number, largest), largest)
+
+
+def _steps(largest: torch.Tensor, heads: int) -> np.ndarray:
+    """Float32 [Hk, head_dim]: the largest magnitude, with headroom, lands on the largest code."""
+    steps = largest.reshape(heads, -1).numpy() * (_HEADROOM / _LARGEST_CODE)
+    return np.maximum(steps, _SMALLEST_STEP).astype(np.float32)
