@@ -15,6 +15,7 @@ from time import perf_counter
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Ids, Logits
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import Cancellation
 from edge_memllm.process.forking import Workers
@@ -22,10 +23,6 @@ from edge_memllm.runtime_protocol import Runtime, StepLogits
 from edge_memllm.statistics import StepCosts
 from edge_memllm.table.source import RecordSource
 from edge_memllm.table.table import Fetched
-
-Ids = NDArray[np.int64]
-
-Logits = NDArray[np.float32]
 
 _NO_POSITION = np.empty((1, 0), np.int64)
 

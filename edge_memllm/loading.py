@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from edge_memllm.artifact.folder import Artifact, Progress
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import PREFILL_CHUNKS
@@ -23,6 +23,7 @@ from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
 from edge_memllm.model import Model
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.table import CACHE_BYTES
+from edge_memllm.progress import Progress
 from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
 from edge_memllm.statistics import give_back, process_memory

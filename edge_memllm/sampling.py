@@ -16,6 +16,7 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Logits
 from edge_memllm.checked_values import check_number, is_integer, is_number, wrong_value
 from edge_memllm.errors import EdgeMemLLMError
 
@@ -28,8 +29,7 @@ _SIGN = 0x8000
 _KEPT = np.int32(-0x70002000)  # of the shifted bits: sign, exponent and fraction
 _EXPONENTS_APART = np.float32(2.0**112)
 
-Logits = NDArray[np.float32]
-Ids = NDArray[np.intp]
+Indices = NDArray[np.intp]
 
 SEED_LIMIT = 1 << 64
 # A nucleus rarely holds more tokens than this; sorting them alone beats sorting the vocabulary.
@@ -297,7 +297,7 @@ class Room:
             self._wide = np.empty(logits.size, np.float32)
         return widen(logits, self._wide)
 
-    def of(self, size: int) -> tuple[Ids, NDArray[np.float64]]:
+    def of(self, size: int) -> tuple[Indices, NDArray[np.float64]]:
         """Return the ids [V] from 0 on, and [V] floats that are overwritten by the next token."""
         if len(self._ids) != size:
             self._ids, self._weights = np.arange(size), np.empty(size)
@@ -326,7 +326,7 @@ def penalize(logits: Logits, seen: Iterable[int], penalty: float) -> Logits:
 
 def candidates(
     logits: Logits, sampling: Sampling, room: Room | None = None
-) -> tuple[Ids, NDArray[np.float64]]:
+) -> tuple[Indices, NDArray[np.float64]]:
     """Return the ids that may be drawn and their probabilities, summing to about 1.
 
     Applies temperature (which must be above 0), top-k, top-p and min-p to logits [V]. The result
@@ -364,12 +364,12 @@ def owner(weights: NDArray[np.float64], point: float) -> int:
     return block * _BLOCK + int(entries[:-1].searchsorted(rest, side="right"))
 
 
-def _top_k(logits: Logits, k: int) -> Ids:
+def _top_k(logits: Logits, k: int) -> Indices:
     last = np.partition(logits, -k)[-k]
     return np.flatnonzero(logits >= last)
 
 
-def _nucleus(weights: NDArray[np.float64], top_p: float) -> Ids:
+def _nucleus(weights: NDArray[np.float64], top_p: float) -> Indices:
     """Return the fewest entries, likeliest first, whose share of the total reaches top_p."""
     target = top_p * weights.sum()
     order = _likeliest(weights, _NUCLEUS_GUESS)
@@ -380,7 +380,7 @@ def _nucleus(weights: NDArray[np.float64], top_p: float) -> Ids:
     return order[: int(reached.searchsorted(target)) + 1]
 
 
-def _likeliest(weights: NDArray[np.float64], count: int) -> Ids:
+def _likeliest(weights: NDArray[np.float64], count: int) -> Indices:
     """Return the ids of the `count` largest weights, largest first."""
     if count < weights.size:
         ids = np.argpartition(weights, -count)[-count:]

@@ -9,7 +9,6 @@ import errno
 import hashlib
 import os
 import stat
-from collections.abc import Callable
 from pathlib import Path
 from types import TracebackType
 from typing import Self
@@ -19,6 +18,7 @@ from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
 from edge_memllm.process.limits import close_file, reading
+from edge_memllm.progress import Progress
 
 # O_NONBLOCK: opening a pipe must not wait for a writer. Windows has only O_BINARY of these.
 _FLAGS = (
@@ -29,7 +29,6 @@ _FLAGS = (
     | getattr(os, "O_BINARY", 0)
 )
 
-Progress = Callable[[str, int, int], None]
 
 # Hashed while they are still in the processor's cache.
 _CHUNK_BYTES = 1 << 18

@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64
 
-from edge_memllm.codecs.codec import Bytes, Codec, Floats
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.codec import Codec
 from edge_memllm.codecs.wire import decode_wire
 from edge_memllm.readers import Region
 

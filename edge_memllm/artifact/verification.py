@@ -6,7 +6,6 @@ parity ladder to say.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from contextlib import closing
 
 import numpy as np
@@ -15,10 +14,9 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordBuffer, Section, sections
 from edge_memllm.errors import CorruptionError
+from edge_memllm.progress import Progress
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.table.table import Table
-
-Progress = Callable[[str, int, int], None]
 
 # Bytes of records held at once.
 _CHUNK_BYTES = 8 << 20

@@ -23,7 +23,6 @@ from edge_memllm.benchmark.machine import (
 from edge_memllm.benchmark.plan import Plan, Request, check_room
 from edge_memllm.benchmark.report import Cell, bandwidths, cells_of, compared, identities, reading
 from edge_memllm.benchmark.rounds import (
-    Progress,
     StorageReads,
     Worker,
     read_rounds,
@@ -31,6 +30,7 @@ from edge_memllm.benchmark.rounds import (
     trial_rounds,
 )
 from edge_memllm.errors import RuntimeUnavailableError
+from edge_memllm.progress import Progress
 
 
 def measure(request: Request, progress: Progress) -> dict[str, Any]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass, field
 from statistics import median
@@ -22,6 +22,7 @@ from edge_memllm import errors
 from edge_memllm.benchmark.machine import BandwidthSample, DeviceProbe, MemoryBandwidth
 from edge_memllm.benchmark.plan import FROM_STORAGE, Plan, Variant
 from edge_memllm.errors import EdgeMemLLMError
+from edge_memllm.progress import Progress
 
 _COMMAND = [sys.executable, "-m", "edge_memllm.benchmark.worker"]
 _KILLED = -9
@@ -29,8 +30,6 @@ _PATIENCE = 10.0  # seconds for a worker to end by itself
 
 _SINGLES = 33  # the first of the device's is not counted
 _BATCH = 256  # a chunk of a prompt on a CPU
-
-Progress = Callable[[str, int, int], None]
 
 
 class Worker:

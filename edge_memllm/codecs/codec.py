@@ -18,14 +18,8 @@ from typing import Protocol
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.codecs.wire import (
-    Bytes,
-    CodecSizes,
-    Floats,
-    Wire,
-    decode_wire,
-    wire_sizes,
-)
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.wire import CodecSizes, Wire, decode_wire, wire_sizes
 from edge_memllm.process.limits import available_processors
 
 MOST_CLASSES = 16

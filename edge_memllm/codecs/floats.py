@@ -6,7 +6,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
 from edge_memllm.codecs.grouped import SMALLEST_SCALE, extremes, in_steps, round_away_from_zero
 from edge_memllm.codecs.wire import wire_sizes
 from edge_memllm.errors import missing_extra

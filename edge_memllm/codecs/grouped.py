@@ -11,7 +11,8 @@ from abc import abstractmethod
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
 from edge_memllm.codecs.wire import pack, pack_nibbles, unpack, unpack_nibbles
 
 FLOAT16_MAX = 65504.0

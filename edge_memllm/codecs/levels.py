@@ -11,7 +11,8 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
 from edge_memllm.codecs.grouped import FLOAT16_MAX, GroupedCodec, Halves, extremes, in_steps
 from edge_memllm.codecs.wire import pack, unpack
 

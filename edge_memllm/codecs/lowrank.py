@@ -10,7 +10,8 @@ from __future__ import annotations
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, UnencodableRowError, Wire
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.codec import Codec, CodecSizes, UnencodableRowError, Wire
 
 
 class LowRankCodec(Codec):

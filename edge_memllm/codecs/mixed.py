@@ -15,14 +15,13 @@ from typing import NoReturn
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.codecs.codec import (
     PART_GROUPS,
     Allocation,
-    Bytes,
     Codec,
     CodecSizes,
     Fit,
-    Floats,
     TokenClass,
     Wire,
     check_classes,

@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import numpy as np
 
-from edge_memllm.codecs.codec import Bytes, Codec, CodecSizes, Floats, Wire
+from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
 from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps, steps_around
 from edge_memllm.codecs.wire import pack_nibbles, unpack_nibbles
 

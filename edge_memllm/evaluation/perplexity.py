@@ -9,7 +9,7 @@ from __future__ import annotations
 import math
 import re
 from array import array
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
 from typing import Any, Protocol
@@ -17,9 +17,11 @@ from typing import Any, Protocol
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Doubles, Logits
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.errors import RequestError
-from edge_memllm.feeding import Feeder, Logits
+from edge_memllm.feeding import Feeder
+from edge_memllm.progress import Counted
 from edge_memllm.request import check_tokens, start_token
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import require_finite
@@ -31,15 +33,12 @@ _AROUND = 128  # characters on each side of a cut that are tokenized with and wi
 _TRIES = 16
 _WORD_END = re.compile(r"(?<=\S)(?=\s)")
 
-Progress = Callable[[int, int], None]
 
 _CHUNK = 64  # positions whose logits are alive at once
 _LARGEST_EXPONENT = 700.0  # e to this is about the largest float
 
 _TOKENIZER = "tokenizer.json"
 _BLOCK_VALUES = 1 << 20  # logits turned into float64 at a time
-
-Values = NDArray[np.float64]
 
 
 class Predictor(Protocol):
@@ -183,7 +182,7 @@ def measure_perplexity(
     *,
     context: int | None = None,
     stride: int | None = None,
-    progress: Progress | None = None,
+    progress: Counted | None = None,
 ) -> Perplexity:
     """Measure a model on a text, in windows of `context` tokens that advance by `stride`.
 
@@ -302,7 +301,7 @@ class Divergence:
 
     model: Perplexity
     reference: Perplexity
-    kl: Values = field(repr=False)  # nats, of each predicted token, float64 [T]
+    kl: Doubles = field(repr=False)  # nats, of each predicted token, float64 [T]
     agreeing: int  # tokens for which both models hold the same token for the likeliest
 
     @property
@@ -336,7 +335,7 @@ def measure_divergence(
     *,
     context: int | None = None,
     stride: int | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
 ) -> Divergence:
     """Compare a model with a reference on a text, in the windows of `measure_perplexity`.
 
@@ -347,7 +346,7 @@ def measure_divergence(
     most = min(each.manifest.model.max_position_embeddings for each in (model, reference))
     context, stride = check_windows(context, stride, most)
     tokens = text_tokens(model, text)
-    parts: list[Values] = []
+    parts: list[Doubles] = []
     done = 0
     for part in _compare(model, reference, tokens.fed, context, stride):
         parts.append(part)
@@ -374,7 +373,7 @@ def combine_divergences(parts: Sequence[Divergence]) -> Divergence:
     )
 
 
-def divergences(truth: Logits, found: Logits) -> Values:
+def divergences(truth: Logits, found: Logits) -> Doubles:
     """Return KL(truth || found) in nats for each row of two arrays of logits [T, V].
 
     Computed in float64, a block of rows at a time; never below zero but by rounding, which is
@@ -388,13 +387,13 @@ def divergences(truth: Logits, found: Logits) -> Values:
     return np.maximum(np.concatenate(parts), 0)
 
 
-def _divergences(truth: Logits, found: Logits) -> Values:
+def _divergences(truth: Logits, found: Logits) -> Doubles:
     logs, other = _log_softmax(truth), _log_softmax(found)
-    result: Values = (np.exp(logs) * (logs - other)).sum(axis=1)
+    result: Doubles = (np.exp(logs) * (logs - other)).sum(axis=1)
     return result
 
 
-def _log_softmax(logits: Logits) -> Values:
+def _log_softmax(logits: Logits) -> Doubles:
     shifted = logits.astype(np.float64)
     shifted -= shifted.max(axis=1, keepdims=True)
     shifted -= np.log(np.exp(shifted).sum(axis=1, keepdims=True))
@@ -403,7 +402,7 @@ def _log_softmax(logits: Logits) -> Values:
 
 def _compare(
     model: Predictor, reference: Predictor, tokens: Sequence[int], context: int, stride: int
-) -> Iterator[Values]:
+) -> Iterator[Doubles]:
     """Yield [4, T]: divergence, agreement, loss of the model and of the reference."""
     both = (
         predictions(each.runtime, each.table, tokens, context=context, stride=stride)

@@ -7,17 +7,19 @@ the same. Knows items and likelihoods, nothing of files.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, Self
 
 import numpy as np
 
+from edge_memllm.arrays import Logits
 from edge_memllm.artifact.manifest import ModelSpec
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor, exponential, next_token_losses
 from edge_memllm.evaluation.task_files import Item, Kind, Task
-from edge_memllm.feeding import Feeder, Logits
+from edge_memllm.feeding import Feeder
+from edge_memllm.progress import Counted
 from edge_memllm.request import check_tokens, start_token
 from edge_memllm.text.tokenization import Tokenizer
 
@@ -206,9 +208,7 @@ class TaskResult:
         return found
 
 
-def measure_task(
-    model: Predictor, task: Task, progress: Callable[[int, int], None] | None = None
-) -> TaskResult:
+def measure_task(model: Predictor, task: Task, progress: Counted | None = None) -> TaskResult:
     """Score all items of a task, one after the other; each result depends on its item alone.
 
     `progress(done, total)` is called with items. Raises `RequestError` for an item that does not

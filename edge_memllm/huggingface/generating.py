@@ -13,17 +13,15 @@ from typing import Any, ClassVar, Self
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
+from edge_memllm.arrays import Logits
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import Feeder
 from edge_memllm.model import Model
 from edge_memllm.modeling.configuration import CACHE, one_cache
 from edge_memllm.runtime_protocol import KVCache
-
-Logits = NDArray[np.float32]
 
 _WANTED = ("output_attentions", "output_hidden_states")
 _GIVEN = ("cache_implementation", "prefill_chunk_size")

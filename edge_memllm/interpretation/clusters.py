@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import unicodedata
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,6 +18,7 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
+from edge_memllm.arrays import Floats, Ids, Mask
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.interpretation.findings import (
     Agreement,
@@ -37,8 +38,7 @@ from edge_memllm.interpretation.memory import (
     unit,
 )
 from edge_memllm.interpretation.tokens import Labelling, TokenTexts, labellings
-
-Mask = NDArray[np.bool_]
+from edge_memllm.progress import Counted, Progress
 
 _MOST_WORDS = 3  # properties in a label
 _LIKE = 3  # typical tokens
@@ -50,8 +50,6 @@ _SAME = 0.8  # of the tokens of two properties: one says it all
 _ENDING_LETTERS = (1, 2, 3, 4)
 _RARE = 0.002  # of the vocabulary: endings and scripts that fewer tokens have are left out
 
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 CANDIDATES = (8, 16, 32, 64)
 SAMPLE, JUDGED = 8192, 2000  # tokens that centres are found on, and that a silhouette is taken of
@@ -66,7 +64,6 @@ _PERPLEXITY = 30
 _COMPONENTS = 50  # that t-SNE is given, as its authors advise for long vectors
 _START = 1e-4  # standard deviation of where t-SNE starts, as in scikit-learn
 _LEAST = 1e-12
-Progress = Callable[[str, int, int], None]
 
 _TYPICAL = 12  # tokens shown of a cluster
 _MAP_POINTS = 600
@@ -255,7 +252,7 @@ def partition(features: Features, layer: int, clusters: int | None, seed: int) -
 
 
 def assign(
-    features: Features, partitions: Sequence[Partition], progress: Callable[[int, int], None]
+    features: Features, partitions: Sequence[Partition], progress: Counted
 ) -> list[Assignment]:
     """Return the clusters of all tokens for each of the partitions, in one pass."""
     clusters = np.zeros((len(partitions), features.vocabulary), np.int64)

@@ -6,12 +6,13 @@ docs/explain.md sets them beside the curves of the paper, which defines none of 
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats, Logits
 from edge_memllm.evaluation import Task, mean_result, measure_task
 from edge_memllm.evaluation.perplexity import (
     Predictor,
@@ -21,7 +22,6 @@ from edge_memllm.evaluation.perplexity import (
     predictions,
     text_tokens,
 )
-from edge_memllm.feeding import Logits
 from edge_memllm.interpretation.findings import Curve, GainGroup, GainSweep, LayerCurves
 from edge_memllm.interpretation.memory import (
     Features,
@@ -33,14 +33,12 @@ from edge_memllm.interpretation.memory import (
 )
 from edge_memllm.interpretation.texts import scaled_memory, without_layer
 from edge_memllm.mixed_precision.sensitivity import sample_windows
+from edge_memllm.progress import Counted, Progress
 
-Counted = Callable[[int, int], None]
 Window = NDArray[np.int64]
 
-Floats = NDArray[np.float32]
 
 NEIGHBOURS = 10
-Progress = Callable[[str, int, int], None]
 
 GAINS = (1.0, 0.9, 0.8, 0.7, 0.6, 0.5)
 _GRAPH, _SAMPLE = 2000, 8192  # tokens

@@ -5,7 +5,7 @@ Knows which analysis answers what, and what each needs; computes nothing itself.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -30,6 +30,7 @@ from edge_memllm.interpretation.keys import key_cards, similar_tokens, token_car
 from edge_memllm.interpretation.memory import Memory, NetworkRecords, TableMemory, check_layers
 from edge_memllm.interpretation.texts import measure_sentence
 from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.text.tokenization import Tokenizer
 
@@ -38,8 +39,6 @@ if TYPE_CHECKING:
     from edge_memllm.interpretation.findings import LayerClusters, LayerCurves, SimilarTokens
     from edge_memllm.interpretation.network import NetworkMemory
 
-
-Progress = Callable[[str, int, int], None]
 
 _TOKENIZER = "tokenizer.json"
 _OPSET = 0  # of no graph

@@ -11,12 +11,10 @@ from dataclasses import dataclass, fields, is_dataclass
 from typing import Any
 
 import numpy as np
-from numpy.typing import NDArray
+
+from edge_memllm.arrays import Doubles
 
 _DIGITS = 7  # what a float32 holds
-
-
-Floats = NDArray[np.float64]
 
 
 class Finding:
@@ -130,12 +128,12 @@ class DirectParts(Finding):
     out. `compute` is FFN-C, zeros where there is none.
     """
 
-    logit: Floats
-    mean_logit: Floats
-    embedding: Floats
-    attention: Floats
-    compute: Floats
-    memory: Floats
+    logit: Doubles
+    mean_logit: Doubles
+    embedding: Doubles
+    attention: Doubles
+    compute: Doubles
+    memory: Doubles
 
 
 @dataclass(frozen=True, slots=True, eq=False)
@@ -152,18 +150,18 @@ class Sentence(Finding):
     text: str
     tokens: tuple[Token, ...]
     targets: tuple[Token, ...]
-    log_probability: Floats
-    without_layer: Floats
-    without_memory: Floats
+    log_probability: Doubles
+    without_layer: Doubles
+    without_memory: Doubles
     direct: DirectParts | None = None
 
     @property
-    def layer_effect(self) -> Floats:
+    def layer_effect(self) -> Doubles:
         """What each layer's memory adds to the log-probability of each target, [T, L]."""
         return self.log_probability[:, None] - self.without_layer
 
     @property
-    def memory_effect(self) -> Floats:
+    def memory_effect(self) -> Doubles:
         """What all of the memory adds to the log-probability of each target, [T]."""
         return self.log_probability - self.without_memory
 

@@ -15,14 +15,9 @@ from functools import cached_property
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats, Ids
 from edge_memllm.errors import RequestError
-
-Values = NDArray[np.float32]
-Ids = NDArray[np.int64]
-
-
-Floats = NDArray[np.float32]
-Progress = Callable[[str, int, int], None]
+from edge_memllm.progress import Progress
 
 _CHUNK_BYTES = 32 << 20
 # Of the mean variance of the directions, added to each: keeps changes short where the vocabulary
@@ -38,10 +33,10 @@ class Highest:
 
     def __init__(self, count: int, columns: int) -> None:
         self._count = count
-        self.values: Values = np.empty((0, columns), np.float32)  # [<= count, C], falling
+        self.values: Floats = np.empty((0, columns), np.float32)  # [<= count, C], falling
         self.ids: Ids = np.empty((0, columns), np.int64)
 
-    def add(self, ids: Ids, values: Values) -> None:
+    def add(self, ids: Ids, values: Floats) -> None:
         """Take rows [N, C] of `ids` [N], none of which came before."""
         if len(ids) > self._count:  # sorting is for the few that may stay
             bound = -np.partition(-values, self._count - 1, axis=0)[self._count - 1]

@@ -6,12 +6,12 @@ a time. Knows a memory and texts of tokens; nothing of how it is shown.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats, Ids
 from edge_memllm.errors import RequestError
 from edge_memllm.interpretation.findings import (
     KeyCard,
@@ -30,11 +30,8 @@ from edge_memllm.interpretation.memory import (
     unit,
 )
 from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.progress import Counted, Progress
 from edge_memllm.request import check_positive, check_tokens
-
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
 
 _CHUNK_BYTES = 32 << 20
 
@@ -219,7 +216,7 @@ def similar_tokens(
     texts: TokenTexts,
     layers: Sequence[int],
     count: int = 10,
-    progress: Callable[[str, int, int], None] = lambda *_: None,
+    progress: Progress = lambda *_: None,
 ) -> tuple[SimilarTokens, ...]:
     """Return the `count` tokens most like each of `tokens`, in each layer and in all of them.
 
@@ -253,7 +250,7 @@ def _most_similar(
     ids: Ids,
     layers: Sequence[int],
     count: int,
-    progress: Callable[[int, int], None],
+    progress: Counted,
 ) -> dict[int | None, Highest]:
     wanted = {layer: unit(features.vectors(layer, ids)).T for layer in layers}
     best: dict[int | None, Highest] = {layer: Highest(count, len(ids)) for layer in layers}

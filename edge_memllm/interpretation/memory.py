@@ -6,17 +6,18 @@ table, which has rows and no keys.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Literal, Protocol
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor
+from edge_memllm.progress import Counted
 from edge_memllm.table.source import StoredRows
 from edge_memllm.table.table import Fetched, TableStatistics
 
@@ -24,10 +25,7 @@ if TYPE_CHECKING:
     from edge_memllm.interpretation.network import NetworkMemory
 
 
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
 Kind = Literal["coefficients", "rows"]
-Progress = Callable[[int, int], None]
 
 EMBEDDING = -1  # in place of a layer: the tokens' embeddings, for comparison
 _CHUNK_BYTES = 16 << 20
@@ -101,7 +99,7 @@ class Features(Protocol):
     def vectors(self, layer: int, ids: Ids) -> Floats:
         """Return [N, W] of distinct tokens [N]."""
 
-    def blocks(self, layers: Sequence[int], progress: Progress) -> Iterator[Block]:
+    def blocks(self, layers: Sequence[int], progress: Counted) -> Iterator[Block]:
         """Yield the vectors of every token in each of the layers, in no order to rely on.
 
         `progress(done, total)` counts a token once for each layer.
@@ -125,7 +123,7 @@ class ComputedFeatures:
             found[part] = self._some(layer, ids[part])
         return found
 
-    def blocks(self, layers: Sequence[int], progress: Progress) -> Iterator[Block]:
+    def blocks(self, layers: Sequence[int], progress: Counted) -> Iterator[Block]:
         """Yield the vectors of every token: one layer after the other."""
         done, total = 0, len(layers) * self.vocabulary
         for layer in layers:
@@ -192,7 +190,7 @@ class TableMemory:
             found[part] = _of_layer(layer, *source.rows(ids[part]))
         return found
 
-    def blocks(self, layers: Sequence[int], progress: Progress) -> Iterator[Block]:
+    def blocks(self, layers: Sequence[int], progress: Counted) -> Iterator[Block]:
         """Yield the vectors of every token: one pass, each chunk in all layers."""
         order = self._table.layout.stored_order(self.vocabulary)
         chunks = self._source(
@@ -205,7 +203,7 @@ class TableMemory:
             for layer in layers:
                 yield Block(layer, ids, _of_layer(layer, embedding, rows))
 
-    def _source(self, progress: Progress) -> StoredRows:
+    def _source(self, progress: Counted) -> StoredRows:
         return StoredRows(
             self._table, self._context, lambda stage, done, total: progress(done, total)
         )

@@ -18,14 +18,11 @@ import torch
 from numpy.typing import NDArray
 from torch.nn import functional
 
+from edge_memllm.arrays import Doubles, Floats, Ids
 from edge_memllm.errors import ArtifactError, RequestError
 from edge_memllm.interpretation.findings import DirectParts
-from edge_memllm.interpretation.findings import Floats as Doubles
 from edge_memllm.interpretation.head import Head
 from edge_memllm.modeling import MemoryLLMForCausalLM
-
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 
 class NetworkMemory:

@@ -7,13 +7,14 @@ files; the overlay's writer has them.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats, Ids
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import check_windows, text_tokens
 from edge_memllm.interpretation.head import Highest, WordDirections, vocabulary_spread
@@ -22,15 +23,13 @@ from edge_memllm.interpretation.suppression_effect import SuppressionEffect, mea
 from edge_memllm.interpretation.tokens import WordTokens, word_tokens
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
 from edge_memllm.overlays.table import OverlaidTable
+from edge_memllm.progress import Progress
 
 if TYPE_CHECKING:
     from edge_memllm.interpretation.explaining import Subject
 
 
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
 By = Literal["tokens", "rows", "keys"]
-Progress = Callable[[str, int, int], None]
 
 DEFAULT_MOST = 2000
 MOST_STRENGTH = 10

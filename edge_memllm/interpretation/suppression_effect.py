@@ -6,26 +6,23 @@ once. Works over any runtime and any source of records.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Doubles, Ids, Logits
 from edge_memllm.evaluation.perplexity import (
     divergences,
     exponential,
     next_token_losses,
     predictions,
 )
-from edge_memllm.feeding import Logits
 from edge_memllm.interpretation.findings import Finding
+from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import RecordSource
-
-Values = NDArray[np.float64]
-Ids = NDArray[np.int64]
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +77,8 @@ def measure_suppression(
     """
     total = sum(len(fed) - 1 for fed in texts)
     hits: list[NDArray[np.bool_]] = []
-    sides: list[list[Values]] = [[] for _ in (before, *afters)]
-    apart: list[list[Values]] = [[] for _ in afters]
+    sides: list[list[Doubles]] = [[] for _ in (before, *afters)]
+    apart: list[list[Doubles]] = [[] for _ in afters]
     done = 0
     for fed in texts:
         every = [
@@ -108,7 +105,7 @@ def measure_suppression(
     ]
 
 
-def _figures(logits: Logits, targets: Ids, words: Ids) -> Values:
+def _figures(logits: Logits, targets: Ids, words: Ids) -> Doubles:
     """[3, T] of one model: loss of the target, its rank, probability of all words."""
     losses = next_token_losses(logits, targets.tolist())
     own = np.take_along_axis(logits, targets[:, None], axis=1)
@@ -119,12 +116,12 @@ def _figures(logits: Logits, targets: Ids, words: Ids) -> Values:
     return np.stack([losses, ranks, mass])
 
 
-def _divergence_of_others(truth: Logits, found: Logits, words: Ids) -> Values:
+def _divergence_of_others(truth: Logits, found: Logits, words: Ids) -> Doubles:
     """KL divergence [T] of the predictions without the words."""
     return divergences(*(np.delete(each, words, axis=1) for each in (truth, found)))
 
 
-def _summed(figures: Values, hit: NDArray[np.bool_]) -> WordFigures:
+def _summed(figures: Doubles, hit: NDArray[np.bool_]) -> WordFigures:
     losses, ranks, mass = figures
     at = losses[hit]
     elsewhere = losses[~hit]
@@ -140,5 +137,5 @@ def _summed(figures: Values, hit: NDArray[np.bool_]) -> WordFigures:
     )
 
 
-def _perplexity(losses: Values) -> float:
+def _perplexity(losses: Doubles) -> float:
     return exponential(float(losses.mean())) if losses.size else 1.0

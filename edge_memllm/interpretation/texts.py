@@ -7,24 +7,24 @@ which the direct parts of a logit do not.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Doubles
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor, token_losses
 from edge_memllm.feeding import Feeder
-from edge_memllm.interpretation.findings import Floats, Sentence
+from edge_memllm.interpretation.findings import Sentence
 from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import KVCache, Runtime, StepLogits
 from edge_memllm.table.source import RecordSource
 from edge_memllm.text.tokenization import Tokenizer
-
-Progress = Callable[[str, int, int], None]
 
 _CHUNK = 64  # positions computed at once
 
@@ -126,7 +126,7 @@ def measure_sentence(
     with Feeder(runtime, table, 1, _CHUNK) as feeder:
         likeliest = int(feeder.prefill(0, ids).argmax())
     fed = [*ids, likeliest]
-    found: list[Floats] = []
+    found: list[Doubles] = []
     for number, mask in enumerate(_masks(layers)):
         gained = GainedRuntime(runtime, gain * mask)
         losses = token_losses(gained, table, fed, context=len(ids), stride=len(ids))

@@ -9,6 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Ids
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import long_text_tokens
 from edge_memllm.interpretation.findings import Finding, Token
@@ -19,7 +20,6 @@ _UNFINISHED = "\ufffd"  # what bytes decode to that are no character
 _BYTE = re.compile(r"<0x([0-9A-F]{2})>")  # how some vocabularies spell a byte
 _WORD_START = "\u2581"  # how some vocabularies spell a leading space
 
-Ids = NDArray[np.int64]
 
 UNLABELLED = -1
 _FEWEST = 40  # labelled tokens, without which a labelling says nothing

@@ -6,21 +6,21 @@ Knows rows, a runtime and a text's tokens by what they do; nothing of checkpoint
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Doubles, Floats, Ids
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.tensor_header import build_header
-from edge_memllm.codecs.codec import Allocation, Codec, Floats
+from edge_memllm.codecs.codec import Allocation, Codec
 from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision.sensitivity import (
     Candidates,
-    Ids,
     Sample,
     Subject,
     candidate_ids,
@@ -29,7 +29,8 @@ from edge_memllm.mixed_precision.sensitivity import (
     sample_windows,
     sensitivities,
 )
-from edge_memllm.mixed_precision.solver import Problem, Room, Solution, Values, solve
+from edge_memllm.mixed_precision.solver import Problem, Room, Solution, solve
+from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
 
 _WORD = re.compile(r"mixed-(\d+(?:\.\d+)?)")
@@ -38,8 +39,6 @@ _ANY_IDENTITY = "sha256:" + 64 * "0"
 _CLASSES = 8  # twice as many take off a twentieth of the divergence
 
 _MOST = 0.5  # times, for a token that the text lacks: less than one that it has
-
-Progress = Callable[[str, int, int], None]
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,7 +112,7 @@ class Sizing:
                 f"{self.described(least)} to {self.described(most)}. Choose a target in between."
             )
 
-    def fill(self, weights: Values, candidates: Candidates) -> tuple[Allocation, float]:
+    def fill(self, weights: Doubles, candidates: Candidates) -> tuple[Allocation, float]:
         """Return the best allocation that the target leaves room for, and its expected error.
 
         `weights` [V, L] say how much the relative error of each row counts. Call `check` before.
@@ -149,7 +148,7 @@ class Sizing:
         return Allocation(((codec,) * self.layout.layers,), class_of)
 
 
-def _allocation(solution: Solution, ids: tuple[str, ...], weights: Values) -> Allocation:
+def _allocation(solution: Solution, ids: tuple[str, ...], weights: Doubles) -> Allocation:
     """Return a solution as an allocation, the class of the heaviest tokens first."""
     sums = np.bincount(solution.class_of, weights.sum(axis=1))
     order = np.argsort(-sums / np.bincount(solution.class_of), kind="stable")
@@ -191,7 +190,7 @@ class MixedPlan:
     """Who gets which codec, and what that is expected to cost."""
 
     allocation: Allocation
-    shares: Values  # [V], how often each token will come
+    shares: Doubles  # [V], how often each token will come
     predicted_kl: float  # nats per token
     subject: Subject
 
@@ -236,7 +235,7 @@ def plan_allocation(
     return MixedPlan(allocation, shares, predicted, subject)
 
 
-def _all_energies(source: RowSource, vocab_size: int) -> Values:
+def _all_energies(source: RowSource, vocab_size: int) -> Doubles:
     chunks = source.chunks("energy", np.arange(vocab_size))
     found = np.concatenate([energies(rows) for _, rows in chunks])
     if not np.isfinite(found).all():

@@ -7,26 +7,24 @@ number is all there is to know. Works over any runtime; knows nothing of devices
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Doubles, Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.codec import Floats
 from edge_memllm.evaluation.perplexity import divergences
-from edge_memllm.mixed_precision.solver import Sizes, Values
+from edge_memllm.progress import Counted
 from edge_memllm.runtime_protocol import Runtime
 
 # Learned levels beat the fixed ones of as many bits; from 5 bits on even steps are as good.
 _NAMES = ("codebook2", "codebook3", "codebook4", "int5", "int6", "int8")
 _GROUPS = (128, 64, 32)
 
-Progress = Callable[[int, int], None]
-Ids = NDArray[np.int64]
 
 _PROBE = "int3-g32"
 _WINDOW = 256
@@ -40,8 +38,8 @@ class Candidates:
     """Codecs by id, their bytes for one layer [C], and their relative squared errors [L, C]."""
 
     ids: tuple[str, ...]
-    sizes: Sizes
-    errors: Values
+    sizes: NDArray[np.int64]
+    errors: Doubles
 
 
 def candidate_ids(width: int) -> tuple[str, ...]:
@@ -73,7 +71,7 @@ def coarse_rows(codec: Codec, rows: Floats, search: bool = False) -> Floats:
     return codec.decode(*codec.encode(rows, search=search and codec.searches), layers, width)
 
 
-def energies(rows: Floats) -> Values:
+def energies(rows: Floats) -> Doubles:
     """Return the sums of squares [N, L] of rows [N, L, D]."""
     return np.asarray(np.square(rows).sum(axis=2, dtype=np.float64))
 
@@ -98,8 +96,8 @@ class Subject:
         self._layout = layout
 
     def divergences(
-        self, rows: Floats, parts: Sequence[slice], progress: Progress = lambda done, total: None
-    ) -> Values:
+        self, rows: Floats, parts: Sequence[slice], progress: Counted = lambda done, total: None
+    ) -> Doubles:
         """Return the mean KL divergence in nats that `rows` [U, L, D] cause in place of the true.
 
         One figure for each of `parts`: the layers that are replaced, the others being true.
@@ -135,7 +133,7 @@ class Subject:
         return buffer
 
 
-def sensitivities(subject: Subject, progress: Progress) -> Values:
+def sensitivities(subject: Subject, progress: Counted) -> Doubles:
     """Return for each layer [L] the divergence in nats per squared error of a token's row."""
     sample = subject.sample
     coarse = coarse_rows(get_codec(_PROBE), sample.rows)

@@ -14,9 +14,7 @@ from itertools import pairwise
 import numpy as np
 from numpy.typing import NDArray
 
-Values = NDArray[np.float64]
-Sizes = NDArray[np.int64]
-
+from edge_memllm.arrays import Doubles
 
 _TURNS = 40  # at one price; they settle after about ten
 _HALVINGS = 24  # of the logarithm of the price: to a few millionths
@@ -52,7 +50,7 @@ class Step:
     chosen: int
 
 
-def layer_steps(sizes: Sizes, errors: Values) -> list[Step]:
+def layer_steps(sizes: NDArray[np.int64], errors: Doubles) -> list[Step]:
     """Return the steps of all layers, each layer's in their order with gains falling.
 
     `sizes` [C] are bytes of one layer by candidate, `errors` [L, C] what each layer loses by them.
@@ -64,7 +62,9 @@ def layer_steps(sizes: Sizes, errors: Values) -> list[Step]:
     ]
 
 
-def class_forms(steps: list[Step], sizes: Sizes, weights: Values, room: Room) -> list[Form]:
+def class_forms(
+    steps: list[Step], sizes: NDArray[np.int64], weights: Doubles, room: Room
+) -> list[Form]:
     """Return the forms of a class, one for each size that its records can have, sizes rising.
 
     `weights` [L] say how much the error of each layer counts in this class.
@@ -79,7 +79,7 @@ def class_forms(steps: list[Step], sizes: Sizes, weights: Values, room: Room) ->
     return [Form(*each) for each in forms.items()]
 
 
-def _hull_steps(layer: int, sizes: Sizes, errors: Values, smallest: int) -> list[Step]:
+def _hull_steps(layer: int, sizes: NDArray[np.int64], errors: Doubles, smallest: int) -> list[Step]:
     """Return the steps from the smallest candidate along the lower convex hull."""
     hull = [smallest]
     for place in np.lexsort((errors, sizes)).tolist():
@@ -96,7 +96,7 @@ def _hull_steps(layer: int, sizes: Sizes, errors: Values, smallest: int) -> list
     ]
 
 
-def _gain(sizes: Sizes, errors: Values, low: int, high: int) -> float:
+def _gain(sizes: NDArray[np.int64], errors: Doubles, low: int, high: int) -> float:
     return float((errors[low] - errors[high]) / (sizes[high] - sizes[low]))
 
 
@@ -104,9 +104,9 @@ def _gain(sizes: Sizes, errors: Values, low: int, high: int) -> float:
 class Problem:
     """What is to be stored. The error of token t in layer l is `weights[t, l] * errors[l, c]`."""
 
-    weights: Values  # [V, L]
-    errors: Values  # [L, C], of each candidate
-    sizes: Sizes  # [C], bytes of one layer
+    weights: Doubles  # [V, L]
+    errors: Doubles  # [L, C], of each candidate
+    sizes: NDArray[np.int64]  # [C], bytes of one layer
     room: Room
     classes: int  # at most
 
@@ -147,7 +147,7 @@ def solve(problem: Problem, budget: int) -> Solution:
     return _spend(problem, best, budget)
 
 
-def _prices(steps: list[Step], weights: Values) -> tuple[float, float]:
+def _prices(steps: list[Step], weights: Doubles) -> tuple[float, float]:
     """Return a price at which every step pays, and one at which none does."""
     gains, positive = [step.gain for step in steps], weights[weights > 0]
     if not (gains and positive.size):
@@ -170,7 +170,7 @@ def _settle(problem: Problem, steps: list[Step], price: float) -> Solution:
     return _solution(problem, class_of, forms)
 
 
-def _first_classes(weights: Values, classes: int) -> NDArray[np.int64]:
+def _first_classes(weights: Doubles, classes: int) -> NDArray[np.int64]:
     """Split the tokens by weight, the heaviest first, into classes of equally many."""
     order = np.argsort(-weights.sum(axis=1), kind="stable")
     class_of = np.empty(len(order), np.int64)
@@ -195,15 +195,15 @@ def _choose_forms(
     return list(dict.fromkeys(chosen))
 
 
-def _error(problem: Problem, weights: Values, form: Form) -> float:
+def _error(problem: Problem, weights: Doubles, form: Form) -> float:
     return float(weights @ problem.errors[np.arange(len(weights)), list(form.chosen)])
 
 
-def _errors(problem: Problem, forms: list[Form]) -> Values:
+def _errors(problem: Problem, forms: list[Form]) -> Doubles:
     """Return the error of every token in every form, [V, K]."""
     layers = np.arange(len(problem.errors))
     columns = [problem.errors[layers, list(form.chosen)] for form in forms]
-    errors: Values = problem.weights @ np.stack(columns, axis=1)
+    errors: Doubles = problem.weights @ np.stack(columns, axis=1)
     return errors
 
 

@@ -7,7 +7,6 @@ It puts the parts together; how a layer is fitted and what is learned is theirs.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -49,6 +48,7 @@ from edge_memllm.modeling.training import (
     save,
     token_file,
 )
+from edge_memllm.progress import Progress
 
 # model_type -> what its attention has that plain attention has not.
 _ATTENTION: dict[str, dict[str, bool]] = {
@@ -81,8 +81,6 @@ _CARRIED_FILES = (
 _GENERATION_FILE = "generation_config.json"
 # What the dense network has no say in.
 _CHOSEN = ("memory_intermediate_size", "memory_norm", "memory_source")
-
-Progress = Callable[[str, int, int], None]
 
 
 def dense_config(path: Path) -> MemoryLLMConfig:

@@ -9,7 +9,7 @@ alone is all that is known; of others it counts as one occurrence more.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,6 +17,7 @@ import torch
 from torch.nn import functional
 
 from edge_memllm.modeling.network import DecoderLayer, MemoryLLMForCausalLM, MemoryLLMModel, SwiGLU
+from edge_memllm.progress import Progress
 
 _CHUNK = 4096  # positions worked on at once
 _ROUNDS = 64  # in which neurons are dropped; one at a time is no better
@@ -26,7 +27,6 @@ _STEPS, _PASSES = 600, 16  # at least so many steps, and draws of each token in 
 _BATCH = 1024  # tokens a step, or the whole vocabulary where that is less
 _RATE = 5e-3  # for an FFN-M of 256 columns; less for wider ones
 
-Progress = Callable[[str, int, int], None]
 
 _BATCH_POSITIONS = 4096  # in a layer at once
 

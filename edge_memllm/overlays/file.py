@@ -20,6 +20,7 @@ from typing import TYPE_CHECKING, Any, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.atomic import WholeFile
 from edge_memllm.artifact.tensor_header import (
     DIGEST,
@@ -32,7 +33,6 @@ from edge_memllm.artifact.tensor_header import (
     tensor_views,
 )
 from edge_memllm.checked_values import Fields
-from edge_memllm.codecs.codec import Bytes, Floats
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.overlays.overlay import (
     LARGEST_FACTOR,
@@ -42,10 +42,10 @@ from edge_memllm.overlays.overlay import (
     Columns,
     Edit,
     Entries,
-    Ids,
     Operation,
     Overlay,
     OverlaySpec,
+    TokenIds,
     encode_rows,
     in_order,
     padded,
@@ -319,24 +319,26 @@ class OverlayWriter:
         # Room for the header: it says the digest, so it comes last.
         self._file.seek(Header(spec, 0, 0).size)
 
-    def replace(self, tokens: Ids, layers: Ids, rows: Floats) -> None:
+    def replace(self, tokens: TokenIds, layers: TokenIds, rows: Floats) -> None:
         """Replace rows by `rows` [n, D]: that of `tokens[i]` in `layers[i]` by `rows[i]`."""
         self._with_rows(tokens, layers, "replace", rows)
 
-    def replace_stored(self, tokens: Ids, layers: Ids, scales: Bytes, codes: Bytes) -> None:
+    def replace_stored(
+        self, tokens: TokenIds, layers: TokenIds, scales: Bytes, codes: Bytes
+    ) -> None:
         """Replace rows by rows that are in this overlay's codec already, bytes [n, ...]."""
         self._columns.extend(tokens, layers, "replace")
         self._append(padded(self._spec, scales, codes))
 
-    def add(self, tokens: Ids, layers: Ids, rows: Floats) -> None:
+    def add(self, tokens: TokenIds, layers: TokenIds, rows: Floats) -> None:
         """Add `rows` [n, D] to rows."""
         self._with_rows(tokens, layers, "add", rows)
 
-    def scale(self, tokens: Ids, layers: Ids, factor: float) -> None:
+    def scale(self, tokens: TokenIds, layers: TokenIds, factor: float) -> None:
         """Multiply n rows by a number."""
         self._columns.extend(tokens, layers, "scale", factor)
 
-    def blank(self, tokens: Ids, layers: Ids) -> None:
+    def blank(self, tokens: TokenIds, layers: TokenIds) -> None:
         """Make n rows zero."""
         self._columns.extend(tokens, layers, "blank")
 
@@ -369,7 +371,9 @@ class OverlayWriter:
     ) -> None:
         self._file.__exit__(kind, error, traceback)
 
-    def _with_rows(self, tokens: Ids, layers: Ids, operation: Operation, rows: Floats) -> None:
+    def _with_rows(
+        self, tokens: TokenIds, layers: TokenIds, operation: Operation, rows: Floats
+    ) -> None:
         stored = encode_rows(self._spec, rows, tokens, layers)
         self._columns.extend(tokens, layers, operation)
         self._append(stored)

@@ -23,12 +23,12 @@ from edge_memllm.errors import RequestError
 from edge_memllm.overlays.file import OverlayWriter, Written
 from edge_memllm.overlays.overlay import LARGEST_FACTOR, MOST_LAYERS, Edit, OverlaySpec
 from edge_memllm.overlays.table import plain_codec
+from edge_memllm.progress import Progress
 from edge_memllm.table.source import RecordSource
 
 _KEYS = ("tokens", "layers", "scale", "blank", "like", "strength")
 _WORD = re.compile(r"(?s).*")
 
-Progress = Callable[[str, int, int], None]
 
 _CHUNK_BYTES = 8 << 20  # of decoded rows
 

@@ -16,9 +16,10 @@ from typing import Any, Literal, get_args
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.codecs import Codec, UnencodableRowError, get_codec
-from edge_memllm.codecs.codec import Bytes, CodecSizes, Floats
+from edge_memllm.codecs.codec import CodecSizes
 from edge_memllm.errors import RequestError
 
 Operation = Literal["replace", "add", "scale", "blank"]
@@ -35,7 +36,7 @@ _NAME = re.compile(r"[A-Za-z0-9](?:[A-Za-z0-9._-]{0,62}[A-Za-z0-9_-])?")
 _RESERVED = ("all", "none")  # what an interactive session calls a choice
 _IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
 
-Ids = Sequence[int] | NDArray[Any]
+TokenIds = Sequence[int] | NDArray[Any]
 
 _LAYER_BITS = 16
 
@@ -245,8 +246,8 @@ class Columns:
 
     def extend(
         self,
-        tokens: Ids,
-        layers: Ids,
+        tokens: TokenIds,
+        layers: TokenIds,
         operation: Operation,
         factor: float = 1.0,
     ) -> None:
@@ -321,7 +322,7 @@ def places_of(operations: NDArray[np.uint8]) -> NDArray[np.uint32]:
     return (np.cumsum(rows) - rows).astype(np.uint32)
 
 
-def encode_rows(spec: OverlaySpec, rows: Floats, tokens: Ids, layers: Ids) -> Bytes:
+def encode_rows(spec: OverlaySpec, rows: Floats, tokens: TokenIds, layers: TokenIds) -> Bytes:
     """Return rows [n, D] as stored, [n, row_bytes].
 
     Raises `RequestError` for another width and for values that cannot be stored, naming where.

@@ -13,17 +13,15 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Bytes, Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import Codec, UnencodableRowError, get_codec
-from edge_memllm.codecs.codec import Bytes, Floats
 from edge_memllm.codecs.wire import decode_wire
 from edge_memllm.errors import RequestError
 from edge_memllm.overlays.overlay import OPERATIONS, Overlay
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.table.source import RecordSource
 from edge_memllm.table.table import Fetched, TableStatistics
-
-Ids = NDArray[np.int64]
 
 _LARGEST_SCALE = 65504.0  # of a float16
 

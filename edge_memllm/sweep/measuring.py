@@ -6,7 +6,7 @@ Returns plain data for JSON; knows nothing of where results are kept.
 from __future__ import annotations
 
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -16,11 +16,11 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Doubles, Floats
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.benchmark.machine import environment
 from edge_memllm.benchmark.worker import run_trial
 from edge_memllm.codecs import get_codec
-from edge_memllm.codecs.codec import Floats
 from edge_memllm.evaluation import (
     Divergence,
     combine_divergences,
@@ -32,6 +32,7 @@ from edge_memllm.evaluation.perplexity import text_tokens
 from edge_memllm.loading import load
 from edge_memllm.mixed_precision import target_of
 from edge_memllm.model import Model
+from edge_memllm.progress import Counted, Progress
 from edge_memllm.sweep.plan import Plan, SweepRequest
 from edge_memllm.table.source import RecordSource
 
@@ -39,9 +40,6 @@ _CHUNK_BYTES = 32 << 20
 # The classes a token is in by how often a text has it: from these counts on.
 CLASS_STARTS = (0, 1, 2, 10, 100, 1000)
 
-Sums = NDArray[np.float64]
-
-Progress = Callable[[str, int, int], None]
 
 _ARTIFACTS = "artifacts"
 _PROMPT, _NEW, _TRIALS = 32, 64, 5
@@ -82,7 +80,7 @@ def measure_rows(
     table: RecordSource,
     vocabulary: int,
     counts: NDArray[np.int64] | None = None,
-    progress: Callable[[int, int], None] | None = None,
+    progress: Counted | None = None,
 ) -> RowErrors:
     """Compare the rows of two tables of one model, token by token.
 
@@ -122,12 +120,12 @@ def _chunks(
         yield ids, buffers[0].rows(len(ids)), buffers[1].rows(len(ids))
 
 
-def _squares(values: Floats) -> Sums:
-    """Sums of squares [N, L] of values [N, L, D]."""
+def _squares(values: Floats) -> Doubles:
+    """Doubles of squares [N, L] of values [N, L, D]."""
     return np.asarray(np.square(values).sum(axis=2, dtype=np.float64))
 
 
-def _cosines(product: Sums, power: Sums, rows: Floats) -> Sums:
+def _cosines(product: Doubles, power: Doubles, rows: Floats) -> Doubles:
     """Cosines [N, L]; a row of zeros agrees with nothing but a row of zeros."""
     other = _squares(rows)
     norm = np.sqrt(power * other)
@@ -135,7 +133,7 @@ def _cosines(product: Sums, power: Sums, rows: Floats) -> Sums:
     return np.where(norm > 0, product / np.where(norm > 0, norm, 1), both_zero.astype(np.float64))
 
 
-def _rms(error: Sums, power: Sums, width: int) -> tuple[float, float]:
+def _rms(error: Doubles, power: Doubles, width: int) -> tuple[float, float]:
     """Root mean square of the error; and relative to that of the rows, 0 for rows of zeros."""
     total = float(power.sum())
     rms = float(np.sqrt(error.mean() / width))
@@ -143,7 +141,7 @@ def _rms(error: Sums, power: Sums, width: int) -> tuple[float, float]:
 
 
 def _classes(
-    counts: NDArray[np.int64] | None, error: Sums, power: Sums, width: int
+    counts: NDArray[np.int64] | None, error: Doubles, power: Doubles, width: int
 ) -> list[ClassError]:
     if counts is None:
         return []

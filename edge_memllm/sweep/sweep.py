@@ -6,7 +6,7 @@ What was measured with the same settings is not measured again, however the last
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,6 +16,7 @@ from edge_memllm.artifact.atomic import write_whole
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME
 from edge_memllm.errors import ExportError, RequestError
+from edge_memllm.progress import Progress
 from edge_memllm.sweep.measuring import Bench, artifact_path, open_model, remove_artifact
 from edge_memllm.sweep.plan import (
     Plan,
@@ -26,8 +27,6 @@ from edge_memllm.sweep.plan import (
     write_summary,
 )
 from edge_memllm.sweep.report import csv_text, report_page
-
-Progress = Callable[[str, int, int], None]
 
 _REFERENCE = "reference"
 _log = logging.getLogger(__name__)

@@ -6,18 +6,17 @@ The seam between whoever feeds a runtime and whatever holds the records.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
-from edge_memllm.codecs.codec import Floats
+from edge_memllm.progress import Progress
 from edge_memllm.table.table import Fetched, TableStatistics
-
-Progress = Callable[[str, int, int], None]
 
 # Decoded rows of a chunk. Freed blocks below 32 MB are used again, larger ones go back to the
 # system and are zeroed anew each time, which costs a fifth of the run.

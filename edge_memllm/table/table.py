@@ -14,6 +14,7 @@ from typing import Any, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import (
     CHECKSUM_BYTES,
@@ -27,7 +28,6 @@ from edge_memllm.artifact.layout import (
 )
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.tensor_header import LENGTH, check_header, header_length
-from edge_memllm.codecs.codec import Floats
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError, StorageError
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.readers import Reader, open_reader

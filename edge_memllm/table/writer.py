@@ -19,12 +19,12 @@ from typing import Self
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
+from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.atomic import reason, write_all
 from edge_memllm.artifact.layout import RecordLayout, checksum_seed, sections
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
 from edge_memllm.artifact.tensor_header import build_header
 from edge_memllm.codecs import UnencodableRowError, get_codec
-from edge_memllm.codecs.codec import Bytes, Floats
 from edge_memllm.errors import ExportError
 
 _FLAGS = (

@@ -11,7 +11,7 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableError
 from edge_memllm.mixed_precision import Target
 from edge_memllm.modeling.training import keep_to_quota
+from edge_memllm.progress import Progress
 from edge_memllm_export.architectures.memoryllm import (
     EXTERNAL_FILE,
     GRAPH_FILE,
@@ -84,7 +85,6 @@ COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 TABLE_FILE = "table.safetensors"
 
-Progress = Callable[[str, int, int], None]
 
 _log = logging.getLogger(__name__)
 

@@ -12,7 +12,7 @@ The first red rung names the fault: each relies only on those before it.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -28,6 +28,7 @@ from edge_memllm.errors import ArtifactError, ExportError
 from edge_memllm.evaluation.perplexity import next_token_losses
 from edge_memllm.feeding import Feeder
 from edge_memllm.modeling import MemoryLLMForCausalLM, TokenRows
+from edge_memllm.progress import Counted
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
@@ -50,7 +51,6 @@ LEAST_TOKENS = 128
 # Tokens times parameters: about two minutes of one modern core, in both models together.
 _TOKEN_PARAMETERS = 1 << 40
 
-Progress = Callable[[int, int], None]
 
 _SPREAD_TOKENS = 64
 _SEQUENCE = 48
@@ -170,7 +170,7 @@ def text_tokens(judged: JudgedArtifact, text: str, most: int) -> list[int]:
 
 
 def measure_quality(
-    judged: JudgedArtifact, ids: list[int], progress: Progress | None = None
+    judged: JudgedArtifact, ids: list[int], progress: Counted | None = None
 ) -> Quality:
     """Compare the artifact with its checkpoint on the tokens `ids`, in windows of their own."""
     window = min(_WINDOW, judged.artifact.manifest.model.max_position_embeddings)

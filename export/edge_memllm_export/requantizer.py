@@ -10,7 +10,7 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -28,6 +28,7 @@ from edge_memllm.feeding import Feeder
 from edge_memllm.mixed_precision import Target
 from edge_memllm.overlays import OverlaySpec, OverlayWriter
 from edge_memllm.overlays.making import Difference, differs
+from edge_memllm.progress import Progress
 from edge_memllm.table.source import StoredRows
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
@@ -55,7 +56,6 @@ _WIRE_INPUTS = ("memory_rows", "memory_codes", "memory_scales")
 
 _TOKENS = 64
 
-Progress = Callable[[str, int, int], None]
 
 # Codecs whose rows are as good as the network's: any other adds its own error to the new one's.
 _FAITHFUL = ("f32", "f16", "bf16")

@@ -7,7 +7,7 @@ another table.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -21,6 +21,7 @@ from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision import RowSource, Sizing, Target, plan_allocation
 from edge_memllm.modeling import MemoryLLMForCausalLM
+from edge_memllm.progress import Counted, Progress
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.writer import TableWriter
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
@@ -28,12 +29,8 @@ from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.text_files import TableText, table_text
 from edge_memllm_runtimes.torch_reference import TorchReference
 
-Progress = Callable[[str, int, int], None]
-
 _CHUNK_BYTES = 128 << 20
 _MOST_TOKENS = 1024  # beyond this a chunk only costs memory
-
-Counted = Callable[[int, int], None]
 
 
 @dataclass(frozen=True)

@@ -10,8 +10,8 @@ from __future__ import annotations
 from typing import TYPE_CHECKING
 
 import numpy as np
-from numpy.typing import NDArray
 
+from edge_memllm.arrays import Floats, Ids
 from edge_memllm.errors import ArtifactError
 from edge_memllm.readers.reader import OpenFile
 from edge_memllm_runtimes.graph_file import Tensor, read_graph
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
     from edge_memllm.interpretation.head import Head
 
-Floats = NDArray[np.float32]
-Ids = NDArray[np.int64]
 
 _NORM, _FLOAT = "model.norm.weight", "lm_head.weight"
 _CODES, _SCALES = "lm_head.weight_codes", "lm_head.weight_scales"

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from edge_memllm.arrays import Doubles
 from edge_memllm.cli.options import add_command, add_json, layer_list, positive_int
 from edge_memllm.cli.output import number, read_text, table, write_json
 from edge_memllm.errors import RequestError
@@ -21,7 +22,6 @@ if TYPE_CHECKING:
     from edge_memllm.interpretation.findings import (
         Curve,
         Explanation,
-        Floats,
         KeyCard,
         KeyUse,
         LayerClusters,
@@ -373,7 +373,7 @@ def _sentence(sentence: Sentence) -> str:
     return "\n\n".join(lines)
 
 
-def _parts(sentence: Sentence) -> dict[str, Floats]:
+def _parts(sentence: Sentence) -> dict[str, Doubles]:
     """The parts of the logits [T] by name, of all layers together; none without a network."""
     direct = sentence.direct
     if direct is None:

@@ -8,7 +8,8 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.interpretation.findings import Floats, Sentence
+from edge_memllm.arrays import Doubles
+from edge_memllm.interpretation.findings import Sentence
 from edge_memllm.interpretation.report.markup import (
     MINUS,
     Markup,
@@ -45,8 +46,8 @@ class Measure:
     name: str
     definition: str
     unit: str
-    total: Floats
-    layers: Floats
+    total: Doubles
+    layers: Doubles
 
     @property
     def total_limit(self) -> float:
@@ -76,7 +77,7 @@ def measures(sentence: Sentence) -> list[Measure]:
     found = [Measure("Effect of memory", EFFECT, "nats", *effect)]
     if sentence.direct is not None:
         for part, definition in _PARTS.items():
-            layers: Floats = getattr(sentence.direct, part)
+            layers: Doubles = getattr(sentence.direct, part)
             if part != "compute" or layers.any():
                 found.append(Measure(_NAMES[part], definition, "logit", layers.sum(axis=1), layers))
     return found
@@ -217,17 +218,17 @@ def _explained(sentence: Sentence) -> Markup:
     return note(words, exact)
 
 
-def _written(values: Floats) -> list[str]:
+def _written(values: Doubles) -> list[str]:
     return [figure(float(each), signed=True) for each in values]
 
 
-def _limit(values: Floats) -> float:
+def _limit(values: Doubles) -> float:
     """The size that all but a few stay within, so that one value does not pale the others."""
     finite = np.abs(values[np.isfinite(values)])
     return float(np.percentile(finite, _WITHIN)) if finite.size else 0.0
 
 
-def _rounded(values: Floats) -> list[Any]:
+def _rounded(values: Doubles) -> list[Any]:
     if values.ndim > 1:
         return [_rounded(each) for each in values]
     return [_short(float(each)) for each in values]

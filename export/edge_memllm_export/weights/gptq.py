@@ -48,7 +48,7 @@ _READERS = {
     "mlp.projections.1": "mlp.projections.1",
 }
 
-Progress = Callable[[int], None]
+LayersDone = Callable[[int], None]
 
 _TOKENS = 8192  # half or twice as many change nothing measurable
 
@@ -127,7 +127,7 @@ class InputMoments:
     """Second moments by the names of the graph's matrices, asked for in the graph's order."""
 
     def __init__(
-        self, network: MemoryLLMForCausalLM, tokens: list[int], progress: Progress
+        self, network: MemoryLLMForCausalLM, tokens: list[int], progress: LayersDone
     ) -> None:
         self._walk = _moments(network, tokens, progress)
         self._found: dict[str, np.ndarray] = {}
@@ -151,7 +151,7 @@ class InputMoments:
 
 @torch.no_grad()
 def _moments(
-    network: MemoryLLMForCausalLM, tokens: list[int], progress: Progress
+    network: MemoryLLMForCausalLM, tokens: list[int], progress: LayersDone
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the moments of every layer's matrices, then that of the head."""
     model, config = network.model, network.config
@@ -235,7 +235,7 @@ def _named(
 
 
 def matrix_quantizer(
-    source: Checkpoint, method: str | None, text: str | None, progress: Progress
+    source: Checkpoint, method: str | None, text: str | None, progress: LayersDone
 ) -> QuantizeMatrix:
     """What quantises a graph's matrices, to be called in the graph's order.
 
