@@ -1,7 +1,8 @@
-"""Shared fixtures: tiny random checkpoints of the whole family, built once per test run."""
+"""Shared fixtures: tiny random checkpoints of the whole family, built once per run, and more."""
 
 from __future__ import annotations
 
+import gc
 import json
 import os
 import shutil
@@ -13,6 +14,7 @@ import numpy as np
 import pytest
 
 from support.checkpoints import MakeArtifact, MakeCheckpoint, write_checkpoint
+from support.small_model import SmallArtifact, write_artifact, write_small_artifact
 
 # Some tests import onnxruntime by themselves, before the product does.
 os.environ.setdefault("ORT_DISABLE_TELEMETRY", "1")
@@ -82,6 +84,40 @@ def make_artifact(
 @pytest.fixture
 def random() -> np.random.Generator:
     return np.random.default_rng(0)
+
+
+@pytest.fixture(scope="module")
+def earlier_files_are_closed() -> None:
+    """Files that earlier tests left to the collector are closed before open ones are counted."""
+    gc.collect()
+
+
+@pytest.fixture
+def no_descriptor_is_left_open(earlier_files_are_closed: None) -> Iterator[None]:
+    before = len(os.listdir("/dev/fd"))
+    yield
+    assert len(os.listdir("/dev/fd")) == before
+
+
+@pytest.fixture
+def small(tmp_path: Path) -> SmallArtifact:
+    """A small random artifact of the test's own."""
+    return write_artifact(tmp_path / "artifact")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An artifact with the byte-level tokenizer, for the fake runtime; one for each file."""
+    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
+
+
+@pytest.fixture(scope="module")
+def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Any]:
+    """A running `support.browser.Browser`."""
+    from support.browser import running_browser
+
+    with running_browser(tmp_path_factory.mktemp("profile")) as started:
+        yield started
 
 
 @pytest.fixture

@@ -6,7 +6,7 @@ import os
 import shutil
 import socket
 import sys
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -19,19 +19,9 @@ from edge_memllm.table.table import Table
 from support.checkpoints import MakeArtifact
 from support.small_model import IDENTITY, OTHER_IDENTITY, SmallArtifact, flip, write_artifact
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
+
 HEADER = 4096
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> SmallArtifact:
-    return write_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left_open() -> Iterator[None]:
-    before = len(os.listdir("/dev/fd"))
-    yield
-    assert len(os.listdir("/dev/fd")) == before
 
 
 @pytest.fixture(params=["relative", "plain"])

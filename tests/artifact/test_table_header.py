@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import struct
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -17,14 +16,9 @@ from edge_memllm.artifact.manifest import FileSpec
 from edge_memllm.artifact.tensor_header import check_header
 from edge_memllm.errors import ArtifactError
 from edge_memllm.table.table import Table
-from support.small_model import SmallArtifact, flip, write_artifact
+from support.small_model import SmallArtifact, flip
 
 HEADER = 4096
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> SmallArtifact:
-    return write_artifact(tmp_path / "artifact")
 
 
 def header_of(small: SmallArtifact) -> dict[str, Any]:

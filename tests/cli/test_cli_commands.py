@@ -32,18 +32,6 @@ def report(capsys: pytest.CaptureFixture[str]) -> Any:
     return call
 
 
-@pytest.fixture
-def artifact(make_artifact: MakeArtifact) -> Path:
-    return make_artifact()
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 5, encoding="utf-8")
-    return path
-
-
 def failing(capsys: pytest.CaptureFixture[str], *words: object) -> str:
     """The message of a command that fails, and prints nothing else."""
     capsys.readouterr()

@@ -30,18 +30,6 @@ def report(capsys: pytest.CaptureFixture[str]) -> Any:
 
 
 @pytest.fixture
-def artifact(make_artifact: MakeArtifact) -> Path:
-    return make_artifact()
-
-
-@pytest.fixture
-def text(tmp_path: Path) -> Path:
-    path = tmp_path / "text.txt"
-    path.write_text("The quick brown fox jumps over the lazy dog. " * 5, encoding="utf-8")
-    return path
-
-
-@pytest.fixture
 def other(tmp_path: Path) -> Path:
     path = tmp_path / "other.txt"
     path.write_text("Something else.", encoding="utf-8")

@@ -12,17 +12,12 @@ import pytest
 
 from edge_memllm import Model, RequestError
 from support.engine import GatedRuntime
-from support.small_model import open_small_model, write_small_artifact
+from support.small_model import open_small_model
 
 
 @pytest.fixture
 def runtime() -> GatedRuntime:
     return GatedRuntime()
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
 
 
 @pytest.fixture

@@ -11,12 +11,7 @@ import edge_memllm
 from edge_memllm.errors import Cancellation, GenerationCancelledError
 from support.checkpoints import MakeArtifact
 from support.engine import GatedRuntime, wait_until
-from support.small_model import open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
+from support.small_model import open_small_model
 
 
 def test_a_stream_ends_within_one_token(folder: Path) -> None:

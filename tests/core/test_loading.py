@@ -17,11 +17,6 @@ from support.checkpoints import VOCABULARY, MakeArtifact
 from support.small_model import write_small_artifact
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
-
-
 def open_descriptors() -> set[str]:
     return set(os.listdir("/proc/self/fd"))
 

@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import json
 import threading
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -23,17 +22,6 @@ from support.small_model import (
 )
 
 PROMPTS = ["one", "and another one", "é"]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
-
-
-@pytest.fixture
-def model(folder: Path) -> Iterator[Model]:
-    with open_small_model(folder) as opened:
-        yield opened
 
 
 def scripted(folder: Path, text: str, *, end: bool = True) -> tuple[Model, ScriptedRuntime]:

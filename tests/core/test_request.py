@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -19,17 +18,6 @@ from edge_memllm.request import check_tokens, prompt_tokens, token_limit
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, EOS, VOCABULARY
 from support.small_model import CONTEXT, byte_tokenizer, open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
-
-
-@pytest.fixture
-def model(folder: Path) -> Iterator[Model]:
-    with open_small_model(folder) as opened:
-        yield opened
 
 
 class Untouchable(FakeRuntime):

@@ -5,7 +5,6 @@ from __future__ import annotations
 import gc
 import subprocess
 import sys
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -19,21 +18,10 @@ from edge_memllm.session import Session
 from support.checkpoints import MakeArtifact
 from support.engine import GatedRuntime, wait_until
 from support.overlays import row
-from support.small_model import CONTEXT, open_small_model, write_small_artifact
+from support.small_model import CONTEXT, open_small_model
 
 WARM = Sampling(temperature=0.9, repetition_penalty=1.3)
 PROMPT = "Once upon a time "
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
-
-
-@pytest.fixture
-def model(folder: Path) -> Iterator[Model]:
-    with open_small_model(folder) as opened:
-        yield opened
 
 
 def begun(model: Model, prompt: str = PROMPT, seed: int = 5) -> Session:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -18,24 +17,7 @@ from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of
 from edge_memllm.sampling import Steering
 from support.checkpoints import EOS, VOCABULARY
 from support.engine import WARM, GatedRuntime, held, serial, text_of, tokens_of, wait_until
-from support.small_model import open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
-
-
-@pytest.fixture
-def runtime() -> GatedRuntime:
-    return GatedRuntime()
-
-
-@pytest.fixture
-def model(folder: Path, runtime: GatedRuntime) -> Iterator[Model]:
-    with open_small_model(folder, runtime) as opened:
-        yield opened
-
+from support.small_model import open_small_model
 
 requests = st.builds(
     Request,

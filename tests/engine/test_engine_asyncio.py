@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections.abc import Iterator
-from pathlib import Path
 from typing import Any
 
 import pytest
@@ -14,23 +12,6 @@ from edge_memllm import Model
 from edge_memllm.engine import Engine, Request
 from edge_memllm.errors import DeadlineError
 from support.engine import GatedRuntime, held, serial, tokens_of, wait_until
-from support.small_model import open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
-
-
-@pytest.fixture
-def runtime() -> GatedRuntime:
-    return GatedRuntime()
-
-
-@pytest.fixture
-def model(folder: Path, runtime: GatedRuntime) -> Iterator[Model]:
-    with open_small_model(folder, runtime) as opened:
-        yield opened
 
 
 def test_replies_can_be_read_in_asyncio(model: Model) -> None:

@@ -7,7 +7,6 @@ import random as pseudo
 import threading
 import time
 import weakref
-from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -30,22 +29,6 @@ from edge_memllm_runtimes.kv_cache import KVBudget
 from support.checkpoints import VOCABULARY
 from support.engine import GatedRuntime, held, serial, tokens_of, wait_until
 from support.small_model import open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
-
-
-@pytest.fixture
-def runtime() -> GatedRuntime:
-    return GatedRuntime()
-
-
-@pytest.fixture
-def model(folder: Path, runtime: GatedRuntime) -> Iterator[Model]:
-    with open_small_model(folder, runtime) as opened:
-        yield opened
 
 
 def test_a_full_queue_refuses_and_recovers(model: Model, runtime: GatedRuntime) -> None:

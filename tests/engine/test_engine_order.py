@@ -2,32 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from functools import partial
 from pathlib import Path
-
-import pytest
 
 from edge_memllm import Model
 from edge_memllm.engine import Engine, Reply, Request
 from support.engine import GatedRuntime, held, serial
-from support.small_model import open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
-
-
-@pytest.fixture
-def runtime() -> GatedRuntime:
-    return GatedRuntime()
-
-
-@pytest.fixture
-def model(folder: Path, runtime: GatedRuntime) -> Iterator[Model]:
-    with open_small_model(folder, runtime) as opened:
-        yield opened
+from support.small_model import open_small_model
 
 
 class Noting:

@@ -15,28 +15,11 @@ from edge_memllm.errors import (
 )
 from edge_memllm.hub import HubModel, artifact_folder, checkpoint_folder
 from edge_memllm.hub.download import download_artifact
-from support.hub import FakeHub
-from support.small_model import write_small_artifact
+from support.checkpoints import files_of
+from support.hub import NAME, FakeHub
 
-NAME = "some/model"
 MODEL = HubModel(NAME)
 TABLE = "table.safetensors"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_small_artifact(tmp_path / "source").path
-
-
-@pytest.fixture
-def hub(empty_hub: FakeHub, folder: Path) -> FakeHub:
-    """One artifact, and beside it a file that its manifest does not name."""
-    empty_hub.add_folder(NAME, folder)["README.md"] = b"# words"
-    return empty_hub
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_local_folder_always_wins(hub: FakeHub, folder: Path) -> None:
@@ -56,7 +39,7 @@ def test_a_folder_that_is_missing_from_a_folder_is_not_looked_up(hub: FakeHub) -
 
 def test_only_what_the_manifest_names_is_downloaded(hub: FakeHub, folder: Path) -> None:
     found = artifact_folder(NAME)
-    assert content(found) == content(folder)
+    assert files_of(found) == files_of(folder)
     assert sorted(hub.downloads()) == sorted(file.name for file in folder.iterdir())
     assert not any(path.is_symlink() for path in found.iterdir())
     with Artifact.open(found) as artifact:
@@ -84,8 +67,8 @@ def test_another_readme_does_not_make_another_download(hub: FakeHub) -> None:
 def test_force_download_starts_from_nothing(hub: FakeHub, folder: Path) -> None:
     found = download_artifact(MODEL)
     (found / TABLE).write_bytes(bytes((found / TABLE).stat().st_size))  # the size is right
-    assert content(download_artifact(MODEL)) != content(folder)
-    assert content(download_artifact(MODEL, force_download=True)) == content(folder)
+    assert files_of(download_artifact(MODEL)) != files_of(folder)
+    assert files_of(download_artifact(MODEL, force_download=True)) == files_of(folder)
 
 
 def test_a_broken_connection_goes_on_where_it_broke(
@@ -93,7 +76,7 @@ def test_a_broken_connection_goes_on_where_it_broke(
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.DOWNLOAD_CHUNK_SIZE", 1000)
     hub.break_after[TABLE] = 5000
-    assert content(download_artifact(MODEL)) == content(folder)
+    assert files_of(download_artifact(MODEL)) == files_of(folder)
     assert [wanted for method, name, wanted in hub.asked if (method, name) == ("GET", TABLE)] == [
         "",
         "bytes=5000-",
@@ -122,7 +105,7 @@ def test_an_interrupted_download_goes_on_in_the_next_process(hub: FakeHub, folde
     hub.asked.clear()
     done = subprocess.run(command, env=environment, timeout=60, capture_output=True, text=True)
     assert done.returncode == 0, done.stderr
-    assert content(Path(done.stdout.strip())) == content(folder)
+    assert files_of(Path(done.stdout.strip())) == files_of(folder)
     assert ("GET", TABLE, "bytes=7000-") in hub.asked
 
 
@@ -168,7 +151,7 @@ def test_files_of_the_librarys_own_cache_are_taken_from_there(hub: FakeHub, fold
 
     snapshot_download(NAME)
     hub.asked.clear()
-    assert content(download_artifact(MODEL)) == content(folder)
+    assert files_of(download_artifact(MODEL)) == files_of(folder)
     assert hub.downloads() == []
 
 

@@ -19,35 +19,18 @@ from edge_memllm.errors import (
 )
 from edge_memllm.hub import HubModel, artifact_folder
 from edge_memllm.hub.download import download_artifact
-from support.hub import COMMIT, FakeHub, serving
-from support.small_model import write_small_artifact
+from support.checkpoints import files_of
+from support.hub import COMMIT, NAME, FakeHub, serving
 
-NAME = "some/model"
 MODEL = HubModel(NAME)
 TABLE = "table.safetensors"
-
-
-@pytest.fixture
-def folder(tmp_path: Path) -> Path:
-    return write_small_artifact(tmp_path / "source").path
-
-
-@pytest.fixture
-def hub(empty_hub: FakeHub, folder: Path) -> FakeHub:
-    """One artifact, and beside it a file that its manifest does not name."""
-    empty_hub.add_folder(NAME, folder)["README.md"] = b"# words"
-    return empty_hub
-
-
-def content(folder: Path) -> dict[str, bytes]:
-    return {file.name: file.read_bytes() for file in folder.iterdir()}
 
 
 def test_a_private_model_needs_the_token(hub: FakeHub, folder: Path) -> None:
     hub.token = "hf_secret"
     with pytest.raises(ArtifactError, match=r"no such model.*or it is private.*hf auth login"):
         download_artifact(MODEL, token=False)
-    assert content(download_artifact(MODEL, token="hf_secret")) == content(folder)
+    assert files_of(download_artifact(MODEL, token="hf_secret")) == files_of(folder)
 
 
 def test_the_token_does_not_leave_the_hub(hub: FakeHub, folder: Path) -> None:
@@ -56,7 +39,7 @@ def test_the_token_does_not_leave_the_hub(hub: FakeHub, folder: Path) -> None:
     with serving(store):
         # By another name: before 2.0 the library took every port of a host for the Hub.
         hub.moved_to = store.endpoint.replace("127.0.0.1", "localhost")
-        assert content(download_artifact(MODEL, token="hf_secret")) == content(folder)
+        assert files_of(download_artifact(MODEL, token="hf_secret")) == files_of(folder)
     assert sorted(store.downloads()) == sorted(file.name for file in folder.iterdir())
 
 
@@ -121,7 +104,7 @@ def test_damaged_bytes_are_found_and_not_kept(hub: FakeHub, folder: Path) -> Non
     with pytest.raises(CorruptionError, match=r"table\.safetensors has arrived with sha256 .*Try"):
         download_artifact(MODEL)
     hub.files[NAME][TABLE] = whole
-    assert content(download_artifact(MODEL)) == content(folder)
+    assert files_of(download_artifact(MODEL)) == files_of(folder)
 
 
 @pytest.mark.parametrize("name", ["manifest.json", "graph.onnx", TABLE])
@@ -135,7 +118,7 @@ def test_a_server_that_never_ends_is_left(
     kept = sum(each.stat().st_size for each in tmp_path.rglob("*") if each.is_file())
     assert kept < 20 << 20
     hub.endless = None
-    assert content(download_artifact(MODEL, force_download=True)) == content(folder)
+    assert files_of(download_artifact(MODEL, force_download=True)) == files_of(folder)
 
 
 def test_an_unfinished_file_that_is_too_long_starts_anew(hub: FakeHub, folder: Path) -> None:
@@ -143,7 +126,7 @@ def test_an_unfinished_file_that_is_too_long_starts_anew(hub: FakeHub, folder: P
     (found / ".partial").mkdir()
     (found / ".partial" / TABLE).write_bytes(bytes(10 + (found / TABLE).stat().st_size))
     (found / TABLE).unlink()
-    assert content(download_artifact(MODEL)) == content(folder)
+    assert files_of(download_artifact(MODEL)) == files_of(folder)
 
 
 def test_a_full_disk_is_seen_before_anything_comes(

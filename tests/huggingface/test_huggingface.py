@@ -1,14 +1,12 @@
 from __future__ import annotations
 
 import gc
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     DynamicCache,
 )
 
@@ -16,25 +14,8 @@ from edge_memllm.errors import RequestError
 from edge_memllm.huggingface import EdgeMemLLMConfig, EdgeMemLLMForCausalLM
 from edge_memllm.huggingface.generating import GenerationCache
 from edge_memllm.modeling.configuration import CACHE
-from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
-from support.hub import EXACT, GREEDY, TEXT, ids, padded
-
-
-@pytest.fixture(scope="module")
-def path(make_artifact: MakeArtifact) -> Path:
-    return make_artifact(**EXACT)
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Iterator[EdgeMemLLMForCausalLM]:
-    """In chunks of 5 tokens, so that prompts here have several."""
-    with EdgeMemLLMForCausalLM.from_pretrained(path, threads=1, prefill_chunk=5) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def network(make_checkpoint: MakeCheckpoint) -> Any:
-    return AutoModelForCausalLM.from_pretrained(make_checkpoint()).eval()
+from support.checkpoints import VOCABULARY
+from support.hub import GREEDY, TEXT, ids, padded
 
 
 def reference(network: Any, inputs: dict[str, torch.Tensor]) -> torch.Tensor:

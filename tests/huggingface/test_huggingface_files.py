@@ -5,7 +5,6 @@ import os
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,20 +14,8 @@ import torch
 
 from edge_memllm.errors import ArtifactError, RequestError, RuntimeUnavailableError
 from edge_memllm.huggingface import EdgeMemLLMForCausalLM
-from support.checkpoints import EOS, MakeArtifact, MakeCheckpoint, files_of
+from support.checkpoints import EOS, MakeCheckpoint, files_of
 from support.hub import EXACT, GREEDY, FakeHub, ids
-
-
-@pytest.fixture(scope="module")
-def path(make_artifact: MakeArtifact) -> Path:
-    return make_artifact(**EXACT)
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Iterator[EdgeMemLLMForCausalLM]:
-    """In chunks of 5 tokens, so that prompts here have several."""
-    with EdgeMemLLMForCausalLM.from_pretrained(path, threads=1, prefill_chunk=5) as opened:
-        yield opened
 
 
 def test_saved_is_the_same_artifact(

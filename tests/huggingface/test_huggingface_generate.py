@@ -1,13 +1,11 @@
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from transformers import (
-    AutoModelForCausalLM,
     PreTrainedTokenizerFast,
     StoppingCriteriaList,
     pipeline,
@@ -16,25 +14,8 @@ from transformers.generation.streamers import BaseStreamer
 
 from edge_memllm.errors import RequestError
 from edge_memllm.huggingface import EdgeMemLLMForCausalLM
-from support.checkpoints import BOS, CONTEXT, EOS, VOCABULARY, MakeArtifact, MakeCheckpoint
-from support.hub import EXACT, GREEDY, TEXT, ids, padded
-
-
-@pytest.fixture(scope="module")
-def path(make_artifact: MakeArtifact) -> Path:
-    return make_artifact(**EXACT)
-
-
-@pytest.fixture(scope="module")
-def model(path: Path) -> Iterator[EdgeMemLLMForCausalLM]:
-    """In chunks of 5 tokens, so that prompts here have several."""
-    with EdgeMemLLMForCausalLM.from_pretrained(path, threads=1, prefill_chunk=5) as opened:
-        yield opened
-
-
-@pytest.fixture(scope="module")
-def network(make_checkpoint: MakeCheckpoint) -> Any:
-    return AutoModelForCausalLM.from_pretrained(make_checkpoint()).eval()
+from support.checkpoints import BOS, CONTEXT, EOS, VOCABULARY
+from support.hub import GREEDY, TEXT, ids, padded
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import pytest
 
 from edge_memllm.interpretation.report import html_page
 from edge_memllm.interpretation.report.markup import figure, visible
-from support.browser import Browser, Page, running_browser
+from support.browser import Browser, Page
 from support.interpretation import HOSTILE, explanation
 
 LAYERS, POINTS = 3, 300
@@ -20,12 +20,6 @@ def report(tmp_path_factory: pytest.TempPathFactory) -> Path:
     path = tmp_path_factory.mktemp("report") / "report.html"
     path.write_text(html_page(explanation(LAYERS, points=POINTS)), encoding="utf-8")
     return path
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with running_browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
 
 
 @pytest.fixture

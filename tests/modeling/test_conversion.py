@@ -27,11 +27,6 @@ from edge_memllm_export import export_model
 from support.checkpoints import FAMILIES, change_config, write_dense
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 @pytest.fixture
 def text(tmp_path: Path) -> str:
     path = tmp_path / "text.txt"

@@ -36,11 +36,6 @@ def text(tmp_path: Path) -> str:
     return str(path)
 
 
-@pytest.fixture(autouse=True)
-def one_thread() -> None:
-    torch.set_num_threads(1)
-
-
 class TestTrain:
     def test_learns_and_saves_a_loadable_checkpoint(self, text: str, tmp_path: Path) -> None:
         record = train(recipe_for(text, steps=30, learning_rate=5e-3), tmp_path / "out")

@@ -24,15 +24,10 @@ from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from support.checkpoints import HIDDEN, LAYERS, MakeArtifact
 from support.overlays import row
-from support.small_model import open_small_model, write_small_artifact
+from support.small_model import open_small_model
 
 PROMPT = "one and another"
 TEXT = "The quick brown fox jumps over the lazy dog. " * 3
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
 
 
 @pytest.fixture

@@ -40,18 +40,6 @@ def untouched() -> np.ndarray:
     return mask
 
 
-@pytest.fixture
-def small(tmp_path: Path) -> SmallArtifact:
-    return write_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture
-def table(small: SmallArtifact) -> Iterator[Table]:
-    table = open_table(small)
-    yield table
-    table.close()
-
-
 # --- operations and wire forms ---------------------------------------------------------------
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -21,23 +21,7 @@ from edge_memllm.overlays.file import COLUMNS, Header
 from support.overlays import every_operation, spec
 from support.small_model import flip
 
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left_open() -> Iterator[None]:
-    before = len(os.listdir("/dev/fd"))
-    yield
-    assert len(os.listdir("/dev/fd")) == before
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a.overlay.safetensors"
-
-
-@pytest.fixture
-def written(path: Path) -> Path:
-    write_overlay(path, spec(), every_operation())
-    return path
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
 
 
 def metadata(path: Path, change: Callable[[dict[str, Any]], None]) -> None:

@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -29,25 +28,9 @@ from support import TESTS
 from support.overlays import every_operation, made, row, spec
 from support.small_model import OTHER_IDENTITY, model_spec, write_artifact
 
+pytestmark = pytest.mark.usefixtures("no_descriptor_is_left_open")
+
 CODECS = ("f32", "f16", "int8-g32", "int8-g64", "int4-g32", "int4-g64")
-
-
-@pytest.fixture(autouse=True)
-def no_descriptor_is_left_open() -> Iterator[None]:
-    before = len(os.listdir("/dev/fd"))
-    yield
-    assert len(os.listdir("/dev/fd")) == before
-
-
-@pytest.fixture
-def path(tmp_path: Path) -> Path:
-    return tmp_path / "a.overlay.safetensors"
-
-
-@pytest.fixture
-def written(path: Path) -> Path:
-    write_overlay(path, spec(), every_operation())
-    return path
 
 
 def same(left: Overlay, right: Overlay) -> bool:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -28,18 +27,6 @@ from support.overlays import laid_over, open_table, spec
 from support.small_model import OTHER_IDENTITY, SmallArtifact, file_spec, write_artifact
 
 EVERY = np.arange(24)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> SmallArtifact:
-    return write_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture
-def table(small: SmallArtifact) -> Iterator[Table]:
-    table = open_table(small)
-    yield table
-    table.close()
 
 
 # --- by hand ---------------------------------------------------------------------------------
@@ -143,11 +130,6 @@ def test_a_file_of_edits_that_is_wrong(tmp_path: Path, content: str, message: st
 
 
 # --- from another table ----------------------------------------------------------------------
-
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "o.overlay.safetensors"
 
 
 @pytest.mark.parametrize("codec", ["int8-g32", "f16", "f32"])

@@ -20,12 +20,6 @@ from edge_memllm_export import checkpoint_difference, export_model
 from support.checkpoints import MakeCheckpoint, change_config
 from support.overlays import row
 
-
-@pytest.fixture
-def out(tmp_path: Path) -> Path:
-    return tmp_path / "o.overlay.safetensors"
-
-
 Change = Callable[[dict[str, np.ndarray]], None]
 
 

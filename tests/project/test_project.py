@@ -60,6 +60,10 @@ def test_every_file_is_short() -> None:
     assert not too_long
 
 
+def test_every_test_lies_in_the_folder_of_its_part() -> None:
+    assert not list((ROOT / "tests").glob("test_*.py"))
+
+
 def test_the_wheel_holds_every_module_and_its_data(tmp_path: Path) -> None:
     source = tmp_path / "source"
     source.mkdir()

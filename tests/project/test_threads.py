@@ -16,15 +16,10 @@ from edge_memllm.errors import Cancellation, GenerationCancelledError
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of
 from support.checkpoints import MakeArtifact
 from support.overlays import row
-from support.small_model import open_small_model, write_small_artifact
+from support.small_model import open_small_model
 
 PROMPT = "one and another"
 WARM = Sampling(temperature=0.8)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("model") / "artifact").path
 
 
 def overlay(model: Model, name: str, letter: str) -> Overlay:

@@ -6,7 +6,7 @@ import errno
 import os
 import struct
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -15,22 +15,13 @@ import numpy as np
 import pytest
 
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.readers import Reader, Region, open_reader, reader_names
+from edge_memllm.readers import Reader, open_reader, reader_names
 from edge_memllm.readers import reader as open_file_module
 from edge_memllm.readers.pread import PreadReader
+from support.tables import REGION, SIZE, START, buffers, is_closed, open_, views
 
-# In the middle of a file of 6000 bytes, and aligned to nothing.
-REGION = Region(start=100, size=5000, record_bytes=1000, stride=1000)
-START, SIZE = REGION.start, REGION.size
 KINDS = ("pread", "seek", "direct", "uring", "mmap", "ram")
 Open = Callable[[], Reader]
-
-
-@pytest.fixture
-def path(tmp_path: Path, random: np.random.Generator) -> Path:
-    path = tmp_path / "table"
-    path.write_bytes(random.bytes(6000))
-    return path
 
 
 @pytest.fixture(params=KINDS)
@@ -49,27 +40,6 @@ def kind(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch, path: 
 def without_posix(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delattr(os, "preadv")
     monkeypatch.delattr(os, "posix_fadvise")
-
-
-def open_(kind: str, path: Path) -> Reader:
-    file = os.open(path, os.O_RDONLY)
-    return open_reader("pread" if kind == "seek" else kind, file, str(path), REGION)
-
-
-def buffers(sizes: Sequence[Sequence[int]]) -> list[list[bytearray]]:
-    return [[bytearray(size) for size in parts] for parts in sizes]
-
-
-def views(targets: list[list[bytearray]]) -> list[list[memoryview]]:
-    return [[memoryview(part) for part in parts] for parts in targets]
-
-
-def is_closed(file: int) -> bool:
-    try:
-        os.fstat(file)
-    except OSError:
-        return True
-    return False
 
 
 # --- every reader ----------------------------------------------------------------------------

@@ -15,7 +15,6 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_readers import buffers, is_closed, views
 
 from edge_memllm.errors import RequestError, StorageError
 from edge_memllm.readers import Region, open_reader, uring
@@ -24,6 +23,7 @@ from edge_memllm.readers import uring as ring
 from edge_memllm.readers.direct import DirectReader
 from edge_memllm.readers.reader import Arena, Span
 from edge_memllm.readers.uring import Ring, UringReader
+from support.tables import buffers, is_closed, views
 
 REGION = Region(start=4096, size=300 * 2560, record_bytes=2500, stride=2560)
 OFFSETS = [REGION.start + i * REGION.stride for i in range(REGION.count)]

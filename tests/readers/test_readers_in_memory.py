@@ -10,14 +10,12 @@ import sys
 from pathlib import Path
 
 import pytest
-from test_readers import REGION, SIZE, START, buffers, is_closed, open_, path, views
 
 from edge_memllm.errors import StorageError
 from edge_memllm.readers import Region, open_reader
 from edge_memllm.readers import in_memory as ram
 from edge_memllm.readers.in_memory import MmapReader
-
-__all__ = ["path"]  # a fixture
+from support.tables import REGION, SIZE, START, buffers, is_closed, open_, views
 
 
 @pytest.mark.parametrize("name", ["ram", "mmap"])

@@ -20,12 +20,7 @@ from edge_memllm.server.application import POLICY, page_routes
 from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import EOS, VOCABULARY
 from support.server import MODEL_ID, TEMPLATE, Served, serving, serving_small
-from support.small_model import CONTEXT, byte_tokenizer, open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
+from support.small_model import CONTEXT, byte_tokenizer, open_small_model
 
 
 @pytest.fixture(scope="module")

@@ -14,16 +14,10 @@ from edge_memllm.server.fields import BodyFields
 from edge_memllm.server.parameters import PARAMETERS, Endpoint, honoured, not_honoured, same
 from edge_memllm.server.service import Service
 from support import ROOT
-from support.server import HELLO, Served, chat, complete, reading, refusal, serving_small
+from support.server import HELLO, Served, chat, complete, refusal, serving_small
 from support.small_model import write_small_artifact
 
 READ = {"completions": complete, "chat": chat}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with reading(tmp_path_factory.mktemp("reading")) as found:
-        yield found
 
 
 NOTHING = [

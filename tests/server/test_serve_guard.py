@@ -17,15 +17,9 @@ from edge_memllm.server.guard import (
 )
 from edge_memllm.server.settings import Settings
 from support.server import Served, serving_small
-from support.small_model import write_small_artifact
 
 KEYS = ("first-long-key", "second-long-key")
 ORIGIN = "https://example.org"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
 
 
 @pytest.fixture(scope="module")

@@ -16,14 +16,9 @@ import pytest
 from edge_memllm import Sampling
 from support.engine import GatedRuntime, wait_until
 from support.server import Served, busy, serving_small
-from support.small_model import open_small_model, write_small_artifact
+from support.small_model import open_small_model
 
 SLOTS, QUEUE = 2, 4
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
 
 
 @pytest.fixture

@@ -25,7 +25,6 @@ from edge_memllm.server.settings import Limits
 from edge_memllm.text.tokenization import Tokenizer
 from support.engine import GatedRuntime, wait_until
 from support.server import TEMPLATE, Served, serving_small
-from support.small_model import write_small_artifact
 
 LIMITS = Limits(
     body_bytes=1 << 20,
@@ -39,11 +38,6 @@ LIMITS = Limits(
 )
 ZIPPED = gzip.compress(b'{"prompt": "x"}', mtime=0)
 LONG = 6000  # characters of a prompt that takes a while, here
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
 
 
 @pytest.fixture(scope="module")

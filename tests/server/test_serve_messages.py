@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -12,13 +11,7 @@ from edge_memllm.engine import Engine
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Settings
 from edge_memllm.text.chat import ChatTemplate
-from support.server import MODEL_ID, chat, reading, refusal
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with reading(tmp_path_factory.mktemp("reading")) as found:
-        yield found
+from support.server import MODEL_ID, chat, refusal
 
 
 @pytest.mark.parametrize(

@@ -3,22 +3,15 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
 
 from edge_memllm.server.service import Service
 from support.checkpoints import VOCABULARY
-from support.server import HELLO, complete, reading, refusal
+from support.server import HELLO, complete, refusal
 
 NO_SCHEMA = {"name": "a", "schema": 1}
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with reading(tmp_path_factory.mktemp("reading")) as found:
-        yield found
 
 
 @pytest.mark.parametrize(

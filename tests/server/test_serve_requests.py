@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -14,13 +13,7 @@ from edge_memllm.server.calls import read_chat, read_completion
 from edge_memllm.server.fields import ApiError, BodyFields, shown
 from edge_memllm.server.service import Service
 from support.checkpoints import BOS, VOCABULARY
-from support.server import HELLO, MODEL_ID, chat, complete, reading
-
-
-@pytest.fixture(scope="module")
-def service(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Service]:
-    with reading(tmp_path_factory.mktemp("reading")) as found:
-        yield found
+from support.server import HELLO, MODEL_ID, chat, complete
 
 
 def test_what_is_left_out_comes_from_the_artifact_and_from_openai(service: Service) -> None:

@@ -16,14 +16,8 @@ from edge_memllm import StorageError
 from edge_memllm.server.settings import Limits
 from support.engine import GatedRuntime, wait_until
 from support.server import HELLO, TEMPLATE, Served, busy, serving_small
-from support.small_model import write_small_artifact
 
 LONG = {"prompt": "Hello", "max_tokens": 100, "ignore_eos": True}
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
 
 
 @pytest.fixture

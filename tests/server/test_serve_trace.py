@@ -17,14 +17,8 @@ from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import MemorylessTable, RecordSource
 from support.checkpoints import MakeArtifact
 from support.server import TEMPLATE, Served, serving, serving_small
-from support.small_model import write_small_artifact
 
 Json = dict[str, Any]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
 
 
 @pytest.fixture

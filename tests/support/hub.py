@@ -18,6 +18,7 @@ import pytest
 
 from support.checkpoints import PAD
 
+NAME = "some/model"
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
 
 _FILE = re.compile(r"/([^/]+/[^/]+)/resolve/([^/]+)/(.+)")

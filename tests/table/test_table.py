@@ -3,7 +3,6 @@ from __future__ import annotations
 import errno
 import os
 import struct
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -12,47 +11,13 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
-from edge_memllm.codecs import codec_ids, get_codec
+from edge_memllm.artifact.layout import RecordBuffer
+from edge_memllm.codecs import codec_ids
 from edge_memllm.errors import CorruptionError, RequestError, StorageError
-from edge_memllm.readers import reader_names
 from edge_memllm.table.table import Table, TableStatistics
 from support.ready_codecs import LOW_RANK
 from support.small_model import SmallArtifact, write_artifact
-
-LAYOUT = RecordLayout(2, 64, get_codec("int8-g32"), "float16", 512)
-
-
-READERS = [name for name in reader_names() if name != "auto"]
-
-
-@pytest.fixture(params=READERS)
-def reader(request: pytest.FixtureRequest, small: SmallArtifact) -> str:
-    """Every reader that works on this system and its temporary folder."""
-    with Artifact.open(small.path) as artifact:
-        try:
-            Table.open(artifact, request.param).close()
-        except RequestError as error:
-            pytest.skip(str(error))
-    return request.param
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> SmallArtifact:
-    return write_artifact(tmp_path / "artifact")
-
-
-@pytest.fixture
-def table(small: SmallArtifact, reader: str) -> Iterator[Table]:
-    with Artifact.open(small.path) as artifact:
-        table = Table.open(artifact, reader)
-    yield table
-    table.close()
-
-
-def ids(*tokens: int) -> np.ndarray:
-    return np.array(tokens, np.int64)
-
+from support.tables import LAYOUT, ids, offset_of, patch
 
 # --- reading ---------------------------------------------------------------------------------
 
@@ -141,17 +106,6 @@ def test_folder_may_be_replaced_while_open(small: SmallArtifact, tmp_path: Path)
 
 
 # --- damage ----------------------------------------------------------------------------------
-
-
-def offset_of(small: SmallArtifact, token: int) -> int:
-    spec = small.manifest.table
-    return spec.records_offset + token * spec.stride
-
-
-def patch(path: Path, offset: int, data: bytes) -> None:
-    with path.open("r+b") as file:
-        file.seek(offset)
-        file.write(data)
 
 
 def test_every_flipped_bit_of_a_record_is_detected(small: SmallArtifact) -> None:

@@ -9,7 +9,6 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_table import LAYOUT, ids, offset_of, patch, reader, small, table
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordBuffer
@@ -17,8 +16,7 @@ from edge_memllm.errors import CorruptionError, RequestError
 from edge_memllm.readers import Reader
 from edge_memllm.table.table import Table, TableStatistics
 from support.small_model import SmallArtifact
-
-__all__ = ["reader", "small", "table"]  # fixtures
+from support.tables import LAYOUT, ids, offset_of, patch
 
 
 @pytest.mark.parametrize("cached", [False, True])

@@ -19,14 +19,9 @@ from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
 from edge_memllm.table.writer import TableWriter
-from support.small_model import IDENTITY, SmallArtifact, write_artifact
+from support.small_model import IDENTITY, SmallArtifact
 
 LAYOUT = RecordLayout(2, 64, get_codec("int8-g32"), "float16", 512)
-
-
-@pytest.fixture
-def small(tmp_path: Path) -> SmallArtifact:
-    return write_artifact(tmp_path / "artifact")
 
 
 def write_table(path: Path, chunk: int = 24, layout: RecordLayout = LAYOUT) -> bytes:

@@ -4,10 +4,7 @@ from __future__ import annotations
 
 import math
 import re
-from collections.abc import Iterator
 from pathlib import Path
-
-import pytest
 
 from edge_memllm import load
 from edge_memllm.server import page as package
@@ -15,11 +12,9 @@ from support.browser import (
     WORDS,
     Browser,
     Page,
-    SpellingRuntime,
     ask,
     click,
     fill,
-    running_browser,
     texts,
     until,
     visit,
@@ -27,39 +22,9 @@ from support.browser import (
 )
 from support.checkpoints import MakeArtifact
 from support.server import TEMPLATE, Served, busy, serving, serving_small
-from support.small_model import ScriptedRuntime, byte_tokenizer, write_small_artifact
+from support.small_model import ScriptedRuntime, byte_tokenizer
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\u202e</p>"
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with running_browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
-
-
-@pytest.fixture
-def runtime() -> SpellingRuntime:
-    return SpellingRuntime()
-
-
-@pytest.fixture
-def served(folder: Path, runtime: SpellingRuntime) -> Iterator[Served]:
-    with serving_small(folder, runtime, template=TEMPLATE) as found:
-        yield found
-        runtime.gate.set()
-
-
-@pytest.fixture
-def page(browser: Browser, served: Served) -> Iterator[Page]:
-    opened = visit(browser, served)
-    yield opened
-    assert opened.complaints() == []
 
 
 def test_nothing_of_it_is_inline_or_from_elsewhere() -> None:

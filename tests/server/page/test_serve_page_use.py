@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -19,45 +18,14 @@ from support.browser import (
     ask,
     click,
     fill,
-    running_browser,
     texts,
     until,
     visit,
     written,
 )
 from support.engine import wait_until
-from support.server import TEMPLATE, Served, serving, serving_small
-from support.small_model import open_small_model, write_small_artifact
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_artifact(tmp_path_factory.mktemp("artifact") / "a").path
-
-
-@pytest.fixture(scope="module")
-def browser(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Browser]:
-    with running_browser(tmp_path_factory.mktemp("profile")) as started:
-        yield started
-
-
-@pytest.fixture
-def runtime() -> SpellingRuntime:
-    return SpellingRuntime()
-
-
-@pytest.fixture
-def served(folder: Path, runtime: SpellingRuntime) -> Iterator[Served]:
-    with serving_small(folder, runtime, template=TEMPLATE) as found:
-        yield found
-        runtime.gate.set()
-
-
-@pytest.fixture
-def page(browser: Browser, served: Served) -> Iterator[Page]:
-    opened = visit(browser, served)
-    yield opened
-    assert opened.complaints() == []
+from support.server import Served, serving, serving_small
+from support.small_model import open_small_model
 
 
 @pytest.mark.parametrize("way", ["button", "Escape", "Clear"])
