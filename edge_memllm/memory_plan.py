@@ -2,6 +2,10 @@
 
 What a limit leaves goes to keys and values, which refuse to grow beyond it. Reads no file and
 allocates nothing.
+
+Sizes are exact where the manifest states them; the rest is an estimate, with factors measured on
+ONNX Runtime's CPU provider. Counted is anonymous memory, which a system cannot take back: pages of
+mapped files are left out.
 """
 
 from __future__ import annotations

@@ -10,7 +10,6 @@ import hashlib
 import mmap
 import os
 import re
-import stat
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.atomic import WholeFile
 from edge_memllm.artifact.manifest import Manifest, ModelSpec
+from edge_memllm.artifact.open_files import not_read, open_regular
 from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
 from edge_memllm.artifact.tensor_header import (
     DIGEST,
@@ -38,7 +38,6 @@ from edge_memllm.artifact.tensor_header import (
 from edge_memllm.checked_values import Fields
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.overlays.loaded import Selection
-from edge_memllm.process.limits import close_file, not_read
 from edge_memllm.request import check_tokens
 from edge_memllm.runtime_protocol import HeldLayout
 from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
@@ -58,13 +57,6 @@ _HALF = re.compile(r"[0-9a-f]{32}")
 _OBJECT = re.compile(r"(?s)\{.*")
 _NAME = re.compile(r"(?s).{1,80}")
 _COPY_AGAIN = "The file is incomplete or damaged; save the session again."
-# O_NONBLOCK: opening a pipe must not wait for a writer.
-_READING = (
-    os.O_RDONLY
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
-)
 _BLOCK = 1 << 20
 
 
@@ -255,18 +247,7 @@ class SessionFile:
             self._file.close()
 
     def _open(self, path: Path) -> BufferedReader:
-        try:
-            file = os.open(path, _READING)
-        except FileNotFoundError:
-            raise ArtifactError(f"{path}: the file does not exist, expected a session.") from None
-        except OSError as error:
-            raise ArtifactError(f"{path}: cannot be opened ({error.strerror}).") from error
-        with self._reading():
-            status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            close_file(file)
-            raise ArtifactError(f"{path}: this is not a regular file, expected a session.")
-        self._size = status.st_size
+        file, self._size = open_regular(path, "a session")
         return os.fdopen(file, "rb")
 
     def _arrays(self, layout: HeldLayout) -> dict[str, NDArray[Any]]:

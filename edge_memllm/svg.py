@@ -1,6 +1,8 @@
 """Small pictures in SVG: a frame with two axes, and labels that do not lie on each other.
 
 Knows numbers, words and colours by their CSS class; nothing of what is shown.
+
+Line charts are made of these pieces.
 """
 
 from __future__ import annotations

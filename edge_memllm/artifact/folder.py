@@ -1,6 +1,11 @@
 """An artifact on storage: its manifest, and its files checked against the manifest.
 
 Only files that the manifest names are ever opened. What they mean is the business of others.
+
+The folder may come from anybody, and hold symbolic links, pipes or devices under innocent names. A
+hard link is none of these but the file itself: how many names it has says nothing about where it
+is from, and package managers give it several to save space. Where the system can, files are opened
+relative to the folder's descriptor, so it stays the same folder when it is renamed or replaced.
 """
 
 from __future__ import annotations
@@ -15,19 +20,12 @@ from typing import Self
 from weakref import finalize
 
 from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
+from edge_memllm.artifact.open_files import READ_FLAGS, close_file, reading
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
-from edge_memllm.process.limits import close_file, reading
 from edge_memllm.progress import Progress
 
-# O_NONBLOCK: opening a pipe must not wait for a writer. Windows has only O_BINARY of these.
-_FLAGS = (
-    os.O_RDONLY
-    | getattr(os, "O_NOFOLLOW", 0)
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
-)
+_FLAGS = READ_FLAGS | getattr(os, "O_NOFOLLOW", 0)
 
 
 # Hashed while they are still in the processor's cache.

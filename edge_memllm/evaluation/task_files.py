@@ -1,6 +1,8 @@
 """Tasks from local JSON-lines files, one item a line, checked before anything is computed.
 
 Every complaint names the file and the line. Knows no models.
+
+A schema is known by its keys; other keys are not looked at.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 The figures are those lm-evaluation-harness defines, on the same texts and tokens, so both give
 the same. Knows items and likelihoods, nothing of files.
+
+A context is computed once for all its continuations: between them the cache is cut back to it.
+Text is cut into tokens as lm-evaluation-harness does.
 """
 
 from __future__ import annotations

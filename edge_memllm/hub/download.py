@@ -3,6 +3,11 @@
 The library's own cache holds links, which an artifact must not contain. So files lie in a folder
 named after the digest of the manifest: it holds what that manifest describes, or a part of it, and
 never anything else, whatever happens to the repository.
+
+One file after the other goes on where an earlier run ended: what is not complete lies in the folder
+`.partial`, and a file gets its name when its digest is the manifest's. The library's own downloads
+start anew when a process has died, and a table may have many gigabytes. Checkpoints stay in the
+library's cache, whose links an exporter follows: a checkpoint is its user's own choice.
 """
 
 from __future__ import annotations

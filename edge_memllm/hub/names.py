@@ -1,6 +1,9 @@
 """What a user may call a model: a folder of this machine, or a name on the Hugging Face Hub.
 
 A folder always wins. Nothing is looked up here.
+
+Errors of `huggingface_hub` come from several trees, one of them that of its HTTP client, which
+differs by version: here they become ours.
 """
 
 from __future__ import annotations

@@ -2,6 +2,9 @@
 
 `generate`, its samplers, streamers and stopping criteria are transformers' own; each step asks the
 artifact for logits. Tensors are on the CPU, wherever the graph runs.
+
+Scripts and libraries pass options of `from_pretrained` whatever the model is. A value that asks for
+nothing, or for what is the case with every artifact, is taken; any other is refused by name.
 """
 
 from __future__ import annotations

@@ -1,6 +1,9 @@
 """What transformers' `generate` asks of a model, for one that keeps keys and values by itself.
 
 Knows no files and nothing of how logits are computed.
+
+Keys and values stay where the runtime has them. Padding on the left never reaches it: each sequence
+has its own length there, while transformers counts columns, padding included.
 """
 
 from __future__ import annotations

@@ -9,7 +9,6 @@ import hashlib
 import mmap
 import os
 import re
-import stat
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from io import BufferedReader
@@ -22,6 +21,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.atomic import WholeFile
+from edge_memllm.artifact.open_files import close_file, not_read, open_regular
 from edge_memllm.artifact.tensor_header import (
     DIGEST,
     PAGE,
@@ -52,7 +52,6 @@ from edge_memllm.overlays.overlay import (
     places_of,
     row_of,
 )
-from edge_memllm.process.limits import close_file, not_read
 
 if TYPE_CHECKING:
     from hashlib import _Hash
@@ -80,13 +79,6 @@ _KEYS = ("name", "description", "identity", "layers", "width", "codec", "entries
 _NUMBER = re.compile(r"0|[1-9][0-9]{0,9}")
 _ANY = re.compile(r"(?s).*")
 
-# O_NONBLOCK: opening a pipe must not wait for a writer.
-_FLAGS = (
-    os.O_RDONLY
-    | getattr(os, "O_NONBLOCK", 0)
-    | getattr(os, "O_CLOEXEC", 0)
-    | getattr(os, "O_BINARY", 0)
-)
 _BLOCK = 1 << 16  # entries, or bytes / 16 of rows, checked at a time
 _FLOATS = {"f32": "<f4", "f16": "<f2"}
 _COPY_AGAIN = "The file is incomplete or damaged; copy it again."
@@ -183,18 +175,10 @@ def open_overlay(path: str | os.PathLike[str]) -> Overlay:
     one that is damaged, and `StorageError` when reading fails.
     """
     where = Path(path)
+    file, size = open_regular(where, "an overlay")
     try:
-        file = os.open(where, _FLAGS)
-    except FileNotFoundError:
-        raise ArtifactError(f"{where}: the file does not exist, expected an overlay.") from None
-    except OSError as error:
-        raise ArtifactError(f"{where}: cannot be opened ({error.strerror}).") from error
-    try:
-        status = os.fstat(file)
-        if not stat.S_ISREG(status.st_mode):
-            raise ArtifactError(f"{where}: this is not a regular file, expected an overlay.")
         with os.fdopen(file, "rb", closefd=False) as stream:
-            return _read(stream, status.st_size, str(where))
+            return _read(stream, size, str(where))
     except OSError as error:
         raise not_read(where, error) from error
     finally:

@@ -10,11 +10,7 @@ import math
 import os
 import re
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
-from io import BufferedReader
 from pathlib import Path
-
-from edge_memllm.errors import StorageError
 
 _ROOT = Path("/")
 _PERIOD = 100_000  # microseconds, where the system does not tell
@@ -115,31 +111,3 @@ def _below(group: str, top: str) -> str:
 def _unescaped(text: str) -> str:
     """Undo what mountinfo does to blanks: octal numbers for them."""
     return re.sub(r"\\([0-7]{3})", lambda found: chr(int(found[1], 8)), text)
-
-
-def close_file(file: int) -> None:
-    """Close a file, or a folder, that nothing was written to: so nothing can be lost."""
-    with suppress(OSError):
-        os.close(file)
-
-
-@contextmanager
-def reading(file: int, where: str | Path) -> Iterator[BufferedReader]:
-    """Yield a stream of an open file, and close it.
-
-    Raises `StorageError`, naming `where`, when reading fails.
-    """
-    try:
-        with os.fdopen(file, "rb", closefd=False) as stream:
-            yield stream
-    except OSError as error:
-        raise not_read(where, error) from error
-    finally:
-        close_file(file)
-
-
-def not_read(where: str | Path, error: OSError) -> StorageError:
-    """Return the error for a file that the system does not let us read."""
-    return StorageError(
-        f"{where}: reading failed ({error.strerror or error}). Check the storage device."
-    )

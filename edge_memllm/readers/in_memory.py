@@ -3,6 +3,8 @@
 When the device fails or the file is cut short under a map, the system kills the process (SIGBUS),
 and no Python code can prevent that. The size is checked before each batch, which catches most cuts
 cleanly, but never an error of the device.
+
+ram: the records are read into memory once, and every fetch is a copy from there.
 """
 
 from __future__ import annotations

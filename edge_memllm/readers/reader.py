@@ -3,6 +3,9 @@
 A reader fills given byte ranges from given places of one open file. It owns that file, may be
 called from several threads at once, and never returns with a range half filled. It knows where
 records lie, and nothing of what is in them.
+
+Reads that bypass the page cache want place, length and memory aligned to the device's blocks, so
+they cover a little more than was asked for and go into an arena of aligned slots.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from weakref import finalize
 
 import numpy as np
 
+from edge_memllm.artifact.open_files import close_file, not_read
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.process.limits import close_file, not_read
 
 ASKED_FOR = "asked for"
 

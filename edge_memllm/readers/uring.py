@@ -2,6 +2,9 @@
 
 A queue of reads that is never let run dry: as one completes, the next takes its place. Linux on
 x86-64 only.
+
+The binding is small: one ring, read without copies. On x86-64 plain stores and loads are ordered as
+the shared queues need them, which Python could not ask for elsewhere.
 """
 
 from __future__ import annotations
@@ -19,8 +22,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 from weakref import finalize
 
+from edge_memllm.artifact.open_files import close_file
 from edge_memllm.errors import RequestError, StorageError
-from edge_memllm.process.limits import close_file
 from edge_memllm.readers.direct import DirectReader
 from edge_memllm.readers.reader import ASKED_FOR, Arena, Region, Span, scatter
 

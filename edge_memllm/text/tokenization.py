@@ -2,6 +2,9 @@
 
 Decoding also works token by token, without ever giving out half a character. Knows the
 `tokenizers` library; nothing of graphs, tables or sampling.
+
+A stop string ends a text wherever its pieces are cut: what could be its beginning is held back
+until it is clear.
 """
 
 from __future__ import annotations

@@ -4,6 +4,12 @@ Such a file may say that texts are cut, padded or split at random; that serves t
 tools, and here would change a prompt without a word. So a tokenizer always comes without. The
 library fails with bare exceptions and, where its own code panics, with a BaseException; here both
 become `ArtifactError`.
+
+Before it is built, a file is looked through: the library builds and runs what it says without
+bounds. A text may swell in the normaliser, be doubled by the post-processor, or be split by a
+pattern that takes for ever. Only parts are let through that are known, in numbers of real
+tokenizers. Tokens that tokenizer_config.json and special_tokens_map.json name are added as
+transformers adds them; chat templates may use their names.
 """
 
 from __future__ import annotations
