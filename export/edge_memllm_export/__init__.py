@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING, Any
 if TYPE_CHECKING:
     from edge_memllm_export.exporter import ExportReport, export_model
     from edge_memllm_export.judgement import Quality, Rung, verify_against
-    from edge_memllm_export.requantizer import RequantizeReport, checkpoint_difference, requantize
+    from edge_memllm_export.requantizer import RequantizeReport, requantize
+    from edge_memllm_export.row_changes import checkpoint_difference
 
 __all__ = [
     "ExportReport",
@@ -30,7 +31,7 @@ _HOMES = {
     "Quality": "judgement",
     "RequantizeReport": "requantizer",
     "Rung": "judgement",
-    "checkpoint_difference": "requantizer",
+    "checkpoint_difference": "row_changes",
     "export_model": "exporter",
     "requantize": "requantizer",
     "verify_against": "judgement",

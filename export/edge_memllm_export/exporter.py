@@ -65,13 +65,8 @@ from edge_memllm_export.table import (
     complete_form,
     write_table,
 )
-from edge_memllm_export.text_files import (
-    TEXT_FILES,
-    check_separate,
-    check_text_files,
-    fitting_text,
-    judging_text,
-)
+from edge_memllm_export.text_files import TEXT_FILES, check_text_files
+from edge_memllm_export.texts import check_separate, fitting_text, judging_text
 from edge_memllm_export.weights.gptq import matrix_quantizer
 from edge_memllm_export.weights.kv_steps import kv_scales
 from edge_memllm_export.weights.quantizer import (

@@ -16,10 +16,9 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
-from typing import Self
+from typing import TYPE_CHECKING, Self
 
 import numpy as np
-import torch
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordLayout
@@ -27,13 +26,14 @@ from edge_memllm.codecs import Codec
 from edge_memllm.errors import ArtifactError, ExportError
 from edge_memllm.evaluation.perplexity import next_token_losses
 from edge_memllm.feeding import Feeder
-from edge_memllm.modeling import MemoryLLMForCausalLM, TokenRows
 from edge_memllm.progress import Counted
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
-from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.text_files import judging_text
+from edge_memllm_export.texts import judging_text
 from edge_memllm_runtimes import open_runtime
+
+if TYPE_CHECKING:
+    from edge_memllm.modeling import MemoryLLMForCausalLM
 
 # An export beyond either bound is refused unless the loss is accepted. 8-bit forms stay far
 # below both; the paper's 4-bit table costs 0.4 % of perplexity (Table 7), and careful 4-bit
@@ -101,6 +101,8 @@ class JudgedArtifact:
 
         The layers see all ids at once; only the head, whose output is large, goes by chunks.
         """
+        import torch
+
         tokens = torch.tensor([ids], device=self.network.device)
         with torch.inference_mode():
             hidden = self.network.model(tokens, use_cache=False).last_hidden_state[0]
@@ -111,6 +113,8 @@ class JudgedArtifact:
 
     def live_rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """Embeddings [U, D] and memory rows [U, L, D] of `ids` [U], computed by the network."""
+        import torch
+
         tokens = torch.from_numpy(ids).to(self.network.device)
         model = self.network.model
         with torch.inference_mode():
@@ -121,6 +125,10 @@ class JudgedArtifact:
 
         `embedding` is [U, D] and `rows` [U, L, D] without gain.
         """
+        import torch
+
+        from edge_memllm.modeling import TokenRows
+
         index = np.unique(np.asarray(ids), return_inverse=True)[1].reshape(1, -1)
         arrays = (index, embedding, rows)
         fed = TokenRows(*(torch.from_numpy(array).to(self.network.device) for array in arrays))
@@ -240,6 +248,8 @@ def verify_against(artifact: Path, checkpoint: Path) -> list[Rung]:
 
     Raises ArtifactError when it was exported from another checkpoint.
     """
+    from edge_memllm_export.checkpoint import Checkpoint
+
     source = Checkpoint.open(checkpoint)
     with JudgedArtifact(artifact, source.network()) as judged:
         found, expected = judged.artifact.manifest.model.identity, source.identity()

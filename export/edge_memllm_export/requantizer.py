@@ -8,7 +8,6 @@ Everything is built in OUT.partial, compared with the source, and published in o
 from __future__ import annotations
 
 import os
-import re
 import shutil
 from collections.abc import Sequence
 from contextlib import closing
@@ -26,13 +25,10 @@ from edge_memllm.codecs import Codec, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.feeding import Feeder
 from edge_memllm.mixed_precision import Target
-from edge_memllm.overlays import OverlaySpec, OverlayWriter
-from edge_memllm.overlays.making import Difference, differs
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import StoredRows
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
-from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.ops import GraphTape
 from edge_memllm_export.graph.tokens import MemoryShape, memory_rows
 from edge_memllm_export.staging import Staging
@@ -42,10 +38,9 @@ from edge_memllm_export.table import (
     check_table_options,
     learned,
     mixed,
-    table_rows,
     write_table,
 )
-from edge_memllm_export.text_files import TableText, table_text
+from edge_memllm_export.texts import TableText, table_text
 from edge_memllm_export.weights.quantizer import quantize
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.ort_graph import check_artifact_graph
@@ -61,13 +56,6 @@ _TOKENS = 64
 _FAITHFUL = ("f32", "f16", "bf16")
 # Beyond this the graph does not compute what it did, whatever the codec: a wrong wire costs nats.
 _MAX_MEAN_KL = 1.0
-
-# What rows are made of, besides the embedding: FFN-M, its norms, and rows that were trained.
-_MAKES_ROWS = re.compile(
-    r"model\.layers\.\d+\.(memory|memory_layernorm)\..+"
-    r"|model\.token_memory\.(network|norm|rows)\..+"
-)
-_DIFFER_AT_WILL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
 
 def rewire_graph(source: Path, out: Path, weights: str, shape: MemoryShape, codec: Codec) -> None:
@@ -329,67 +317,3 @@ class _Requantizing:
         os.replace(rewired, file)
         self._files[spec.file] = seal(file)
         return replace(spec, wire=codec.wire)
-
-
-def checkpoint_difference(
-    base: Path,
-    changed: Path,
-    out: str | os.PathLike[str],
-    *,
-    name: str,
-    description: str = "",
-    codec: str = "f16",
-    tolerance: float = 0.0,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> Difference:
-    """Write an overlay that makes the rows of exports of `base` those of `changed`.
-
-    A row is stored when the norm of its difference is above `tolerance` times that of the base
-    row. Raises `ExportError` for folders that are no checkpoints, and naming the first thing that
-    differs besides rows; `RequestError` as `OverlayWriter`.
-    """
-    ours, theirs = Checkpoint.open(base), Checkpoint.open(changed)
-    _check_same_but_rows(ours, theirs)
-    config = ours.config
-    if not config.memory_layers:
-        raise ExportError(f"{base}: a dense model (beta 8) has no memory rows to compare.")
-    spec = OverlaySpec(
-        name, ours.identity(), config.memory_layers, config.hidden_size, codec, description
-    )
-    start = 0
-    with OverlayWriter(out, spec, overwrite=overwrite) as writer:
-        parts = (table_rows(each.network()) for each in (ours, theirs))
-        for (_, before), (_, after) in zip(*parts, strict=True):
-            at, layers = np.nonzero(differs(before, after, tolerance))
-            writer.replace(start + at, layers, after[at, layers])
-            start += len(after)
-            if progress is not None:
-                progress("comparing", start, config.vocab_size)
-        return Difference(writer.finish(), config.vocab_size * config.memory_layers)
-
-
-def _check_same_but_rows(base: Checkpoint, changed: Checkpoint) -> None:
-    ours, theirs = (_fields(each) for each in (base, changed))
-    for key in sorted(ours.keys() | theirs.keys()):
-        if ours.get(key) != theirs.get(key):
-            raise ExportError(
-                f"{changed.path}: {key} is {theirs.get(key)}, that of {base.path} is "
-                f"{ours.get(key)}. Overlays change memory rows only."
-            )
-    for weight in base.weight_names:
-        if not _MAKES_ROWS.fullmatch(weight) and not _equal(base, changed, weight):
-            raise ExportError(
-                f"{changed.path}: {weight} is not that of {base.path}, and overlays change memory "
-                "rows only. Train FFN-M, or trained rows, and freeze the rest."
-            )
-
-
-def _fields(checkpoint: Checkpoint) -> dict[str, object]:
-    fields: dict[str, object] = checkpoint.config.to_dict()
-    return {key: value for key, value in fields.items() if key not in _DIFFER_AT_WILL}
-
-
-def _equal(base: Checkpoint, changed: Checkpoint, weight: str) -> bool:
-    ours, theirs = base.array(weight), changed.array(weight)
-    return ours.dtype == theirs.dtype and np.array_equal(ours.view(np.uint8), theirs.view(np.uint8))

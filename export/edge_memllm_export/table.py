@@ -10,9 +10,9 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
-import torch
 
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
@@ -20,14 +20,15 @@ from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision import RowSource, Sizing, Target, plan_allocation
-from edge_memllm.modeling import MemoryLLMForCausalLM
 from edge_memllm.progress import Counted, Progress
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.writer import TableWriter
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
-from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.text_files import TableText, table_text
-from edge_memllm_runtimes.torch_reference import TorchReference
+from edge_memllm_export.texts import TableText, table_text
+
+if TYPE_CHECKING:
+    from edge_memllm.modeling import MemoryLLMForCausalLM
+    from edge_memllm_export.checkpoint import Checkpoint
 
 _CHUNK_BYTES = 128 << 20
 _MOST_TOKENS = 1024  # beyond this a chunk only costs memory
@@ -161,6 +162,8 @@ def table_rows(
     smaller); None chooses it so that rows take at most 128 MiB. Computes on the network's device.
     ``progress(done, total)`` is called after each chunk has been used.
     """
+    import torch
+
     config = network.config
     chunk = chunk or default_chunk(config.memory_layers, config.hidden_size)
     every = torch.arange(config.vocab_size) if tokens is None else torch.from_numpy(tokens)
@@ -229,6 +232,8 @@ def complete_form(
     """
     if target is None:
         return learned(form, rows, None if text is None else _text(source, text))
+    from edge_memllm_runtimes.torch_reference import TorchReference
+
     return mixed(
         form, target, rows, TorchReference(source.network()), _text(source, text), progress
     )

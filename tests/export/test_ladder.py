@@ -24,7 +24,7 @@ from edge_memllm_export.judgement import (
     text_tokens,
     token_budget,
 )
-from edge_memllm_export.text_files import judging_text
+from edge_memllm_export.texts import judging_text
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
 FORMS = [

@@ -10,7 +10,7 @@ import pytest
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision import Target
 from edge_memllm_export import export_model
-from edge_memllm_export.text_files import check_separate, fitting_text, judging_text
+from edge_memllm_export.texts import check_separate, fitting_text, judging_text
 from support.checkpoints import MakeCheckpoint, files_of
 
 FITTED: dict[str, Any] = {"table_target": Target(bits=4), "kv_dtype": "int8"}

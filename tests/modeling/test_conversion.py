@@ -151,10 +151,10 @@ def kill_after_checkpoint(dense: Path, text: str, tmp_path: Path) -> None:
         "import sys, time, torch; torch.set_num_threads(1)\n"
         "from pathlib import Path\n"
         "from test_conversion import convert, recipe_for\n"
-        "from edge_memllm.modeling import progress\n"
-        "slow = progress.TrainingProgress.on_step_end\n"
+        "from edge_memllm.modeling import trainer\n"
+        "slow = trainer.TrainingProgress.on_step_end\n"
         "def wait(*a, **k): time.sleep(1.0); return slow(*a, **k)\n"
-        "progress.TrainingProgress.on_step_end = wait\n"
+        "trainer.TrainingProgress.on_step_end = wait\n"
         "convert(Path(sys.argv[1]), Path(sys.argv[3]), recipe_for(sys.argv[2]))\n"
     )
     child = subprocess.Popen(

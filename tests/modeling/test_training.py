@@ -101,10 +101,10 @@ class TestTrain:
             "import sys, time, torch; torch.set_num_threads(1)\n"
             "from pathlib import Path\n"
             "from support.training import recipe_for\n"
-            "from edge_memllm.modeling import progress, training\n"
-            "slow = progress.TrainingProgress.on_step_end\n"
+            "from edge_memllm.modeling import trainer, training\n"
+            "slow = trainer.TrainingProgress.on_step_end\n"
             "def wait(*a, **k): time.sleep(1.0); return slow(*a, **k)\n"
-            "progress.TrainingProgress.on_step_end = wait\n"
+            "trainer.TrainingProgress.on_step_end = wait\n"
             "recipe = recipe_for(sys.argv[1], precision='fp32', steps=8)\n"
             "training.train(recipe, Path(sys.argv[2]))\n"
         )

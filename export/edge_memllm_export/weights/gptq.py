@@ -27,7 +27,7 @@ from edge_memllm.modeling.configuration import CACHE
 from edge_memllm.modeling.network import rows_of_layer
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
-from edge_memllm_export.text_files import fitting_text
+from edge_memllm_export.texts import fitting_text
 from edge_memllm_export.weights.kv_steps import text_tokens
 from edge_memllm_export.weights.quantizer import QuantizeMatrix, quantize
 

@@ -19,7 +19,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import KVScales
-from edge_memllm_export.text_files import fitting_text
+from edge_memllm_export.texts import fitting_text
 
 _TOKENS, _WINDOW = 8192, 1024
 # Other texts reach a little further than this one; what is beyond is clipped.
