@@ -94,7 +94,7 @@ def how_to_install(extra: str = "") -> str:
 
 
 class Cancellation:
-    """A wish that work under way should end. Thread-safe; once made, it stays.
+    """A request that work under way should end. Thread-safe; once made, it stays.
 
     Give it to one or more generations. Each looks at it before every step it computes: it ends
     within one token, or within one chunk of the prompt, by raising `GenerationCancelledError`.

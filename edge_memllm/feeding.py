@@ -20,7 +20,6 @@ from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import Cancellation
 from edge_memllm.process.forking import Workers
 from edge_memllm.runtime_protocol import Runtime, StepLogits
-from edge_memllm.statistics import StepCosts
 from edge_memllm.table.source import RecordSource
 from edge_memllm.table.table import Fetched
 
@@ -30,6 +29,29 @@ _NO_POSITION = np.empty((1, 0), np.int64)
 PREFILL_CHUNKS = {"cpu": 128, "cuda": 1024}
 # Between two steps of the replies under way, which a longer stretch of a prompt would hold up.
 SERVING_CHUNK = 64
+
+
+@dataclass(slots=True)
+class StepCosts:
+    """Sums over steps, filled in by whoever takes them: a `Feeder`, and the loop around it."""
+
+    prefill_tokens: int = 0
+    prefill_seconds: float = 0.0
+    decode_tokens: int = 0
+    decode_seconds: float = 0.0  # reading, computing and choosing; not the reader of the text
+    wait_seconds: float = 0.0  # of both, waiting for records
+    draft_tokens: int = 0
+    accepted_tokens: int = 0
+    records_read: int = 0  # fetched, some perhaps from a record cache
+    reads: int = 0
+    bytes_read: int = 0  # of records that were not in the record cache
+    kv_bytes: int = 0
+
+    def note_records(self, count: int, fetched: Fetched) -> None:
+        """Count records that were fetched."""
+        self.records_read += count
+        self.reads += fetched.reads
+        self.bytes_read += fetched.bytes
 
 
 @dataclass(frozen=True, slots=True)

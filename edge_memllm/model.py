@@ -8,39 +8,49 @@ from __future__ import annotations
 
 import os
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
-from contextlib import AbstractContextManager, closing, contextmanager
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import replace
 from types import TracebackType
-from typing import Any, Self, Unpack, overload
+from typing import Any, Self, overload
 from weakref import WeakSet
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ArtifactError, Cancellation, RequestError
-from edge_memllm.feeding import PREFILL_CHUNKS
-from edge_memllm.generation import Piece, TokenSequence, in_thread, stream_pieces
+from edge_memllm.feeding import PREFILL_CHUNKS, Feeder, StepCosts
+from edge_memllm.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
 from edge_memllm.memory_plan import MemoryPlan
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.loaded import OverlayShelf, Selection
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.request import (
-    CancellablePromptOptions,
-    Prompt,
-    PromptOptions,
-    check_speculate,
+    CANCELLED_BY_TASK,
+    ENGINE_ONLY,
+    CheckedRequest,
+    Request,
+    asked_by,
+    check_request,
     check_tokens,
-    ending_tokens,
+    for_each,
     prompt_tokens,
-    token_limit,
+    refuse_fields,
 )
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.sampling import Sampler, Sampling, check_seed, draw_seed, random_draws
+from edge_memllm.sampling import Sampling, check_seed, draw_seed, random_draws
 from edge_memllm.session import Session
 from edge_memllm.session_file import SessionState
-from edge_memllm.statistics import give_back
-from edge_memllm.table.source import RecordSource
+from edge_memllm.statistics import Meter, give_back
+from edge_memllm.table.source import MemorylessTable, RecordSource
 from edge_memllm.table.table import Table
-from edge_memllm.text.tokenization import Tokenizer, check_stops, read_json
+from edge_memllm.text.tokenization import Tokenizer, read_json
 
 __all__ = ["Model", "Piece"]
+
+# A list of prompts is a prompt to `generate` alone, whose two forms say so.
+_ASK: Callable[..., Request] = Request
+_ONE_PROMPT_ONLY = {
+    "speculate": " and a list of prompts was given: drafts are for one prompt at a time. Give one "
+    "prompt, or speculate 0."
+}
 
 
 def describe(model: Model, memory: MemoryPlan | None) -> dict[str, Any]:
@@ -143,6 +153,8 @@ class Model:
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNKS[runtime.device]
         self._table = table
         self._shelf = OverlayShelf(table, artifact.manifest)
+        # One for all, so that texts that share it can share keys and values.
+        self._memoryless = Selection(MemorylessTable(self._shelf.select(()).source), ())
         self._memory = memory
         self._artifact = artifact
         self._sessions: WeakSet[Session] = WeakSet()
@@ -163,12 +175,14 @@ class Model:
         """The records that generations get: the table's, under the overlays that are loaded."""
         return self._shelf.select(None).source
 
-    def records(self, overlays: Sequence[str] | None = None) -> Selection:
+    def records(
+        self, overlays: Sequence[str] | None = None, *, without_memory: bool = False
+    ) -> Selection:
         """Return the records a generation with these overlays gets; None means all there are.
 
         Raises `RequestError` for a name that is not loaded.
         """
-        return self._shelf.select(overlays)
+        return self._memoryless if without_memory else self._shelf.select(overlays)
 
     @property
     def overlays(self) -> tuple[str, ...]:
@@ -189,67 +203,28 @@ class Model:
         """Let go of an overlay; generations under way keep it. Raises `RequestError`."""
         self._shelf.remove(name)
 
-    def stream(
-        self,
-        prompt: Prompt,
-        *,
-        max_new_tokens: int = 128,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        speculate: int = 0,
-        overlays: Sequence[str] | None = None,
-        cancellation: Cancellation | None = None,
-    ) -> Generator[Piece, None, None]:
+    @asked_by(Request)
+    def stream(self, request: Request) -> Generator[Piece, None, None]:
         """Check the request now, then yield one piece of text per new token.
 
-        `prompt` is text or token ids. The text ends before one of the strings `stop` and at one
-        of the tokens `stop_token_ids`; a string that is one special token is taken for that.
-        `sampling` None takes the artifact's own; the same `seed` gives the same text, None draws
-        one and the statistics tell it. `ignore_eos` goes on
-        after the end of the text, as measurements want. `speculate` is the most draft tokens of
-        one step, copied from earlier in the text and kept as far as the model would have chosen
-        them; 0 is off. `overlays` names those to use, in their order; None takes all that are
-        loaded, () none. Closing the iterator, or leaving it, frees all it holds; the model stays
-        usable. `cancellation` ends it from another thread.
+        What the keywords mean stands in `edge_memllm.request.Request`; those of its lower half are
+        for an `edge_memllm.engine.Engine`. Closing the iterator, or leaving it, frees all it
+        holds; the model stays usable.
 
         Raises `RequestError` for what cannot be done, before any work, and
         `GenerationCancelledError` within one token of a cancellation.
         """
-        stops, seed, drafts = check_stops(stop), _seed(seed), check_speculate(speculate)
-        ends = self._ends(stops, stop_token_ids, ignore_eos)
-        sequence = self._sequence(prompt, max_new_tokens, sampling, seed, 0, ends)
-        return self._one(self._pieces([sequence], stops, seed, drafts, overlays, cancellation))
+        return self.pieces(request)
 
     @overload
-    def generate(
-        self,
-        prompt: Prompt,
-        **options: Unpack[CancellablePromptOptions],
-    ) -> str: ...
+    @asked_by(Request)
+    def generate(self, request: Request) -> str: ...
     @overload
-    def generate(
-        self,
-        prompt: list[str] | list[list[int]],
-        **options: Unpack[CancellablePromptOptions],
-    ) -> list[str]: ...
+    @asked_by(for_each(Request))
+    def generate(self, request: Request) -> list[str]: ...
 
-    def generate(
-        self,
-        prompt: Prompt | list[str] | list[list[int]],
-        *,
-        max_new_tokens: int = 128,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        sampling: Sampling | None = None,
-        seed: int | None = None,
-        ignore_eos: bool = False,
-        speculate: int = 0,
-        overlays: Sequence[str] | None = None,
-        cancellation: Cancellation | None = None,
-    ) -> str | list[str]:
+    @asked_by(_ASK)
+    def generate(self, request: Request) -> str | list[str]:
         """Return the text that follows a prompt; for a list of prompts, the list of texts.
 
         Several prompts advance together; each text is the one its prompt would have alone, up to
@@ -257,35 +232,37 @@ class Model:
         of its own, so equal prompts get different texts. The rest is as in `stream`; only
         `speculate` is for one prompt, not for a list.
         """
-        batch = _is_batch(prompt)
-        prompts: Sequence[Any] = prompt if batch else [prompt]
-        stops, seed, drafts = check_stops(stop), _seed(seed), check_speculate(speculate)
-        if batch and drafts:
-            raise RequestError(
-                f"speculate is {drafts} and a list of prompts was given: drafts are for one prompt "
-                "at a time. Give one prompt, or speculate 0."
-            )
-        ends = self._ends(stops, stop_token_ids, ignore_eos)
-        sequences = [
-            self._sequence(one, max_new_tokens, sampling, seed, number, ends)
-            for number, one in enumerate(prompts)
-        ]
-        texts = [""] * len(sequences)
-        for number, piece in self._pieces(sequences, stops, seed, drafts, overlays, cancellation):
-            texts[number] += piece.text
-        return texts if batch else texts[0]
+        if _is_batch(request.prompt):
+            return self._texts(request)
+        return "".join(piece.text for piece in self.pieces(request))
 
-    def astream(
-        self, prompt: Prompt, **options: Unpack[PromptOptions]
-    ) -> AsyncGenerator[Piece, None]:
+    @asked_by(Request)
+    def astream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """Check the request now, then yield as `stream` does, for `async for`.
 
         A thread computes each piece when it is asked for; the event loop is never held up.
         Cancelling the task ends the computing within one token. Leave it early through
         `contextlib.aclosing`, which waits for that.
         """
+        refuse_fields(request, CANCELLED_BY_TASK)
         end = Cancellation()
-        return in_thread(self.stream(prompt, **options, cancellation=end), end)
+        return in_thread(self.pieces(replace(request, cancellation=end)), end)
+
+    def pieces(self, request: Request) -> Generator[Piece, None, None]:
+        """Do what `stream` does, for a request that is made already."""
+        refuse_fields(request, ENGINE_ONLY)
+        checked = self.checked(request)
+        records = self.records(request.overlays, without_memory=request.without_memory)
+        meter = Meter(self.runtime, records.source, checked.seed, records.names)
+        text = TextAssembly(self.tokenizer, TokenSequence.of(checked), checked.stops)
+        opened = self._feeder(records, 1, request.cancellation, meter.costs)
+        return stream_text(opened, text, request.speculate, meter)
+
+    def checked(self, request: Request, *, fewest_tokens: int = 1) -> CheckedRequest:
+        """Return a request of this model's, with its prompt as ids; raises `RequestError`."""
+        spec = self.manifest.model
+        prompt = prompt_tokens(request.prompt, self.tokenizer, spec)
+        return check_request(request, prompt, self.tokenizer, spec, self.sampling, fewest_tokens)
 
     def session(
         self,
@@ -299,7 +276,8 @@ class Model:
         `sampling`, `seed` and `overlays` are as in `stream`. Raises `RequestError`.
         """
         with self.in_use():
-            chosen, seed = self.sampling if sampling is None else sampling, _seed(seed)
+            chosen = self.sampling if sampling is None else sampling
+            seed = draw_seed() if seed is None else check_seed(seed)
             return Session(
                 self, self.records(overlays), SessionState(chosen, seed, random_draws(seed))
             )
@@ -351,63 +329,34 @@ class Model:
     ) -> None:
         self.close()
 
-    def _sequence(
-        self,
-        prompt: Prompt,
-        max_new_tokens: int,
-        sampling: Sampling | None,
-        seed: int,
-        stream: int,
-        ends: frozenset[int],
-    ) -> TokenSequence:
-        model = self.manifest.model
-        tokens = prompt_tokens(prompt, self.tokenizer, model)
-        limit = token_limit(max_new_tokens, len(tokens), model.max_position_embeddings)
-        sampler = Sampler(self.sampling if sampling is None else sampling, seed, stream)
-        return TokenSequence(tokens, sampler, limit, ends)
+    def _texts(self, request: Request) -> list[str]:
+        """Return the text of each prompt of a list, all computed together."""
+        from edge_memllm.engine.scheduler import complete_texts
 
-    def _ends(
-        self, stops: Sequence[str], stop_token_ids: Sequence[int], ignore_eos: bool
-    ) -> frozenset[int]:
-        model = self.manifest.model
-        return ending_tokens(stops, stop_token_ids, self.tokenizer, model, ignore_eos=ignore_eos)
+        refuse_fields(request, {**ENGINE_ONLY, **_ONE_PROMPT_ONLY})
+        seed = draw_seed() if request.seed is None else request.seed
+        prompts: Sequence[Any] = request.prompt
+        requests = [self.checked(replace(request, prompt=prompt, seed=seed)) for prompt in prompts]
+        records = self.records(request.overlays, without_memory=request.without_memory)
+        with self._feeder(records, len(requests), request.cancellation) as feeder:
+            context = self.manifest.model.max_position_embeddings
+            return complete_texts(feeder, context, requests, records, self.tokenizer)
 
-    def _pieces(
+    @contextmanager
+    def _feeder(
         self,
-        sequences: Sequence[TokenSequence],
-        stops: Sequence[str],
-        seed: int,
-        drafts: int,
-        overlays: Sequence[str] | None,
+        records: Selection,
+        batch: int,
         cancellation: Cancellation | None,
-    ) -> Generator[tuple[int, Piece], None, None]:
-        records = self._shelf.select(overlays)
-        return self._run(
-            stream_pieces(
-                self.runtime,
-                records.source,
-                self.tokenizer,
-                sequences,
-                stops=stops,
-                seed=seed,
-                prefill_chunk=self.prefill_chunk,
-                speculate=drafts,
-                overlays=records.names,
-                cancellation=cancellation,
-            )
-        )
-
-    def _run(
-        self, stream: Generator[tuple[int, Piece], None, None]
-    ) -> Generator[tuple[int, Piece], None, None]:
-        with self._lifetime.use(), closing(stream):
-            yield from stream
-
-    @staticmethod
-    def _one(pieces: Generator[tuple[int, Piece], None, None]) -> Generator[Piece, None, None]:
-        with closing(pieces):
-            for _, piece in pieces:
-                yield piece
+        costs: StepCosts | None = None,
+    ) -> Iterator[Feeder]:
+        """Give a feeder, on a model that stays open meanwhile."""
+        chunk = self.prefill_chunk
+        with (
+            self.in_use(),
+            Feeder(self.runtime, records.source, batch, chunk, costs, cancellation) as feeder,
+        ):
+            yield feeder
 
     def _release(self) -> None:
         for session in list(self._sessions):
@@ -420,7 +369,3 @@ class Model:
 
 def _is_batch(prompt: object) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
-
-
-def _seed(seed: int | None) -> int:
-    return draw_seed() if seed is None else check_seed(seed)

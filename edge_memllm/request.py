@@ -1,26 +1,208 @@
-"""What may be asked of a model: prompts and limits, checked before any work is done.
+"""What may be asked of a generation: one `Request`, checked before any work is done.
 
-Knows the model's shape from the manifest and the tokenizer; nothing of runtimes or tables.
+Python, the command line, HTTP and the engine ask with the same fields. Knows the model's shape from
+the manifest and the tokenizer; nothing of runtimes or tables.
 """
 
 from __future__ import annotations
 
+import inspect
 import operator
-from collections.abc import Callable, Iterable, Sequence
-from dataclasses import dataclass
-from typing import TypeAlias, TypedDict
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import KW_ONLY, dataclass, fields
+from functools import wraps
+from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from edge_memllm.artifact.manifest import ModelSpec
 from edge_memllm.checked_values import check_integer, is_number, wrong_value
 from edge_memllm.errors import Cancellation, RequestError
-from edge_memllm.sampling import Constraint, Sampling, Steering, check_seed, draw_seed
+from edge_memllm.sampling import Constraint, Penalties, Sampling, check_seed, draw_seed
 from edge_memllm.text.tokenization import Tokenizer, check_stops
 
 Prompt: TypeAlias = str | Sequence[int]
 
 MOST_DRAFTS = 64
-
 MOST_TOP = 100
+
+_Fields = ParamSpec("_Fields")
+_Owner = TypeVar("_Owner")
+_Asked = TypeVar("_Asked")
+_Answer = TypeVar("_Answer")
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One prompt, and what is asked of the text that follows it.
+
+    What a door cannot do (`Model.stream` one of the lower fields, an engine `speculate`) it refuses
+    by name.
+
+    Attributes:
+        prompt: Text, or token ids.
+        max_new_tokens: The most tokens the text may get. An engine takes 0 as well, where only the
+            prompt's scores are wanted.
+        stop: The text ends before one of these strings; one that is a special token is taken for
+            that token.
+        stop_token_ids: Tokens that end the text as those of the model do.
+        sampling: How tokens are chosen; None takes the artifact's own way.
+        seed: The same one gives the same text; None draws one, and the statistics tell it.
+        ignore_eos: Goes on after the model's end of the text, as measurements want.
+        speculate: The most draft tokens of one step, copied from earlier in the text and kept as
+            far as the model would have chosen them; 0 is off.
+        overlays: Names of those to use, in their order; None takes all that are loaded, () none.
+        cancellation: Ends the text from another thread, within one token.
+        penalties: Changes to the logits of tokens, before they are chosen from.
+        constraint: Makes what says, for one text, which tokens may come next.
+        without_memory: Computes as if the memory of all layers were zero.
+        choices: So many texts, each with random numbers of its own.
+        top: Gives every token its score, and so many likeliest ones with theirs; None gives none.
+        score_prompt: Scores the prompt's tokens as well.
+        trace: Tells where each token's record came from.
+        client: Whose request it is; clients take turns.
+        timeout: Seconds after which it is given up, from when it is submitted or from `since`.
+        since: When `timeout` begins, on the clock `time.monotonic`.
+    """
+
+    prompt: Prompt
+    _: KW_ONLY
+    max_new_tokens: int = 128
+    stop: str | Sequence[str] = ()
+    stop_token_ids: Sequence[int] = ()
+    sampling: Sampling | None = None
+    seed: int | None = None
+    ignore_eos: bool = False
+    speculate: int = 0
+    overlays: Sequence[str] | None = None
+    cancellation: Cancellation | None = None
+    penalties: Penalties | None = None
+    constraint: Callable[[], Constraint] | None = None
+    without_memory: bool = False
+    choices: int = 1
+    top: int | None = None
+    score_prompt: bool = False
+    trace: bool = False
+    client: str = ""
+    timeout: float | None = None
+    since: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class CheckedRequest:
+    """A request that can be done: what the loop of one text and the engine both run."""
+
+    request: Request
+    prompt: list[int]  # at least one token
+    limit: int  # tokens that each text may get
+    stops: tuple[str, ...]
+    ends: frozenset[int]  # tokens that end a text
+    sampling: Sampling
+    seed: int
+
+
+def check_request(
+    request: Request,
+    prompt: list[int],
+    tokenizer: Tokenizer,
+    model: ModelSpec,
+    default: Sampling,
+    fewest: int = 1,
+) -> CheckedRequest:
+    """Return the request with all that follows from it and the ids of its prompt.
+
+    `default` is how tokens are chosen where it does not say; at least `fewest` must be asked for.
+    Raises `RequestError` if it cannot be
+    done.
+    """
+    stops = check_stops(request.stop)
+    check_speculate(request.speculate)
+    check_positive("choices", request.choices)
+    if request.top is not None:
+        check_integer("top", request.top, 0, MOST_TOP)
+    if request.penalties is not None:
+        _check_bias(request.penalties, model.vocab_size)
+    if request.timeout is not None:
+        _check_timeout(request.timeout)
+    if request.without_memory:
+        _check_memory(request.overlays, model)
+    return CheckedRequest(
+        request=request,
+        prompt=prompt,
+        limit=token_limit(
+            request.max_new_tokens, len(prompt), model.max_position_embeddings, fewest
+        ),
+        stops=stops,
+        ends=ending_tokens(
+            stops, request.stop_token_ids, tokenizer, model, ignore_eos=request.ignore_eos
+        ),
+        sampling=default if request.sampling is None else request.sampling,
+        seed=draw_seed() if request.seed is None else check_seed(request.seed),
+    )
+
+
+_NOT_HERE = ": one text alone has none of that. Submit the request to an edge_memllm.engine.Engine."
+ENGINE_ONLY: Mapping[str, str] = dict.fromkeys(
+    ("choices", "top", "score_prompt", "trace", "client", "timeout", "since"), _NOT_HERE
+)
+CANCELLED_BY_TASK: Mapping[str, str] = {
+    "cancellation": ": a stream of asyncio ends with its task. Cancel that, or close the iterator."
+}
+
+
+def refuse_fields(request: Request, reasons: Mapping[str, str]) -> None:
+    """Raise `RequestError` for the first field that is asked for although there is a reason not to.
+
+    A reason goes on where "NAME is VALUE" ends.
+    """
+    for field in fields(request):
+        value = getattr(request, field.name)
+        if field.name in reasons and value != field.default:
+            raise RequestError(f"{field.name} is {value!r:.80}{reasons[field.name]}")
+
+
+def asked_by(
+    ask: Callable[_Fields, _Asked],
+) -> Callable[
+    [Callable[[_Owner, _Asked], _Answer]], Callable[Concatenate[_Owner, _Fields], _Answer]
+]:
+    """Return a decorator: the method gets what `ask` returns, its callers give what `ask` takes.
+
+    So the fields of a request, their types and their defaults stand in `Request` alone.
+    """
+
+    def decorated(
+        method: Callable[[_Owner, _Asked], _Answer],
+    ) -> Callable[Concatenate[_Owner, _Fields], _Answer]:
+        def call(owner: _Owner, /, *given: _Fields.args, **named: _Fields.kwargs) -> _Answer:
+            return method(owner, ask(*given, **named))
+
+        found = wraps(method)(call)
+        own, taken = inspect.signature(method), inspect.signature(ask)
+        parameters = [next(iter(own.parameters.values())), *taken.parameters.values()]
+        found.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        return call
+
+    return decorated
+
+
+def going_on(
+    ask: Callable[Concatenate[Prompt, _Fields], Request],
+) -> Callable[_Fields, Request]:
+    """Return what asks without a prompt: there is a text already."""
+
+    def asked(*given: _Fields.args, **named: _Fields.kwargs) -> Request:
+        return ask((), *given, **named)
+
+    taken = inspect.signature(ask)
+    parameters = list(taken.parameters.values())[1:]
+    asked.__signature__ = taken.replace(parameters=parameters)  # type: ignore[attr-defined]
+    return asked
+
+
+def for_each(
+    ask: Callable[Concatenate[Prompt, _Fields], Request],
+) -> Callable[Concatenate[list[str] | list[list[int]], _Fields], Request]:
+    """Return what asks the same of each prompt of a list."""
+    return ask  # type: ignore[return-value]  # the method finds out what it was given
 
 
 def check_tokens(ids: Iterable[object], vocab_size: int) -> list[int]:
@@ -116,12 +298,14 @@ def start_token(model: ModelSpec) -> int | None:
     return model.eos_token_ids[0] if model.eos_token_ids else None
 
 
-def token_limit(max_new_tokens: object, prompt_length: int, context: int) -> int:
+def token_limit(max_new_tokens: object, prompt_length: int, context: int, fewest: int = 1) -> int:
     """Return how many tokens may be chosen: as many as asked for, or as fit the context.
 
-    The last token chosen is never fed, so it needs no place. Raises `RequestError`.
+    At least `fewest` must be asked for. The last token chosen is never fed, so it needs no place.
+    Raises `RequestError`.
     """
-    return min(check_positive("max_new_tokens", max_new_tokens), context - prompt_length + 1)
+    asked = check_integer("max_new_tokens", max_new_tokens, fewest)
+    return min(asked, context - prompt_length + 1)
 
 
 def check_positive(name: str, value: object) -> int:
@@ -134,136 +318,11 @@ def check_speculate(value: object) -> int:
     return check_integer("speculate", value, 0, MOST_DRAFTS)
 
 
-class TextOptions(TypedDict, total=False):
-    """For going on with a text."""
-
-    max_new_tokens: int
-    stop: str | Sequence[str]
-    stop_token_ids: Sequence[int]
-    sampling: Sampling | None
-    ignore_eos: bool
-    speculate: int
-
-
-class PromptOptions(TextOptions, total=False):
-    """For a prompt."""
-
-    seed: int | None
-    overlays: Sequence[str] | None
-
-
-class CancellableTextOptions(TextOptions, total=False):
-    """For going on with a text, with a way to end that."""
-
-    cancellation: Cancellation | None
-
-
-class CancellablePromptOptions(PromptOptions, total=False):
-    """For a prompt, with a way to end that."""
-
-    cancellation: Cancellation | None
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Request:
-    """One prompt and what is wished for; what a field shares with `Model.stream` means the same.
-
-    `max_new_tokens` may be 0 where only the prompt's scores are wanted. `choices` replies are
-    drawn, each with random numbers of its own, as `Model.generate` draws them for equal prompts.
-    `stop_token_ids` end a text as those of the model do, which `ignore_eos` passes over.
-    `constraint` makes one constraint for each choice. `top` gives every token its score and that
-    many likeliest ones, None gives none; `score_prompt` scores the prompt's tokens as well.
-    `client` is whose request it is: clients take turns. After `timeout` seconds it is given up:
-    from when it is submitted, or from `since` on the clock `time.monotonic`. `overlays` are looked
-    up when it is submitted, and kept. `without_memory` computes as if the memory of all layers
-    were zero.
-    `trace` tells where each token's record came from.
-    """
-
-    prompt: Prompt
-    max_new_tokens: int = 128
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
-    sampling: Sampling | None = None
-    steering: Steering | None = None
-    constraint: Callable[[], Constraint] | None = None
-    seed: int | None = None
-    ignore_eos: bool = False
-    choices: int = 1
-    top: int | None = None
-    score_prompt: bool = False
-    overlays: Sequence[str] | None = None
-    without_memory: bool = False
-    trace: bool = False
-    client: str = ""
-    timeout: float | None = None
-    since: float | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class CheckedRequest:
-    """A request that can be done."""
-
-    wish: Request
-    prompt: list[int]
-    limit: int  # tokens that each choice may get
-    stops: tuple[str, ...]
-    sampling: Sampling
-    seed: int
-    top: int  # likeliest tokens of each score
-    ends: frozenset[int]
-
-    @property
-    def scored(self) -> bool:
-        """Whether tokens get scores."""
-        return self.wish.top is not None
-
-
-def check_request(
-    wish: Request, tokenizer: Tokenizer, model: ModelSpec, default: Sampling, most_choices: int
-) -> CheckedRequest:
-    """Return the request with its prompt as tokens; raises `RequestError` if it cannot be done."""
-    prompt = prompt_tokens(wish.prompt, tokenizer, model)
-    stops = check_stops(wish.stop)
-    if check_positive("choices", wish.choices) > most_choices:
-        raise RequestError(
-            f"choices is {wish.choices}, expected at most {most_choices}: as many as may wait."
-        )
-    if wish.steering is not None:
-        _check_bias(wish.steering, model.vocab_size)
-    if wish.timeout is not None:
-        _check_timeout(wish.timeout)
-    if wish.without_memory:
-        _check_memory(wish.overlays, model)
-    return CheckedRequest(
-        wish=wish,
-        prompt=prompt,
-        limit=_limit(wish.max_new_tokens, len(prompt), model.max_position_embeddings),
-        stops=stops,
-        sampling=default if wish.sampling is None else wish.sampling,
-        seed=draw_seed() if wish.seed is None else check_seed(wish.seed),
-        top=_check_top(wish.top),
-        ends=ending_tokens(
-            stops, wish.stop_token_ids, tokenizer, model, ignore_eos=wish.ignore_eos
-        ),
-    )
-
-
-def _limit(max_new_tokens: object, prompt_length: int, context: int) -> int:
-    if max_new_tokens == 0 and isinstance(max_new_tokens, int) and max_new_tokens is not False:
-        return 0
-    return token_limit(max_new_tokens, prompt_length, context)
-
-
-def _check_bias(steering: Steering, vocab_size: int) -> None:
+def _check_bias(penalties: Penalties, vocab_size: int) -> None:
     try:
-        check_tokens(steering.logit_bias, vocab_size)
+        check_tokens(penalties.logit_bias, vocab_size)
     except RequestError as error:
         raise RequestError(f"logit_bias: {error}") from None
-
-
-def _check_top(top: object) -> int:
-    return 0 if top is None else check_integer("top", top, 0, MOST_TOP)
 
 
 def _check_memory(overlays: Sequence[str] | None, model: ModelSpec) -> None:

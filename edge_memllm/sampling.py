@@ -1,6 +1,6 @@
 """Choosing the next token from logits, in plain numpy.
 
-The order of operations is that of Hugging Face: repetition penalty, then what `steering` wishes,
+The order of operations is that of Hugging Face: repetition penalty, then the other `Penalties`,
 temperature, top-k, top-p, min-p, then one draw. Knows nothing of text, models or runtimes.
 """
 
@@ -49,8 +49,8 @@ class Constraint(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Steering:
-    """Wishes about tokens, as servers of language models take them. The defaults are off.
+class Penalties:
+    """Changes to logits, as servers of language models take them. The defaults are off.
 
     Both penalties look at the tokens chosen so far, not at the prompt: `frequency_penalty` is
     subtracted from a token's logit for each time, `presence_penalty` once. `logit_bias` is added
@@ -71,21 +71,21 @@ class Steering:
 
     @property
     def active(self) -> bool:
-        """Whether anything is wished for."""
+        """Whether anything is changed."""
         return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
 
     def applied(
         self, logits: NDArray[np.float32], counts: Mapping[int, int]
     ) -> NDArray[np.float32]:
-        """Return a copy of logits [V] with the wishes; `counts` says how often tokens came."""
-        steered = logits.copy()
+        """Return a changed copy of logits [V]; `counts` says how often tokens came."""
+        changed = logits.copy()
         if counts and (self.frequency_penalty or self.presence_penalty):
             ids, times = _arrays(counts)
-            steered[ids] -= self.frequency_penalty * times + self.presence_penalty
+            changed[ids] -= self.frequency_penalty * times + self.presence_penalty
         if self.logit_bias:
             ids, biases = _arrays(self.logit_bias)
-            steered[ids] += biases
-        return steered
+            changed[ids] += biases
+        return changed
 
 
 def allowed_ids(constraint: Constraint, vocab_size: int) -> NDArray[np.intp] | None:
@@ -218,17 +218,17 @@ class Sampler:
         seed: int,
         stream: int = 0,
         *,
-        steering: Steering | None = None,
+        penalties: Penalties | None = None,
         constraint: Constraint | None = None,
         draws: np.random.Generator | None = None,
     ) -> None:
         self.sampling = sampling
-        self._steering = steering if steering is not None and steering.active else None
+        self._penalties = penalties if penalties is not None and penalties.active else None
         self._constraint = constraint
         self._chosen = Counter[int]()
         self._random = random_draws(seed, stream) if draws is None else draws
         self._seen: set[int] = set()
-        self._room = Room()
+        self._scratch = Scratch()
 
     def observe(self, tokens: Iterable[int]) -> None:
         """Note tokens that stand in the text, for the repetition penalty."""
@@ -242,9 +242,9 @@ class Sampler:
         """
         token = self._at_a_glance(logits)
         if token is None:
-            token = self._choose(self._room.widened(logits))
+            token = self._choose(self._scratch.widened(logits))
         self.observe((token,))
-        if self._steering is not None:
+        if self._penalties is not None:
             self._chosen[token] += 1
         if self._constraint is not None:
             self._constraint.advance(token)
@@ -254,7 +254,7 @@ class Sampler:
         """Return the likeliest token where that is all and float16 tells it by itself."""
         if logits.dtype != np.float16 or self.sampling.temperature or self._seen:
             return None
-        if self._steering is not None or self._constraint is not None:
+        if self._penalties is not None or self._constraint is not None:
             return None
         return place_of_largest(logits)
 
@@ -262,8 +262,8 @@ class Sampler:
         require_finite(logits)
         if self._seen:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
-        if self._steering is not None:
-            logits = self._steering.applied(logits, self._chosen)
+        if self._penalties is not None:
+            logits = self._penalties.applied(logits, self._chosen)
         ids = None if self._constraint is None else allowed_ids(self._constraint, logits.size)
         if ids is not None:
             return int(ids[self._likeliest_or_drawn(logits[ids])])
@@ -273,11 +273,11 @@ class Sampler:
         return self._draw(logits) if self.sampling.temperature else int(logits.argmax())
 
     def _draw(self, logits: Logits) -> int:
-        ids, probabilities = candidates(logits, self.sampling, self._room)
+        ids, probabilities = candidates(logits, self.sampling, self._scratch)
         return int(ids[owner(probabilities, self._random.random())])
 
 
-class Room:
+class Scratch:
     """Memory for choosing among a whole vocabulary, used again for each token.
 
     Fresh memory of this size comes from the system a page at a time, which costs several times
@@ -325,14 +325,14 @@ def penalize(logits: Logits, seen: Iterable[int], penalty: float) -> Logits:
 
 
 def candidates(
-    logits: Logits, sampling: Sampling, room: Room | None = None
+    logits: Logits, sampling: Sampling, scratch: Scratch | None = None
 ) -> tuple[Indices, NDArray[np.float64]]:
     """Return the ids that may be drawn and their probabilities, summing to about 1.
 
     Applies temperature (which must be above 0), top-k, top-p and min-p to logits [V]. The result
-    may lie in `room`, valid until the next call with it.
+    may lie in `scratch`, valid until the next call with it.
     """
-    ids, weights = (Room() if room is None else room).of(logits.size)
+    ids, weights = (Scratch() if scratch is None else scratch).of(logits.size)
     if 0 < sampling.top_k < logits.size:
         ids = _top_k(logits, sampling.top_k)
         logits, weights = logits[ids], weights[: ids.size]

@@ -10,38 +10,43 @@ import os
 from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from copy import deepcopy
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self, Unpack
+from typing import TYPE_CHECKING, Self
 from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import Cancellation, RequestError
-from edge_memllm.feeding import Feeder
-from edge_memllm.generation import Piece, TokenSequence, assembled, begin_text, go_on, in_thread
+from edge_memllm.feeding import Feeder, StepCosts
+from edge_memllm.generation import Piece, TextAssembly, TokenSequence, generate_tokens, in_thread
 from edge_memllm.overlays.loaded import Selection
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.request import (
-    CancellableTextOptions,
+    CANCELLED_BY_TASK,
+    ENGINE_ONLY,
+    CheckedRequest,
     Prompt,
-    TextOptions,
-    check_speculate,
+    Request,
+    asked_by,
+    check_request,
     common_length,
-    ending_tokens,
+    going_on,
     prompt_tokens,
+    refuse_fields,
     text_tokens,
-    token_limit,
 )
 from edge_memllm.runtime_protocol import KVCache
-from edge_memllm.sampling import Sampler, Sampling
 from edge_memllm.session_file import Origin, SessionFile, SessionState, write_session
-from edge_memllm.statistics import Meter, StepCosts
-from edge_memllm.text.tokenization import check_stops
+from edge_memllm.statistics import Meter
 
 if TYPE_CHECKING:
     from edge_memllm.model import Model
+
+_CHOSEN = ": a session keeps what it was made with. Give it to Model.session."
+_OF_THE_SESSION = dict.fromkeys(("seed", "overlays", "without_memory"), _CHOSEN)
 
 
 class SessionTurn:
@@ -173,47 +178,28 @@ class Session:
             self._begin()
             self._compute()
 
-    def stream(
-        self,
-        *,
-        max_new_tokens: int = 128,
-        stop: str | Sequence[str] = (),
-        stop_token_ids: Sequence[int] = (),
-        sampling: Sampling | None = None,
-        ignore_eos: bool = False,
-        speculate: int = 0,
-        cancellation: Cancellation | None = None,
-    ) -> Generator[Piece, None, None]:
+    @asked_by(going_on(Request))
+    def stream(self, request: Request) -> Generator[Piece, None, None]:
         """Check the request now, then yield one piece of text per new token.
 
         Every token that was yielded is part of the session, those of a stop string and of the end
         of the text too: `rewind` takes them back. Leaving the iterator, or cancelling, keeps what
-        came so far. `sampling` None takes the session's; the rest is as in `Model.stream`.
+        came so far. `sampling` None takes the session's; seed and overlays are the session's own.
+        The rest is as in `Model.stream`.
         """
-        stops, drafts = check_stops(stop), check_speculate(speculate)
-        model, tokenizer = self._model.manifest.model, self._model.tokenizer
-        ends = ending_tokens(stops, stop_token_ids, tokenizer, model, ignore_eos=ignore_eos)
-        with self._turn.whole():
-            self._limit(max_new_tokens)
+        return self._stream(request)
 
-        def pieces() -> Generator[Piece, None, None]:
-            with self._turn.call():
-                self._begin()
-                limit = self._limit(max_new_tokens)
-                sampler = Sampler(sampling or self.sampling, self.seed, draws=self._draws)
-                sequence = TokenSequence(tuple(self._tokens), sampler, limit, ends)
-                yield from self._pieces(sequence, stops, drafts, cancellation)
-
-        return pieces()
-
-    def generate(self, **options: Unpack[CancellableTextOptions]) -> str:
+    @asked_by(going_on(Request))
+    def generate(self, request: Request) -> str:
         """Return the text that follows, which becomes part of the session; see `stream`."""
-        return "".join(piece.text for piece in self.stream(**options))
+        return "".join(piece.text for piece in self._stream(request))
 
-    def astream(self, **options: Unpack[TextOptions]) -> AsyncGenerator[Piece, None]:
+    @asked_by(going_on(Request))
+    def astream(self, request: Request) -> AsyncGenerator[Piece, None]:
         """Stream as `stream` does, for `async for`; see `Model.astream`."""
+        refuse_fields(request, CANCELLED_BY_TASK)
         end = Cancellation()
-        return in_thread(self.stream(**options, cancellation=end), end)
+        return in_thread(self._stream(replace(request, cancellation=end)), end)
 
     def rewind(self, to: int | Sequence[int]) -> int:
         """Take back the end of the text; return how many tokens are left.
@@ -286,47 +272,43 @@ class Session:
             model = self._model
             self._tokens = prompt_tokens("", model.tokenizer, model.manifest.model)
 
-    def _limit(self, max_new_tokens: int) -> int:
-        context = self._model.manifest.model.max_position_embeddings
-        limit = token_limit(max_new_tokens, len(self._tokens), context)
-        if not limit:
+    def _checked(self, request: Request) -> CheckedRequest:
+        """Check what is asked of the text as it is now."""
+        model = self._model
+        spec, asked = model.manifest.model, replace(request, seed=self.seed)
+        checked = check_request(asked, list(self._tokens), model.tokenizer, spec, self.sampling)
+        if not checked.limit:
             raise RequestError(
-                f"the session has {len(self._tokens)} tokens, more than the {context} of the "
-                "model's context. Rewind it."
+                f"the session has {len(self._tokens)} tokens, more than the "
+                f"{spec.max_position_embeddings} of the model's context. Rewind it."
             )
-        return limit
+        return checked
 
-    def _pieces(
-        self,
-        sequence: TokenSequence,
-        stops: Sequence[str],
-        drafts: int,
-        cancellation: Cancellation | None,
-    ) -> Generator[Piece, None, None]:
-        meter = Meter(self._model.runtime, self._records.source, self.seed, self.overlays)
-        self._feeder.serve(meter.costs, cancellation)
-        tokens = self._advance(sequence, drafts)
-        try:
-            with closing(
-                assembled(tokens, [sequence], self._model.tokenizer, stops, meter)
-            ) as pieces:
-                while (piece := self._next(pieces)) is not None:
-                    yield piece
-        finally:
-            with self._turn.step:
-                self._drop_surplus()
+    def _stream(self, request: Request) -> Generator[Piece, None, None]:
+        refuse_fields(request, {**ENGINE_ONLY, **_OF_THE_SESSION})
+        with self._turn.whole():
+            self._checked(request)
+        return self._pieces(request)
 
-    def _next(self, pieces: Iterator[tuple[int, Piece]]) -> Piece | None:
-        with self._turn.working():
-            _, piece = next(pieces, (0, None))
-            if piece is not None:
-                self._tokens.append(piece.token)
-            return piece
-
-    def _advance(self, sequence: TokenSequence, drafts: int) -> Generator[int, None, None]:
-        begin_text(self._feeder, sequence, self._compute())
-        yield 0
-        yield from go_on(self._feeder, [sequence], drafts)
+    def _pieces(self, request: Request) -> Generator[Piece, None, None]:
+        with self._turn.call():
+            self._begin()
+            checked = self._checked(request)  # the text may be another one than when it was asked
+            sequence = TokenSequence.of(checked, draws=self._draws)
+            text = TextAssembly(self._model.tokenizer, sequence, checked.stops)
+            meter = Meter(self._model.runtime, self._records.source, self.seed, self.overlays)
+            self._feeder.serve(meter.costs, request.cancellation)
+            try:
+                with self._turn.working():
+                    logits = self._compute()
+                tokens = generate_tokens(self._feeder, sequence, logits, request.speculate)
+                while sequence.finish_reason is None:
+                    with self._turn.working():
+                        self._tokens.append(next(tokens))
+                    yield text.piece(meter)
+            finally:
+                with self._turn.step:
+                    self._drop_surplus()
 
     def _compute(self) -> NDArray[np.float32]:
         """Return the logits [V] behind the last token, computing what is not yet."""

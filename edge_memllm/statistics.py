@@ -1,6 +1,6 @@
 """What a generation cost: times, bytes read, memory. Plain numbers, ready for JSON.
 
-Reads the costs of the token loop and the system's account of the process; changes nothing.
+Reads the costs of the steps and the system's account of the process; changes nothing.
 """
 
 from __future__ import annotations
@@ -12,9 +12,9 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
+from edge_memllm.feeding import StepCosts
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import RecordSource
-from edge_memllm.table.table import Fetched
 
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_bytes"}
@@ -57,32 +57,9 @@ def _peak_from_resource() -> int | None:
     return peak if sys.platform == "darwin" else peak * 1024
 
 
-@dataclass(slots=True)
-class StepCosts:
-    """Sums that the token loop fills in while it runs, over all sequences of a batch."""
-
-    prefill_tokens: int = 0
-    prefill_seconds: float = 0.0
-    decode_tokens: int = 0
-    decode_seconds: float = 0.0  # reading, computing and choosing; not the reader of the text
-    wait_seconds: float = 0.0  # of both, waiting for records
-    draft_tokens: int = 0
-    accepted_tokens: int = 0
-    records_read: int = 0  # fetched, some perhaps from a record cache
-    reads: int = 0
-    bytes_read: int = 0  # of records that were not in the record cache
-    kv_bytes: int = 0
-
-    def note_records(self, count: int, fetched: Fetched) -> None:
-        """Count records that were fetched."""
-        self.records_read += count
-        self.reads += fetched.reads
-        self.bytes_read += fetched.bytes
-
-
 @dataclass(frozen=True, slots=True)
 class GenerationStatistics:
-    """What one generation (or one batch) did. Rates are None when there was nothing to measure."""
+    """What one generation did. Rates are None when there was nothing to measure."""
 
     prompt_tokens: int
     completion_tokens: int  # chosen tokens, an end-of-text token among them
@@ -119,23 +96,20 @@ class Meter:
         self._runtime = runtime
         self._table = table
         self._seed = seed
-        self._tokens = 0
         self._start = perf_counter()
         self._first_token_seconds = 0.0
 
-    def note_token(self) -> None:
-        """Count one token that is ready to be shown."""
-        if not self._tokens:
-            self._first_token_seconds = perf_counter() - self._start
-        self._tokens += 1
+    def note_first_token(self) -> None:
+        """Note that the first token has come."""
+        self._first_token_seconds = perf_counter() - self._start
 
-    def statistics(self) -> GenerationStatistics:
-        """Return what was measured so far."""
+    def statistics(self, completion_tokens: int) -> GenerationStatistics:
+        """Return what was measured until this many tokens had come."""
         costs, memory = self.costs, process_memory()
         fed = costs.prefill_tokens + costs.decode_tokens
         return GenerationStatistics(
             prompt_tokens=costs.prefill_tokens,
-            completion_tokens=self._tokens,
+            completion_tokens=completion_tokens,
             time_to_first_token_seconds=self._first_token_seconds,
             prefill_tokens_per_second=rate(costs.prefill_tokens, costs.prefill_seconds),
             decode_tokens_per_second=rate(costs.decode_tokens, costs.decode_seconds),

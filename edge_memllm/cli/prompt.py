@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import argparse
 import sys
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Any
@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, Any
 from edge_memllm.cli.output import byte_count
 from edge_memllm.errors import RequestError
 from edge_memllm.process.interrupts import go_on
-from edge_memllm.request import check_speculate
+from edge_memllm.request import Request, check_speculate
 from edge_memllm.sampling import Sampling, check_seed
 from edge_memllm.text.tokenization import check_stops
 
@@ -57,20 +57,6 @@ class Answer:
         if piece.finish_reason is not None:
             self.finish_reason = piece.finish_reason
             self.statistics = piece.statistics
-
-
-def ask(model: Model, prompt: str | list[int], settings: Settings) -> Generator[Piece, None, None]:
-    """Start generating with these settings."""
-    return model.stream(
-        prompt,
-        max_new_tokens=settings.max_new_tokens,
-        stop=settings.stop,
-        stop_token_ids=settings.stop_token_ids,
-        sampling=settings.sampling,
-        seed=settings.seed,
-        speculate=settings.speculate,
-        overlays=settings.overlays,
-    )
 
 
 def has_template(model: Model) -> bool:
@@ -126,7 +112,7 @@ class Session:
     def __init__(
         self,
         model: Model,
-        settings: Settings,
+        settings: Request,
         *,
         raw: bool = False,
         statistics: bool = True,
@@ -182,7 +168,7 @@ class Session:
         answer = Answer()
         try:
             prompt = chat_prompt(self.model, messages) if self.chat else line
-            with closing(ask(self.model, prompt, self.settings)) as pieces:
+            with closing(self.model.pieces(replace(self.settings, prompt=prompt))) as pieces:
                 for piece in pieces:
                     print(piece.text, end="", flush=True)
                     answer.add(piece)
@@ -210,7 +196,7 @@ class Session:
             case ["/stats"]:
                 _note(self._last_statistics())
             case ["/set"]:
-                _note("\n".join(self.settings.lines()))
+                _note("\n".join(setting_lines(self.settings)))
             case ["/overlays"]:
                 _note(self._overlays())
             case ["/overlays", *names]:
@@ -224,7 +210,7 @@ class Session:
 
     def _set(self, name: str, value: str) -> None:
         try:
-            self.settings = self.settings.changed(name, value)
+            self.settings = changed(self.settings, name, value)
         except RequestError as error:
             _note(f"error: {error}")
 
@@ -267,72 +253,64 @@ def _enable_history() -> None:
         return
 
 
-@dataclass(frozen=True)
-class Settings:
-    """One set of wishes; changing one makes another set."""
+def request_of(arguments: argparse.Namespace, default: Sampling) -> Request:
+    """Return what the options ask for, without a prompt; those given replace ``default``.
 
-    sampling: Sampling
-    max_new_tokens: int = 128
-    stop: tuple[str, ...] = ()
-    seed: int | None = None  # None: drawn anew for each answer
-    speculate: int = 0
-    overlays: tuple[str, ...] | None = None  # None: all that are loaded
-    stop_token_ids: tuple[int, ...] = ()
+    Raises `RequestError`.
+    """
+    given = {
+        name: value for name in _SAMPLING_NAMES if (value := getattr(arguments, name)) is not None
+    }
+    if arguments.greedy:
+        given["temperature"] = 0.0
+    if arguments.seed is not None:
+        check_seed(arguments.seed)
+    return Request(
+        prompt=(),
+        sampling=replace(default, **given),
+        max_new_tokens=arguments.max_new_tokens,
+        stop=check_stops(arguments.stop),
+        stop_token_ids=tuple(arguments.stop_token_id),
+        seed=arguments.seed,
+        speculate=check_speculate(arguments.speculate),
+    )
 
-    @classmethod
-    def from_arguments(cls, arguments: argparse.Namespace, default: Sampling) -> Settings:
-        """Options that were given replace ``default``. Raises `RequestError` as `Sampling`."""
-        given = {
-            name: value
-            for name in _SAMPLING_NAMES
-            if (value := getattr(arguments, name)) is not None
-        }
-        if arguments.greedy:
-            given["temperature"] = 0.0
-        if arguments.seed is not None:
-            check_seed(arguments.seed)
-        return cls(
-            sampling=replace(default, **given),
-            max_new_tokens=arguments.max_new_tokens,
-            stop=check_stops(arguments.stop),
-            stop_token_ids=tuple(arguments.stop_token_id),
-            seed=arguments.seed,
-            speculate=check_speculate(arguments.speculate),
-        )
 
-    def changed(self, name: str, text: str) -> Settings:
-        """Return a copy with one value set from text, as ``/set NAME VALUE`` does.
+def changed(request: Request, name: str, text: str) -> Request:
+    """Return a copy with one value set from text, as ``/set NAME VALUE`` does.
 
-        ``off`` clears the stop string and lets the seed be drawn. Raises `RequestError`.
-        """
-        name = name.replace("-", "_")
-        if name == "stop":
-            return replace(self, stop=() if text == "off" else check_stops(text))
-        if name == "seed":
-            seed = None if text == "off" else check_seed(_parsed(int, name, text))
-            return replace(self, seed=seed)
-        if name == "speculate":
-            return replace(self, speculate=check_speculate(_parsed(int, name, text)))
-        if name == "max_new_tokens":
-            count = int(_parsed(int, name, text))
-            if count < 1:
-                raise RequestError(f"max_new_tokens is {count}, expected 1 or more.")
-            return replace(self, max_new_tokens=count)
-        if name in _SAMPLING_NAMES:
-            value: Any = _parsed(_SAMPLING_TYPES.get(name, float), name, text)
-            return replace(self, sampling=replace(self.sampling, **{name: value}))
-        raise RequestError(f"There is no setting '{name}'. There are: {', '.join(NAMES)}.")
+    ``off`` clears the stop string and lets the seed be drawn. Raises `RequestError`.
+    """
+    name = name.replace("-", "_")
+    if name == "stop":
+        return replace(request, stop=() if text == "off" else check_stops(text))
+    if name == "seed":
+        seed = None if text == "off" else check_seed(_parsed(int, name, text))
+        return replace(request, seed=seed)
+    if name == "speculate":
+        return replace(request, speculate=check_speculate(_parsed(int, name, text)))
+    if name == "max_new_tokens":
+        count = int(_parsed(int, name, text))
+        if count < 1:
+            raise RequestError(f"max_new_tokens is {count}, expected 1 or more.")
+        return replace(request, max_new_tokens=count)
+    if name in _SAMPLING_NAMES:
+        value: Any = _parsed(_SAMPLING_TYPES.get(name, float), name, text)
+        sampling = request.sampling or Sampling()
+        return replace(request, sampling=replace(sampling, **{name: value}))
+    raise RequestError(f"There is no setting '{name}'. There are: {', '.join(NAMES)}.")
 
-    def lines(self) -> list[str]:
-        """One line per setting, in the words that ``/set`` takes."""
-        values = {
-            **asdict(self.sampling),
-            "max_new_tokens": self.max_new_tokens,
-            "stop": ", ".join(map(repr, self.stop)) or "off",
-            "seed": "off" if self.seed is None else self.seed,
-            "speculate": self.speculate,
-        }
-        return [f"{name} {value}" for name, value in values.items()]
+
+def setting_lines(request: Request) -> list[str]:
+    """One line per setting, in the words that ``/set`` takes."""
+    values = {
+        **asdict(request.sampling or Sampling()),
+        "max_new_tokens": request.max_new_tokens,
+        "stop": ", ".join(map(repr, request.stop)) or "off",
+        "seed": "off" if request.seed is None else request.seed,
+        "speculate": request.speculate,
+    }
+    return [f"{name} {value}" for name, value in values.items()]
 
 
 def _parsed(kind: type[int] | type[float], name: str, text: str) -> int | float:

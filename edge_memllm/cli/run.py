@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -20,8 +21,8 @@ from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
     from edge_memllm.cli.options import Commands
-    from edge_memllm.cli.prompt import Settings
     from edge_memllm.model import Model
+    from edge_memllm.request import Request
 
 _DESCRIPTION = """\
 Generate text. The prompt comes from --prompt, from standard input when that is a pipe or a file,
@@ -98,12 +99,12 @@ def execute(arguments: argparse.Namespace) -> int:
 
     import edge_memllm
     from edge_memllm.cli.output import StageBars
-    from edge_memllm.cli.prompt import Session, Settings
+    from edge_memllm.cli.prompt import Session, request_of
 
     with StageBars() as bars:
         model = edge_memllm.load(arguments.artifact, progress=bars, **loading_keywords(arguments))
     with model:
-        settings = Settings.from_arguments(arguments, model.sampling)
+        settings = request_of(arguments, model.sampling)
         if prompt is None:
             Session(model, settings, raw=arguments.raw, statistics=not arguments.no_stats).run()
         else:
@@ -112,15 +113,15 @@ def execute(arguments: argparse.Namespace) -> int:
 
 
 def _answer_once(
-    model: Model, prompt: str, settings: Settings, arguments: argparse.Namespace
+    model: Model, prompt: str, settings: Request, arguments: argparse.Namespace
 ) -> None:
     """Generate from one prompt; the text appears as it is made, unless it goes into JSON."""
-    from edge_memllm.cli.prompt import Answer, ask, chat_prompt, has_template, statistics_line
+    from edge_memllm.cli.prompt import Answer, chat_prompt, has_template, statistics_line
 
     chat = has_template(model) and not arguments.raw
     ids = chat_prompt(model, [{"role": "user", "content": prompt}]) if chat else prompt
     answer = Answer()
-    for piece in ask(model, ids, settings):
+    for piece in model.pieces(replace(settings, prompt=ids)):
         answer.add(piece)
         if not arguments.json:
             print(piece.text, end="", flush=True)

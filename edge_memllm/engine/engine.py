@@ -14,25 +14,29 @@ import sysconfig
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
+from dataclasses import replace
 from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic
 from typing import Generic, Self, TypeVar
 
-from edge_memllm.engine.reply import Choice, Deadline, Reply
-from edge_memllm.engine.scheduler import EngineStatistics, Scheduler, Tally
-from edge_memllm.errors import DrainingError, QueueFullError
-from edge_memllm.feeding import SERVING_CHUNK, Feeder
+from edge_memllm.engine.reply import Deadline, Generation, Reply
+from edge_memllm.engine.scheduler import EngineStatistics, Scheduler
+from edge_memllm.errors import DrainingError, QueueFullError, RequestError
+from edge_memllm.feeding import SERVING_CHUNK, Feeder, StepCosts
 from edge_memllm.model import Model
-from edge_memllm.overlays.loaded import Selection
 from edge_memllm.process.forking import ProcessLock
-from edge_memllm.request import CheckedRequest, Request, check_positive, check_request
-from edge_memllm.statistics import StepCosts
-from edge_memllm.table.source import MemorylessTable
+from edge_memllm.request import CheckedRequest, Request, check_positive, refuse_fields
 
 Item = TypeVar("Item")
 
 _log = logging.getLogger(__name__)
+
+_ONE_TEXT_ONLY = {
+    "speculate": ": an engine computes many texts in a step, and drafts are for one. Leave it out, "
+    "or ask Model.stream.",
+    "cancellation": ": a reply of an engine has its own `cancel`. Call that.",
+}
 
 _PYTHON = re.compile(r"(python|pypy|graalpy)[\d.]*[a-z]?(-\w+)?(\.exe)?", re.IGNORECASE)
 
@@ -116,10 +120,8 @@ class Engine:
             self._chunk = check_positive("prefill_chunk", prefill_chunk)
         self._invariant = batch_invariant
         self._model = model
-        # One for all, so that those who share it share keys and values.
-        self._memoryless = Selection(MemorylessTable(model.records(()).source), ())
-        self._queue = FairQueue[Choice]()
-        self._tally = Tally()
+        self._queue = FairQueue[Generation]()
+        self._statistics = EngineStatistics(slots=self._slots)
         self._costs = StepCosts()
         self._changed = Condition(ProcessLock())  # type: ignore[arg-type]  # it is one
         self._under_way = 0
@@ -144,22 +146,13 @@ class Engine:
     def statistics(self) -> EngineStatistics:
         """What goes on, and what was done so far."""
         with self._changed:
-            tally, costs = self._tally, self._costs
-            return EngineStatistics(
-                slots=self._slots,
+            return replace(
+                self._statistics,
                 under_way=self._under_way,
                 queued=len(self._queue),
-                kv_bytes=costs.kv_bytes,
-                requests=tally.requests,
-                refused=tally.refused,
-                finished=tally.finished,
-                given_up=tally.given_up,
-                prompt_tokens=tally.prompt_tokens,
-                reused_tokens=tally.reused_tokens,
-                completion_tokens=tally.completion_tokens,
-                steps=tally.steps,
-                records_read=costs.records_read,
-                bytes_read=costs.bytes_read,
+                kv_bytes=self._costs.kv_bytes,
+                records_read=self._costs.records_read,
+                bytes_read=self._costs.bytes_read,
             )
 
     def submit(self, request: Request) -> Reply:
@@ -169,20 +162,23 @@ class Engine:
         and `DrainingError` when the engine is ending.
         """
         model = self._model
-        checked = check_request(
-            request, model.tokenizer, model.manifest.model, model.sampling, self._queue_limit
-        )
-        without = request.without_memory
-        records = self._memoryless if without else model.records(request.overlays)
+        refuse_fields(request, _ONE_TEXT_ONLY)
+        checked = model.checked(request, fewest_tokens=0)
+        if request.choices > self._queue_limit:
+            raise RequestError(
+                f"choices is {request.choices}, expected at most {self._queue_limit}: as many as "
+                "may wait."
+            )
+        records = model.records(request.overlays, without_memory=request.without_memory)
         deadline = _deadline_of(checked)
         reply = Reply(checked.prompt, checked.seed, request.choices, self._wake, deadline)
         choices = [
-            Choice(number, checked, records, reply, model.tokenizer)
+            Generation(number, checked, records, reply, model.tokenizer)
             for number in range(request.choices)
         ]
         with self._changed:
             self._require_room(request.client, len(choices))
-            self._tally.requests += 1
+            self._statistics.requests += 1
             self._queue.push(request.client, choices)
             self._changed.notify_all()
         return reply
@@ -227,14 +223,14 @@ class Engine:
                 "started it. Start an engine in each process."
             )
         if self._draining:
-            self._tally.refused += 1
+            self._statistics.refused += 1
             raise DrainingError("The engine is ending and takes no more requests.")
         free = max(0, self._slots - self._under_way)
         waiting, own = len(self._queue), self._queue.waiting(client)
         if waiting + count <= self._queue_limit + free and own + count <= self._client_limit + free:
             return
-        self._tally.refused += 1
-        after = max(1.0, math.ceil(self._tally.choice_seconds * (waiting + count) / self._slots))
+        self._statistics.refused += 1
+        after = max(1.0, math.ceil(self._statistics.text_seconds * (waiting + count) / self._slots))
         raise QueueFullError(
             f"{waiting} texts wait already, {own} of this client; at most {self._queue_limit} may, "
             f"{self._client_limit} of one client. Try again in about {after:.0f} s.",
@@ -271,7 +267,7 @@ class Engine:
         with Feeder(model.runtime, table, self._slots, self._chunk, self._costs) as feeder:
             context = model.manifest.model.max_position_embeddings
             scheduler = Scheduler(
-                feeder, context, self._chunk, self._tally, invariant=self._invariant
+                feeder, context, self._chunk, self._statistics, invariant=self._invariant
             )
             self._scheduler = scheduler
             try:
@@ -287,7 +283,7 @@ class Engine:
         with self._changed:
             self._under_way = 0
             self._changed.wait_for(lambda: self._queue or self._stopped)
-            self._tally.given_up += self._fail_waiting(error)
+            self._statistics.given_up += self._fail_waiting(error)
 
     def _fail_waiting(self, error: BaseException) -> int:
         waiting = self._queue.remove(lambda _: True)
@@ -302,7 +298,7 @@ class Engine:
                 self._under_way = scheduler.under_way
                 if self._stopped:
                     return False
-                self._tally.given_up += len(self._queue.remove(Choice.over))
+                self._statistics.given_up += len(self._queue.remove(Generation.over))
                 self._let_in(scheduler)
                 if self._under_way:
                     return True
@@ -316,11 +312,11 @@ class Engine:
 
 
 def _deadline_of(request: CheckedRequest) -> Deadline | None:
-    wish = request.wish
-    if wish.timeout is None:
+    asked = request.request
+    if asked.timeout is None:
         return None
-    since = monotonic() if wish.since is None else wish.since
-    return Deadline(wish.timeout, since, wish.choices * request.limit)
+    since = monotonic() if asked.since is None else asked.since
+    return Deadline(asked.timeout, since, asked.choices * request.limit)
 
 
 def _ended() -> DrainingError:

@@ -12,7 +12,7 @@ from contextlib import suppress
 from dataclasses import asdict, dataclass
 from threading import Condition
 from time import monotonic
-from typing import Any, Literal, NamedTuple, Self
+from typing import Any, Literal, NamedTuple, Protocol, Self
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,7 +24,6 @@ from edge_memllm.generation import FinishReason, TextAssembly, TokenSequence
 from edge_memllm.overlays.loaded import Selection
 from edge_memllm.request import CheckedRequest
 from edge_memllm.runtime_protocol import StepLogits
-from edge_memllm.sampling import Sampler
 from edge_memllm.table.source import RecordSource
 from edge_memllm.table.table import Fetched
 from edge_memllm.text.tokenization import Tokenizer
@@ -78,7 +77,7 @@ class ChoiceStatistics:
 class ReplyPiece:
     """What one new token added to one choice; `text` may be empty while it is held back.
 
-    The last piece of a choice has a `finish_reason` and statistics, as in `streaming.Piece`. A
+    The last piece of a choice has a `finish_reason` and statistics, as in `Piece`. A
     request for no tokens at all ends with a piece whose `token` is None. `records`, where they
     were wished for, are of the tokens fed for it: of the prompt, then of the token before each.
     """
@@ -150,7 +149,7 @@ class Reply:
         """Take what was asked, and what tells the engine that nobody wants the rest."""
         self.prompt = prompt
         self.seed = seed
-        # There with the first piece of the first choice, where they were wished for.
+        # There with the first piece of the first choice, where they were asked for.
         self.prompt_scores: tuple[TokenScore, ...] | None = None
         self._open = choices
         self._on_cancel = on_cancel
@@ -316,37 +315,65 @@ class Trace:
         self._fresh.append(RecordUse(position, token, size, origin))
 
 
-class Choice:
-    """A text under way. The first of a request also scores its prompt, where that is wished."""
+class Readers(Protocol):
+    """Whoever gets the pieces of a text: a `Reply`, or `CollectedText`."""
+
+    prompt_scores: tuple[TokenScore, ...] | None
+
+    def put(self, piece: ReplyPiece) -> None:
+        """Take a piece."""
+
+    def fail(self, error: BaseException) -> None:
+        """Take what ended a text before its end."""
+
+    def over(self) -> bool:
+        """Whether nobody wants any more."""
+
+
+class CollectedText:
+    """Takes the pieces of one text for whoever computes it; what goes wrong is raised at once."""
+
+    def __init__(self) -> None:
+        self.text = ""
+        self.prompt_scores: tuple[TokenScore, ...] | None = None
+
+    def put(self, piece: ReplyPiece) -> None:
+        """Append its text."""
+        self.text += piece.text
+
+    def fail(self, error: BaseException) -> None:
+        """Raise it."""
+        raise error
+
+    def over(self) -> bool:
+        """Say no: whoever computes it wants all of it."""
+        return False
+
+
+class Generation:
+    """A text under way. The first of a request also scores its prompt, where that is asked for."""
 
     def __init__(
         self,
         number: int,
         request: CheckedRequest,
         records: Selection,
-        reply: Reply,
+        reply: Readers,
         tokenizer: Tokenizer,
     ) -> None:
-        wish = request.wish
-        constraint = None if wish.constraint is None else wish.constraint()
-        sampler = Sampler(
-            request.sampling,
-            request.seed,
-            number,
-            steering=wish.steering,
-            constraint=constraint,
-        )
-        self.sequence = TokenSequence(request.prompt, sampler, request.limit, request.ends)
+        asked = request.request
+        self.sequence = TokenSequence.of(request, number)
         self.beginning = Beginning(request.prompt, records.source)
-        self.scores_prompt = wish.score_prompt and number == 0
+        self.scores_prompt = asked.score_prompt and number == 0
         self.reused = 0  # tokens of the prompt that need no computing
         self._number = number
         self._overlays = records.names
         self._request = request
+        self._top = asked.top
         self._reply = reply
         self._text = TextAssembly(tokenizer, self.sequence, request.stops)
         self._prompt_scores: list[TokenScore] = []
-        self._trace = Trace(request.prompt, records.source) if wish.trace else None
+        self._trace = Trace(request.prompt, records.source) if asked.trace else None
         self._submitted = monotonic()
         self._begun: float | None = None
         self._first: float | None = None
@@ -387,7 +414,7 @@ class Choice:
         if not self._prompt_scores:
             self._prompt_scores.append(TokenScore(self.prompt[0], None))
         if coming:
-            self._prompt_scores += token_scores(logits[: len(coming)], coming, self._request.top)
+            self._prompt_scores += token_scores(logits[: len(coming)], coming, self._top or 0)
 
     def take(self, logits: StepLogits) -> None:
         """Choose the next token from logits [V] and hand out the piece it makes."""
@@ -395,9 +422,8 @@ class Choice:
             self._begin_text()
         if self.finished:
             return
-        self.sequence.extend(logits)
-        piece = self._text.advance()
-        self._hand_out(piece.text, piece.token, self._score(logits, piece.token))
+        token = self.sequence.extend(logits)
+        self._hand_out(self._text.advance(), token, self._score(logits, token))
 
     def fail(self, error: BaseException) -> None:
         """End the reply with an error."""
@@ -414,9 +440,9 @@ class Choice:
             self._hand_out("", None, None)
 
     def _score(self, logits: NDArray[Any], token: int) -> TokenScore | None:
-        if not self._request.scored:
+        if self._top is None:
             return None
-        return next(token_scores(logits[None], [token], self._request.top))
+        return next(token_scores(logits[None], [token], self._top))
 
     def _hand_out(self, text: str, token: int | None, score: TokenScore | None) -> None:
         reason: FinishReason | None = self.sequence.finish_reason

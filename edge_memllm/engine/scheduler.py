@@ -12,64 +12,53 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
-from edge_memllm.engine.reply import Choice
+from edge_memllm.engine.reply import CollectedText, Generation
 from edge_memllm.engine.slots import Slot, Slots
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.feeding import Feeder
+from edge_memllm.overlays.loaded import Selection
+from edge_memllm.request import CheckedRequest
 from edge_memllm.runtime_protocol import StepLogits
+from edge_memllm.text.tokenization import Tokenizer
 
-# How much of the expected time of a choice the last one decides.
+# How much of the expected time of a text the last one decides.
 _NEWS = 0.2
 
 _log = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(slots=True)
 class EngineStatistics:
-    """A view of an engine: what goes on now, and sums since it began."""
+    """What goes on in an engine now, and sums since it began."""
 
-    slots: int
-    under_way: int  # choices that have a place
-    queued: int  # choices that wait for one
-    kv_bytes: int
-    requests: int  # taken into the queue
-    refused: int  # because the queue was full, or the engine is ending
-    finished: int  # choices with a finish reason
-    given_up: int  # choices cancelled, out of time or failed
-    prompt_tokens: int  # that were computed
-    reused_tokens: int  # of prompts, that did not need to be
-    completion_tokens: int
-    steps: int  # in which texts grew
-    records_read: int
-    bytes_read: int
+    slots: int = 0
+    under_way: int = 0  # texts that have a place
+    queued: int = 0  # texts that wait for one
+    kv_bytes: int = 0
+    requests: int = 0  # taken into the queue
+    refused: int = 0  # because the queue was full, or the engine is ending
+    finished: int = 0  # texts with a finish reason
+    given_up: int = 0  # texts cancelled, out of time or failed
+    prompt_tokens: int = 0  # that were computed
+    reused_tokens: int = 0  # of prompts, that did not need to be
+    completion_tokens: int = 0
+    steps: int = 0  # in which texts grew
+    records_read: int = 0
+    bytes_read: int = 0
+    text_seconds: float = 1.0  # that a text has a place, by the last ones
+
+    def note_finished(self, seconds: float) -> None:
+        """Count a text that came to its end after so long in its place."""
+        self.finished += 1
+        self.text_seconds += _NEWS * (seconds - self.text_seconds)
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for JSON."""
         return asdict(self)
 
 
-@dataclass(slots=True)
-class Tally:
-    """The sums while they grow."""
-
-    requests: int = 0
-    refused: int = 0
-    finished: int = 0
-    given_up: int = 0
-    prompt_tokens: int = 0
-    reused_tokens: int = 0
-    completion_tokens: int = 0
-    steps: int = 0
-    choice_seconds: float = 1.0  # that a choice has a place, by the last ones
-
-    def note_finished(self, seconds: float) -> None:
-        """Count a choice that came to its end after so long in its place."""
-        self.finished += 1
-        self.choice_seconds += _NEWS * (seconds - self.choice_seconds)
-
-
 class Scheduler:
-    """Advances choices in the slots of one feeder, whose cache has one place for each.
+    """Advances texts in the slots of one feeder, whose cache has one place for each.
 
     `chunk` tokens of a prompt are computed at a time. With `invariant`, each text gets bit for
     bit what it would get alone: texts advance one after the other, and only whole chunks of
@@ -77,148 +66,161 @@ class Scheduler:
     """
 
     def __init__(
-        self, feeder: Feeder, context: int, chunk: int, tally: Tally, *, invariant: bool
+        self,
+        feeder: Feeder,
+        context: int,
+        chunk: int,
+        statistics: EngineStatistics,
+        *,
+        invariant: bool,
     ) -> None:
         self._feeder = feeder
         self._chunk = chunk
-        self._tally = tally
+        self._statistics = statistics
         self._invariant = invariant
         self._slots = Slots(feeder.cache, context, chunk if invariant else 1)
-        self._places: dict[Choice, Slot] = {}
-        self._filling: list[Choice] = []  # with a prompt not all computed, oldest first
-        self._growing: list[Choice] = []
+        self._places: dict[Generation, Slot] = {}
+        self._filling: list[Generation] = []  # with a prompt not all computed, oldest first
+        self._growing: list[Generation] = []
         self._oldest_next = True
 
     @property
     def free(self) -> int:
-        """How many more choices there is a place for."""
+        """How many more texts there is a place for."""
         return self._slots.free
 
     @property
     def under_way(self) -> int:
-        """How many choices have a place."""
+        """How many texts have a place."""
         return len(self._places)
 
-    def admit(self, choice: Choice) -> None:
-        """Give a choice a place; there must be a free one."""
-        slot = self._slots.take(choice.beginning, reuse=not choice.scores_prompt)
-        choice.begin()
-        self._note_reused(choice, len(slot.tokens))
-        self._places[choice] = slot
-        self._filling.append(choice)
+    def admit(self, text: Generation) -> None:
+        """Give a text a place; there must be a free one."""
+        slot = self._slots.take(text.beginning, reuse=not text.scores_prompt)
+        text.begin()
+        self._note_reused(text, len(slot.tokens))
+        self._places[text] = slot
+        self._filling.append(text)
 
     def advance(self) -> None:
         """Compute one chunk of one prompt, and one token of every text.
 
-        What goes wrong with one choice ends that one. Raises what leaves no cache to go on with.
+        What goes wrong with one text ends that one. Raises what leaves no cache to go on with.
         """
-        for choice in list(self._places):
-            if choice.over():
-                self._dismiss(choice)
+        for text in list(self._places):
+            if text.over():
+                self._dismiss(text)
         if self._filling:
             self._fill(self._next_to_fill())
         if self._growing:
             self._grow()
 
+    def complete(self) -> None:
+        """Compute all that was admitted to its end: every prompt, then all texts together."""
+        while self._filling:
+            self._fill(self._next_to_fill())
+        while self._growing:
+            self._grow()
+
     def give_up(self, error: BaseException) -> None:
-        """End every choice with an error; the cache may be gone already."""
-        self._tally.given_up += len(self._places)
+        """End every text with an error; the cache may be gone already."""
+        self._statistics.given_up += len(self._places)
         self.fail_all(error)
 
     def fail_all(self, error: BaseException) -> None:
-        """Tell those who wait for any choice that it failed; from any thread, amid a step too."""
-        for choice in list(self._places):
-            choice.fail(error)
+        """Tell those who wait for any text that it failed; from any thread, amid a step too."""
+        for text in list(self._places):
+            text.fail(error)
 
-    def _next_to_fill(self) -> Choice:
+    def _next_to_fill(self) -> Generation:
         """Return, in turns, the prompt that waits longest and the one with the least left.
 
         One whose beginning another is computing at the moment waits for that, to copy it.
         """
         self._oldest_next = not self._oldest_next
         ready = [
-            choice
-            for place, choice in enumerate(self._filling)
-            if not any(self._will_serve(older, choice) for older in self._filling[:place])
+            text
+            for place, text in enumerate(self._filling)
+            if not any(self._will_serve(older, text) for older in self._filling[:place])
         ]
         return min(ready, key=self._left) if self._oldest_next else ready[0]
 
-    def _left(self, choice: Choice) -> int:
-        return len(choice.prompt) - len(self._places[choice].tokens)
+    def _left(self, text: Generation) -> int:
+        return len(text.prompt) - len(self._places[text].tokens)
 
-    def _will_serve(self, older: Choice, choice: Choice) -> bool:
-        if choice.scores_prompt:
+    def _will_serve(self, older: Generation, text: Generation) -> bool:
+        if text.scores_prompt:
             return False
-        theirs, own = self._places[older], self._places[choice]
-        return self._slots.worth_waiting(theirs, older.beginning, own, choice.beginning)
+        theirs, own = self._places[older], self._places[text]
+        return self._slots.worth_waiting(theirs, older.beginning, own, text.beginning)
 
-    def _fill(self, choice: Choice) -> None:
-        slot, prompt = self._places[choice], choice.prompt
-        if not choice.scores_prompt:
-            self._note_reused(choice, self._slots.share(slot, choice.beginning))
+    def _fill(self, text: Generation) -> None:
+        slot, prompt = self._places[text], text.prompt
+        if not text.scores_prompt:
+            self._note_reused(text, self._slots.share(slot, text.beginning))
         begin = len(slot.tokens)
         chunk = prompt[begin : begin + self._chunk]
-        self._feeder.use(choice.beginning.source)
+        self._feeder.use(text.beginning.source)
         try:
-            logits = self._feed_chunk(choice, slot, chunk)
+            logits = self._feed_chunk(text, slot, chunk)
             if logits is not None:
-                self._filling.remove(choice)
-                self._growing.append(choice)
-                self._hand_over(choice, logits)
+                self._filling.remove(text)
+                self._growing.append(text)
+                self._hand_over(text, logits)
         except BaseException as error:
-            self._lose(choice, error)
+            self._lose(text, error)
 
-    def _feed_chunk(self, choice: Choice, slot: Slot, chunk: list[int]) -> StepLogits | None:
+    def _feed_chunk(self, text: Generation, slot: Slot, chunk: list[int]) -> StepLogits | None:
         """Append a chunk to a slot; return the logits [V] behind the prompt if it is the last."""
         begin, feeder = len(slot.tokens), self._feeder
         end = begin + len(chunk)
         logits: StepLogits | None = None
-        if choice.scores_prompt:
+        if text.scores_prompt:
             every = feeder.score(slot.place, chunk)
-            choice.note_prompt(every, begin)
+            text.note_prompt(every, begin)
             logits = every[-1]
-        elif end == len(choice.prompt):
+        elif end == len(text.prompt):
             logits = feeder.prefill(slot.place, chunk)
         else:
             feeder.skip(slot.place, chunk)
-        choice.note_fed(begin, chunk, feeder.fetched)
+        text.note_fed(begin, chunk, feeder.fetched)
         self._slots.note_chunk(slot, chunk)
-        self._tally.prompt_tokens += len(chunk)
-        if end < len(choice.prompt):
-            feeder.announce(choice.prompt[end : end + self._chunk])
+        self._statistics.prompt_tokens += len(chunk)
+        if end < len(text.prompt):
+            feeder.announce(text.prompt[end : end + self._chunk])
             return None
         return logits
 
     def _grow(self) -> None:
         """Advance every text by a token; those with the same records together."""
-        groups: dict[int, list[Choice]] = {}
+        groups: dict[int, list[Generation]] = {}
         # In the order in which they lie, so that groups stay where they are.
-        for choice in sorted(self._growing, key=lambda each: self._places[each].place):
-            groups.setdefault(id(choice.beginning.source), []).append(choice)
+        for text in sorted(self._growing, key=lambda each: self._places[each].place):
+            groups.setdefault(id(text.beginning.source), []).append(text)
         start = 0
-        for choices in groups.values():
-            self._feeder.use(choices[0].beginning.source)
-            self._tally.steps += 1
-            if self._invariant or not self._grow_together(choices, start):
-                for choice in choices:
-                    self._grow_alone(choice)
-            start += len(choices)
+        for texts in groups.values():
+            self._feeder.use(texts[0].beginning.source)
+            self._statistics.steps += 1
+            if self._invariant or not self._grow_together(texts, start):
+                for text in texts:
+                    self._grow_alone(text)
+            start += len(texts)
             self._feeder.announce(
-                dict.fromkeys(each.sequence.tokens[-1] for each in choices if not each.finished)
+                dict.fromkeys(each.sequence.tokens[-1] for each in texts if not each.finished)
             )
 
-    def _grow_together(self, choices: Sequence[Choice], start: int) -> bool:
+    def _grow_together(self, texts: Sequence[Generation], start: int) -> bool:
         """Advance some in one step; False if that failed, and each must be tried by itself."""
-        owners = {self._places[choice]: choice for choice in choices}
+        owners = {self._places[text]: text for text in texts}
         places = self._slots.gather(list(owners), start)
         slots = self._slots.at(places)
-        filler = choices[0].sequence.tokens[-1]  # for places between: their records are there
+        filler = texts[0].sequence.tokens[-1]  # for places between: their records are there
         fed = [owners[slot].sequence.tokens[-1] if slot in owners else filler for slot in slots]
         everywhere = len(places) == self._feeder.cache.batch
         try:
             logits = self._feeder.decode(fed, None if everywhere else places)
-        except BaseException:
-            if self._feeder.cache.closed:
+        except BaseException as error:
+            if self._is_for_all(error):
                 raise
             return False
         for number, (slot, row) in enumerate(zip(slots, logits, strict=True)):
@@ -228,58 +230,82 @@ class Scheduler:
                 self._slots.cut(slot, len(slot.tokens))
         return True
 
-    def _grow_alone(self, choice: Choice) -> None:
-        slot = self._places[choice]
+    def _grow_alone(self, text: Generation) -> None:
+        slot = self._places[text]
         try:
             logits = self._feeder.decode(
-                choice.sequence.tokens[-1:], range(slot.place, slot.place + 1)
+                text.sequence.tokens[-1:], range(slot.place, slot.place + 1)
             )
         except BaseException as error:
-            self._lose(choice, error)
+            self._lose(text, error)
         else:
-            self._take(choice, slot, logits[0])
+            self._take(text, slot, logits[0])
 
     def _take(
-        self, choice: Choice, slot: Slot, logits: StepLogits, before: Sequence[int] = ()
+        self, text: Generation, slot: Slot, logits: StepLogits, before: Sequence[int] = ()
     ) -> None:
-        token = choice.sequence.tokens[-1]
-        choice.note_fed(len(slot.tokens), [token], self._feeder.fetched, before)
+        token = text.sequence.tokens[-1]
+        text.note_fed(len(slot.tokens), [token], self._feeder.fetched, before)
         slot.tokens.append(token)
-        self._hand_over(choice, logits)
+        self._hand_over(text, logits)
 
-    def _hand_over(self, choice: Choice, logits: StepLogits) -> None:
-        """Let a choice take its next token. What a constraint raises, too, is its own affair."""
-        before = len(choice.sequence.tokens)
+    def _hand_over(self, text: Generation, logits: StepLogits) -> None:
+        """Let a text take its next token. What a constraint raises, too, is its own affair."""
+        before = len(text.sequence.tokens)
         try:
-            choice.take(logits)
+            text.take(logits)
         except BaseException as error:
-            choice.fail(error)
-            self._dismiss(choice)
+            text.fail(error)
+            self._dismiss(text)
             return
-        self._tally.completion_tokens += len(choice.sequence.tokens) - before
-        if choice.finished:
-            self._tally.note_finished(choice.served_seconds)
-            self._release(choice)
+        self._statistics.completion_tokens += len(text.sequence.tokens) - before
+        if text.finished:
+            self._statistics.note_finished(text.served_seconds)
+            self._release(text)
 
-    def _lose(self, choice: Choice, error: BaseException) -> None:
-        """End a choice whose step failed; raises the error if no other can go on either."""
-        if self._feeder.cache.closed:
+    def _lose(self, text: Generation, error: BaseException) -> None:
+        """End a text whose step failed; raises the error if no other can go on either."""
+        if self._is_for_all(error):
             raise error
         if not isinstance(error, EdgeMemLLMError):
             _log.error("a step failed, and with it one reply", exc_info=error)
-        choice.fail(error)
-        self._dismiss(choice)
+        text.fail(error)
+        self._dismiss(text)
 
-    def _dismiss(self, choice: Choice) -> None:
-        self._tally.given_up += 1
-        self._release(choice)
+    def _is_for_all(self, error: BaseException) -> bool:
+        """Whether an error is not one text's: the cache is lost, or the program interrupted."""
+        return self._feeder.cache.closed or isinstance(error, KeyboardInterrupt)
 
-    def _release(self, choice: Choice) -> None:
-        self._slots.give_back(self._places.pop(choice))
+    def _dismiss(self, text: Generation) -> None:
+        self._statistics.given_up += 1
+        self._release(text)
+
+    def _release(self, text: Generation) -> None:
+        self._slots.give_back(self._places.pop(text))
         for group in (self._filling, self._growing):
-            if choice in group:
-                group.remove(choice)
+            if text in group:
+                group.remove(text)
 
-    def _note_reused(self, choice: Choice, count: int) -> None:
-        choice.reused += count
-        self._tally.reused_tokens += count
+    def _note_reused(self, text: Generation, count: int) -> None:
+        text.reused += count
+        self._statistics.reused_tokens += count
+
+
+def complete_texts(
+    feeder: Feeder,
+    context: int,
+    requests: Sequence[CheckedRequest],
+    records: Selection,
+    tokenizer: Tokenizer,
+) -> list[str]:
+    """Return the text that each request asks for, all computed together, with no thread.
+
+    The feeder's cache has a place for each. Raises what goes wrong with any of them.
+    """
+    feeder.cache.ensure(max(len(request.prompt) for request in requests))
+    scheduler = Scheduler(feeder, context, context, EngineStatistics(), invariant=False)
+    texts = [CollectedText() for _ in requests]
+    for number, (request, text) in enumerate(zip(requests, texts, strict=True)):
+        scheduler.admit(Generation(number, request, records, text, tokenizer))
+    scheduler.complete()
+    return [each.text for each in texts]

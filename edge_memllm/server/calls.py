@@ -12,7 +12,7 @@ from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import BLOCK, tokens_beyond
 from edge_memllm.model import Model
 from edge_memllm.request import Request, check_tokens
-from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Sampling, Steering
+from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
 from edge_memllm.server.fields import (
     ApiError,
     BodyFields,
@@ -73,36 +73,18 @@ _COMPLETION_UNSUPPORTED = not_honoured("completions")
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)
-class Wishes:
-    """What completions and chat have in common."""
+class Call:
+    """A whole request: its prompts as token ids, what is asked of each, and how replies look."""
 
-    sampling: Sampling
-    steering: Steering
+    request: Request  # of every prompt, which is not in it
+    prompts: Sequence[Sequence[int]] = ()
+    echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
     schema: WantedSchema | None
-    choices: int
-    seed: int | None
-    stops: tuple[str, ...]
-    stop_tokens: tuple[int, ...]
-    ignore_eos: bool
-    overlays: tuple[str, ...] | None
-    without_memory: bool
-    trace: bool
     stream: bool
     usage: bool  # at the end of a stream
     running_usage: bool  # with each of its parts
     statistics: bool
     user: str
-
-
-@dataclass(frozen=True, slots=True, kw_only=True)
-class Call:
-    """A whole request: its prompts as token ids, each to get `wishes.choices` replies."""
-
-    wishes: Wishes
-    prompts: Sequence[Sequence[int]]
-    max_tokens: int
-    top: int | None  # likeliest tokens to tell for each token, None to tell no likelihoods
-    echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
 
     def requests(
         self,
@@ -113,53 +95,46 @@ class Call:
     ) -> list[Request]:
         """Return what the engine is asked for, one request for each prompt.
 
-        `constraint` is what was made of `wishes.schema`; the rest is as in `Request`.
+        `constraint` is what was made of `schema`; the rest is as in `Request`.
         """
-        wishes = self.wishes
-        whose = f"{client}/{wishes.user}" if wishes.user else client
-        return [
-            Request(
-                prompt=prompt,
-                max_new_tokens=self.max_tokens,
-                stop=wishes.stops,
-                stop_token_ids=wishes.stop_tokens,
-                sampling=wishes.sampling,
-                steering=wishes.steering,
-                constraint=constraint,
-                seed=wishes.seed,
-                ignore_eos=wishes.ignore_eos,
-                choices=wishes.choices,
-                top=self.top,
-                score_prompt=self.echo is not None and self.top is not None,
-                overlays=wishes.overlays,
-                without_memory=wishes.without_memory,
-                trace=wishes.trace,
-                client=whose,
-                timeout=timeout,
-                since=since,
-            )
-            for prompt in self.prompts
-        ]
+        asked = replace(
+            self.request,
+            client=f"{client}/{self.user}" if self.user else client,
+            timeout=timeout,
+            since=since,
+            constraint=constraint,
+        )
+        return [replace(asked, prompt=prompt) for prompt in self.prompts]
 
 
-def take_wishes(fields: BodyFields, model: Model, limits: Limits) -> Wishes:
-    """Take the shared fields. Raises `ApiError` for the first that cannot be granted."""
+def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
+    """Take what completions and chat have in common; prompts and their limits are to follow.
+
+    Raises `ApiError` for the first field that cannot be granted.
+    """
     stream = fields.flag("stream")
     seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
     usage, running = _take_usage(fields, stream)
     _take_hints(fields)
-    return Wishes(
-        sampling=_take_sampling(fields, model.sampling),
-        steering=_take_steering(fields, model.manifest.model.vocab_size, limits.biases),
-        schema=take_schema(fields, limits.schema_bytes),
+    sampling = _take_sampling(fields, model.sampling)
+    penalties = _take_penalties(fields, model.manifest.model.vocab_size, limits.biases)
+    schema = take_schema(fields, limits.schema_bytes)
+    request = Request(
+        prompt=(),
         choices=_or(fields.optional_integer("n", 1, limits.choices), 1),
         seed=None if seed is None else seed % SEED_LIMIT,
-        stops=_take_stops(fields, limits.stops),
-        stop_tokens=_take_stop_tokens(fields, limits.stops, model),
+        sampling=sampling,
+        penalties=penalties,
+        stop=_take_stops(fields, limits.stops),
+        stop_token_ids=_take_stop_tokens(fields, limits.stops, model),
         ignore_eos=fields.flag("ignore_eos"),
         overlays=_take_overlays(fields, model.overlays, limits.overlays),
         without_memory=fields.flag("without_memory"),
         trace=fields.flag("trace"),
+    )
+    return Call(
+        request=request,
+        schema=schema,
         stream=stream,
         usage=usage,
         running_usage=running,
@@ -182,14 +157,14 @@ def _take_sampling(fields: BodyFields, default: Sampling) -> Sampling:
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def _take_steering(fields: BodyFields, vocab_size: int, most: int) -> Steering:
+def _take_penalties(fields: BodyFields, vocab_size: int, most: int) -> Penalties:
     frequency, presence = (
         fields.optional_number(name, -MOST_PENALTY, MOST_PENALTY) or 0.0
         for name in ("frequency_penalty", "presence_penalty")
     )
     biases = fields.pairs("logit_bias", most)
     where = fields.param("logit_bias")
-    return Steering(frequency, presence, _biases(biases, where, vocab_size))
+    return Penalties(frequency, presence, _biases(biases, where, vocab_size))
 
 
 def _biases(given: Mapping[str, object], where: str, vocab_size: int) -> dict[int, float]:
@@ -424,17 +399,14 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     limits, model = service.settings.limits, service.model
     service.check_model(fields)
     messages = take_messages(fields, limits)
-    wishes = take_wishes(fields, model, limits)
+    call = take_call(fields, model, limits)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
     context = model.manifest.model.max_position_embeddings
     fields.finish(_CHAT_UNSUPPORTED)
-    return Call(
-        wishes=wishes,
-        prompts=[_prompt(messages, service)],
-        max_tokens=max_tokens or min(service.most_tokens, context),
-        top=top,
-    )
+    most = max_tokens or min(service.most_tokens, context)
+    request = replace(call.request, max_new_tokens=most, top=top)
+    return replace(call, request=request, prompts=[_prompt(messages, service)])
 
 
 def _take_top(fields: BodyFields) -> int | None:
@@ -473,22 +445,24 @@ def read_completion(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
     limits = service.settings.limits
     service.check_model(fields)
-    wishes = take_wishes(fields, service.model, limits)
-    _check_best_of(fields, wishes.choices)
-    prompts = take_prompts(fields, limits.choices // wishes.choices, limits)
+    call = take_call(fields, service.model, limits)
+    choices = call.request.choices
+    _check_best_of(fields, choices)
+    prompts = take_prompts(fields, limits.choices // choices, limits)
     most = service.most_tokens
     given = fields.optional_integer("max_tokens", 0, most)
     top = _take_completion_top(fields)
     echo = fields.flag("echo")
     fields.finish(_COMPLETION_UNSUPPORTED)
     ids = [encoded(each, service) for each in prompts]
-    return Call(
-        wishes=wishes,
-        prompts=ids,
-        max_tokens=min(MAX_TOKENS, most) if given is None else given,
+    request = replace(
+        call.request,
+        max_new_tokens=min(MAX_TOKENS, most) if given is None else given,
         top=top,
-        echo=[*map(partial(_prompt_text, service), prompts, ids)] if echo else None,
+        score_prompt=echo and top is not None,
     )
+    texts = [*map(partial(_prompt_text, service), prompts, ids)] if echo else None
+    return replace(call, request=request, prompts=ids, echo=texts)
 
 
 def _take_completion_top(fields: BodyFields) -> int | None:

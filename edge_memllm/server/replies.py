@@ -107,7 +107,7 @@ class Generating:
                     ) as body:
                         client = await stack.enter_async_context(_watched(receive))
                         call = await client.wait_for(self._understood(body))
-                    constraint = await client.wait_for(self._service.constraint(call.wishes.schema))
+                    constraint = await client.wait_for(self._service.constraint(call.schema))
                     replies = await self._service.quick.run(
                         self._submit, call, client_of(scope), since, constraint
                     )
@@ -117,7 +117,7 @@ class Generating:
                 stack.callback(reply.cancel)
                 client.on_leaving(reply.cancel)
             answer = _Answer(call, self._service, self._format, replies, client)
-            if call.wishes.stream:
+            if call.stream:
                 await answer.stream(send)
             elif await answer.gather():
                 await JSONResponse(answer.whole())(scope, receive, send)
@@ -163,7 +163,7 @@ class _Answer:
         replies: Sequence[Reply],
         client: _Client,
     ) -> None:
-        self._wishes = call.wishes
+        self._call = call
         self._client = client
         self._service = service
         self._replies = replies
@@ -200,7 +200,7 @@ class _Answer:
                     await stream.put(data)
         if self._client.left:
             return
-        if self._wishes.usage:
+        if self._call.usage:
             await stream.put(event(self._writer.last(self._gathering.usage())))
         await stream.put(DONE)
 
@@ -213,7 +213,7 @@ class _Answer:
         if opening is not None:
             yield event(opening)
         if part.text or part.scores or part.reason or part.records:
-            usage = self._gathering.usage_so_far() if self._wishes.running_usage else None
+            usage = self._gathering.usage_so_far() if self._call.running_usage else None
             yield event(self._writer.part(index, part, usage))
 
     async def _additions(self) -> AsyncGenerator[Addition | None, None]:

@@ -112,7 +112,7 @@ class Content:
 
 
 class ReplyFormat(Protocol):
-    """How one kind of reply is written; `scored` says whether likelihoods were wished for."""
+    """How one kind of reply is written; `scored` says whether likelihoods were asked for."""
 
     prefix: str  # of its id
     whole_kind: str
@@ -175,9 +175,9 @@ class ReplyWriter:
     def __init__(self, format: ReplyFormat, service: Service, call: Call) -> None:
         self._format = format
         self._texts = service.texts
-        self._scored = call.top is not None
-        self._statistics = call.wishes.statistics
-        self._traced = call.wishes.trace
+        self._scored = call.request.top is not None
+        self._statistics = call.statistics
+        self._traced = call.request.trace
         self._engine = service.engine
         self._head: Json = {
             "id": f"{format.prefix}-{uuid.uuid4().hex}",
@@ -186,7 +186,7 @@ class ReplyWriter:
             "system_fingerprint": service.fingerprint,
         }
         # Where a stream tells its usage at the end, all parts before it say that they do not.
-        self._no_usage: Json = {"usage": None} if call.wishes.usage else {}
+        self._no_usage: Json = {"usage": None} if call.usage else {}
 
     def whole(self, contents: Sequence[Content], usage: Json) -> Json:
         """Return the complete reply."""
@@ -251,7 +251,7 @@ class Gathering:
     """All choices of one call, in the order of its prompts. Not thread-safe."""
 
     def __init__(self, call: Call, service: Service, replies: Sequence[Reply]) -> None:
-        self.wholes = [Content() for _ in range(len(call.prompts) * call.wishes.choices)]
+        self.wholes = [Content() for _ in range(len(call.prompts) * call.request.choices)]
         self._begun: set[int] = set()
         self._call = call
         self._service = service
@@ -293,18 +293,18 @@ class Gathering:
 
     def usage(self) -> Json:
         """Return the tokens of the whole, once it is complete."""
-        count = self._call.wishes.choices
+        count = self._call.request.choices
         known = [each.statistics for each in self.wholes if each.statistics is not None]
         return usage_of(known[at : at + count] for at in range(0, len(known), count))
 
     def _index(self, prompt: int, piece: ReplyPiece) -> int:
-        return prompt * self._call.wishes.choices + piece.choice
+        return prompt * self._call.request.choices + piece.choice
 
     def _has(self, prompt: int, piece: ReplyPiece) -> bool:
         return self._index(prompt, piece) in self._begun
 
     def _echo(self, prompt: int) -> Content:
-        """Return what a choice begins with: its prompt, where that was wished for."""
+        """Return what a choice begins with: its prompt, where that was asked for."""
         if self._call.echo is None:
             return Content()
         part = Content(self._call.echo[prompt])

@@ -15,8 +15,9 @@ from safetensors.numpy import load_file, save_file
 import edge_memllm
 from edge_memllm import Model
 from edge_memllm.cli.main import main
-from edge_memllm.cli.prompt import Session, Settings
+from edge_memllm.cli.prompt import Session
 from edge_memllm.overlays import Edit, OverlaySpec, open_overlay, overlay_of
+from edge_memllm.request import Request
 from edge_memllm.sampling import Sampling
 from support.checkpoints import LAYERS, MakeArtifact, MakeCheckpoint
 from support.small_model import open_small_model, write_small_artifact
@@ -230,7 +231,7 @@ def test_a_session_lists_and_switches_overlays(
             raise EOFError
         return line
 
-    Session(model, Settings(Sampling(), max_new_tokens=6), read_line=read).run()
+    Session(model, Request((), sampling=Sampling(), max_new_tokens=6), read_line=read).run()
     shown = capsys.readouterr()
 
     def said(*overlays: str) -> str:

@@ -10,21 +10,23 @@ import subprocess
 import sys
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
-from edge_memllm.cli.prompt import Session, Settings
+from edge_memllm.cli.prompt import Session, changed
 from edge_memllm.errors import RequestError
 from edge_memllm.model import Model
+from edge_memllm.request import Request
 from edge_memllm.sampling import Sampling
 from edge_memllm_runtimes.fake import FakeRuntime
 from support import TESTS
 from support.small_model import CONTEXT, VOCABULARY, open_small_model, write_small_artifact
 
 TEMPLATE = b"{% for message in messages %}<{{ message.content }}>{% endfor %}"
-SETTINGS = Settings(Sampling(), max_new_tokens=4)
+SETTINGS = Request((), sampling=Sampling(), max_new_tokens=4)
 
 Line = str | type[BaseException]
 
@@ -136,13 +138,15 @@ def test_settings_are_shown_and_changed(plain: Model, capsys: pytest.CaptureFixt
         "/set speculate 6",
         "/set",
     )
-    assert session.settings == Settings(Sampling(0.7, top_k=5), 9, ("the end",), 3, 6)
+    plain_settings = Request((), sampling=Sampling(0.7, top_k=5), max_new_tokens=9)
+    chosen = {"stop": ("the end",), "seed": 3, "speculate": 6}
+    assert session.settings == replace(plain_settings, **chosen)
     shown = capsys.readouterr().err.splitlines()
     for line in ("temperature 0.7", "top_k 5", "max_new_tokens 9", "stop 'the end'", "seed 3"):
         assert line in shown
     assert "speculate 6" in shown
-    cleared = session.settings.changed("stop", "off").changed("seed", "off")
-    assert cleared.changed("speculate", "0") == Settings(Sampling(0.7, top_k=5), 9)
+    cleared = changed(changed(session.settings, "stop", "off"), "seed", "off")
+    assert changed(cleared, "speculate", "0") == plain_settings
 
 
 @pytest.mark.parametrize(
@@ -161,7 +165,7 @@ def test_a_wrong_setting_is_refused(
     name: str, value: str, message: str, plain: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:
     with pytest.raises(RequestError, match=message.split("'")[0]):
-        SETTINGS.changed(name, value)
+        changed(SETTINGS, name, value)
     assert say(plain, f"/set {name} {value}").settings == SETTINGS
     assert f"error: {message}" in capsys.readouterr().err
 

@@ -11,13 +11,13 @@ from hypothesis import strategies as st
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import CorruptionError
-from edge_memllm.feeding import Feeder
-from edge_memllm.generation import TokenSequence, generate_tokens
+from edge_memllm.feeding import Feeder, StepCosts
+from edge_memllm.generation import TokenSequence
 from edge_memllm.sampling import Sampler, Sampling
-from edge_memllm.statistics import StepCosts
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import EOS, VOCABULARY
+from support.generation import tokens_of
 from support.small_model import CONTEXT, ScriptedRuntime, write_small_artifact
 
 PROMPTS = [[5, 6, 7, 5, 5], [9], [1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11]]
@@ -51,27 +51,13 @@ class KeepingRuntime(FakeRuntime):
 
 
 def sequence(prompt: list[int], limit: int = 12, **options: Any) -> TokenSequence:
-    stream = options.pop("stream", 0)
     ends = frozenset(options.pop("ends", ()))
-    return TokenSequence(prompt, Sampler(Sampling(**options), 3, stream), limit, ends)
+    return TokenSequence(prompt, Sampler(Sampling(**options), 3), limit, ends)
 
 
-def run(table: Table, sequences: list[TokenSequence], **options: Any) -> list[list[int]]:
-    list(generate_tokens(FakeRuntime(VOCABULARY, CONTEXT), table, sequences, **options))
-    return [each.tokens for each in sequences]
-
-
-@pytest.mark.parametrize("sampling", [{}, {"temperature": 1.0, "repetition_penalty": 1.3}])
-def test_a_batch_gives_what_each_sequence_gives_alone(table: Table, sampling: Any) -> None:
-    alone = [
-        run(table, [sequence(prompt, 4 + 5 * n, stream=n, **sampling)])[0]
-        for n, prompt in enumerate(PROMPTS)
-    ]
-    together = [
-        sequence(prompt, 4 + 5 * n, stream=n, **sampling) for n, prompt in enumerate(PROMPTS)
-    ]
-    assert run(table, together) == alone
-    assert [len(tokens) for tokens in alone] == [4, 9, 14]
+def run(table: Table, one: TokenSequence, **options: Any) -> list[int]:
+    list(tokens_of(FakeRuntime(VOCABULARY, CONTEXT), table, one, **options))
+    return one.tokens
 
 
 @settings(max_examples=20, deadline=None)
@@ -79,61 +65,45 @@ def test_a_batch_gives_what_each_sequence_gives_alone(table: Table, sampling: An
 def test_the_size_of_prefill_chunks_changes_nothing(
     table: Table, prompt: list[int], chunk: int
 ) -> None:
-    whole = run(table, [sequence(prompt, 3)])
-    assert run(table, [sequence(prompt, 3)], prefill_chunk=chunk) == whole
+    whole = run(table, sequence(prompt, 3))
+    assert run(table, sequence(prompt, 3), prefill_chunk=chunk) == whole
 
 
 def test_only_distinct_tokens_are_read_and_only_the_last_logits_computed(table: Table) -> None:
     runtime, costs = KeepingRuntime(), StepCosts()
     before = table.statistics.records_read
-    batch = [sequence([5, 5, 6, 5, 7], 3), sequence([8], 3)]
-    list(generate_tokens(runtime, table, batch, prefill_chunk=4, costs=costs))
-    same = batch[0].tokens[0] == batch[1].tokens[0], batch[0].tokens[1] == batch[1].tokens[1]
-    assert runtime.steps[:3] == [(4, 2, 0, 0), (1, 1, 1, 0), (1, 1, 1, 1)]
-    assert runtime.steps[3:] == [(2, 2 - same[0], 1, None), (2, 2 - same[1], 1, None)]
+    one = sequence([5, 5, 6, 5, 7], 3)
+    list(tokens_of(runtime, table, one, prefill_chunk=4, costs=costs))
+    assert runtime.steps == [(4, 2, 0, 0), (1, 1, 1, 0), (1, 1, 1, None), (1, 1, 1, None)]
     assert costs.records_read == sum(distinct for _, distinct, _, _ in runtime.steps)
     assert table.statistics.records_read - before == costs.records_read
-    assert (costs.prefill_tokens, costs.decode_tokens) == (6, 4)
+    assert (costs.prefill_tokens, costs.decode_tokens) == (5, 2)
     assert costs.prefill_seconds > 0
     assert costs.decode_seconds > 0
     assert costs.kv_bytes > 0
 
 
-def test_equal_tokens_of_a_step_are_read_once(table: Table) -> None:
-    runtime = KeepingRuntime()
-    list(generate_tokens(runtime, table, [sequence([5], 3), sequence([5], 3)]))
-    assert [distinct for _, distinct, _, _ in runtime.steps[2:]] == [1, 1]
-
-
-def test_an_end_token_ends_one_sequence_and_the_others_go_on(table: Table) -> None:
-    free = run(table, [sequence(PROMPTS[0])])[0]
+def test_an_end_token_ends_a_sequence(table: Table) -> None:
+    free = run(table, sequence(PROMPTS[0]))
     end = free[4]
-    batch = [sequence(PROMPTS[0], ends=[end]), sequence(PROMPTS[1])]
-    tokens = run(table, batch)
-    assert tokens == [free[: free.index(end) + 1], run(table, [sequence(PROMPTS[1])])[0]]
-    assert [each.finish_reason for each in batch] == ["stop", "length"]
+    ended = sequence(PROMPTS[0], ends=[end])
+    assert run(table, ended) == free[: free.index(end) + 1]
+    assert ended.finish_reason == "stop"
 
 
 def test_a_sequence_can_be_stopped_from_outside(table: Table) -> None:
-    batch = [sequence(PROMPTS[0]), sequence(PROMPTS[1])]
-    for number in generate_tokens(FakeRuntime(VOCABULARY, CONTEXT), table, batch):
-        if number == 0 and len(batch[0].tokens) == 3:
-            batch[0].stop()
-    assert [len(each.tokens) for each in batch] == [3, 12]
-    assert batch[0].finish_reason == "stop"
-
-
-def test_a_full_sequence_leaves_the_others_room(table: Table) -> None:
-    """The first fills the context with its prompt; the second still runs to the end of it."""
-    batch = [sequence([4] * CONTEXT, 1), sequence([9], CONTEXT)]
-    tokens = run(table, batch)
-    assert [len(each) for each in tokens] == [1, CONTEXT]
-    assert tokens[1] == run(table, [sequence([9], CONTEXT)])[0]
+    one = sequence(PROMPTS[0])
+    for token in tokens_of(FakeRuntime(VOCABULARY, CONTEXT), table, one):
+        assert token == one.tokens[-1]
+        if len(one.tokens) == 3:
+            one.stop()
+    assert len(one.tokens) == 3
+    assert one.finish_reason == "stop"
 
 
 def test_closing_frees_the_cache_at_once(table: Table) -> None:
     runtime = KeepingRuntime()
-    tokens = generate_tokens(runtime, table, [sequence(PROMPTS[0])])
+    tokens = tokens_of(runtime, table, sequence(PROMPTS[0]))
     next(tokens)
     assert not runtime.caches[0].closed
     tokens.close()
@@ -149,7 +119,7 @@ def test_an_error_frees_the_cache(tmp_path: Path) -> None:
         made.table.write_bytes(data)
         runtime = KeepingRuntime()
         with pytest.raises(CorruptionError, match="the record of token 9 "):
-            list(generate_tokens(runtime, damaged, [sequence([9])]))
+            list(tokens_of(runtime, damaged, sequence([9])))
         assert runtime.caches[0].closed
         damaged.close()
 
@@ -163,7 +133,7 @@ def test_an_interrupt_frees_the_cache(table: Table) -> None:
 
     runtime = Interrupted()
     with pytest.raises(KeyboardInterrupt):
-        list(generate_tokens(runtime, table, [sequence(PROMPTS[0])]))
+        list(tokens_of(runtime, table, sequence(PROMPTS[0])))
     assert runtime.caches[0].closed
 
 
@@ -191,5 +161,5 @@ def test_skipping_and_rewinding_keep_the_history(table: Table) -> None:
 
 def test_a_script_is_followed(table: Table) -> None:
     scripted = sequence([1], ends=[EOS])
-    list(generate_tokens(ScriptedRuntime([3, 4, EOS, 5]), table, [scripted]))
+    list(tokens_of(ScriptedRuntime([3, 4, EOS, 5]), table, scripted))
     assert scripted.tokens == [3, 4, EOS]

@@ -5,7 +5,6 @@ from __future__ import annotations
 import signal
 import threading
 from collections.abc import Callable, Iterator
-from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -16,13 +15,13 @@ from hypothesis import strategies as st
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import CorruptionError, StorageError
-from edge_memllm.feeding import ChunkReader, Feeder, number_distinct
-from edge_memllm.generation import TokenSequence, generate_tokens
+from edge_memllm.feeding import ChunkReader, Feeder, StepCosts, number_distinct
+from edge_memllm.generation import TokenSequence
 from edge_memllm.sampling import Sampler, Sampling
-from edge_memllm.statistics import StepCosts
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import VOCABULARY
+from support.generation import tokens_of
 from support.small_model import CONTEXT, open_small_model, write_small_artifact
 
 PROMPT = list(range(40))
@@ -162,7 +161,7 @@ def test_a_damaged_record_is_met_when_it_is_its_turn(tmp_path: Path) -> None:
         damaged = Table.open(artifact, "pread")
         runtime = Watched()
         with pytest.raises(CorruptionError, match="the record of token 25 "):
-            list(generate_tokens(runtime, damaged, [sequence(PROMPT)], prefill_chunk=10))
+            list(tokens_of(runtime, damaged, sequence(PROMPT), prefill_chunk=10))
         assert runtime.steps == 2
         assert runtime.caches[0].closed
         assert not helpers()
@@ -183,11 +182,11 @@ def test_the_first_error_is_the_one_that_is_told(table: Table) -> None:
     watch_fetches(table, failing_fetch)
     runtime = Watched(failing_step)
     with pytest.raises(KeyboardInterrupt):
-        list(generate_tokens(runtime, table, [sequence(PROMPT)], prefill_chunk=10))
+        list(tokens_of(runtime, table, sequence(PROMPT), prefill_chunk=10))
     assert runtime.caches[0].closed
     with pytest.raises(StorageError, match="chunk 3 cannot be read"):
         watch_fetches(table, failing_fetch)
-        list(generate_tokens(Watched(), table, [sequence(PROMPT)], prefill_chunk=10))
+        list(tokens_of(Watched(), table, sequence(PROMPT), prefill_chunk=10))
 
 
 @pytest.fixture
@@ -214,7 +213,7 @@ def test_control_c_stops_within_a_chunk_and_waits_for_the_thread(table: Table) -
     threads = watch_fetches(table, slow_fetch)
     runtime = Watched(interrupted_step)
     with pytest.raises(KeyboardInterrupt):
-        list(generate_tokens(runtime, table, [sequence(PROMPT)], prefill_chunk=10))
+        list(tokens_of(runtime, table, sequence(PROMPT), prefill_chunk=10))
     assert release.is_set()  # what was being read was waited for
     assert (runtime.steps, len(threads)) == (2, 3)
     assert runtime.caches[0].closed
@@ -233,16 +232,6 @@ def test_a_model_survives_an_interrupted_prompt(tmp_path: Path) -> None:
             model.generate(PROMPT)
         assert not helpers()
         assert model.generate(PROMPT, max_new_tokens=3, ignore_eos=True)
-
-
-def test_closing_between_the_prompts_of_a_batch(table: Table) -> None:
-    runtime = Watched()
-    batch = [sequence(PROMPT, 5), sequence(PROMPT, 5)]
-    with closing(generate_tokens(runtime, table, batch, prefill_chunk=10)) as tokens:
-        next(tokens)
-    assert runtime.steps == 4
-    assert runtime.caches[0].closed
-    assert not helpers()
 
 
 def test_leaving_the_chunks_early_waits_for_the_one_being_read(table: Table) -> None:

@@ -13,8 +13,10 @@ from hypothesis import strategies as st
 
 import edge_memllm
 from edge_memllm import Model, RequestError
-from edge_memllm.errors import ArtifactError
-from edge_memllm.request import check_tokens, prompt_tokens, token_limit
+from edge_memllm.engine import Engine
+from edge_memllm.errors import ArtifactError, Cancellation
+from edge_memllm.request import Request, check_tokens, prompt_tokens, token_limit
+from edge_memllm.sampling import Penalties
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, EOS, VOCABULARY
 from support.small_model import CONTEXT, byte_tokenizer, open_small_model, write_small_artifact
@@ -71,6 +73,80 @@ def test_drafts_for_a_list_of_prompts_are_refused(folder: Path) -> None:
         pytest.raises(RequestError, match=message),
     ):
         model.generate(["one", "two"], speculate=4)
+
+
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        ("choices", 2),
+        ("top", 0),
+        ("score_prompt", True),
+        ("trace", True),
+        ("client", "me"),
+        ("timeout", 1.0),
+        ("since", 0.0),
+    ],
+)
+def test_what_only_an_engine_does_is_refused_by_name(model: Model, field: str, value: Any) -> None:
+    message = rf"^{field} is {value!r}: one text alone has none of that\. Submit the request to an"
+    asked: dict[str, Any] = {field: value}
+    with model.session() as session:
+        session.append("a")
+        for call in (
+            lambda: model.stream("a", **asked),
+            lambda: model.generate("a", **asked),
+            lambda: model.generate(["a", "b"], **asked),
+            lambda: model.astream("a", **asked),
+            lambda: session.stream(**asked),
+            lambda: session.generate(**asked),
+        ):
+            with pytest.raises(RequestError, match=message):
+                call()
+
+
+def test_what_an_engine_does_not_do_is_refused_by_name(model: Model) -> None:
+    with Engine(model) as engine:
+        with pytest.raises(RequestError, match="speculate is 4: an engine computes many texts"):
+            engine.submit(Request("a", speculate=4))
+        with pytest.raises(RequestError, match=r"cancellation is <.*: a reply of an engine has"):
+            engine.submit(Request("a", cancellation=Cancellation()))
+
+
+@pytest.mark.parametrize("asked", [{"seed": 1}, {"overlays": ()}, {"without_memory": True}])
+def test_what_a_session_keeps_is_refused_by_name(model: Model, asked: dict[str, Any]) -> None:
+    with model.session() as session:
+        session.append("a")
+        with pytest.raises(RequestError, match=f"^{next(iter(asked))} is .*Model.session"):
+            session.stream(**asked)
+
+
+def test_a_stream_of_asyncio_has_no_other_cancellation(model: Model) -> None:
+    with pytest.raises(RequestError, match=r"cancellation is .* ends with its task"):
+        model.astream("a", cancellation=Cancellation())
+
+
+def test_one_text_takes_penalties_constraints_and_no_memory(model: Model) -> None:
+    class Only:
+        def allowed(self) -> Any:
+            return np.arange(VOCABULARY) == 70
+
+        def advance(self, token: int) -> None:
+            assert token == 70
+
+    forced = Penalties(logit_bias={65: 100})
+    tokens = [piece.token for piece in model.stream("a", penalties=forced, max_new_tokens=3)]
+    assert tokens == [65] * 3
+    for prompt in ("a", ["a", "b"]):
+        text = model.generate(prompt, constraint=Only, max_new_tokens=2)  # type: ignore[call-overload]
+        assert text in (model.detokenize([70, 70]), [model.detokenize([70, 70])] * 2)
+    with model.session() as session:
+        session.append("a")
+        assert session.generate(penalties=forced, max_new_tokens=2) == model.detokenize([65, 65])
+    with Engine(model) as engine:
+        reply = engine.submit(Request("a", without_memory=True, max_new_tokens=5, ignore_eos=True))
+        expected = [piece.token for piece in reply]
+    asked = model.stream("a", without_memory=True, max_new_tokens=5, ignore_eos=True)
+    assert [piece.token for piece in asked] == expected
 
 
 @given(st.integers(-(2**63), 2**63))

@@ -11,9 +11,9 @@ from transformers import GenerationConfig
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.sampling import (
-    Room,
     Sampler,
     Sampling,
+    Scratch,
     candidates,
     check_seed,
     draw_seed,
@@ -205,11 +205,11 @@ def test_candidates_are_those_of_transformers(
 
 @pytest.mark.parametrize("sampling", [{"top_k": 30}, {"top_p": 0.9}, {"min_p": 0.01}, {}])
 def test_room_that_is_used_again_changes_nothing(sampling: Any) -> None:
-    room = Room()
+    scratch = Scratch()
     for seed, size in enumerate((500, 500, 2000, 40)):
         logits = logits_of(seed, size)
         before = logits.copy()
-        found = candidates(logits, Sampling(temperature=0.8, **sampling), room)
+        found = candidates(logits, Sampling(temperature=0.8, **sampling), scratch)
         for one, other in zip(
             found, candidates(logits, Sampling(temperature=0.8, **sampling)), strict=True
         ):

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 import edge_memllm
 from edge_memllm import Model, Sampling
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.feeding import StepCosts
 from edge_memllm.generation import (
     ENDINGS,
     FIRST_DRAFTS,
@@ -22,13 +23,12 @@ from edge_memllm.generation import (
     MISSES_BEFORE_REST,
     PromptLookup,
     TokenSequence,
-    generate_tokens,
 )
 from edge_memllm.sampling import Sampler
-from edge_memllm.statistics import StepCosts
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import EOS, VOCABULARY, MakeArtifact
+from support.generation import tokens_of
 from support.small_model import CONTEXT, open_small_model, write_small_artifact
 
 # What is proposed
@@ -170,8 +170,8 @@ def test_drafts_change_no_token(
     for drafts in (0, speculate):
         sampler = Sampler(Sampling(**sampling), 5)
         sequence = TokenSequence(prompt, sampler, limit, frozenset(ends))
-        numbers = list(generate_tokens(Repetitive(answers), table, [sequence], speculate=drafts))
-        assert numbers == [0] * len(sequence.tokens)
+        given = list(tokens_of(Repetitive(answers), table, sequence, speculate=drafts))
+        assert given == sequence.tokens
         found.append((sequence.tokens, sequence.finish_reason))
     assert found[0] == found[1]
 
@@ -206,7 +206,7 @@ def test_a_text_still_ends_with_the_context(folder: Path) -> None:
 def test_right_drafts_save_steps_and_are_counted(table: Table) -> None:
     runtime, costs = Repetitive(1), StepCosts()
     sequence = TokenSequence([4, 4, 4], Sampler(Sampling(), 0), 40)
-    list(generate_tokens(runtime, table, [sequence], speculate=8, costs=costs))
+    list(tokens_of(runtime, table, sequence, speculate=8, costs=costs))
     assert len(sequence.tokens) == 40
     assert len(runtime.steps) < 12
     assert costs.accepted_tokens == 40 - len(runtime.steps)
@@ -239,12 +239,6 @@ def test_leaving_in_the_middle_of_a_round_frees_the_cache(folder: Path) -> None:
             next(stream)
         stream.close()
         assert caches[0].closed
-
-
-def test_drafts_are_for_one_sequence(table: Table) -> None:
-    batch = [TokenSequence([1], Sampler(Sampling(), 0), 5) for _ in range(2)]
-    with pytest.raises(ValueError, match="speculate with 2 sequences, expected one sequence"):
-        list(generate_tokens(Repetitive(1), table, batch, speculate=2))
 
 
 # In ONNX Runtime

@@ -79,7 +79,7 @@ def test_bytes_are_those_that_were_read() -> None:
     meter.costs.note_records(10, Fetched(reads=3, bytes=700))
     meter.costs.note_records(4, Fetched(reads=0, bytes=0))  # all were in the record cache
     meter.costs.prefill_tokens, meter.costs.wait_seconds = 4, 0.5
-    found = meter.statistics()
+    found = meter.statistics(3)
     assert meter.costs.records_read == 14
     assert (found.table_bytes_read, found.table_bytes_read_per_token) == (700, 175)
     assert found.reads_per_token == 0.75

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from edge_memllm import Model, RequestError, Sampling
 from edge_memllm.engine import Engine, Request
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of
-from edge_memllm.sampling import Steering
+from edge_memllm.sampling import Penalties
 from support.checkpoints import EOS, VOCABULARY
 from support.engine import WARM, GatedRuntime, held, serial, text_of, tokens_of, wait_until
 from support.small_model import open_small_model
@@ -186,7 +186,7 @@ def test_no_tokens_may_be_asked_for(model: Model) -> None:
     assert piece.statistics.first_token_seconds is None
 
 
-def test_steering_and_constraints_reach_the_sampler(model: Model) -> None:
+def test_penalties_and_constraints_reach_the_sampler(model: Model) -> None:
     class OnlyOdd:
         def __init__(self) -> None:
             self.taken: list[int] = []
@@ -206,7 +206,7 @@ def test_steering_and_constraints_reach_the_sampler(model: Model) -> None:
                 max_new_tokens=9,
                 choices=2,
                 sampling=WARM,
-                steering=Steering(logit_bias={EOS: -100}),
+                penalties=Penalties(logit_bias={EOS: -100}),
                 constraint=OnlyOdd,
             )
         )

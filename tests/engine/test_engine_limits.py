@@ -24,7 +24,7 @@ from edge_memllm.errors import (
     QueueFullError,
     ServiceError,
 )
-from edge_memllm.sampling import Steering
+from edge_memllm.sampling import Penalties
 from edge_memllm_runtimes.kv_cache import KVBudget
 from support.checkpoints import VOCABULARY
 from support.engine import GatedRuntime, held, serial, tokens_of, wait_until
@@ -160,9 +160,9 @@ def test_a_damaged_record_ends_the_one_that_needs_it(tmp_path: Path) -> None:
     data[made.manifest.table.records_offset + 99 * made.manifest.table.stride] ^= 1
     made.table.write_bytes(data)
     with open_small_model(made.path) as model, Engine(model, slots=3) as engine:
-        only_99 = Steering(logit_bias={99: 100})
+        only_99 = Penalties(logit_bias={99: 100})
         good = [engine.submit(Request(prompt=[n], max_new_tokens=20)) for n in (1, 2)]
-        bad = engine.submit(Request(prompt=[3], max_new_tokens=20, steering=only_99))
+        bad = engine.submit(Request(prompt=[3], max_new_tokens=20, penalties=only_99))
         worse = engine.submit(Request(prompt=[99]))
         for reply in (bad, worse):
             with pytest.raises(CorruptionError, match="the record of token 99 "):
@@ -366,8 +366,8 @@ def test_closing_waits_for_a_step_only_as_long_as_it_may(
         ({"timeout": float("nan")}, "timeout is nan, expected seconds"),
         ({"seed": -1}, "seed is -1"),
         ({"stop": [""]}, "a stop string has 0 characters"),
-        ({"steering": Steering(logit_bias={300: 1})}, "logit_bias: token 0 is 300, expected"),
-        ({"steering": Steering(logit_bias={-1: 1})}, "logit_bias: token 0 is -1, expected"),
+        ({"penalties": Penalties(logit_bias={300: 1})}, "logit_bias: token 0 is 300, expected"),
+        ({"penalties": Penalties(logit_bias={-1: 1})}, "logit_bias: token 0 is -1, expected"),
     ],
 )
 def test_what_cannot_be_done_is_refused_at_once(

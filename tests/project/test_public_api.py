@@ -1,5 +1,6 @@
 from __future__ import annotations
 
+import dataclasses
 import inspect
 import re
 from pathlib import Path
@@ -7,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
+from edge_memllm.request import Request
 
 PUBLIC = {
     "ArtifactError",
@@ -54,9 +56,21 @@ def test_the_public_calls_keep_their_parameters() -> None:
     chosen = ["device", "reader", "threads", "prefill_chunk", "table_quality"]
     assert load == ["path", *chosen, "record_cache", "hot_text", *limits, "overlays", "progress"]
     options = ["max_new_tokens", "stop", "stop_token_ids", "sampling", "seed", "ignore_eos"]
-    options += ["speculate", "overlays", "cancellation"]
-    for call in (edge_memllm.Model.stream, edge_memllm.Model.generate):
+    options += ["speculate", "overlays", "cancellation", "penalties", "constraint"]
+    options += ["without_memory", "choices", "top", "score_prompt", "trace"]
+    options += ["client", "timeout", "since"]
+    model, session = edge_memllm.Model, edge_memllm.Session
+    for call in (model.stream, model.generate, model.astream):
         assert list(inspect.signature(call).parameters) == ["self", "prompt", *options]
+    for call in (session.stream, session.generate, session.astream):
+        assert list(inspect.signature(call).parameters) == ["self", *options]
+
+
+def test_the_fields_of_a_request_stand_in_one_place_with_their_defaults() -> None:
+    asked = list(inspect.signature(Request).parameters.values())
+    assert list(inspect.signature(edge_memllm.Model.stream).parameters.values())[1:] == asked
+    documented = re.findall(r"^    (\w+): [A-Z]", inspect.getdoc(Request) or "", re.MULTILINE)
+    assert documented == [field.name for field in dataclasses.fields(Request)]
 
 
 def test_types_are_shipped() -> None:

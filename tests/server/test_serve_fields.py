@@ -104,8 +104,8 @@ def test_honoured_fields_can_ask_for_nothing_too(service: Service, body: dict[st
 
 def test_all_tokens_are_asked_for_by_0_or_by_minus_1(service: Service) -> None:
     assert complete(service, top_k=-1) == complete(service, top_k=0)
-    assert complete(service, top_k=-1).wishes.sampling.top_k == 0
-    assert complete(service).wishes.sampling.top_k == 7  # the artifact's
+    assert complete(service, top_k=-1).request.sampling.top_k == 0
+    assert complete(service).request.sampling.top_k == 7  # the artifact's
 
 
 def test_messages_that_a_client_got_can_be_sent_back(service: Service) -> None:

@@ -18,12 +18,12 @@ from support.server import HELLO, MODEL_ID, chat, complete
 
 def test_what_is_left_out_comes_from_the_artifact_and_from_openai(service: Service) -> None:
     call = complete(service)
-    assert call.wishes.sampling == service.model.sampling
-    assert call.max_tokens == 16
-    assert (call.wishes.choices, call.wishes.stops, call.wishes.seed) == (1, (), None)
-    assert (call.top, call.echo, call.wishes.stream) == (None, None, False)
-    assert not call.wishes.steering.active
-    assert chat(service).max_tokens == 50
+    assert call.request.sampling == service.model.sampling
+    assert call.request.max_new_tokens == 16
+    assert (call.request.choices, call.request.stop, call.request.seed) == (1, (), None)
+    assert (call.request.top, call.echo, call.stream) == (None, None, False)
+    assert not call.request.penalties.active
+    assert chat(service).request.max_new_tokens == 50
 
 
 def test_null_is_left_out(service: Service) -> None:
@@ -56,17 +56,17 @@ def test_what_is_given_replaces_it(service: Service) -> None:
         stream=True,
         stream_options={"include_usage": True, "include_obfuscation": False},
     )
-    wishes = call.wishes
-    assert (wishes.sampling.temperature, wishes.sampling.top_k) == (1.5, 7)
-    assert 0 < wishes.sampling.top_p < 1e-6
-    assert wishes.seed == 2**64 - 1
-    assert wishes.stops == ("x", "yz")
-    assert wishes.steering.logit_bias == {0: -100.0, 7: 1.5}
-    assert (wishes.steering.presence_penalty, wishes.steering.frequency_penalty) == (1, -2)
-    assert call.max_tokens == 3
-    assert wishes.usage
-    assert wishes.statistics
-    assert wishes.ignore_eos
+    request = call.request
+    assert (request.sampling.temperature, request.sampling.top_k) == (1.5, 7)
+    assert 0 < request.sampling.top_p < 1e-6
+    assert request.seed == 2**64 - 1
+    assert request.stop == ("x", "yz")
+    assert request.penalties.logit_bias == {0: -100.0, 7: 1.5}
+    assert (request.penalties.presence_penalty, request.penalties.frequency_penalty) == (1, -2)
+    assert call.request.max_new_tokens == 3
+    assert call.usage
+    assert call.statistics
+    assert request.ignore_eos
     assert call.echo == ["A", "B"]
     first, second = call.requests("127.0.0.1", 9.0)
     assert first.client == second.client == "127.0.0.1/me"

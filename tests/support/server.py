@@ -175,7 +175,7 @@ def chat(service: Service, **body: Any) -> Call:
 
 def compiled(call: Call, service: Service) -> Call:
     """A call whose schema, if it has one, can be kept to."""
-    asyncio.run(service.constraint(call.wishes.schema))
+    asyncio.run(service.constraint(call.schema))
     return call
 
 

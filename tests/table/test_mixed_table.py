@@ -102,7 +102,7 @@ def test_a_generation_counts_them_too(small: SmallArtifact) -> None:
         feeder.decode([5])
     size = [table.locate(token)[1] for token in range(TOKENS)]
     # Two chunks, each distinct token of each once.
-    assert meter.statistics().table_bytes_read == sum(size[t] for t in (1, 2, 3, 2, 9, 5))
+    assert meter.statistics(1).table_bytes_read == sum(size[t] for t in (1, 2, 3, 2, 9, 5))
     table.close()
 
 

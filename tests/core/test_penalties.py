@@ -8,7 +8,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-from edge_memllm.sampling import Sampler, Sampling, Steering, allowed_ids
+from edge_memllm.sampling import Penalties, Sampler, Sampling, allowed_ids
 
 SIZE = 12
 
@@ -34,17 +34,17 @@ def logits_of(seed: int) -> np.ndarray:
 
 
 def test_penalties_count_what_was_chosen() -> None:
-    steering = Steering(frequency_penalty=0.5, presence_penalty=1.0, logit_bias={3: 2.0, 1: -1.0})
+    penalties = Penalties(frequency_penalty=0.5, presence_penalty=1.0, logit_bias={3: 2.0, 1: -1.0})
     logits = np.zeros(SIZE, np.float32)
-    steered = steering.applied(logits, {1: 2, 5: 1})
+    changed = penalties.applied(logits, {1: 2, 5: 1})
     expected = np.zeros(SIZE)
     expected[[1, 3, 5]] = [-2 * 0.5 - 1 - 1, 2, -0.5 - 1]
-    np.testing.assert_array_equal(steered, expected)
+    np.testing.assert_array_equal(changed, expected)
     assert not logits.any()
 
 
 def test_the_prompt_is_not_penalized() -> None:
-    sampler = Sampler(Sampling(), 0, steering=Steering(presence_penalty=2.0))
+    sampler = Sampler(Sampling(), 0, penalties=Penalties(presence_penalty=2.0))
     logits = np.zeros(SIZE, np.float32)
     logits[4], logits[5] = 1, 0.5
     sampler.observe([4, 5])
@@ -54,8 +54,8 @@ def test_the_prompt_is_not_penalized() -> None:
 def test_a_bias_forces_and_forbids() -> None:
     logits = logits_of(1)
     best = int(logits.argmax())
-    assert Sampler(Sampling(), 0, steering=Steering(logit_bias={7: 100})).pick(logits) == 7
-    assert Sampler(Sampling(), 0, steering=Steering(logit_bias={best: -100})).pick(logits) != best
+    assert Sampler(Sampling(), 0, penalties=Penalties(logit_bias={7: 100})).pick(logits) == 7
+    assert Sampler(Sampling(), 0, penalties=Penalties(logit_bias={best: -100})).pick(logits) != best
 
 
 @pytest.mark.parametrize("dtype", [np.float32, np.float16])
@@ -81,14 +81,14 @@ def test_only_what_is_allowed_is_chosen(
 def test_wishes_for_nothing_change_nothing(seed: int, temperature: float) -> None:
     sampling = Sampling(temperature=temperature, repetition_penalty=1.2)
     free = Sampler(sampling, seed)
-    bound = Sampler(sampling, seed, steering=Steering(), constraint=Mask(None))
+    bound = Sampler(sampling, seed, penalties=Penalties(), constraint=Mask(None))
     steps = [logits_of(seed + step) for step in range(6)]
     assert [free.pick(each) for each in steps] == [bound.pick(each) for each in steps]
 
 
-def test_the_likeliest_of_half_precision_is_steered_too() -> None:
+def test_the_likeliest_of_half_precision_is_changed_too() -> None:
     logits = np.array([3, 2, 1], np.float16)
-    assert Sampler(Sampling(), 0, steering=Steering(logit_bias={2: 5})).pick(logits) == 2
+    assert Sampler(Sampling(), 0, penalties=Penalties(logit_bias={2: 5})).pick(logits) == 2
 
 
 @pytest.mark.parametrize(
@@ -105,7 +105,7 @@ def test_the_likeliest_of_half_precision_is_steered_too() -> None:
 )
 def test_a_value_out_of_range_is_refused(wish: dict[str, Any], message: str) -> None:
     with pytest.raises(RequestError, match=message):
-        Steering(**wish)
+        Penalties(**wish)
 
 
 def test_a_constraint_must_allow_something_of_this_vocabulary() -> None:
