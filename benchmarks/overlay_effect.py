@@ -105,9 +105,9 @@ def main() -> None:
     overlay = open_overlay(given.overlay)
     found: dict[str, Any] = {"asked": {}, "text": []}
     with edge_memllm.load(given.artifact, threads=given.threads) as model:
-        plain = model.table
+        plain = model.source
         model.add_overlay(overlay)
-        sources = (plain, model.table)
+        sources = (plain, model.source)
         for prompt, words in given.ask:
             found["asked"][prompt] = asked(model, sources, prompt, words)
         if given.text is not None:

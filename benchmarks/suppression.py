@@ -143,7 +143,7 @@ def measured(
     model = judge.predictor
     tables = [
         OverlaidTable(
-            model.table,
+            model.source,
             [overlay_of(OverlaySpec.for_model(model.manifest, "x"), each.edits())],
             judge.facts.vocabulary,
         )
@@ -151,7 +151,7 @@ def measured(
     ]
     fed = text_tokens(model, text).fed
     effects = measure_suppression(
-        model.runtime, model.table, tables, [fed], ids, context=_CONTEXT, stride=_STRIDE
+        model.runtime, model.source, tables, [fed], ids, context=_CONTEXT, stride=_STRIDE
     )
     return dict(zip(found, effects, strict=True))
 

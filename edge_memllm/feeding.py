@@ -20,8 +20,7 @@ from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import Cancellation
 from edge_memllm.process.forking import Workers
 from edge_memllm.runtime_protocol import Runtime, StepLogits
-from edge_memllm.table.source import RecordSource
-from edge_memllm.table.table import Fetched
+from edge_memllm.table.source import Fetched, RecordSource
 
 _NO_POSITION = np.empty((1, 0), np.int64)
 
@@ -141,19 +140,21 @@ class Feeder:
         chunk: int,
         costs: StepCosts | None = None,
         cancellation: Cancellation | None = None,
+        memory_gain: Sequence[float] | None = None,
     ) -> None:
         """Take the most tokens of one prefill step as `chunk`, and where to sum up the costs.
 
-        `cancellation` is looked at before every step.
+        `cancellation` is looked at before every step. `memory_gain` [L] replaces the gains of the
+        model.
         """
         self.costs = StepCosts() if costs is None else costs
         self.cancellation = cancellation
         self.cache = runtime.new_cache(batch)
         self.fetched = Fetched(0, 0)  # for the last step
         self._runtime = runtime
-        self._table = table
         self._chunk = chunk
         self._reader = ChunkReader(table, self.costs)
+        self.use(table, memory_gain)
         self._buffer = RecordBuffer(table.layout, batch)
         self._only_position = np.zeros((batch, 1), np.int64)
 
@@ -175,9 +176,10 @@ class Feeder:
         self.costs = self._reader.costs = costs
         self.cancellation = cancellation
 
-    def use(self, table: RecordSource) -> None:
-        """Read the records of the steps to come from another source, of the same layout."""
+    def use(self, table: RecordSource, memory_gain: Sequence[float] | None = None) -> None:
+        """Compute the steps to come from another source, of the same layout, and other gains."""
         self._table = self._reader.table = table
+        self._gain = None if memory_gain is None else np.array(memory_gain, np.float32)
 
     def prefill(self, sequence: int, tokens: Sequence[int]) -> Logits:
         """Append tokens (at least one) to a sequence; return the last one's logits [V].
@@ -235,7 +237,13 @@ class Feeder:
         """Append one chunk to a sequence; return float32 logits [K, V] of some positions."""
         self._check_cancelled()
         logits = self._runtime.step(
-            chunk.buffer, chunk.distinct, chunk.index, self.cache, wanted, sequence=sequence
+            chunk.buffer,
+            chunk.distinct,
+            chunk.index,
+            self.cache,
+            wanted,
+            sequence=sequence,
+            memory_gain=self._gain,
         )
         self.costs.kv_bytes = self.cache.nbytes
         self.fetched = chunk.fetched
@@ -266,6 +274,7 @@ class Feeder:
             self.cache,
             wanted,
             sequence=sequences,
+            memory_gain=self._gain,
         )
         self.costs.kv_bytes = self.cache.nbytes
         return logits

@@ -39,7 +39,7 @@ from edge_memllm.sampling import Sampling, check_seed, draw_seed, random_draws
 from edge_memllm.session import Session
 from edge_memllm.session_file import SessionState
 from edge_memllm.statistics import Meter, give_back
-from edge_memllm.table.source import MemorylessTable, RecordSource
+from edge_memllm.table.source import RecordSource
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer, read_json
 
@@ -153,8 +153,6 @@ class Model:
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNKS[runtime.device]
         self._table = table
         self._shelf = OverlayShelf(table, artifact.manifest)
-        # One for all, so that texts that share it can share keys and values.
-        self._memoryless = Selection(MemorylessTable(self._shelf.select(()).source), ())
         self._memory = memory
         self._artifact = artifact
         self._sessions: WeakSet[Session] = WeakSet()
@@ -171,7 +169,12 @@ class Model:
         return self._table.reader_name
 
     @property
-    def table(self) -> RecordSource:
+    def table(self) -> Table:
+        """The table as it lies on storage, without overlays: what was read of it, and how."""
+        return self._table
+
+    @property
+    def source(self) -> RecordSource:
         """The records that generations get: the table's, under the overlays that are loaded."""
         return self._shelf.select(None).source
 
@@ -182,7 +185,10 @@ class Model:
 
         Raises `RequestError` for a name that is not loaded.
         """
-        return self._memoryless if without_memory else self._shelf.select(overlays)
+        if not without_memory:
+            return self._shelf.select(overlays)
+        silent = (0.0,) * self.manifest.model.num_hidden_layers
+        return self._shelf.select(())._replace(memory_gain=silent)
 
     @property
     def overlays(self) -> tuple[str, ...]:
@@ -354,7 +360,15 @@ class Model:
         chunk = self.prefill_chunk
         with (
             self.in_use(),
-            Feeder(self.runtime, records.source, batch, chunk, costs, cancellation) as feeder,
+            Feeder(
+                self.runtime,
+                records.source,
+                batch,
+                chunk,
+                costs,
+                cancellation,
+                records.memory_gain,
+            ) as feeder,
         ):
             yield feeder
 

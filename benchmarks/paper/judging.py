@@ -74,7 +74,12 @@ class Judge:
         return found
 
     def texts(
-        self, model: Predictor, run: Run, names: tuple[str, ...], characters: int
+        self,
+        model: Predictor,
+        run: Run,
+        names: tuple[str, ...],
+        characters: int,
+        memory_gain: list[float] | None = None,
     ) -> dict[str, dict[str, Any]]:
         """Return the perplexity of texts, and of those of the kinds trained on together.
 
@@ -84,7 +89,11 @@ class Judge:
         for name in names:
             text = (self.data / TEXTS[name]).read_text("utf-8")[:characters]
             found[name] = measure_perplexity(
-                model, text, context=run.context, stride=run.context // 2
+                model,
+                text,
+                context=run.context,
+                stride=run.context // 2,
+                memory_gain=memory_gain,
             )
         together = combine([found[name] for name in TRAINED])
         return {
@@ -97,14 +106,18 @@ class Judge:
             for name, each in {**found, TOGETHER: together}.items()
         }
 
-    def tasks(self, model: Predictor) -> dict[str, dict[str, Any]]:
+    def tasks(
+        self, model: Predictor, memory_gain: list[float] | None = None
+    ) -> dict[str, dict[str, Any]]:
         """Return the scores of all tasks; a folder's is the mean of its files."""
-        return {name: self._task(model, name, use) for name, use in TASKS.items()}
+        return {name: self._task(model, name, use, memory_gain) for name, use in TASKS.items()}
 
-    def _task(self, model: Predictor, name: str, use: TaskUse) -> dict[str, Any]:
+    def _task(
+        self, model: Predictor, name: str, use: TaskUse, memory_gain: list[float] | None
+    ) -> dict[str, Any]:
         path = self.data / use.path
         tasks = read_tasks([path], limit=use.items, delimiter=use.delimiter)
-        results = [measure_task(model, task) for task in tasks]
+        results = [measure_task(model, task, memory_gain=memory_gain) for task in tasks]
         if path.is_dir():
             return mean_result(name, results).as_dict()
         return results[0].as_dict()

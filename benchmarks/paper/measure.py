@@ -24,7 +24,7 @@ from benchmarks.paper.runs import Run, read_runs, scaled_compute
 from benchmarks.paper.store import FOLDER, Results
 from edge_memllm.cli.analysis.bench import make_synthetic
 from edge_memllm.evaluation.perplexity import Predictor
-from edge_memllm.interpretation.texts import scaled_memory, without_layer
+from edge_memllm.interpretation.texts import scaled_gain, without_layer
 from edge_memllm.model import Model
 from edge_memllm.modeling import parameter_counts, preset_config
 from edge_memllm.sweep.measuring import table_figures
@@ -70,9 +70,9 @@ def gain(run: Run, judge: Judge) -> Figures:
     """All feed-forward outputs scaled by one factor: texts and tasks at each (Table 1, Fig. 7)."""
     found = []
     for factor in GAINS:
-        with _scaled(run, judge, [factor] * run.config.num_hidden_layers) as model:
-            texts = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
-            found.append({"gain": factor, "texts": texts, "tasks": judge.tasks(model)})
+        with _scaled(run, judge, [factor] * run.config.num_hidden_layers) as (model, scaled):
+            texts = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS, scaled)
+            found.append({"gain": factor, "texts": texts, "tasks": judge.tasks(model, scaled)})
     return {"gains": found}
 
 
@@ -82,14 +82,15 @@ def drop(run: Run, judge: Judge) -> Figures:
     with opened(run.path, judge.threads) as model:
         whole = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
         if run.config.has_memory:
-            dropped = [scaled_memory(model, without_layer(model, layer)) for layer in layers]
-            found = [judge.texts(each, run, TRAINED, _SWEPT_CHARACTERS) for each in dropped]
+            spec = model.manifest.model
+            dropped = [scaled_gain(spec, without_layer(spec, layer)) for layer in layers]
+            found = [judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS, each) for each in dropped]
             return {"part": "memory", "whole": whole, "layers": found}
     found = []
     for dropped_layer in layers:
         factors = [float(layer != dropped_layer) for layer in layers]
-        with _scaled(run, judge, factors) as model:
-            found.append(judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS))
+        with _scaled(run, judge, factors) as (model, scaled):
+            found.append(judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS, scaled))
     return {"part": "compute", "whole": whole, "layers": found}
 
 
@@ -114,14 +115,16 @@ def rank(run: Run, judge: Judge) -> Figures:
 
 
 @contextmanager
-def _scaled(run: Run, judge: Judge, factors: Sequence[float]) -> Iterator[Predictor]:
-    """Give a run's model with one factor per layer on all of its feed-forward outputs."""
+def _scaled(
+    run: Run, judge: Judge, factors: Sequence[float]
+) -> Iterator[tuple[Predictor, list[float] | None]]:
+    """Give a run's model and the gains for one factor per layer on all feed-forward outputs."""
     with ExitStack() as opening:
         path = run.path
         if run.config.has_compute:
             path = opening.enter_context(scaled_compute(path, factors))
         model = opening.enter_context(opened(path, judge.threads))
-        yield scaled_memory(model, factors) if run.config.has_memory else model
+        yield model, scaled_gain(model.manifest.model, factors) if run.config.has_memory else None
 
 
 def _stored(run: Run, judge: Judge, word: str) -> Figures:
@@ -135,7 +138,7 @@ def _stored(run: Run, judge: Judge, word: str) -> Figures:
 
 def _singular_values(model: Model) -> list[list[float]]:
     """Of each layer's rows of all tokens: relative to the largest one, the largest first."""
-    rows = model.table.rows(np.arange(model.manifest.model.vocab_size))
+    rows = model.source.rows(np.arange(model.manifest.model.vocab_size))
     found = []
     for layer in rows.transpose(1, 0, 2):
         values = np.linalg.svd(layer.astype(np.float64), compute_uv=False)

@@ -85,6 +85,11 @@ class RecordLayout:
         """Bytes of one record without padding."""
         return self.embedding_bytes + self.scales_bytes + self.codes_bytes
 
+    def size_of(self, token: int) -> int:
+        """Return the bytes of a token's record without padding."""
+        class_of = self.codec.class_of
+        return self.variants[0 if class_of is None else class_of[token]].record_bytes
+
     @property
     def stride(self) -> int:
         """Bytes from one record to the next."""

@@ -144,7 +144,7 @@ def _rate(part: int, whole: int) -> float | None:
 def fingerprint(model: Model, prompt: Sequence[int]) -> str:
     """Return a digest of all logits of a few greedy steps: equal only if every bit is."""
     digest = sha256()
-    with Feeder(model.runtime, model.table, 1, model.prefill_chunk) as feeder:
+    with Feeder(model.runtime, model.source, 1, model.prefill_chunk) as feeder:
         logits = feeder.prefill(0, prompt)
         for _ in range(_FINGERPRINT_STEPS):
             digest.update(logits.tobytes())
@@ -176,7 +176,7 @@ def time_reads(
     model: Model, singles: Sequence[int], batch: Sequence[int], before_read: Callable[[], None]
 ) -> ReadTimes:
     """Fetch records one by one, and then many at once; ``before_read`` is off the clock."""
-    room = RecordBuffer(model.table.layout, max(1, len(batch)))
+    room = RecordBuffer(model.source.layout, max(1, len(batch)))
     _fetch(model, batch[:1], room, before_read)  # the first call after a rest is slow
     seconds = [_fetch(model, [token], room, before_read) for token in singles]
     took = _fetch(model, batch, room, before_read)
@@ -190,7 +190,7 @@ def _fetch(
     ids = np.asarray(tokens, np.int64)
     before_read()
     start = perf_counter()
-    model.table.fetch(ids, room)
+    model.source.fetch(ids, room)
     return perf_counter() - start
 
 

@@ -17,6 +17,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.engine.slots import Beginning
 from edge_memllm.errors import DeadlineError, ServiceError
 from edge_memllm.evaluation.perplexity import next_token_losses
@@ -24,8 +25,7 @@ from edge_memllm.generation import FinishReason, TextAssembly, TokenSequence
 from edge_memllm.overlays.loaded import Selection
 from edge_memllm.request import CheckedRequest
 from edge_memllm.runtime_protocol import StepLogits
-from edge_memllm.table.source import RecordSource
-from edge_memllm.table.table import Fetched
+from edge_memllm.table.source import Fetched
 from edge_memllm.text.tokenization import Tokenizer
 
 # Where a token's record came from: read from the table; found in the record cache; there already,
@@ -281,9 +281,9 @@ def as_exception(error: BaseException) -> Exception:
 class Trace:
     """The records of one text, from its first token on, in the order of its positions."""
 
-    def __init__(self, prompt: Sequence[int], source: RecordSource) -> None:
+    def __init__(self, prompt: Sequence[int], layout: RecordLayout) -> None:
         self._prompt = prompt
-        self._source = source
+        self._layout = layout
         self._fresh: list[RecordUse] = []
         self._length = 0
 
@@ -311,7 +311,7 @@ class Trace:
         return found
 
     def _add(self, position: int, token: int, origin: Origin) -> None:
-        _, size = self._source.locate(token)
+        size = self._layout.size_of(token)
         self._fresh.append(RecordUse(position, token, size, origin))
 
 
@@ -363,7 +363,7 @@ class Generation:
     ) -> None:
         asked = request.request
         self.sequence = TokenSequence.of(request, number)
-        self.beginning = Beginning(request.prompt, records.source)
+        self.beginning = Beginning(request.prompt, records)
         self.scores_prompt = asked.score_prompt and number == 0
         self.reused = 0  # tokens of the prompt that need no computing
         self._number = number
@@ -373,7 +373,7 @@ class Generation:
         self._reply = reply
         self._text = TextAssembly(tokenizer, self.sequence, request.stops)
         self._prompt_scores: list[TokenScore] = []
-        self._trace = Trace(request.prompt, records.source) if asked.trace else None
+        self._trace = Trace(request.prompt, records.source.layout) if asked.trace else None
         self._submitted = monotonic()
         self._begun: float | None = None
         self._first: float | None = None

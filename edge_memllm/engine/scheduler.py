@@ -160,7 +160,8 @@ class Scheduler:
             self._note_reused(text, self._slots.share(slot, text.beginning))
         begin = len(slot.tokens)
         chunk = prompt[begin : begin + self._chunk]
-        self._feeder.use(text.beginning.source)
+        records = text.beginning.records
+        self._feeder.use(records.source, records.memory_gain)
         try:
             logits = self._feed_chunk(text, slot, chunk)
             if logits is not None:
@@ -193,13 +194,14 @@ class Scheduler:
 
     def _grow(self) -> None:
         """Advance every text by a token; those with the same records together."""
-        groups: dict[int, list[Generation]] = {}
+        groups: dict[Any, list[Generation]] = {}
         # In the order in which they lie, so that groups stay where they are.
         for text in sorted(self._growing, key=lambda each: self._places[each].place):
-            groups.setdefault(id(text.beginning.source), []).append(text)
+            records = text.beginning.records
+            groups.setdefault((records.source, records.memory_gain), []).append(text)
         start = 0
-        for texts in groups.values():
-            self._feeder.use(texts[0].beginning.source)
+        for (source, memory_gain), texts in groups.items():
+            self._feeder.use(source, memory_gain)
             self._statistics.steps += 1
             if self._invariant or not self._grow_together(texts, start):
                 for text in texts:

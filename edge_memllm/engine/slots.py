@@ -10,9 +10,9 @@ from collections.abc import Sequence
 from itertools import count
 from typing import NamedTuple
 
+from edge_memllm.overlays.loaded import Selection
 from edge_memllm.request import common_length
 from edge_memllm.runtime_protocol import KVCache
-from edge_memllm.table.source import RecordSource
 
 # Moving fewer positions than this from another place is not worth the calls.
 LEAST_COPY = 8
@@ -22,7 +22,15 @@ class Beginning(NamedTuple):
     """A prompt, and the records it is computed from: others give it other keys and values."""
 
     tokens: list[int]
-    source: RecordSource
+    records: Selection
+
+    def like(self, records: Selection | None) -> bool:
+        """Return whether keys and values computed from `records` are those of this prompt too."""
+        return (
+            records is not None
+            and records.source is self.records.source
+            and records.memory_gain == self.records.memory_gain
+        )
 
 
 class Slot:
@@ -30,7 +38,7 @@ class Slot:
 
     def __init__(self, place: int) -> None:
         self.place = place
-        self.source: RecordSource | None = None
+        self.records: Selection | None = None
         self.tokens: list[int] = []
         # As many from the front were computed in whole chunks, as a fresh prompt would be.
         self.whole_chunks = 0
@@ -71,7 +79,7 @@ class Slots:
         if not kept or (self._cache.copies and 2 * kept < len(likest.tokens)):
             likest, kept = min(free, key=lambda slot: slot.used), 0
         self.cut(likest, kept)
-        likest.source, likest.busy = prompt.source, True
+        likest.records, likest.busy = prompt.records, True
         return likest
 
     def share(self, slot: Slot, prompt: Beginning) -> int:
@@ -89,7 +97,7 @@ class Slots:
 
     def common(self, slot: Slot, prompt: Beginning) -> int:
         """Return how much of a prompt, less its last token, could be used again from a place."""
-        if slot.source is not prompt.source:
+        if not prompt.like(slot.records):
             return 0
         held = slot.tokens if self._grain == 1 else slot.tokens[: slot.whole_chunks]
         return self._whole(common_length(held, prompt.tokens[:-1]))
@@ -98,7 +106,7 @@ class Slots:
         self, theirs: Slot, their_prompt: Beginning, own: Slot, prompt: Beginning
     ) -> bool:
         """Tell whether computing their prompt further will give something to copy to `own`."""
-        if not self._cache.copies or their_prompt.source is not prompt.source:
+        if not self._cache.copies or not prompt.like(their_prompt.records):
             return False
         reach = self._whole(common_length(their_prompt.tokens, prompt.tokens[:-1]))
         return reach > len(theirs.tokens) and reach >= len(own.tokens) + LEAST_COPY

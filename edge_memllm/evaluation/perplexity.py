@@ -16,7 +16,7 @@ from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import islice
-from typing import Any, Protocol
+from typing import Any, Protocol, TypedDict
 
 import numpy as np
 from numpy.typing import NDArray
@@ -57,7 +57,7 @@ class Predictor(Protocol):
         """What computes."""
 
     @property
-    def table(self) -> RecordSource:
+    def source(self) -> RecordSource:
         """Where records come from."""
 
     @property
@@ -171,6 +171,13 @@ class Perplexity:
         }
 
 
+class Windows(TypedDict):
+    """How a text is cut, as keywords: windows of `context` tokens that advance by `stride`."""
+
+    context: int | None
+    stride: int | None
+
+
 @dataclass(frozen=True, slots=True)
 class TextTokens:
     """A text as a model is fed it: `fed[1:]` are the tokens to predict, each from those before."""
@@ -186,12 +193,14 @@ def measure_perplexity(
     *,
     context: int | None = None,
     stride: int | None = None,
+    memory_gain: Sequence[float] | None = None,
     progress: Counted | None = None,
 ) -> Perplexity:
     """Measure a model on a text, in windows of `context` tokens that advance by `stride`.
 
     None takes the model's whole context, and half the window as stride. The first token is
     predicted from the token that starts a text; a model without one does not predict it.
+    `memory_gain` [L] replaces the model's gains.
     `progress(done, total)` is called with tokens. Raises `RequestError` for a text with nothing
     to predict, or windows that cannot be.
     """
@@ -199,7 +208,12 @@ def measure_perplexity(
     tokens = text_tokens(model, text)
     total, done = 0.0, 0
     for part in token_losses(
-        model.runtime, model.table, tokens.fed, context=context, stride=stride
+        model.runtime,
+        model.source,
+        tokens.fed,
+        context=context,
+        stride=stride,
+        memory_gain=memory_gain,
     ):
         total += math.fsum(part.tolist())
         done += len(part)
@@ -239,25 +253,39 @@ def text_tokens(model: Predictor, text: str) -> TextTokens:
 
 
 def token_losses(
-    runtime: Runtime, table: RecordSource, tokens: Sequence[int], *, context: int, stride: int
-) -> Iterator[NDArray[np.float64]]:
+    runtime: Runtime,
+    table: RecordSource,
+    tokens: Sequence[int],
+    *,
+    context: int,
+    stride: int,
+    memory_gain: Sequence[float] | None = None,
+) -> Iterator[Doubles]:
     """Yield the losses in nats of tokens[1:], in order and a chunk at a time.
 
     Windows of `context` tokens begin every `stride` tokens (at most `context`); each predicts
-    what the one before did not reach.
+    what the one before did not reach. `memory_gain` [L] replaces the model's gains.
     """
-    for logits, targets in predictions(runtime, table, tokens, context=context, stride=stride):
+    for logits, targets in predictions(
+        runtime, table, tokens, context=context, stride=stride, memory_gain=memory_gain
+    ):
         yield next_token_losses(logits, targets)
 
 
 def predictions(
-    runtime: Runtime, table: RecordSource, tokens: Sequence[int], *, context: int, stride: int
+    runtime: Runtime,
+    table: RecordSource,
+    tokens: Sequence[int],
+    *,
+    context: int,
+    stride: int,
+    memory_gain: Sequence[float] | None = None,
 ) -> Iterator[tuple[Logits, Sequence[int]]]:
     """Yield logits [T, V] and the tokens that came [T], in the windows of `token_losses`.
 
     The logits are valid until the next are asked for.
     """
-    with Feeder(runtime, table, 1, _CHUNK) as feeder:
+    with Feeder(runtime, table, 1, _CHUNK, memory_gain=memory_gain) as feeder:
         reached = 0  # tokens[reached] has been predicted, or is the first
         for begin in range(0, len(tokens) - 1, stride):
             end = min(begin + context, len(tokens) - 1)  # of what is fed, and of what is reached
@@ -339,12 +367,14 @@ def measure_divergence(
     *,
     context: int | None = None,
     stride: int | None = None,
+    memory_gain: Sequence[float] | None = None,
     progress: Counted | None = None,
 ) -> Divergence:
     """Compare a model with a reference on a text, in the windows of `measure_perplexity`.
 
-    Keeps 8 bytes a token. Raises `RequestError` for models whose tokens do not mean the same, a
-    text with nothing to predict, or windows that cannot be.
+    `memory_gain` [L] replaces the gains of the model, not of the reference. Keeps 8 bytes a token.
+    Raises `RequestError` for models whose tokens do not mean the same, a text with nothing to
+    predict, or windows that cannot be.
     """
     _check_same_tokens(model, reference)
     most = min(each.manifest.model.max_position_embeddings for each in (model, reference))
@@ -352,7 +382,7 @@ def measure_divergence(
     tokens = text_tokens(model, text)
     parts: list[Doubles] = []
     done = 0
-    for part in _compare(model, reference, tokens.fed, context, stride):
+    for part in _compare(model, reference, tokens.fed, context, stride, memory_gain):
         parts.append(part)
         done += part.shape[1]
         if progress is not None:
@@ -405,12 +435,19 @@ def _log_softmax(logits: Logits) -> Doubles:
 
 
 def _compare(
-    model: Predictor, reference: Predictor, tokens: Sequence[int], context: int, stride: int
+    model: Predictor,
+    reference: Predictor,
+    tokens: Sequence[int],
+    context: int,
+    stride: int,
+    memory_gain: Sequence[float] | None,
 ) -> Iterator[Doubles]:
     """Yield [4, T]: divergence, agreement, loss of the model and of the reference."""
     both = (
-        predictions(each.runtime, each.table, tokens, context=context, stride=stride)
-        for each in (model, reference)
+        predictions(
+            each.runtime, each.source, tokens, context=context, stride=stride, memory_gain=gain
+        )
+        for each, gain in ((model, memory_gain), (reference, None))
     )
     for (found, targets), (truth, _) in zip(*both, strict=True):
         losses = (next_token_losses(logits, targets) for logits in (found, truth))

@@ -115,10 +115,12 @@ class PairEncoder:
 class Scorer:
     """Scores continuations with one model. Use it as a context manager: it owns a cache."""
 
-    def __init__(self, model: Predictor) -> None:
+    def __init__(self, model: Predictor, memory_gain: Sequence[float] | None = None) -> None:
+        """Take a model, which stays open; `memory_gain` [L] replaces its gains."""
         self.encoder = PairEncoder(model.tokenizer, model.manifest.model)
         self._most = model.manifest.model.max_position_embeddings
-        self._feeder = Feeder(model.runtime, model.table, 1, max(_CHUNK, model.prefill_chunk))
+        chunk = max(_CHUNK, model.prefill_chunk)
+        self._feeder = Feeder(model.runtime, model.source, 1, chunk, memory_gain=memory_gain)
         self._cut: int | None = None  # where the context in the cache begins
         self._logits: tuple[Sequence[int], Logits] | None = None  # of the last step, by what it fed
 
@@ -211,15 +213,21 @@ class TaskResult:
         return found
 
 
-def measure_task(model: Predictor, task: Task, progress: Counted | None = None) -> TaskResult:
+def measure_task(
+    model: Predictor,
+    task: Task,
+    progress: Counted | None = None,
+    *,
+    memory_gain: Sequence[float] | None = None,
+) -> TaskResult:
     """Score all items of a task, one after the other; each result depends on its item alone.
 
-    `progress(done, total)` is called with items. Raises `RequestError` for an item that does not
-    fit the model, naming the task and the item.
+    `memory_gain` [L] replaces the model's gains, `progress(done, total)` is called with items.
+    Raises `RequestError` for an item that does not fit the model, naming the task and the item.
     """
     rows: list[list[float]] = []
     truncated = 0
-    with Scorer(model) as scorer:
+    with Scorer(model, memory_gain) as scorer:
         for number, item in enumerate(task.items, 1):
             try:
                 found = _likelihoods(scorer, item)

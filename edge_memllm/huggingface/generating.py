@@ -153,7 +153,7 @@ class GenerationCache:
         """Begin a generation of `batch` sequences. Raises `RequestError` for a closed model."""
         with ExitStack() as opened:
             opened.enter_context(model.in_use())
-            feeder = Feeder(model.runtime, model.table, batch, model.prefill_chunk)
+            feeder = Feeder(model.runtime, model.source, batch, model.prefill_chunk)
             self._feeder = opened.enter_context(feeder)
             self._finalizer = weakref.finalize(self, opened.pop_all().close)
         self._chunk = model.prefill_chunk

@@ -31,7 +31,7 @@ from edge_memllm.interpretation.memory import (
     sample_tokens,
     unit,
 )
-from edge_memllm.interpretation.texts import scaled_memory, without_layer
+from edge_memllm.interpretation.texts import scaled_gain, without_layer
 from edge_memllm.mixed_precision.sensitivity import sample_windows
 from edge_memllm.progress import Counted, Progress
 
@@ -67,23 +67,24 @@ def gain_effects(
     """Return what each of `factors`, one number per layer, does on windows spread over a text.
 
     At most 2,048 tokens are predicted, of large models 512: each from those before it in its
-    window. Raises `RequestError` for a text with nothing to predict, and as `scaled_memory`.
+    window. Raises `RequestError` for a text with nothing to predict, and as `scaled_gain`.
     """
     spec = model.manifest.model
     tokens = np.asarray(text_tokens(model, text).fed, np.int64)
     windows = sample_windows(
-        tokens, spec.vocab_size, model.table.layout, spec.max_position_embeddings
+        tokens, spec.vocab_size, model.source.layout, spec.max_position_embeddings
     )
-    changed = [scaled_memory(model, each) for each in factors]
+    gains = [scaled_gain(spec, each) for each in factors]
     sums, count = np.zeros((len(factors), 2)), 0
     for number, window in enumerate(windows):
         truth = [(logits.copy(), targets) for logits, targets in _predicted(model, window)]
         count += len(window) - 1
-        for place, other in enumerate(changed):
-            for (right, targets), (logits, _) in zip(truth, _predicted(other, window), strict=True):
+        for place, gain in enumerate(gains):
+            changed = _predicted(model, window, gain)
+            for (right, targets), (logits, _) in zip(truth, changed, strict=True):
                 sums[place, 0] += divergences(right, logits).sum()
                 sums[place, 1] += next_token_losses(logits, targets).sum()
-            progress(number * len(changed) + place + 1, len(windows) * len(changed))
+            progress(number * len(gains) + place + 1, len(windows) * len(gains))
     return [Effect(*each) for each in (sums / count).tolist()]
 
 
@@ -98,23 +99,34 @@ def task_sweep(
     A task's group is the folder it was read from, otherwise the task itself; a group's figure is
     the mean accuracy of its tasks.
     """
-    layers = model.manifest.model.num_hidden_layers
+    spec = model.manifest.model
     groups: dict[str, list[Task]] = {}
     for task in tasks:
         groups.setdefault(task.group or task.name, []).append(task)
     figures: dict[str, list[float]] = {name: [] for name in groups}
     for number, gain in enumerate(gains):
-        scaled = scaled_memory(model, [gain] * layers)
+        scaled = scaled_gain(spec, [gain] * spec.num_hidden_layers)
         for place, (name, members) in enumerate(groups.items(), 1):
-            result = mean_result(name, [measure_task(scaled, each) for each in members])
+            result = mean_result(
+                name, [measure_task(model, each, memory_gain=scaled) for each in members]
+            )
             figures[name].append(result.scores["acc"].value)
             progress(number * len(groups) + place, len(gains) * len(groups))
     return tuple(GainGroup(name, "accuracy", tuple(each)) for name, each in figures.items())
 
 
-def _predicted(model: Predictor, window: Window) -> Iterator[tuple[Logits, Sequence[int]]]:
+def _predicted(
+    model: Predictor, window: Window, gain: Sequence[float] | None = None
+) -> Iterator[tuple[Logits, Sequence[int]]]:
     tokens: list[int] = window.tolist()
-    return predictions(model.runtime, model.table, tokens, context=len(tokens), stride=len(tokens))
+    return predictions(
+        model.runtime,
+        model.source,
+        tokens,
+        context=len(tokens),
+        stride=len(tokens),
+        memory_gain=gain,
+    )
 
 
 def clustering_coefficient(points: Floats, neighbours: int = NEIGHBOURS) -> float:
@@ -240,7 +252,7 @@ def _dropped(
 ) -> Curve | None:
     if model is None or corpus is None:
         return None
-    factors = [without_layer(model, layer) for layer in layers]
+    factors = [without_layer(model.manifest.model, layer) for layer in layers]
     effects = gain_effects(model, corpus, factors, lambda *at: progress("layer off", *at))
     return Curve("cost of leaving the layer out", _DROPPED, tuple(e.divergence for e in effects))
 

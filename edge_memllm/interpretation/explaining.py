@@ -157,7 +157,7 @@ class _Asked:
         subject = self._subject
         found = measure_sentence(
             subject.predictor.runtime,
-            subject.predictor.table,
+            subject.predictor.source,
             self._fed[text],
             subject.texts,
             text=text,
@@ -316,7 +316,7 @@ class CheckpointModel:
 
     manifest: Manifest
     runtime: Runtime
-    table: NetworkRecords
+    source: NetworkRecords
     tokenizer: Tokenizer
     memory: NetworkMemory
     prefill_chunk: int = 256
@@ -345,7 +345,7 @@ def open_checkpoint(path: Path) -> CheckpointModel:
     return CheckpointModel(
         manifest=_manifest(model_spec(source, source.identity()), records),
         runtime=TorchReference(network, torch.float32),
-        table=records,
+        source=records,
         tokenizer=Tokenizer((path / _TOKENIZER).read_bytes()),
         memory=memory,
     )

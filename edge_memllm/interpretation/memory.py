@@ -18,8 +18,7 @@ from edge_memllm.codecs import get_codec
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor
 from edge_memllm.progress import Counted
-from edge_memllm.table.source import StoredRows
-from edge_memllm.table.table import Fetched, TableStatistics
+from edge_memllm.table.source import Fetched, RecordSource
 
 if TYPE_CHECKING:
     from edge_memllm.interpretation.network import NetworkMemory
@@ -163,8 +162,7 @@ class TableMemory:
         self.layers = spec.memory_layers
         self.width = self.size = spec.hidden_size
         self.vocabulary = spec.vocab_size
-        self._context = spec.max_position_embeddings
-        self._table = model.table
+        self._source = model.source
 
     def coefficients(self, layer: int, ids: Ids, keys: Sequence[int] | None = None) -> Floats:
         """Refuse: a table holds what keys gave, not the keys."""
@@ -185,28 +183,24 @@ class TableMemory:
     def vectors(self, layer: int, ids: Ids) -> Floats:
         """Return [N, D] of distinct tokens [N]."""
         found = np.empty((len(ids), self.width), np.float32)
-        source = self._source(lambda done, total: None)
         for part in _parts(len(ids), 4 * self.layers * self.width):
-            found[part] = _of_layer(layer, *source.rows(ids[part]))
+            if layer == EMBEDDING:
+                found[part] = self._source.embeddings(ids[part])
+            else:
+                found[part] = self._source.rows(ids[part])[:, layer]
         return found
 
     def blocks(self, layers: Sequence[int], progress: Counted) -> Iterator[Block]:
         """Yield the vectors of every token: one pass, each chunk in all layers."""
-        order = self._table.layout.stored_order(self.vocabulary)
-        chunks = self._source(
-            lambda done, total: progress(done * len(layers), total * len(layers))
-        ).chunks("", order)
-        start = 0
-        for embedding, rows in chunks:
+        order = self._source.layout.stored_order(self.vocabulary)
+        start, every = 0, len(layers)
+        for embedding, rows in self._source.chunks(order):
             ids = order[start : start + len(embedding)]
             start += len(ids)
             for layer in layers:
-                yield Block(layer, ids, _of_layer(layer, embedding, rows))
-
-    def _source(self, progress: Counted) -> StoredRows:
-        return StoredRows(
-            self._table, self._context, lambda stage, done, total: progress(done, total)
-        )
+                vectors = embedding if layer == EMBEDDING else np.ascontiguousarray(rows[:, layer])
+                yield Block(layer, ids, vectors)
+            progress(start * every, len(order) * every)
 
 
 def features_of(source: Memory, kind: Kind | None = None) -> Features:
@@ -255,46 +249,28 @@ def _no_keys() -> RequestError:
     )
 
 
-def _of_layer(layer: int, embedding: Floats, rows: Floats) -> Floats:
-    return embedding if layer == EMBEDDING else np.ascontiguousarray(rows[:, layer])
-
-
 def _parts(count: int, each: int) -> list[slice]:
     """Cut `count` things of `each` bytes into parts of bounded size."""
     step = max(1, _CHUNK_BYTES // each)
     return [slice(start, min(start + step, count)) for start in range(0, count, step)]
 
 
-class NetworkRecords:
-    """See `edge_memllm.table.source.RecordSource`; records are float32 and come from nowhere."""
+class NetworkRecords(RecordSource):
+    """The records of a checkpoint, float32: computed, where a table would read them."""
 
     reader_name = "network"
-    reader_reason = "a checkpoint has no table"
-    statistics = TableStatistics()
 
     def __init__(self, memory: NetworkMemory) -> None:
         self._memory = memory
         codec = get_codec("f32" if memory.layers else "none")
         self.layout = RecordLayout(memory.layers, memory.width, codec, "float32")
 
-    def locate(self, token: int) -> tuple[int, int]:
-        """Return the record's place among all, as a table in the order of ids would have it."""
-        return token * self.layout.stride, self.layout.record_bytes
-
     def announce(self, ids: Iterable[int]) -> None:
         """Nothing can be read ahead."""
 
     def fetch(self, ids: Ids, buffer: RecordBuffer) -> Fetched:
         """Compute the record of `ids[i]` into slot i of `buffer`."""
-        buffer.embedding(len(ids))[:] = self.embeddings(ids)
+        buffer.embedding(len(ids))[:] = self._memory.embeddings(ids)
         for wire in buffer.wire(len(ids)).values():
-            wire[:] = self.rows(ids).reshape(len(ids), -1)
+            wire[:] = self._memory.all_rows(ids).reshape(len(ids), -1)
         return Fetched(0, 0)
-
-    def rows(self, ids: Ids) -> Floats:
-        """Return the memory rows of `ids` [U] as float32 [U, M, D]."""
-        return self._memory.all_rows(ids)
-
-    def embeddings(self, ids: Ids) -> Floats:
-        """Return the embeddings of `ids` [U] as float32 [U, D]."""
-        return self._memory.embeddings(ids)

@@ -400,12 +400,12 @@ def effects(
     context, stride = check_windows(context, stride, most)
     variants = (found, other_rows(found, vocabulary, seed), other_directions(found, seed))
     laid = [
-        OverlaidTable(model.table, [overlay_of(spec, each.edits())], vocabulary)
+        OverlaidTable(model.source, [overlay_of(spec, each.edits())], vocabulary)
         for each in variants
     ]
     measured = measure_suppression(
         model.runtime,
-        model.table,
+        model.source,
         laid,
         [text_tokens(model, text).fed for text in texts],
         words.ids,

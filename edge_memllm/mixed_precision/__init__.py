@@ -4,12 +4,12 @@ See docs/quantisation.md. Functions and dataclasses over a runtime; no command l
 """
 
 from edge_memllm.mixed_precision.planning import (
+    ExactModel,
     MixedPlan,
-    RowSource,
     Sizing,
     Target,
     plan_allocation,
     target_of,
 )
 
-__all__ = ["MixedPlan", "RowSource", "Sizing", "Target", "plan_allocation", "target_of"]
+__all__ = ["ExactModel", "MixedPlan", "Sizing", "Target", "plan_allocation", "target_of"]

@@ -6,14 +6,12 @@ Knows rows, a runtime and a text's tokens by what they do; nothing of checkpoint
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, replace
-from typing import Protocol
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.arrays import Doubles, Floats, Ids
+from edge_memllm.arrays import Doubles, Ids
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.tensor_header import build_header
 from edge_memllm.codecs.codec import Allocation, Codec
@@ -32,6 +30,7 @@ from edge_memllm.mixed_precision.sensitivity import (
 from edge_memllm.mixed_precision.solver import Problem, Room, Solution, solve
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.table.source import Rows, counted
 
 _WORD = re.compile(r"mixed-(\d+(?:\.\d+)?)")
 _ANY_IDENTITY = "sha256:" + 64 * "0"
@@ -167,22 +166,14 @@ def token_shares(tokens: NDArray[np.int64], vocab_size: int) -> NDArray[np.float
     return np.asarray(counts / counts.sum())
 
 
-class RowSource(Protocol):
-    """A model's rows as they are before they are quantised."""
+@dataclass(frozen=True)
+class ExactModel:
+    """A model whose rows are as they were before they are quantised."""
 
-    @property
-    def layout(self) -> RecordLayout:
-        """How the buffers are laid out that a runtime is fed; the codec is fed as floats."""
-
-    @property
-    def context(self) -> int:
-        """The most tokens that the model reads at once."""
-
-    def rows(self, ids: Ids) -> tuple[Floats, Floats]:
-        """Return embeddings [U, D] and rows [U, L, D] of some tokens."""
-
-    def chunks(self, stage: str, order: Ids) -> Iterator[tuple[Floats, Floats]]:
-        """Yield embeddings [N, D] and rows [N, L, D] of these tokens; `stage` is for progress."""
+    rows: Rows
+    runtime: Runtime  # that computes with these rows
+    layout: RecordLayout  # of the buffers that it is fed; the codec is fed as floats
+    context: int  # the most tokens that it reads at once
 
 
 @dataclass(frozen=True)
@@ -207,15 +198,14 @@ class MixedPlan:
 
 
 def plan_allocation(
-    source: RowSource,
-    runtime: Runtime,
+    model: ExactModel,
     tokens: Ids,
     sizing: Sizing,
     *,
     search: bool = False,
     progress: Progress = lambda stage, done, total: None,
 ) -> MixedPlan:
-    """Find the allocation of least expected divergence; `runtime` computes with the source's rows.
+    """Find the allocation of least expected divergence from a model.
 
     `tokens` are those of a text like the ones the model is for; `search` says whether the table
     will be stored with the best scales. Raises `ExportError` for a text without tokens and a
@@ -224,20 +214,22 @@ def plan_allocation(
     sizing.check()
     if not len(tokens):
         raise ExportError("The table text has no tokens. Give more text, or leave it out.")
-    windows = sample_windows(tokens, sizing.vocab_size, sizing.layout, source.context)
+    windows = sample_windows(tokens, sizing.vocab_size, sizing.layout, model.context)
     ids = np.unique(np.concatenate(windows))
-    subject = Subject(runtime, source.layout, Sample(windows, ids, *source.rows(ids)))
+    sample = Sample(windows, ids, model.rows.embeddings(ids), model.rows.rows(ids))
+    subject = Subject(model.runtime, model.layout, sample)
     candidates = measure_candidates(subject.sample.rows, search)
-    minded = sensitivities(subject, lambda *done: progress("sensitivity", *done))
+    sensitivity = sensitivities(subject, lambda *done: progress("sensitivity", *done))
     shares = token_shares(tokens, sizing.vocab_size)
-    weights = shares[:, None] * minded * _all_energies(source, sizing.vocab_size)
+    weights = shares[:, None] * sensitivity * _all_energies(model.rows, sizing.vocab_size, progress)
     allocation, predicted = sizing.fill(weights, candidates)
     return MixedPlan(allocation, shares, predicted, subject)
 
 
-def _all_energies(source: RowSource, vocab_size: int) -> Doubles:
-    chunks = source.chunks("energy", np.arange(vocab_size))
-    found = np.concatenate([energies(rows) for _, rows in chunks])
+def _all_energies(source: Rows, vocab_size: int, progress: Progress) -> Doubles:
+    chunks = source.chunks(np.arange(vocab_size))
+    told = counted(chunks, vocab_size, lambda *done: progress("energy", *done))
+    found = np.concatenate([energies(rows) for _, rows in told])
     if not np.isfinite(found).all():
         token, layer = np.argwhere(~np.isfinite(found))[0].tolist()
         raise ExportError(

@@ -26,6 +26,7 @@ class Selection(NamedTuple):
     source: RecordSource
     names: tuple[str, ...]
     overlays: tuple[Overlay, ...] = ()
+    memory_gain: tuple[float, ...] | None = None  # one per layer, None for the model's own
 
 
 class OverlayShelf:

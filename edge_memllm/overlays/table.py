@@ -20,8 +20,7 @@ from edge_memllm.codecs.wire import decode_wire
 from edge_memllm.errors import RequestError
 from edge_memllm.overlays.overlay import OPERATIONS, Overlay
 from edge_memllm.process.forking import ProcessLock
-from edge_memllm.table.source import RecordSource
-from edge_memllm.table.table import Fetched, TableStatistics
+from edge_memllm.table.source import Fetched, RecordSource
 
 _LARGEST_SCALE = 65504.0  # of a float16
 
@@ -180,7 +179,7 @@ class _Changed:
         return self.layers.nbytes + self.rows.scales.nbytes + self.rows.codes.nbytes
 
 
-class OverlaidTable:
+class OverlaidTable(RecordSource):
     """A record source over another one. Thread-safe; it owns nothing that needs closing.
 
     `overlays` act in their order, each on what those before made. They must fit the model:
@@ -198,7 +197,6 @@ class OverlaidTable:
     ) -> None:
         self.layout = table.layout
         self.reader_name = table.reader_name
-        self.reader_reason = table.reader_reason
         self._table = table
         self._composer = Composer(table.layout, overlays)
         self._touched = np.zeros(vocab_size, np.bool_)
@@ -209,15 +207,6 @@ class OverlaidTable:
         self._changed = _ChangedRecords(cache_bytes)
         layers, width = max(1, self.layout.layers), self.layout.width
         self._block = max(1, _BLOCK_VALUES // (layers * width))  # tokens
-
-    @property
-    def statistics(self) -> TableStatistics:
-        """What the table below has read so far."""
-        return self._table.statistics
-
-    def locate(self, token: int) -> tuple[int, int]:
-        """Return where the record of a token begins in the table's file, and its bytes."""
-        return self._table.locate(token)
 
     def announce(self, ids: Iterable[int]) -> None:
         """Say that the records of `ids` will be fetched soon."""
@@ -233,16 +222,6 @@ class OverlaidTable:
         if slots.size:
             self._change(ids, slots, buffer)
         return fetched
-
-    def rows(self, ids: NDArray[np.int64]) -> Floats:
-        """Return the decoded memory rows of `ids` [U] as float32 [U, L, D]."""
-        buffer = RecordBuffer(self.layout, len(ids))
-        self.fetch(ids, buffer)
-        return buffer.rows(len(ids))
-
-    def embeddings(self, ids: NDArray[np.int64]) -> Floats:
-        """Return the embeddings of `ids` [U] as float32 [U, D]: overlays leave them alone."""
-        return self._table.embeddings(ids)
 
     def _change(self, ids: Ids, slots: Ids, buffer: RecordBuffer) -> None:
         """Overwrite the changed rows of the records in `slots`."""

@@ -226,8 +226,8 @@ class Bench:
 
     def _rows(self, codec: str, model: Model) -> Any:
         return measure_rows(
-            self._source.table,
-            model.table,
+            self._source.source,
+            model.source,
             self._vocabulary,
             self._counts,
             lambda done, total: self._report(codec, "rows", done, total),

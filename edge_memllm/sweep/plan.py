@@ -21,7 +21,7 @@ from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import Task
-from edge_memllm.evaluation.perplexity import check_windows
+from edge_memllm.evaluation.perplexity import Windows, check_windows
 from edge_memllm.mixed_precision import Sizing, target_of
 
 # Codecs whose rows are as good as the network's.
@@ -63,9 +63,9 @@ class Plan:
     settings: dict[str, Any]
 
     @property
-    def windows(self) -> dict[str, int]:
+    def windows(self) -> Windows:
         """The windows of perplexity, as keywords."""
-        return {name: self.settings[name] for name in ("context", "stride")}
+        return {"context": self.settings["context"], "stride": self.settings["stride"]}
 
 
 def make_plan(request: SweepRequest, source: Path) -> Plan:

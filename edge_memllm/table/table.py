@@ -9,12 +9,11 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, NamedTuple, Self
+from typing import Any, Self
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.arrays import Floats
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import (
     CHECKSUM_BYTES,
@@ -33,6 +32,7 @@ from edge_memllm.process.forking import ProcessLock
 from edge_memllm.readers import Reader, open_reader
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.readers.reader import scatter
+from edge_memllm.table.source import Fetched, RecordSource
 
 _FREE = -1
 
@@ -131,15 +131,7 @@ class TableStatistics:
     cache_misses: int = 0
 
 
-class Fetched(NamedTuple):
-    """What one fetch took."""
-
-    reads: int  # of storage, as the system was asked for them
-    bytes: int  # of the records that were not in the record cache
-    stored: Sequence[int] = ()  # the tokens of those records
-
-
-class Table:
+class Table(RecordSource):
     """The open table of an artifact. Thread-safe, as long as each thread has its own buffer."""
 
     def __init__(
@@ -269,14 +261,6 @@ class Table:
             self._hits += len(tokens) - len(missing)
         return fetched
 
-    def rows(self, ids: NDArray[np.int64]) -> Floats:
-        """Return the decoded memory rows of `ids` [U] as float32 [U, L, D]. Raises as `fetch`."""
-        return self._fetch_new(ids).rows(len(ids))
-
-    def embeddings(self, ids: NDArray[np.int64]) -> Floats:
-        """Return the embeddings of `ids` [U] as float32 [U, D]. Raises as `fetch`."""
-        return self._fetch_new(ids).embedding(len(ids)).astype(np.float32)
-
     def close(self) -> None:
         """Close the file; closing twice is fine."""
         self._closed = True
@@ -296,11 +280,6 @@ class Table:
             raise self._corrupt(token)
         if self._cache is not None:
             self._cache.store(token, parts)
-
-    def _fetch_new(self, ids: NDArray[np.int64]) -> RecordBuffer:
-        buffer = RecordBuffer(self.layout, len(ids))
-        self.fetch(ids, buffer)
-        return buffer
 
     def _check(self, tokens: Sequence[int], buffer: RecordBuffer) -> None:
         if self._closed:

@@ -30,9 +30,11 @@ from edge_memllm.artifact.manifest import (
 )
 from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableError
-from edge_memllm.mixed_precision import Target
+from edge_memllm.mixed_precision import ExactModel, Target
+from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.modeling.training import keep_to_quota
 from edge_memllm.progress import Progress
+from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
 from edge_memllm_export.architectures.memoryllm import (
     EXTERNAL_FILE,
     GRAPH_FILE,
@@ -59,14 +61,20 @@ from edge_memllm_export.judgement import (
 from edge_memllm_export.staging import Staging
 from edge_memllm_export.table import (
     MixedFigures,
-    NetworkRows,
     TableForm,
     check_table_options,
-    complete_form,
+    learned,
+    mixed,
     write_table,
 )
 from edge_memllm_export.text_files import TEXT_FILES, check_text_files
-from edge_memllm_export.texts import check_separate, fitting_text, judging_text
+from edge_memllm_export.texts import (
+    TableText,
+    check_separate,
+    fitting_text,
+    judging_text,
+    table_text,
+)
 from edge_memllm_export.weights.gptq import matrix_quantizer
 from edge_memllm_export.weights.kv_steps import kv_scales
 from edge_memllm_export.weights.quantizer import (
@@ -75,6 +83,7 @@ from edge_memllm_export.weights.quantizer import (
     check_matrix_forms,
     quantisation_method,
 )
+from edge_memllm_runtimes.torch_reference import TorchReference
 
 COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -285,9 +294,9 @@ def export_model(
     try:
         with Staging(out, overwrite=overwrite) as staging:
             network = source.network(device, COMPUTE_DTYPES[compute_dtype])
-            rows = NetworkRows(network, layout, chunk, report)
+            rows = NetworkRows(network, chunk)
             table = TableForm(layout, source.config.vocab_size, table_search)
-            table = complete_form(source, table, rows, table_target, table_text, report)
+            table = _complete_table(source, table, rows, table_target, table_text, report)
             form = replace(form, codec=table.layout.codec)
             export = _Export(source, form, table, rows, staging.path, report)
             manifest = export.write(calibration_text)
@@ -301,6 +310,38 @@ def export_model(
             f"{out}: writing failed ({error.strerror or error}). Check free space and permissions."
         ) from error
     return ExportReport(out, manifest, rungs, quality, table.figures, notes)
+
+
+def _complete_table(
+    source: Checkpoint,
+    form: TableForm,
+    rows: NetworkRows,
+    target: Target | None,
+    text: str | None,
+    progress: Progress,
+) -> TableForm:
+    """The form with its codec, which a target has yet to find, and all that is to be learned.
+
+    Raises ExportError for a text without the right tokenizer, a target that cannot be, and rows
+    that are not finite.
+    """
+    if target is None:
+        return learned(form, rows, None if text is None else _table_text(source, text), progress)
+    layout = form.layout
+    fed = get_codec("f32" if layout.layers else "none")
+    exact = ExactModel(
+        rows=rows,
+        runtime=TorchReference(source.network()),
+        layout=RecordLayout(layout.layers, layout.width, fed, "float32"),
+        context=source.config.max_position_embeddings,
+    )
+    return mixed(form, target, exact, _table_text(source, text), progress)
+
+
+def _table_text(source: Checkpoint, text: str | None) -> TableText:
+    file = source.path / TOKENIZER_FILE
+    known = file.read_bytes() if file.is_file() else None
+    return table_text(known, text, source.config.vocab_size, str(source.path))
 
 
 class _Export:
@@ -331,7 +372,7 @@ class _Export:
         self._copy_tokenizer()
         graph = self._write_graph(identity, calibration_text)
         table, self._files[TABLE_FILE] = write_table(
-            self._table, self._rows, self._path / TABLE_FILE, identity
+            self._table, self._rows, self._path / TABLE_FILE, identity, self._progress
         )
         manifest = Manifest(
             model=model_spec(self._source, identity),

@@ -24,7 +24,7 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.codecs import Codec
 from edge_memllm.errors import ArtifactError, ExportError
-from edge_memllm.evaluation.perplexity import next_token_losses
+from edge_memllm.evaluation.perplexity import divergences, exponential, next_token_losses
 from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
 from edge_memllm.table.table import Table
@@ -111,15 +111,6 @@ class JudgedArtifact:
                 logits = self.network.lm_head(hidden[start : start + chunk])
             yield logits.float().cpu().numpy()
 
-    def live_rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Embeddings [U, D] and memory rows [U, L, D] of `ids` [U], computed by the network."""
-        import torch
-
-        tokens = torch.from_numpy(ids).to(self.network.device)
-        model = self.network.model
-        with torch.inference_mode():
-            return model.embed_tokens(tokens).cpu().numpy(), model.memory_rows(tokens).cpu().numpy()
-
     def fed_logits(self, ids: Sequence[int], embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
         """Logits [T, V] of the network fed with the rows of the distinct ids, in their order.
 
@@ -192,8 +183,8 @@ def measure_quality(
         tokens=len(divergence),
         mean_kl=float(divergence.mean()),
         max_kl=float(divergence.max()),
-        checkpoint_perplexity=_perplexity(truth_loss),
-        artifact_perplexity=_perplexity(found_loss),
+        checkpoint_perplexity=exponential(float(truth_loss.mean())),
+        artifact_perplexity=exponential(float(found_loss.mean())),
     )
 
 
@@ -204,27 +195,7 @@ def _window_figures(judged: JudgedArtifact, ids: list[int]) -> Iterator[np.ndarr
         targets = ids[start : start + _CHUNK]  # the last position has none
         truth, found = truth[: len(targets)], found[: len(targets)]
         losses = (next_token_losses(logits, targets) for logits in (truth, found))
-        yield np.stack([_divergences(truth, found), *losses])
-
-
-def mean_kl(truth: np.ndarray, found: np.ndarray) -> float:
-    """Mean KL divergence in nats between two arrays of logits [T, V]."""
-    return float(_divergences(truth, found).mean())
-
-
-def _divergences(truth: np.ndarray, found: np.ndarray) -> np.ndarray:
-    logs, other = _log_softmax(truth), _log_softmax(found)
-    return (np.exp(logs) * (logs - other)).sum(axis=-1)
-
-
-def _perplexity(losses: np.ndarray) -> float:
-    with np.errstate(over="ignore"):
-        return float(np.exp(losses.mean()))
-
-
-def _log_softmax(logits: np.ndarray) -> np.ndarray:
-    shifted = logits.astype(np.float64) - logits.max(axis=-1, keepdims=True)
-    return shifted - np.log(np.exp(shifted).sum(axis=-1, keepdims=True))
+        yield np.stack([divergences(truth, found), *losses])
 
 
 @dataclass(frozen=True)
@@ -264,9 +235,12 @@ def verify_against(artifact: Path, checkpoint: Path) -> list[Rung]:
 
 def climb(judged: JudgedArtifact, rows_dtype: str) -> Iterator[Rung]:
     """Yield the rungs in order. `rows_dtype` is what the table's rows were computed in."""
+    from edge_memllm.modeling.rows import NetworkRows
+
     sequence = _sequence(judged)
     ids = np.union1d(sequence, _spread(judged))
-    embedding, rows = judged.live_rows(ids)
+    live = NetworkRows(judged.network)
+    embedding, rows = live.embeddings(ids), live.rows(ids)
     yield _codec(judged, ids, rows)
     yield _table(judged, ids, embedding, rows, _ROW_SLACK[rows_dtype])
     used = np.searchsorted(ids, np.unique(sequence))
@@ -362,7 +336,7 @@ def _compared(
         measured = float(np.abs(truth - found).max())
         return Rung(number, name, measured, _LOGIT_BOUND, "largest logit difference")
     note = f"mean KL divergence over {len(truth)} positions, nats"
-    return Rung(number, name, mean_kl(truth, found), kl_bound, note)
+    return Rung(number, name, float(divergences(truth, found).mean()), kl_bound, note)
 
 
 def _graph_logits(judged: JudgedArtifact, sequence: list[int], chunk: int) -> np.ndarray:

@@ -18,15 +18,16 @@ import numpy as np
 import onnx_ir as ir
 
 import edge_memllm
+from edge_memllm.arrays import Logits
 from edge_memllm.artifact.atomic import seal
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
 from edge_memllm.codecs import Codec, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
+from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.feeding import Feeder
-from edge_memllm.mixed_precision import Target
+from edge_memllm.mixed_precision import ExactModel, Target
 from edge_memllm.progress import Progress
-from edge_memllm.table.source import StoredRows
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
 from edge_memllm_export.graph.ops import GraphTape
@@ -103,22 +104,19 @@ def compare_artifacts(reference: Path, other: Path) -> tuple[float, int]:
         model = artifact.manifest.model
         count = min(_TOKENS, model.max_position_embeddings, model.vocab_size)
     ids = np.random.default_rng(0).permutation(model.vocab_size)[:count].tolist()
-    truth, found = (_log_probabilities(path, ids) for path in (reference, other))
-    divergence = (np.exp(truth) * (truth - found)).sum(axis=1)
-    return float(divergence.mean()), count
+    truth, found = (_logits(path, ids) for path in (reference, other))
+    return float(divergences(truth, found).mean()), count
 
 
-def _log_probabilities(path: Path, ids: Sequence[int]) -> np.ndarray:
-    """Float64 [T, V]."""
+def _logits(path: Path, ids: Sequence[int]) -> Logits:
+    """Float32 [T, V]."""
     with (
         Artifact.open(path) as artifact,
         closing(Table.open(artifact, "pread")) as table,
         closing(open_runtime(artifact, "cpu")) as runtime,
         Feeder(runtime, table, 1, len(ids)) as feeder,
     ):
-        logits = feeder.score(0, ids).astype(np.float64)
-    logits -= logits.max(axis=1, keepdims=True)
-    return np.asarray(logits - np.log(np.exp(logits).sum(axis=1, keepdims=True)))
+        return feeder.score(0, ids).copy()
 
 
 @dataclass(frozen=True)
@@ -168,10 +166,8 @@ def requantize(
             check_table_options(form.layout, search=table_search, text=table_text)
         try:
             with Staging(out, overwrite=overwrite) as staging:
-                context = source.manifest.model.max_position_embeddings
-                rows = StoredRows(table, context, report)
-                form = _complete(form, source, rows, table_target, table_text, report)
-                manifest = _Requantizing(source, rows, form, staging.path).write()
+                form = _complete(form, source, table, table_target, table_text, report)
+                manifest = _Requantizing(source, table, form, staging.path).write(report)
                 report("comparing", 0, 1)
                 mean_kl, tokens = compare_artifacts(source.path, staging.path)
                 report("comparing", 1, 1)
@@ -236,16 +232,18 @@ def _first_form(
 def _complete(
     form: TableForm,
     source: Artifact,
-    rows: StoredRows,
+    table: Table,
     target: Target | None,
     text: str | None,
     progress: Progress,
 ) -> TableForm:
     """The form with its codec and all that is to be learned."""
     if target is None:
-        return learned(form, rows, None if text is None else _text(source, text))
+        return learned(form, table, None if text is None else _text(source, text), progress)
+    context = source.manifest.model.max_position_embeddings
     with closing(open_runtime(source, "cpu")) as runtime:
-        return mixed(form, target, rows, runtime, _text(source, text), progress)
+        exact = ExactModel(table, runtime, table.layout, context)
+        return mixed(form, target, exact, _text(source, text), progress)
 
 
 def _text(source: Artifact, text: str | None) -> TableText:
@@ -261,7 +259,7 @@ def _text(source: Artifact, text: str | None) -> TableText:
 class _Requantizing:
     """One run: a source that is open, and the folder `path` that is filled."""
 
-    def __init__(self, source: Artifact, rows: StoredRows, form: TableForm, path: Path) -> None:
+    def __init__(self, source: Artifact, rows: Table, form: TableForm, path: Path) -> None:
         self._source = source
         self._manifest = source.manifest
         self._rows = rows
@@ -269,7 +267,7 @@ class _Requantizing:
         self._path = path
         self._files: dict[str, FileSpec] = {}
 
-    def write(self) -> Manifest:
+    def write(self, progress: Progress) -> Manifest:
         """Write all files, the manifest last, and force them to the disk."""
         old = self._manifest
         name = old.table.file
@@ -277,7 +275,7 @@ class _Requantizing:
             self._copy(each)
         graph = self._write_graph()
         table, self._files[name] = write_table(
-            self._form, self._rows, self._path / name, old.model.identity
+            self._form, self._rows, self._path / name, old.model.identity, progress
         )
         manifest = replace(
             old,

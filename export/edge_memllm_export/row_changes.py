@@ -13,11 +13,11 @@ from pathlib import Path
 import numpy as np
 
 from edge_memllm.errors import ExportError
+from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.overlays import OverlaySpec, OverlayWriter
 from edge_memllm.overlays.making import Difference, differs
 from edge_memllm.progress import Progress
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table import table_rows
 
 # What rows are made of, besides the embedding: FFN-M, its norms, and rows that were trained.
 _MAKES_ROWS = re.compile(
@@ -55,7 +55,8 @@ def checkpoint_difference(
     )
     start = 0
     with OverlayWriter(out, spec, overwrite=overwrite) as writer:
-        parts = (table_rows(each.network()) for each in (ours, theirs))
+        every = np.arange(config.vocab_size)
+        parts = (NetworkRows(each.network()).chunks(every) for each in (ours, theirs))
         for (_, before), (_, after) in zip(*parts, strict=True):
             at, layers = np.nonzero(differs(before, after, tolerance))
             writer.replace(start + at, layers, after[at, layers])

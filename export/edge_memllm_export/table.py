@@ -10,28 +10,18 @@ from __future__ import annotations
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
-from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.errors import ExportError
-from edge_memllm.mixed_precision import RowSource, Sizing, Target, plan_allocation
-from edge_memllm.progress import Counted, Progress
-from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.mixed_precision import ExactModel, Sizing, Target, plan_allocation
+from edge_memllm.progress import Progress
+from edge_memllm.table.source import Rows, counted
 from edge_memllm.table.writer import TableWriter
-from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
-from edge_memllm_export.texts import TableText, table_text
-
-if TYPE_CHECKING:
-    from edge_memllm.modeling import MemoryLLMForCausalLM
-    from edge_memllm_export.checkpoint import Checkpoint
-
-_CHUNK_BYTES = 128 << 20
-_MOST_TOKENS = 1024  # beyond this a chunk only costs memory
+from edge_memllm_export.texts import TableText
 
 
 @dataclass(frozen=True)
@@ -74,21 +64,20 @@ def check_table_options(layout: RecordLayout, *, search: bool, text: str | None)
         )
 
 
-def learned(form: TableForm, source: RowSource, text: TableText | None = None) -> TableForm:
+def learned(form: TableForm, source: Rows, text: TableText | None, progress: Progress) -> TableForm:
     """Show all rows to the codec, where it learns from them, and return the form with its levels.
 
     Each row counts as often as its token stands in the text, plus one; without a text all once.
     Raises ExportError for rows that no codec could learn from.
     """
     counts = None if text is None else np.bincount(text.tokens, minlength=form.vocab_size) + 1
-    return _learned(form, source, counts)
+    return _learned(form, source, counts, progress)
 
 
 def mixed(
     form: TableForm,
     target: Target,
-    source: RowSource,
-    runtime: Runtime,
+    model: ExactModel,
     text: TableText,
     progress: Progress,
 ) -> TableForm:
@@ -97,11 +86,10 @@ def mixed(
     Raises ExportError as `plan_allocation` and `learned` do.
     """
     sizing = Sizing(target, form.layout, form.vocab_size)
-    plan = plan_allocation(
-        source, runtime, text.tokens, sizing, search=form.search, progress=progress
-    )
+    plan = plan_allocation(model, text.tokens, sizing, search=form.search, progress=progress)
     layout = replace(form.layout, codec=MixedCodec.of(plan.allocation))
-    found = _learned(replace(form, layout=layout), source, plan.shares * form.vocab_size)
+    weights = plan.shares * form.vocab_size
+    found = _learned(replace(form, layout=layout), model.rows, weights, progress)
     figures = MixedFigures(
         target=str(target),
         taken=sizing.described(sizing.taken(plan.allocation)),
@@ -114,28 +102,38 @@ def mixed(
 
 
 def write_table(
-    form: TableForm, source: RowSource, path: Path, identity: str
+    form: TableForm, source: Rows, path: Path, identity: str, progress: Progress
 ) -> tuple[TableSpec, FileSpec]:
     """Write a table whose codec has its parameters. Raises ExportError as `TableWriter` does."""
     order = form.layout.stored_order(form.vocab_size)
     with TableWriter(path, form.layout, form.vocab_size, identity, search=form.search) as writer:
-        for embedding, rows in source.chunks("table", order):
+        for embedding, rows in _told(source, order, "table", progress):
             writer.append(embedding, rows)
         return writer.finish()
 
 
-def _learned(form: TableForm, source: RowSource, weights: np.ndarray | None) -> TableForm:
+def _learned(
+    form: TableForm, source: Rows, weights: np.ndarray | None, progress: Progress
+) -> TableForm:
     layout = form.layout
     if not layout.parameters_bytes:
         return form
     fit = layout.codec.fit(layout.layers, layout.width)
     order, seen = layout.stored_order(form.vocab_size), 0
-    for _, rows in source.chunks("learning", order):
+    for _, rows in _told(source, order, "learning", progress):
         tokens = order[seen : seen + len(rows)]
         _check_finite(rows, tokens)
         fit.add(rows, None if weights is None else weights[tokens].astype(np.float32))
         seen += len(rows)
     return replace(form, layout=layout.with_parameters(fit.parameters()))
+
+
+def _told(
+    source: Rows, order: np.ndarray, stage: str, progress: Progress
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Yield embeddings [N, D] and rows [N, L, D] of tokens, and say how far it is."""
+    chunks = source.chunks(order)
+    return counted(chunks, len(order), lambda done, total: progress(stage, done, total))
 
 
 def _check_finite(rows: np.ndarray, tokens: np.ndarray) -> None:
@@ -147,99 +145,3 @@ def _check_finite(rows: np.ndarray, tokens: np.ndarray) -> None:
             f"token {tokens[row]}, memory row of layer {layer}: not all values are finite. "
             "Check the checkpoint."
         )
-
-
-def table_rows(
-    network: MemoryLLMForCausalLM,
-    *,
-    chunk: int | None = None,
-    tokens: np.ndarray | None = None,
-    progress: Counted | None = None,
-) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    """Yield (embedding [N, D], rows [N, M, D]), both float32, of tokens in their order.
-
-    ``tokens`` are their ids, None all of the vocabulary. ``chunk`` is N (the last one may be
-    smaller); None chooses it so that rows take at most 128 MiB. Computes on the network's device.
-    ``progress(done, total)`` is called after each chunk has been used.
-    """
-    import torch
-
-    config = network.config
-    chunk = chunk or default_chunk(config.memory_layers, config.hidden_size)
-    every = torch.arange(config.vocab_size) if tokens is None else torch.from_numpy(tokens)
-    for start in range(0, len(every), chunk):
-        ids = every[start : start + chunk].to(network.device)
-        with torch.inference_mode():
-            embedding = network.model.embed_tokens(ids)
-            rows = network.model.memory_rows(ids)
-        yield embedding.cpu().numpy(), rows.cpu().numpy()
-        if progress is not None:
-            progress(start + len(ids), len(every))
-
-
-def default_chunk(layers: int, width: int) -> int:
-    """Tokens per chunk whose rows, ``layers`` each, take at most 128 MiB as float32."""
-    return max(1, min(_MOST_TOKENS, _CHUNK_BYTES // (max(layers, 1) * width * 4)))
-
-
-class NetworkRows:
-    """A network that computes rows; see `edge_memllm.mixed_precision.RowSource`."""
-
-    def __init__(
-        self,
-        network: MemoryLLMForCausalLM,
-        layout: RecordLayout,
-        chunk: int | None,
-        progress: Progress,
-    ) -> None:
-        """Take the network, a table's layout of any codec, and how many tokens go at a time."""
-        self.layout = RecordLayout(
-            layout.layers, layout.width, get_codec("f32" if layout.layers else "none"), "float32"
-        )
-        self.context: int = network.config.max_position_embeddings
-        self._network = network
-        self._chunk = chunk
-        self._progress = progress
-
-    def rows(self, ids: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Return embeddings [U, D] and rows [U, L, D] of tokens."""
-        parts = list(table_rows(self._network, chunk=self._chunk, tokens=ids))
-        embedding, rows = zip(*parts, strict=True)
-        return np.concatenate(embedding), np.concatenate(rows)
-
-    def chunks(self, stage: str, order: np.ndarray) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-        """Yield embeddings [N, D] and rows [N, L, D] of tokens, in this order."""
-        return table_rows(
-            self._network,
-            chunk=self._chunk,
-            tokens=order,
-            progress=lambda done, total: self._progress(stage, done, total),
-        )
-
-
-def complete_form(
-    source: Checkpoint,
-    form: TableForm,
-    rows: NetworkRows,
-    target: Target | None,
-    text: str | None,
-    progress: Progress,
-) -> TableForm:
-    """The form with its codec, which a target has yet to find, and all that is to be learned.
-
-    Raises ExportError for a text without the right tokenizer, a target that cannot be, and rows
-    that are not finite.
-    """
-    if target is None:
-        return learned(form, rows, None if text is None else _text(source, text))
-    from edge_memllm_runtimes.torch_reference import TorchReference
-
-    return mixed(
-        form, target, rows, TorchReference(source.network()), _text(source, text), progress
-    )
-
-
-def _text(source: Checkpoint, text: str | None) -> TableText:
-    file = source.path / TOKENIZER_FILE
-    known = file.read_bytes() if file.is_file() else None
-    return table_text(known, text, source.config.vocab_size, str(source.path))

@@ -21,11 +21,11 @@ from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.mixed_precision import Target
 from edge_memllm.mixed_precision.sensitivity import Sample, Subject, sample_windows, sensitivities
+from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.sweep import SweepRequest, run_sweep
 from edge_memllm.table.table import Table
 from edge_memllm_export import export_model, requantize
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table import NetworkRows
 from edge_memllm_runtimes.torch_reference import TorchReference
 from support.checkpoints import MakeArtifact, MakeCheckpoint, files_of
 
@@ -147,10 +147,15 @@ def subject(path: Path) -> Subject:
     like = RecordLayout(
         config.num_hidden_layers, config.hidden_size, get_codec("int8-g32"), "float16"
     )
-    rows = NetworkRows(network, like, None, lambda *_: None)
+    rows, fed = (
+        NetworkRows(network),
+        replace(like, codec=get_codec("f32"), embedding_dtype="float32"),
+    )
     windows = sample_windows(np.arange(100) % 40, config.vocab_size, like, 256)
     ids = np.unique(np.concatenate(windows))
-    return Subject(TorchReference(network), rows.layout, Sample(windows, ids, *rows.rows(ids)))
+    return Subject(
+        TorchReference(network), fed, Sample(windows, ids, rows.embeddings(ids), rows.rows(ids))
+    )
 
 
 def test_sensitivity_is_of_each_layer_alone(checkpoint: Path) -> None:

@@ -15,7 +15,7 @@ from edge_memllm.statistics import (
     process_memory,
     rate,
 )
-from edge_memllm.table.table import Fetched
+from edge_memllm.table.source import Fetched
 from edge_memllm_runtimes.fake import FakeRuntime
 
 STATUS = """\

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import Any
+from typing import Any, cast
 
 import pytest
 from hypothesis import given, settings
@@ -10,11 +10,13 @@ from hypothesis import strategies as st
 
 from edge_memllm.engine.engine import FairQueue
 from edge_memllm.engine.slots import LEAST_COPY, Beginning, Slot, Slots, common_length
+from edge_memllm.overlays.loaded import Selection
+from edge_memllm.table.source import RecordSource
 from edge_memllm_runtimes.fake import FakeCache, FakeRuntime
 from support.checkpoints import VOCABULARY
 
 CONTEXT = 64
-RECORDS: Any = object()
+RECORDS = Selection(cast(RecordSource, object()), ())
 
 
 # The queue
@@ -76,8 +78,8 @@ def test_the_common_length_is_that_of_the_common_beginning(one: list[int], two: 
     assert one[: length + 1] != two[: length + 1] or length in (len(one), len(two))
 
 
-def of(tokens: list[int], source: Any = RECORDS) -> Beginning:
-    return Beginning(tokens, source)
+def of(tokens: list[int], records: Selection = RECORDS) -> Beginning:
+    return Beginning(tokens, records)
 
 
 class FilledSlots:
@@ -152,10 +154,10 @@ def test_other_records_give_other_keys_and_values() -> None:
     told = [*range(40)]
     first = made.fill(told)
     made.slots.give_back(first)
-    other = made.slots.take(of([*told, 41], object()))
+    other = made.slots.take(of([*told, 41], RECORDS._replace(source=cast(RecordSource, object()))))
     assert other is not first
-    assert made.slots.share(other, of([*told, 41], other.source)) == 0
-    assert not made.slots.worth_waiting(first, of(told), other, of(told, other.source))
+    assert made.slots.share(other, of([*told, 41], other.records)) == 0
+    assert not made.slots.worth_waiting(first, of(told), other, of(told, other.records))
 
 
 def test_little_is_not_worth_a_copy() -> None:

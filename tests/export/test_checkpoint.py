@@ -15,9 +15,10 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from edge_memllm.errors import ExportError
+from edge_memllm.modeling.rows import NetworkRows, default_chunk
+from edge_memllm.table.source import counted
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table import default_chunk, table_rows
 from support.checkpoints import MakeCheckpoint, change_config, files_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
@@ -48,7 +49,7 @@ def test_rows_are_computed_in_float32_whatever_the_weights_are(
 ) -> None:
     source = Checkpoint.open(make_checkpoint(beta=2, dtype=dtype))
     wide = source.network().float()
-    for embedding, rows in table_rows(source.network(), chunk=128):
+    for embedding, rows in NetworkRows(source.network(), 128).chunks(np.arange(300)):
         assert embedding.dtype == rows.dtype == np.float32
     with torch.inference_mode():
         expected = wide.model.memory_rows(torch.arange(256, 300)).numpy()
@@ -58,9 +59,8 @@ def test_rows_are_computed_in_float32_whatever_the_weights_are(
 def test_chunks_cover_the_vocabulary_and_report_progress(make_checkpoint: MakeCheckpoint) -> None:
     done: list[tuple[int, int]] = []
     network = Checkpoint.open(make_checkpoint()).network()
-    sizes = [
-        len(rows) for _, rows in table_rows(network, chunk=128, progress=lambda *d: done.append(d))
-    ]
+    chunks = NetworkRows(network, 128).chunks(np.arange(300))
+    sizes = [len(rows) for _, rows in counted(chunks, 300, lambda *at: done.append(at))]
     assert sizes == [128, 128, 44]
     assert done == [(128, 300), (256, 300), (300, 300)]
     assert default_chunk(24, 2048) * 24 * 2048 * 4 <= 128 << 20
@@ -91,7 +91,8 @@ def test_identity_is_that_of_the_model(checkpoint: Path) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no CUDA device")
 def test_rows_computed_on_cuda_are_those_of_the_cpu(make_checkpoint: MakeCheckpoint) -> None:
     source = Checkpoint.open(make_checkpoint())
-    here, there = (next(table_rows(source.network(device)))[1] for device in ("cpu", "cuda"))
+    ids = np.arange(300)
+    here, there = (NetworkRows(source.network(device)).rows(ids) for device in ("cpu", "cuda"))
     assert np.abs(here - there).max() < 1e-5
 
 

@@ -12,10 +12,10 @@ import torch
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError, RuntimeUnavailableError
+from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.table.table import Table
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table import table_rows
 from support.checkpoints import MakeArtifact, MakeCheckpoint, change_config, files_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
@@ -137,7 +137,7 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         table = Table.open(artifact, "pread")
         rows = table.rows(np.arange(300))
         table.close()
-    exact = np.concatenate([r for _, r in table_rows(Checkpoint.open(make_checkpoint()).network())])
+    exact = NetworkRows(Checkpoint.open(make_checkpoint()).network()).rows(np.arange(300))
     assert 0.005 < np.abs(rows - exact).max() < 0.03 * np.abs(exact).max()
 
 

@@ -13,11 +13,11 @@ import edge_memllm
 from edge_memllm import Sampling
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import CorruptionError, ExportError
+from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.table import table_rows
 from support.checkpoints import MakeArtifact, MakeCheckpoint, files_of
 
 GREEDY = Sampling(temperature=0.0)
@@ -70,7 +70,7 @@ def test_search_makes_the_table_more_exact(
     export_model(
         make_checkpoint(), tmp_path / "out", table_codec="int4", table_search=True, verify=False
     )
-    exact = np.concatenate([r for _, r in table_rows(Checkpoint.open(make_checkpoint()).network())])
+    exact = NetworkRows(Checkpoint.open(make_checkpoint()).network()).rows(np.arange(300))
     plain = make_artifact(table_codec="int4")
     errors = [np.square(rows_of(path) - exact).mean() for path in (tmp_path / "out", plain)]
     assert errors[0] < 0.99 * errors[1]
@@ -79,7 +79,7 @@ def test_search_makes_the_table_more_exact(
 def test_tokens_of_the_text_count(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """With one token repeated, that one is stored better than with all tokens equal."""
     checkpoint = make_checkpoint()
-    exact = np.concatenate([r for _, r in table_rows(Checkpoint.open(checkpoint).network())])
+    exact = NetworkRows(Checkpoint.open(checkpoint).network()).rows(np.arange(300))
     token = Tokenizer((checkpoint / "tokenizer.json").read_bytes()).encode("e")[0]
     errors = []
     for name, text in (("even", None), ("uneven", "e" * 100_000)):

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from edge_memllm.errors import ArtifactError, ExportError
+from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm_export import Quality, export_model, verify_against
 from edge_memllm_export import judgement as ladder
 from edge_memllm_export.checkpoint import Checkpoint
@@ -19,7 +20,6 @@ from edge_memllm_export.judgement import (
     JudgedArtifact,
     Rung,
     climb,
-    mean_kl,
     measure_quality,
     text_tokens,
     token_budget,
@@ -170,8 +170,8 @@ def test_mean_kl_of_known_distributions() -> None:
     truth = np.log(np.array([[0.5, 0.5], [1.0, 1e-30]]))
     found = np.log(np.array([[0.25, 0.75], [0.5, 0.5]])) + 3  # logits may be shifted
     expected = [0.5 * np.log(2) + 0.5 * np.log(2 / 3), np.log(2)]
-    assert mean_kl(truth, found) == pytest.approx(np.mean(expected))
-    assert mean_kl(truth, truth) == 0
+    assert divergences(truth, found).mean() == pytest.approx(np.mean(expected))
+    assert divergences(truth, truth).mean() == 0
 
 
 def test_quality_is_that_of_a_plain_computation(

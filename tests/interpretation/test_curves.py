@@ -20,7 +20,7 @@ from edge_memllm.interpretation.curves import (
     task_sweep,
 )
 from edge_memllm.interpretation.memory import TableMemory, unit
-from edge_memllm.interpretation.texts import scaled_memory, without_layer
+from edge_memllm.interpretation.texts import scaled_gain, without_layer
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import network_memory
 from support.small_model import open_small_model, write_small_artifact
@@ -126,12 +126,14 @@ def test_curves_of_an_artifact_with_a_text_and_tasks(make_artifact: MakeArtifact
             progress=lambda stage, done, total: seen.append(stage),
         )
         whole = measure_perplexity(model, TEXT).perplexity
+        spec = model.manifest.model
         for layer in (0, 1):
-            other = scaled_memory(model, without_layer(model, layer))
-            right = measure_divergence(other, model, TEXT)
+            gain = scaled_gain(spec, without_layer(spec, layer))
+            right = measure_divergence(model, model, TEXT, memory_gain=gain)
             assert found.dropped is not None
             assert found.dropped.values[layer] == pytest.approx(right.kl.mean(), rel=1e-4)
-        half = measure_task(scaled_memory(model, [0.5, 0.5]), task).scores["acc"].value
+        gain = scaled_gain(spec, [0.5, 0.5])
+        half = measure_task(model, task, memory_gain=gain).scores["acc"].value
     assert found.outliers is None
     assert found.gains is not None
     assert found.gains.gains == GAINS
@@ -154,10 +156,8 @@ def test_factors_multiply_a_models_own_gains(
         edge_memllm.load(make_artifact(**exact, **fields), device="cpu", threads=1) as model,
         edge_memllm.load(make_artifact(**exact, **changed), device="cpu", threads=1) as right,
     ):
-        scaled = scaled_memory(model, factors)
-        assert scaled.runtime.device == "cpu"
-        assert scaled.runtime.name == model.runtime.name
-        found = measure_perplexity(scaled, TEXT)
+        gain = scaled_gain(model.manifest.model, factors)
+        found = measure_perplexity(model, TEXT, memory_gain=gain)
         assert found.nll == pytest.approx(measure_perplexity(right, TEXT).nll, rel=1e-6)
         (effect,) = gain_effects(model, TEXT, [factors])
         assert effect.perplexity == pytest.approx(found.perplexity, rel=1e-5)
@@ -165,20 +165,18 @@ def test_factors_multiply_a_models_own_gains(
         assert nothing.divergence == 0
 
 
-def test_gains_that_are_given_count_most(make_artifact: MakeArtifact) -> None:
+def test_gains_are_those_of_a_text_alone(make_artifact: MakeArtifact) -> None:
     path = make_artifact(graph_weights="fp32", table_codec="f32")
     with edge_memllm.load(path, device="cpu", threads=1) as model:
-        twice = scaled_memory(scaled_memory(model, [0.5, 0.5]), [0.0, 1.0])
-        once = scaled_memory(model, [0.0, 1.0])
-        assert measure_perplexity(twice, TEXT) == measure_perplexity(once, TEXT)
-        scaled_memory(model, [0.0, 0.0]).runtime.close()
-        assert model.generate("The", max_new_tokens=2)
+        before = measure_perplexity(model, TEXT)
+        assert measure_perplexity(model, TEXT, memory_gain=[0.0, 0.0]) != before
+        assert measure_perplexity(model, TEXT) == before
 
 
 def test_a_memory_that_all_layers_share_is_off_in_all(make_artifact: MakeArtifact) -> None:
     path = make_artifact(memory_sharing="all_layers", num_hidden_layers=3)
     with edge_memllm.load(path, device="cpu", threads=1) as model:
-        assert without_layer(model, 0) == [0.0, 0.0, 0.0]
+        assert without_layer(model.manifest.model, 0) == [0.0, 0.0, 0.0]
         found = layer_curves(TableMemory(model), layers=[0], model=model, corpus=TEXT)
     assert found.dropped is not None
     assert found.dropped.values[0] > 0
@@ -186,7 +184,7 @@ def test_a_memory_that_all_layers_share_is_off_in_all(make_artifact: MakeArtifac
 
 def test_without_one_layer_the_others_stay(make_artifact: MakeArtifact) -> None:
     with edge_memllm.load(make_artifact(), device="cpu", threads=1) as model:
-        assert without_layer(model, 1) == [1.0, 0.0]
+        assert without_layer(model.manifest.model, 1) == [1.0, 0.0]
 
 
 def test_what_cannot_be_scaled_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:
@@ -194,10 +192,10 @@ def test_what_cannot_be_scaled_is_refused(make_artifact: MakeArtifact, tmp_path:
         edge_memllm.load(make_artifact(beta=8), device="cpu", threads=1) as dense,
         pytest.raises(RequestError, match="This model is dense"),
     ):
-        scaled_memory(dense, [1.0, 1.0])
+        scaled_gain(dense.manifest.model, [1.0, 1.0])
     with open_small_model(write_small_artifact(tmp_path / "a").path) as model:
         with pytest.raises(RequestError, match="3 factors were given, expected one for each of"):
-            scaled_memory(model, [1.0] * 3)
+            scaled_gain(model.manifest.model, [1.0] * 3)
         with pytest.raises(RequestError, match="layer 9 has no memory"):
             layer_curves(TableMemory(model), layers=[9])
 
@@ -214,7 +212,7 @@ def test_tasks_are_grouped_by_their_folder(tmp_path: Path) -> None:
         found = task_sweep(model, tasks, (1.0, 0.5), lambda *at: seen.append(at))
         right = [
             [
-                measure_task(scaled_memory(model, [gain] * 2), task).scores["acc"].value
+                measure_task(model, task, memory_gain=[gain] * 2).scores["acc"].value
                 for task in tasks
             ]
             for gain in (1.0, 0.5)

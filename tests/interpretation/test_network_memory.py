@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from edge_memllm import ArtifactError, RequestError, load
+from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.evaluation.perplexity import measure_perplexity
 from edge_memllm.interpretation.explaining import open_checkpoint
 from edge_memllm.interpretation.keys import shares_of
@@ -152,7 +153,5 @@ def test_a_checkpoint_can_be_measured_as_a_model_is(
     with load(make_artifact(graph_weights="fp32", table_codec="f32", **fields)) as artifact:
         expected = measure_perplexity(artifact, text, context=64)
     assert found.nll == pytest.approx(expected.nll, rel=1e-5)
-    records = model.table
-    assert records.locate(3) == (3 * records.layout.stride, records.layout.record_bytes)
-    records.announce([1, 2])
-    assert records.statistics.bytes_read == 0
+    model.source.announce([1, 2])
+    assert model.source.fetch(np.array([3]), RecordBuffer(model.source.layout, 1)).bytes == 0

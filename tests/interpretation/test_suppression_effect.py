@@ -54,11 +54,11 @@ def test_the_figures_are_those_of_the_logits(model: Path) -> None:
         spec = spec_of(subject)
         measured = effects(subject, spec, found, words, [TEXT])
         table = OverlaidTable(
-            subject.predictor.table, [overlay_of(spec, found.edits())], VOCABULARY
+            subject.predictor.source, [overlay_of(spec, found.edits())], VOCABULARY
         )
         before, after = (
             probabilities(all_logits(subject, each, ids))
-            for each in (subject.predictor.table, table)
+            for each in (subject.predictor.source, table)
         )
     effect, targets = measured.suppression, np.array(ids[1:])
     hit = np.isin(targets, words.ids)
@@ -134,7 +134,7 @@ def test_progress_and_windows(make_checkpoint: MakeCheckpoint) -> None:
         model = subject.predictor
         measure_suppression(
             model.runtime,
-            model.table,
+            model.source,
             [],
             [[BOS, 1, 2, 3]],
             np.array([1]),

@@ -20,7 +20,6 @@ from edge_memllm.feeding import Feeder
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of, write_overlay
 from edge_memllm.overlays.loaded import MOST_CHOICES
 from edge_memllm.table.source import RecordSource
-from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from support.checkpoints import HIDDEN, LAYERS, MakeArtifact
 from support.overlays import row
@@ -55,7 +54,7 @@ def test_an_overlay_changes_the_text_until_it_is_removed(model: Model) -> None:
     model.remove_overlay("a")
     assert model.overlays == ()
     assert text(model) == plain
-    assert isinstance(model.table, Table)
+    assert model.source is model.table
 
 
 def test_an_empty_overlay_changes_nothing(model: Model) -> None:
@@ -195,15 +194,15 @@ def test_a_graph_computes_with_the_rows_it_is_given(
         file = tmp_path / "graft.overlay.safetensors"
         write_graft(file, spec, donor.table, range(300), range(LAYERS))
         ids = model.tokenize(TEXT)[:8]
-        before = logits(path, model.table, ids)
+        before = logits(path, model.source, ids)
         model.add_overlay(file)
-        wire = _wire(model.table), _wire(donor.table)
+        wire = _wire(model.source), _wire(donor.source)
         for found, expected in zip(*wire, strict=True):
             np.testing.assert_array_equal(found, expected)
-        assert np.abs(logits(path, model.table, ids) - before).max() > 0.1
+        assert np.abs(logits(path, model.source, ids) - before).max() > 0.1
         model.remove_overlay("graft")
         model.add_overlay(overlay_of(spec, []))
-        np.testing.assert_array_equal(logits(path, model.table, ids), before)
+        np.testing.assert_array_equal(logits(path, model.source, ids), before)
 
 
 def _wire(source: RecordSource) -> tuple[np.ndarray, np.ndarray]:

@@ -193,14 +193,13 @@ def test_an_empty_overlay_changes_nothing(table: Table, edits: list[Edit] | None
 # --- the surface of a table ------------------------------------------------------------------
 
 
-def test_it_counts_locates_and_announces_as_the_table_does(table: Table) -> None:
+def test_it_reads_and_announces_as_the_table_does(table: Table) -> None:
     over = laid_over(table, made(every_operation()))
     buffer = RecordBuffer(over.layout, 3)
     fetched = over.fetch(np.array([3, 0, 9]), buffer)
     assert fetched.bytes == 3 * table.layout.record_bytes
-    assert over.statistics == table.statistics
-    assert over.locate(3) == table.locate(3)
-    assert (over.reader_name, over.reader_reason) == ("pread", "asked for")
+    assert table.statistics.bytes_read == fetched.bytes
+    assert over.reader_name == "pread"
     over.announce([1, 2])
 
 

@@ -12,9 +12,9 @@ import pytest
 from edge_memllm import RequestError, load
 from edge_memllm.engine import Engine, Request
 from edge_memllm.feeding import Feeder
-from edge_memllm.interpretation.texts import scaled_memory
-from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.table.source import MemorylessTable, RecordSource
+from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
+from edge_memllm.overlays.table import OverlaidTable
+from edge_memllm.table.source import RecordSource
 from support.checkpoints import MakeArtifact
 from support.server import TEMPLATE, Served, serving, serving_small
 
@@ -110,18 +110,20 @@ def test_the_record_cache_is_told_from_storage(make_artifact: MakeArtifact) -> N
 
 @pytest.mark.parametrize("codec", ["f32", "f16", "int8", "int4"])
 def test_without_memory_is_a_gain_of_nothing(make_artifact: MakeArtifact, codec: str) -> None:
-    def scores(runtime: Runtime, table: RecordSource) -> np.ndarray:
-        with Feeder(runtime, table, 1, 8) as feeder:
+    """Rows that are zero give the same, bit for bit."""
+
+    def scores(table: RecordSource, gain: list[float] | None = None) -> np.ndarray:
+        with Feeder(model.runtime, table, 1, 8, memory_gain=gain) as feeder:
             return feeder.score(0, [1, 2, 3, 2, 5]).copy()
 
     with load(make_artifact(graph_weights="fp32", table_codec=codec), threads=1) as model:
-        table = MemorylessTable(model.table)
-        assert not table.rows(np.array([1, 2])).any()
-        assert table.embeddings(np.array([1, 2])).any()
-        found = scores(model.runtime, table)
-        silent = scaled_memory(model, [0.0] * model.manifest.model.num_hidden_layers)
-        np.testing.assert_array_equal(found, scores(silent.runtime, model.table))
-        assert np.abs(found - scores(model.runtime, model.table)).max() > 0.01
+        layers = model.manifest.model.num_hidden_layers
+        spec = OverlaySpec.for_model(model.manifest, "blank")
+        edits = [Edit(token, layer, "blank") for token in range(6) for layer in range(layers)]
+        blanked = OverlaidTable(model.table, [overlay_of(spec, edits)], 300)
+        found = scores(model.table, [0.0] * layers)
+        np.testing.assert_array_equal(found, scores(blanked))
+        assert np.abs(found - scores(model.table)).max() > 0.01
 
 
 def test_with_and_without_memory_share_an_engine(make_artifact: MakeArtifact) -> None:

@@ -26,6 +26,7 @@ if TYPE_CHECKING:
 
     from edge_memllm.cli.options import Commands
     from edge_memllm.evaluation import Divergence, Perplexity, Score, Task, TaskResult
+    from edge_memllm.evaluation.perplexity import Windows
     from edge_memllm.model import Model
 
 
@@ -127,7 +128,7 @@ def execute(arguments: argparse.Namespace) -> int:
             # Coarse rows and overlays are what is measured, never what it is measured against.
             keywords |= {"table_quality": "full", "overlays": ()}
             reference = opened.enter_context(edge_memllm.load(reference, **keywords))
-        windows = {"context": arguments.context, "stride": arguments.stride}
+        windows: Windows = {"context": arguments.context, "stride": arguments.stride}
         findings = _measure(model, reference, texts, windows, tasks)
     if arguments.json:
         write_json(report(findings))
@@ -153,7 +154,7 @@ def _measure(
     model: Model,
     reference: Model | None,
     texts: dict[str, str],
-    windows: dict[str, int | None],
+    windows: Windows,
     tasks: Sequence[Task],
 ) -> Findings:
     from edge_memllm.cli.output import StageBars
