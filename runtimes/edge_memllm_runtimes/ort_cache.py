@@ -221,9 +221,9 @@ class OrtCache(GrowingCache):
         budget: KVBudget | None = None,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        super().__init__(
-            batch, shape.context, position_bytes=shape.cache_bytes(1, 1), budget=budget
-        )
+        position_bytes = shape.cache_bytes(1, 1)
+        super().__init__(batch, shape.context, position_bytes=position_bytes, budget=budget)
+        self._held_bytes = batch * position_bytes  # of each position
         self.copies = device == "cpu"  # the library moves no part of a tensor on a device
         self.binding: Any = session.io_binding()
         self._shape = shape
@@ -238,7 +238,7 @@ class OrtCache(GrowingCache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self._shape.cache_bytes(self.batch, self.capacity)
+        return self.capacity * self._held_bytes
 
     def bind(
         self,
