@@ -53,81 +53,6 @@ _ONE_PROMPT_ONLY = {
 }
 
 
-def describe(model: Model, memory: MemoryPlan | None) -> dict[str, Any]:
-    """Return what `Model.describe` does; `memory` is what was planned when it was loaded."""
-    spec, graph, table = model.manifest.model, model.manifest.graph, model.table
-    return {
-        "identity": spec.identity,
-        "beta": spec.beta,
-        "layers": spec.num_hidden_layers,
-        "width": spec.hidden_size,
-        "vocabulary": spec.vocab_size,
-        "context": spec.max_position_embeddings,
-        "codec": model.manifest.table.codec,
-        "record_bytes": table.layout.record_bytes,
-        "graph_weights": graph.weights,
-        "compute_dtype": graph.compute_dtype,
-        "runtime": model.runtime.name,
-        "device": model.device,
-        "reader": model.reader,
-        "reader_reason": table.reader_reason,
-        "overlays": list(model.overlays),
-        "prefill_chunk": model.prefill_chunk,
-        "memory": None if memory is None else memory.as_dict(),
-    }
-
-
-class Lifetime:
-    """Counts users; calls `release` once, after `end` and after the last user. Thread-safe."""
-
-    def __init__(self, release: Callable[[], None]) -> None:
-        self._release = release
-        self._lock = ProcessLock()
-        self._users = 0
-        self._ended = False
-        self._process = os.getpid()
-
-    @contextmanager
-    def use(self) -> Iterator[None]:
-        """Be a user for a while. Raises `RequestError` after `end`."""
-        with self._lock:
-            self._leave_parent()
-            if self._ended:
-                raise RequestError("The model is closed. Load it again.")
-            self._users += 1
-        try:
-            yield
-        finally:
-            with self._lock:
-                self._users -= 1
-                last = self._ended and self._users <= 0
-            if last:
-                self._release()
-
-    def end(self) -> None:
-        """Take no further users; ending twice is fine."""
-        with self._lock:
-            self._leave_parent()
-            last = not self._ended and self._users == 0
-            self._ended = True
-        if last:
-            self._release()
-
-    def _leave_parent(self) -> None:
-        """In a forked child: forget those who use it in threads of the parent."""
-        if self._process != os.getpid():
-            self._process, self._users = os.getpid(), 0
-
-
-def artifact_sampling(artifact: Artifact) -> Sampling:
-    """Return what `generation_config.json` states, or greedy; raises `ArtifactError`."""
-    try:
-        return Sampling.from_generation_config(read_json(artifact, "generation_config.json"))
-    except RequestError as error:
-        where = artifact.path / "generation_config.json"
-        raise ArtifactError(f"{where}: {error} Correct it and export again.") from error
-
-
 class Model:
     """A model ready to generate; `edge_memllm.load` makes one. Close it, or use `with`."""
 
@@ -383,3 +308,78 @@ class Model:
 
 def _is_batch(prompt: object) -> bool:
     return isinstance(prompt, list) and bool(prompt) and isinstance(prompt[0], str | list)
+
+
+def describe(model: Model, memory: MemoryPlan | None) -> dict[str, Any]:
+    """Return what `Model.describe` does; `memory` is what was planned when it was loaded."""
+    spec, graph, table = model.manifest.model, model.manifest.graph, model.table
+    return {
+        "identity": spec.identity,
+        "beta": spec.beta,
+        "layers": spec.num_hidden_layers,
+        "width": spec.hidden_size,
+        "vocabulary": spec.vocab_size,
+        "context": spec.max_position_embeddings,
+        "codec": model.manifest.table.codec,
+        "record_bytes": table.layout.record_bytes,
+        "graph_weights": graph.weights,
+        "compute_dtype": graph.compute_dtype,
+        "runtime": model.runtime.name,
+        "device": model.device,
+        "reader": model.reader,
+        "reader_reason": table.reader_reason,
+        "overlays": list(model.overlays),
+        "prefill_chunk": model.prefill_chunk,
+        "memory": None if memory is None else memory.as_dict(),
+    }
+
+
+def artifact_sampling(artifact: Artifact) -> Sampling:
+    """Return what `generation_config.json` states, or greedy; raises `ArtifactError`."""
+    try:
+        return Sampling.from_generation_config(read_json(artifact, "generation_config.json"))
+    except RequestError as error:
+        where = artifact.path / "generation_config.json"
+        raise ArtifactError(f"{where}: {error} Correct it and export again.") from error
+
+
+class Lifetime:
+    """Counts users; calls `release` once, after `end` and after the last user. Thread-safe."""
+
+    def __init__(self, release: Callable[[], None]) -> None:
+        self._release = release
+        self._lock = ProcessLock()
+        self._users = 0
+        self._ended = False
+        self._process = os.getpid()
+
+    @contextmanager
+    def use(self) -> Iterator[None]:
+        """Be a user for a while. Raises `RequestError` after `end`."""
+        with self._lock:
+            self._leave_parent()
+            if self._ended:
+                raise RequestError("The model is closed. Load it again.")
+            self._users += 1
+        try:
+            yield
+        finally:
+            with self._lock:
+                self._users -= 1
+                last = self._ended and self._users <= 0
+            if last:
+                self._release()
+
+    def end(self) -> None:
+        """Take no further users; ending twice is fine."""
+        with self._lock:
+            self._leave_parent()
+            last = not self._ended and self._users == 0
+            self._ended = True
+        if last:
+            self._release()
+
+    def _leave_parent(self) -> None:
+        """In a forked child: forget those who use it in threads of the parent."""
+        if self._process != os.getpid():
+            self._process, self._users = os.getpid(), 0

@@ -38,112 +38,6 @@ _NUCLEUS_GUESS = 1024
 _BLOCK = 512
 
 
-class Constraint(Protocol):
-    """What may come next in one text, for example by a grammar. Belongs to one text only."""
-
-    def allowed(self) -> NDArray[np.bool_] | None:
-        """Return which tokens [V] may come next, None for all; the end of the text is one too."""
-
-    def advance(self, token: int) -> None:
-        """Take the token that was chosen, which was an allowed one."""
-
-
-@dataclass(frozen=True, slots=True)
-class Penalties:
-    """Changes to logits, as servers of language models take them. The defaults are off.
-
-    Both penalties look at the tokens chosen so far, not at the prompt: `frequency_penalty` is
-    subtracted from a token's logit for each time, `presence_penalty` once. `logit_bias` is added
-    to the logits of tokens: -100 all but forbids one, 100 all but forces it.
-
-    Raises `RequestError` for values out of range.
-    """
-
-    frequency_penalty: float = 0.0  # -2 to 2
-    presence_penalty: float = 0.0  # -2 to 2
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)  # -100 to 100 each
-
-    def __post_init__(self) -> None:
-        for name in ("frequency_penalty", "presence_penalty"):
-            check_number(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY)
-        for token, bias in self.logit_bias.items():
-            check_number(f"logit_bias of token {token!r:.40}", bias, -MOST_BIAS, MOST_BIAS)
-
-    @property
-    def active(self) -> bool:
-        """Whether anything is changed."""
-        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
-
-    def applied(
-        self, logits: NDArray[np.float32], counts: Mapping[int, int]
-    ) -> NDArray[np.float32]:
-        """Return a changed copy of logits [V]; `counts` says how often tokens came."""
-        changed = logits.copy()
-        if counts and (self.frequency_penalty or self.presence_penalty):
-            ids, times = _arrays(counts)
-            changed[ids] -= self.frequency_penalty * times + self.presence_penalty
-        if self.logit_bias:
-            ids, biases = _arrays(self.logit_bias)
-            changed[ids] += biases
-        return changed
-
-
-def allowed_ids(constraint: Constraint, vocab_size: int) -> NDArray[np.intp] | None:
-    """Return the ids a constraint allows next, None for all.
-
-    Raises `EdgeMemLLMError` if it allows none, or speaks of another vocabulary.
-    """
-    mask = constraint.allowed()
-    if mask is None:
-        return None
-    if mask.shape != (vocab_size,):
-        raise EdgeMemLLMError(
-            f"The constraint speaks of {mask.shape} tokens, the model has {vocab_size}. Make it "
-            "from the model's own tokenizer."
-        )
-    ids = np.flatnonzero(mask)
-    if not ids.size:
-        raise EdgeMemLLMError(
-            "The constraint allows no token, not even the end of the text. Loosen it."
-        )
-    return ids
-
-
-def _arrays(values: Mapping[int, float]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
-    count = len(values)
-    return (
-        np.fromiter(values.keys(), np.intp, count),
-        np.fromiter(values.values(), np.float32, count),
-    )
-
-
-def widen(halves: NDArray[Any], out: NDArray[np.float32]) -> NDArray[np.float32]:
-    """Write float16 values into `out`, of the same shape, and return it. Both are contiguous."""
-    bits, signed = halves.view(np.uint16), halves.view(np.int16)
-    if not bits.size or signed.max() >= _INFINITE or bits.max() >= _INFINITE | _SIGN:
-        np.copyto(out, halves)
-        return out
-    wide = out.view(np.int32)
-    np.copyto(wide, signed)
-    np.left_shift(wide, 13, out=wide)
-    np.bitwise_and(wide, _KEPT, out=wide)
-    # One product sets all exponents right, those of subnormal numbers among them. It would make
-    # numbers of what is infinite or NaN, hence the way above.
-    return np.multiply(out, _EXPONENTS_APART, out=out)
-
-
-def place_of_largest(halves: NDArray[Any]) -> int | None:
-    """Return the first place of the largest of float16 values [N], as `argmax` does.
-
-    None if there is no telling from the bits: nothing is above zero, or not all are finite.
-    """
-    signed = halves.view(np.int16)
-    place = int(signed.argmax())  # positive numbers are in the order of their bits
-    if not 0 < signed[place] < _INFINITE or halves.view(np.uint16).max() >= _INFINITE | _SIGN:
-        return None
-    return place
-
-
 @dataclass(frozen=True, slots=True)
 class Sampling:
     """How a token is chosen. The defaults switch everything off: temperature 0 is greedy.
@@ -186,22 +80,83 @@ def _check_number(name: str, value: object, expected: str, holds: Callable[[floa
         raise wrong_value(name, value, f"a number {expected}")
 
 
-def draw_seed() -> int:
-    """Return a fresh seed, small enough to be typed again."""
-    return secrets.randbits(32)
+@dataclass(frozen=True, slots=True)
+class Penalties:
+    """Changes to logits, as servers of language models take them. The defaults are off.
+
+    Both penalties look at the tokens chosen so far, not at the prompt: `frequency_penalty` is
+    subtracted from a token's logit for each time, `presence_penalty` once. `logit_bias` is added
+    to the logits of tokens: -100 all but forbids one, 100 all but forces it.
+
+    Raises `RequestError` for values out of range.
+    """
+
+    frequency_penalty: float = 0.0  # -2 to 2
+    presence_penalty: float = 0.0  # -2 to 2
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)  # -100 to 100 each
+
+    def __post_init__(self) -> None:
+        for name in ("frequency_penalty", "presence_penalty"):
+            check_number(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY)
+        for token, bias in self.logit_bias.items():
+            check_number(f"logit_bias of token {token!r:.40}", bias, -MOST_BIAS, MOST_BIAS)
+
+    @property
+    def active(self) -> bool:
+        """Whether anything is changed."""
+        return bool(self.frequency_penalty or self.presence_penalty or self.logit_bias)
+
+    def applied(
+        self, logits: NDArray[np.float32], counts: Mapping[int, int]
+    ) -> NDArray[np.float32]:
+        """Return a changed copy of logits [V]; `counts` says how often tokens came."""
+        changed = logits.copy()
+        if counts and (self.frequency_penalty or self.presence_penalty):
+            ids, times = _arrays(counts)
+            changed[ids] -= self.frequency_penalty * times + self.presence_penalty
+        if self.logit_bias:
+            ids, biases = _arrays(self.logit_bias)
+            changed[ids] += biases
+        return changed
 
 
-def check_seed(seed: object) -> int:
-    """Return `seed` if it is an integer in [0, 2^64), else raise `RequestError`."""
-    if not is_integer(seed) or not 0 <= seed < SEED_LIMIT:
-        raise wrong_value("seed", seed, "an integer from 0 to 2^64 - 1")
-    return seed
+def _arrays(values: Mapping[int, float]) -> tuple[NDArray[np.intp], NDArray[np.float32]]:
+    count = len(values)
+    return (
+        np.fromiter(values.keys(), np.intp, count),
+        np.fromiter(values.values(), np.float32, count),
+    )
 
 
-def random_draws(seed: int, stream: int = 0) -> np.random.Generator:
-    """Return the random numbers of a seed, for the sequence of a batch that `stream` numbers."""
-    sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(stream,))
-    return np.random.Generator(np.random.PCG64(sequence))
+class Constraint(Protocol):
+    """What may come next in one text, for example by a grammar. Belongs to one text only."""
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Return which tokens [V] may come next, None for all; the end of the text is one too."""
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen, which was an allowed one."""
+
+
+def allowed_ids(constraint: Constraint, vocab_size: int) -> NDArray[np.intp] | None:
+    """Return the ids a constraint allows next, None for all.
+
+    Raises `EdgeMemLLMError` if it allows none, or speaks of another vocabulary.
+    """
+    mask = constraint.allowed()
+    if mask is None:
+        return None
+    if mask.shape != (vocab_size,):
+        raise EdgeMemLLMError(
+            f"The constraint speaks of {mask.shape} tokens, the model has {vocab_size}. Make it "
+            "from the model's own tokenizer."
+        )
+    ids = np.flatnonzero(mask)
+    if not ids.size:
+        raise EdgeMemLLMError(
+            "The constraint allows no token, not even the end of the text. Loosen it."
+        )
+    return ids
 
 
 class Sampler:
@@ -304,6 +259,24 @@ class Scratch:
         return self._ids, self._weights
 
 
+def draw_seed() -> int:
+    """Return a fresh seed, small enough to be typed again."""
+    return secrets.randbits(32)
+
+
+def check_seed(seed: object) -> int:
+    """Return `seed` if it is an integer in [0, 2^64), else raise `RequestError`."""
+    if not is_integer(seed) or not 0 <= seed < SEED_LIMIT:
+        raise wrong_value("seed", seed, "an integer from 0 to 2^64 - 1")
+    return seed
+
+
+def random_draws(seed: int, stream: int = 0) -> np.random.Generator:
+    """Return the random numbers of a seed, for the sequence of a batch that `stream` numbers."""
+    sequence = np.random.SeedSequence(check_seed(seed), spawn_key=(stream,))
+    return np.random.Generator(np.random.PCG64(sequence))
+
+
 def require_finite(logits: Logits) -> None:
     """Raise `EdgeMemLLMError` if any logit is NaN or infinite."""
     finite = np.isfinite(logits)
@@ -349,21 +322,6 @@ def candidates(
     return ids, np.divide(weights, weights.sum(), out=weights)
 
 
-def owner(weights: NDArray[np.float64], point: float) -> int:
-    """Return the entry of `weights` in whose share of the total, laid end to end, a point lies.
-
-    `point` is a part of the total, in [0, 1).
-    """
-    # The last sum is never looked at: a point rounded up to the total still has an owner.
-    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum()
-    rest = point * blocks[-1]
-    block = int(blocks[:-1].searchsorted(rest, side="right"))
-    if block:
-        rest -= blocks[block - 1]
-    entries = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum()
-    return block * _BLOCK + int(entries[:-1].searchsorted(rest, side="right"))
-
-
 def _top_k(logits: Logits, k: int) -> Indices:
     last = np.partition(logits, -k)[-k]
     return np.flatnonzero(logits >= last)
@@ -387,3 +345,45 @@ def _likeliest(weights: NDArray[np.float64], count: int) -> Indices:
     else:
         ids = np.arange(weights.size)
     return ids[np.argsort(-weights[ids], kind="stable")]
+
+
+def owner(weights: NDArray[np.float64], point: float) -> int:
+    """Return the entry of `weights` in whose share of the total, laid end to end, a point lies.
+
+    `point` is a part of the total, in [0, 1).
+    """
+    # The last sum is never looked at: a point rounded up to the total still has an owner.
+    blocks = np.add.reduceat(weights, np.arange(0, weights.size, _BLOCK)).cumsum()
+    rest = point * blocks[-1]
+    block = int(blocks[:-1].searchsorted(rest, side="right"))
+    if block:
+        rest -= blocks[block - 1]
+    entries = weights[block * _BLOCK : (block + 1) * _BLOCK].cumsum()
+    return block * _BLOCK + int(entries[:-1].searchsorted(rest, side="right"))
+
+
+def widen(halves: NDArray[Any], out: NDArray[np.float32]) -> NDArray[np.float32]:
+    """Write float16 values into `out`, of the same shape, and return it. Both are contiguous."""
+    bits, signed = halves.view(np.uint16), halves.view(np.int16)
+    if not bits.size or signed.max() >= _INFINITE or bits.max() >= _INFINITE | _SIGN:
+        np.copyto(out, halves)
+        return out
+    wide = out.view(np.int32)
+    np.copyto(wide, signed)
+    np.left_shift(wide, 13, out=wide)
+    np.bitwise_and(wide, _KEPT, out=wide)
+    # One product sets all exponents right, those of subnormal numbers among them. It would make
+    # numbers of what is infinite or NaN, hence the way above.
+    return np.multiply(out, _EXPONENTS_APART, out=out)
+
+
+def place_of_largest(halves: NDArray[Any]) -> int | None:
+    """Return the first place of the largest of float16 values [N], as `argmax` does.
+
+    None if there is no telling from the bits: nothing is above zero, or not all are finite.
+    """
+    signed = halves.view(np.int16)
+    place = int(signed.argmax())  # positive numbers are in the order of their bits
+    if not 0 < signed[place] < _INFINITE or halves.view(np.uint16).max() >= _INFINITE | _SIGN:
+        return None
+    return place

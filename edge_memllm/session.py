@@ -49,47 +49,6 @@ _CHOSEN = ": a session keeps what it was made with. Give it to Model.session."
 _OF_THE_SESSION = dict.fromkeys(("seed", "overlays", "without_memory"), _CHOSEN)
 
 
-class SessionTurn:
-    """Guards one session's keys and values. Thread-safe.
-
-    `use` keeps the model open for as long as its context lasts.
-    """
-
-    def __init__(self, cache: KVCache, use: Callable[[], AbstractContextManager[None]]) -> None:
-        self.step = ProcessLock()  # held while keys and values are worked on, or freed
-        self._call = ProcessLock()  # held by a call, and by a stream until it ends
-        self._cache = cache
-        self._use = use
-
-    @contextmanager
-    def call(self) -> Iterator[None]:
-        """Be the only call for a while, on an open model. Raises `RequestError`."""
-        if not self._call.acquire(blocking=False):
-            raise RequestError(
-                "The session is in use: another call on it has not ended. Let it end, close its "
-                "iterator or cancel it; `fork`, before it, makes a second session."
-            )
-        try:
-            with self._use():
-                yield
-        finally:
-            self._call.release()
-
-    @contextmanager
-    def working(self) -> Iterator[None]:
-        """Work on the keys and values, which are not freed meanwhile. Raises `RequestError`."""
-        with self.step:
-            if self._cache.closed:
-                raise RequestError("The session is closed. Make another, or restore it.")
-            yield
-
-    @contextmanager
-    def whole(self) -> Iterator[None]:
-        """Be a call that is one piece of work."""
-        with self.call(), self.working():
-            yield
-
-
 class Session:
     """One text under way; `Model.session` makes one, `Model.restore_session` reads one.
 
@@ -333,3 +292,44 @@ class Session:
             computed=self.computed,
             held=self._feeder.cache.held(0),
         )
+
+
+class SessionTurn:
+    """Guards one session's keys and values. Thread-safe.
+
+    `use` keeps the model open for as long as its context lasts.
+    """
+
+    def __init__(self, cache: KVCache, use: Callable[[], AbstractContextManager[None]]) -> None:
+        self.step = ProcessLock()  # held while keys and values are worked on, or freed
+        self._call = ProcessLock()  # held by a call, and by a stream until it ends
+        self._cache = cache
+        self._use = use
+
+    @contextmanager
+    def call(self) -> Iterator[None]:
+        """Be the only call for a while, on an open model. Raises `RequestError`."""
+        if not self._call.acquire(blocking=False):
+            raise RequestError(
+                "The session is in use: another call on it has not ended. Let it end, close its "
+                "iterator or cancel it; `fork`, before it, makes a second session."
+            )
+        try:
+            with self._use():
+                yield
+        finally:
+            self._call.release()
+
+    @contextmanager
+    def working(self) -> Iterator[None]:
+        """Work on the keys and values, which are not freed meanwhile. Raises `RequestError`."""
+        with self.step:
+            if self._cache.closed:
+                raise RequestError("The session is closed. Make another, or restore it.")
+            yield
+
+    @contextmanager
+    def whole(self) -> Iterator[None]:
+        """Be a call that is one piece of work."""
+        with self.call(), self.working():
+            yield

@@ -21,43 +21,6 @@ _PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_b
 
 
 @dataclass(frozen=True, slots=True)
-class ProcessMemory:
-    """Resident memory of this process in bytes; None where the system does not tell."""
-
-    anon_bytes: int | None = None  # its own: weights, keys and values, buffers
-    file_bytes: int | None = None  # pages of mapped files, which the system may drop
-    peak_bytes: int | None = None  # the most it ever was, of both together
-
-
-def process_memory() -> ProcessMemory:
-    """Read the memory of this process: all of it on Linux, the peak elsewhere on Unix."""
-    try:
-        status = _PROC_STATUS.read_text(encoding="ascii")
-    except OSError:
-        return ProcessMemory(peak_bytes=_peak_from_resource())
-    return parse_proc_status(status)
-
-
-def parse_proc_status(text: str) -> ProcessMemory:
-    """Parse the text of Linux' `/proc/self/status`, whose sizes are in KiB."""
-    found = {}
-    for line in text.splitlines():
-        key, _, value = line.partition(":")
-        if key in _PROC_KEYS:
-            found[_PROC_KEYS[key]] = int(value.split()[0]) * 1024
-    return ProcessMemory(**found)
-
-
-def _peak_from_resource() -> int | None:
-    try:
-        import resource
-    except ImportError:  # Windows
-        return None
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
-    return peak if sys.platform == "darwin" else peak * 1024
-
-
-@dataclass(frozen=True, slots=True)
 class GenerationStatistics:
     """What one generation did. Rates are None when there was nothing to measure."""
 
@@ -132,6 +95,43 @@ class Meter:
 def rate(count: int, seconds: float) -> float | None:
     """Return count per second, or None when there was nothing to measure."""
     return count / seconds if count and seconds > 0 else None
+
+
+@dataclass(frozen=True, slots=True)
+class ProcessMemory:
+    """Resident memory of this process in bytes; None where the system does not tell."""
+
+    anon_bytes: int | None = None  # its own: weights, keys and values, buffers
+    file_bytes: int | None = None  # pages of mapped files, which the system may drop
+    peak_bytes: int | None = None  # the most it ever was, of both together
+
+
+def process_memory() -> ProcessMemory:
+    """Read the memory of this process: all of it on Linux, the peak elsewhere on Unix."""
+    try:
+        status = _PROC_STATUS.read_text(encoding="ascii")
+    except OSError:
+        return ProcessMemory(peak_bytes=_peak_from_resource())
+    return parse_proc_status(status)
+
+
+def parse_proc_status(text: str) -> ProcessMemory:
+    """Parse the text of Linux' `/proc/self/status`, whose sizes are in KiB."""
+    found = {}
+    for line in text.splitlines():
+        key, _, value = line.partition(":")
+        if key in _PROC_KEYS:
+            found[_PROC_KEYS[key]] = int(value.split()[0]) * 1024
+    return ProcessMemory(**found)
+
+
+def _peak_from_resource() -> int | None:
+    try:
+        import resource
+    except ImportError:  # Windows
+        return None
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    return peak if sys.platform == "darwin" else peak * 1024
 
 
 def give_back() -> None:

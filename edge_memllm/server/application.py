@@ -1,4 +1,8 @@
-"""The application: which path is answered by what, and the layers around all of them."""
+"""The application: which path is answered by what, and the layers around all of them.
+
+What is answered without the engine is here as well: models, health, metrics, the tokenizer, and
+the files of the page. What generates is in `replies`.
+"""
 
 from __future__ import annotations
 
@@ -32,7 +36,7 @@ from edge_memllm.server.fields import (
     received,
 )
 from edge_memllm.server.guard import Guard, Journal
-from edge_memllm.server.replies import Generating
+from edge_memllm.server.replies import GenerationEndpoint
 from edge_memllm.server.reply_format import ChatFormat, CompletionFormat
 from edge_memllm.server.service import CONTENT_TYPE, Service
 from edge_memllm.statistics import process_memory
@@ -62,6 +66,63 @@ KINDS = {
 VERSION = "/v1"
 _LEFT = 499  # what nobody gets to see, for nobody is there
 _ONE_DAY = 24 * 60 * 60
+
+
+def application(service: Service) -> ASGIApp:
+    """Return the ASGI application over a service."""
+    routes = [*_routes(service), *page_routes()]
+
+    async def explain(_: Request, error: Exception) -> Response:
+        return service.explained(error).response()
+
+    async def nothing(_: Request, error: Exception) -> Response:
+        return Response(status_code=_LEFT)
+
+    app = Starlette(
+        routes=routes,
+        middleware=list(_layers(service)),
+        exception_handlers={
+            ApiError: explain,
+            EdgeMemLLMError: explain,
+            HTTPException: explain,
+            ClientDisconnect: nothing,
+            Exception: explain,
+        },
+    )
+    app.router.redirect_slashes = False
+    return Journal(app, service.metrics, [route.path for route in routes])
+
+
+def _layers(service: Service) -> Iterator[Middleware]:
+    """Yield the layers from the outside; errors of the inner ones can be read across origins."""
+    settings = service.settings
+    if settings.origins:
+        yield Middleware(
+            CORSMiddleware,
+            allow_origins=settings.origins,
+            allow_methods=("GET", "POST"),
+            allow_headers=("*",),
+            expose_headers=("Retry-After", "X-Request-Id"),
+            max_age=_ONE_DAY,
+        )
+    yield Middleware(Guard, settings)
+
+
+def _routes(service: Service) -> Iterator[Route]:
+    information, tokens = Information(service), TextTokens(service)
+    chat = GenerationEndpoint(service, read_chat, ChatFormat())
+    completions = GenerationEndpoint(service, read_completion, CompletionFormat())
+    for prefix in (VERSION, ""):
+        yield Route(f"{prefix}/completions", completions, methods=["POST"])
+        yield Route(f"{prefix}/chat/completions", chat, methods=["POST"])
+        yield Route(f"{prefix}/models", information.models)
+        yield Route(f"{prefix}/models/{{model:path}}", information.model)
+    yield Route(f"{VERSION}/overlays", information.overlays)
+    yield Route("/tokenize", tokens.tokenize, methods=["POST"])
+    yield Route("/detokenize", tokens.detokenize, methods=["POST"])
+    yield Route("/tokenizer_info", tokens.information)
+    yield Route("/health", information.health)
+    yield Route("/metrics", information.metrics)
 
 
 class Information:
@@ -184,13 +245,13 @@ def page_routes(folder: Traversable | None = None) -> Iterator[Route]:
         kind = KINDS.get(PurePath(file.name).suffix)
         if kind is None:
             continue
-        answer = _Answer(file.read_bytes(), kind)
+        answer = _PageFile(file.read_bytes(), kind)
         yield Route(f"/page/{file.name}", answer.respond)
         if file.name == INDEX:
             yield Route("/", answer.respond)
 
 
-class _Answer:
+class _PageFile:
     """One file; asked again, it is not sent again."""
 
     def __init__(self, content: bytes, kind: str) -> None:
@@ -209,60 +270,3 @@ class _Answer:
         if request.headers.get("if-none-match") == self._tag:
             return Response(status_code=304, headers=self._headers)
         return Response(self._content, headers=self._headers)
-
-
-def application(service: Service) -> ASGIApp:
-    """Return the ASGI application over a service."""
-    routes = [*_routes(service), *page_routes()]
-
-    async def explain(_: Request, error: Exception) -> Response:
-        return service.explained(error).response()
-
-    async def nothing(_: Request, error: Exception) -> Response:
-        return Response(status_code=_LEFT)
-
-    app = Starlette(
-        routes=routes,
-        middleware=list(_layers(service)),
-        exception_handlers={
-            ApiError: explain,
-            EdgeMemLLMError: explain,
-            HTTPException: explain,
-            ClientDisconnect: nothing,
-            Exception: explain,
-        },
-    )
-    app.router.redirect_slashes = False
-    return Journal(app, service.metrics, [route.path for route in routes])
-
-
-def _layers(service: Service) -> Iterator[Middleware]:
-    """Yield the layers from the outside; errors of the inner ones can be read across origins."""
-    settings = service.settings
-    if settings.origins:
-        yield Middleware(
-            CORSMiddleware,
-            allow_origins=settings.origins,
-            allow_methods=("GET", "POST"),
-            allow_headers=("*",),
-            expose_headers=("Retry-After", "X-Request-Id"),
-            max_age=_ONE_DAY,
-        )
-    yield Middleware(Guard, settings)
-
-
-def _routes(service: Service) -> Iterator[Route]:
-    information, tokens = Information(service), TextTokens(service)
-    chat = Generating(service, read_chat, ChatFormat())
-    completions = Generating(service, read_completion, CompletionFormat())
-    for prefix in (VERSION, ""):
-        yield Route(f"{prefix}/completions", completions, methods=["POST"])
-        yield Route(f"{prefix}/chat/completions", chat, methods=["POST"])
-        yield Route(f"{prefix}/models", information.models)
-        yield Route(f"{prefix}/models/{{model:path}}", information.model)
-    yield Route(f"{VERSION}/overlays", information.overlays)
-    yield Route("/tokenize", tokens.tokenize, methods=["POST"])
-    yield Route("/detokenize", tokens.detokenize, methods=["POST"])
-    yield Route("/tokenizer_info", tokens.information)
-    yield Route("/health", information.health)
-    yield Route("/metrics", information.metrics)

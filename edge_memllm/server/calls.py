@@ -1,4 +1,8 @@
-"""One request, understood: what is asked of the engine, and how the reply is to be written."""
+"""One request, understood: what is asked of the engine, and how the reply is to be written.
+
+Completions and chat are read here, with the fields they share, messages, and prompts, which are
+made token ids and measured. Knows no HTTP.
+"""
 
 from __future__ import annotations
 
@@ -107,6 +111,101 @@ class Call:
         return [replace(asked, prompt=prompt) for prompt in self.prompts]
 
 
+def read_completion(fields: BodyFields, service: Service) -> Call:
+    """Return the call that an object stands for. Raises `ApiError`."""
+    limits = service.settings.limits
+    service.check_model(fields)
+    call = take_call(fields, service.model, limits)
+    choices = call.request.choices
+    _check_best_of(fields, choices)
+    prompts = take_prompts(fields, limits.choices // choices, limits)
+    most = service.most_tokens
+    given = fields.optional_integer("max_tokens", 0, most)
+    top = _take_completion_top(fields)
+    echo = fields.flag("echo")
+    fields.finish(_COMPLETION_UNSUPPORTED)
+    ids = [encoded(each, service) for each in prompts]
+    request = replace(
+        call.request,
+        max_new_tokens=min(MAX_TOKENS, most) if given is None else given,
+        top=top,
+        score_prompt=echo and top is not None,
+    )
+    texts = [*map(partial(_prompt_text, service), prompts, ids)] if echo else None
+    return replace(call, request=request, prompts=ids, echo=texts)
+
+
+def _take_completion_top(fields: BodyFields) -> int | None:
+    """Take how many likeliest tokens to tell; false, which is chat's word, tells nothing."""
+    if fields.peek("logprobs") is False:
+        fields.value("logprobs")
+    return fields.optional_integer("logprobs", 0, MOST_TOP)
+
+
+def _check_best_of(fields: BodyFields, choices: int) -> None:
+    best_of = fields.optional_integer("best_of", 0, 1 << 31)
+    if best_of is not None and best_of != choices:
+        raise refused(
+            "best_of",
+            f"best_of is {best_of} and n is {choices}: this server does not choose among replies. "
+            "Leave best_of out, or ask for n replies with logprobs and choose yourself.",
+            "unsupported_parameter",
+        )
+
+
+def _prompt_text(service: Service, prompt: Prompt, ids: list[int]) -> str:
+    """Return what a reply that repeats its prompt begins with."""
+    given = prompt.value
+    return given if isinstance(given, str) else service.model.tokenizer.decode(ids)
+
+
+def read_chat(fields: BodyFields, service: Service) -> Call:
+    """Return the call that an object stands for. Raises `ApiError`."""
+    limits, model = service.settings.limits, service.model
+    service.check_model(fields)
+    messages = take_messages(fields, limits)
+    call = take_call(fields, model, limits)
+    top = _take_top(fields)
+    max_tokens = _take_max_tokens(fields, service.most_tokens)
+    context = model.manifest.model.max_position_embeddings
+    fields.finish(_CHAT_UNSUPPORTED)
+    most = max_tokens or min(service.most_tokens, context)
+    request = replace(call.request, max_new_tokens=most, top=top)
+    return replace(call, request=request, prompts=[_prompt(messages, service)])
+
+
+def _take_top(fields: BodyFields) -> int | None:
+    wanted, top = fields.flag("logprobs"), fields.optional_integer("top_logprobs", 0, MOST_TOP)
+    if top and not wanted:
+        where = fields.param("top_logprobs")
+        raise refused(where, f"{where} needs logprobs true. Add it, or leave {where} out.")
+    return (top or 0) if wanted else None
+
+
+def _take_max_tokens(fields: BodyFields, most: int) -> int | None:
+    """Take the limit under its new name or its old one."""
+    name, old = "max_completion_tokens", "max_tokens"
+    new_value, old_value = (fields.optional_integer(each, 1, most) for each in (name, old))
+    if None not in (new_value, old_value) and new_value != old_value:
+        raise refused(name, f"{name} is {new_value} and {old} is {old_value}. Give one of them.")
+    return new_value or old_value
+
+
+def _prompt(messages: list[Message], service: Service) -> list[int]:
+    if service.template is None:
+        raise ApiError(
+            400,
+            f"The model '{service.settings.model_id}' has no chat template, so it cannot chat. "
+            "Use /v1/completions, or start the server with --chat-template FILE.",
+            code="no_chat_template",
+        )
+    try:
+        text = service.template.render(messages)
+    except RequestError as error:
+        raise refused("messages", str(error)) from error
+    return encoded_text(text, service, "messages", special=False)
+
+
 def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
     """Take what completions and chat have in common; prompts and their limits are to follow.
 
@@ -196,6 +295,12 @@ def _take_stops(fields: BodyFields, most: int) -> tuple[str, ...]:
     return stops
 
 
+def _take_stop_tokens(fields: BodyFields, most: int, model: Model) -> tuple[int, ...]:
+    tokens = fields.optional_items("stop_token_ids", most) or []
+    with blaming(fields.param("stop_token_ids")):
+        return tuple(check_tokens(tokens, model.manifest.model.vocab_size))
+
+
 def _take_overlays(
     fields: BodyFields, loaded: tuple[str, ...], most: int
 ) -> tuple[str, ...] | None:
@@ -211,12 +316,6 @@ def _take_overlays(
     if len(set(chosen)) < len(chosen):
         raise refused(where, f"{where} names an overlay twice.")
     return chosen
-
-
-def _take_stop_tokens(fields: BodyFields, most: int, model: Model) -> tuple[int, ...]:
-    tokens = fields.optional_items("stop_token_ids", most) or []
-    with blaming(fields.param("stop_token_ids")):
-        return tuple(check_tokens(tokens, model.manifest.model.vocab_size))
 
 
 def _take_usage(fields: BodyFields, stream: bool) -> tuple[bool, bool]:
@@ -332,6 +431,18 @@ def take_prompts(fields: BodyFields, most: int, limits: Limits) -> list[Prompt]:
     return [_checked(each, f"{where}[{number}]", limits) for number, each in enumerate(value)]
 
 
+def _checked(value: object, where: str, limits: Limits) -> Prompt:
+    if isinstance(value, list):
+        if not value:
+            raise refused(where, f"{where} is a list of no tokens, expected one at least.")
+        return Prompt(value, where)
+    return Prompt(checked_text(value, where, limits.body_bytes), where)
+
+
+def _is_number(value: object) -> bool:
+    return isinstance(value, int | float)
+
+
 def encoded(prompt: Prompt, service: Service) -> list[int]:
     """Return the ids of a prompt. Raises `ApiError` for one that does not fit the context."""
     value, where = prompt
@@ -380,110 +491,3 @@ def _check_length(length: int, service: Service, where: str, *, least: bool = Fa
         code="context_length_exceeded",
         param=where,
     )
-
-
-def _checked(value: object, where: str, limits: Limits) -> Prompt:
-    if isinstance(value, list):
-        if not value:
-            raise refused(where, f"{where} is a list of no tokens, expected one at least.")
-        return Prompt(value, where)
-    return Prompt(checked_text(value, where, limits.body_bytes), where)
-
-
-def _is_number(value: object) -> bool:
-    return isinstance(value, int | float)
-
-
-def read_chat(fields: BodyFields, service: Service) -> Call:
-    """Return the call that an object stands for. Raises `ApiError`."""
-    limits, model = service.settings.limits, service.model
-    service.check_model(fields)
-    messages = take_messages(fields, limits)
-    call = take_call(fields, model, limits)
-    top = _take_top(fields)
-    max_tokens = _take_max_tokens(fields, service.most_tokens)
-    context = model.manifest.model.max_position_embeddings
-    fields.finish(_CHAT_UNSUPPORTED)
-    most = max_tokens or min(service.most_tokens, context)
-    request = replace(call.request, max_new_tokens=most, top=top)
-    return replace(call, request=request, prompts=[_prompt(messages, service)])
-
-
-def _take_top(fields: BodyFields) -> int | None:
-    wanted, top = fields.flag("logprobs"), fields.optional_integer("top_logprobs", 0, MOST_TOP)
-    if top and not wanted:
-        where = fields.param("top_logprobs")
-        raise refused(where, f"{where} needs logprobs true. Add it, or leave {where} out.")
-    return (top or 0) if wanted else None
-
-
-def _take_max_tokens(fields: BodyFields, most: int) -> int | None:
-    """Take the limit under its new name or its old one."""
-    name, old = "max_completion_tokens", "max_tokens"
-    new_value, old_value = (fields.optional_integer(each, 1, most) for each in (name, old))
-    if None not in (new_value, old_value) and new_value != old_value:
-        raise refused(name, f"{name} is {new_value} and {old} is {old_value}. Give one of them.")
-    return new_value or old_value
-
-
-def _prompt(messages: list[Message], service: Service) -> list[int]:
-    if service.template is None:
-        raise ApiError(
-            400,
-            f"The model '{service.settings.model_id}' has no chat template, so it cannot chat. "
-            "Use /v1/completions, or start the server with --chat-template FILE.",
-            code="no_chat_template",
-        )
-    try:
-        text = service.template.render(messages)
-    except RequestError as error:
-        raise refused("messages", str(error)) from error
-    return encoded_text(text, service, "messages", special=False)
-
-
-def read_completion(fields: BodyFields, service: Service) -> Call:
-    """Return the call that an object stands for. Raises `ApiError`."""
-    limits = service.settings.limits
-    service.check_model(fields)
-    call = take_call(fields, service.model, limits)
-    choices = call.request.choices
-    _check_best_of(fields, choices)
-    prompts = take_prompts(fields, limits.choices // choices, limits)
-    most = service.most_tokens
-    given = fields.optional_integer("max_tokens", 0, most)
-    top = _take_completion_top(fields)
-    echo = fields.flag("echo")
-    fields.finish(_COMPLETION_UNSUPPORTED)
-    ids = [encoded(each, service) for each in prompts]
-    request = replace(
-        call.request,
-        max_new_tokens=min(MAX_TOKENS, most) if given is None else given,
-        top=top,
-        score_prompt=echo and top is not None,
-    )
-    texts = [*map(partial(_prompt_text, service), prompts, ids)] if echo else None
-    return replace(call, request=request, prompts=ids, echo=texts)
-
-
-def _take_completion_top(fields: BodyFields) -> int | None:
-    """Take how many likeliest tokens to tell; false, which is chat's word, tells nothing."""
-    if fields.peek("logprobs") is False:
-        fields.value("logprobs")
-    return fields.optional_integer("logprobs", 0, MOST_TOP)
-
-
-def _check_best_of(fields: BodyFields, choices: int) -> None:
-    best_of = fields.optional_integer("best_of", 0, 1 << 31)
-    if best_of is not None and best_of != choices:
-        raise refused(
-            "best_of",
-            f"best_of is {best_of} and n is {choices}: this server does not choose among replies. "
-            "Leave best_of out, or ask for n replies with logprobs and choose yourself.",
-            "unsupported_parameter",
-        )
-
-
-def _prompt_text(service: Service, prompt: Prompt, ids: list[int]) -> str:
-    """Return what a reply that repeats its prompt begins with."""
-    given = prompt.value
-    return given if isinstance(given, str) else service.model.tokenizer.decode(ids)

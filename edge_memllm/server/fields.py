@@ -1,7 +1,8 @@
-"""The fields of a JSON object from a client, each taken with its type and range.
+"""What a client sent: its body received and parsed, its fields taken with type and range.
 
-Whoever reads one calls `finish` at the end, which refuses what was not taken: so nothing a client
-asks for is ever ignored. A field that is null counts as left out.
+Whoever reads fields calls `finish` at the end, which refuses what was not taken: so nothing a
+client asks for is ever ignored. A field that is null counts as left out. What cannot be taken, or
+done, is an `ApiError`.
 """
 
 from __future__ import annotations

@@ -2,7 +2,8 @@
 
 A page of any web site can send requests to this machine from the browser of whoever looks at it.
 So a server on the loopback answers only to the loopback's names, which a rebound domain is not,
-and no request of a foreign page is let in that was not asked for by name.
+and no request of a foreign page is let in that was not asked for by name. Whoever asked, and what
+became of it, is noted in the journal.
 """
 
 from __future__ import annotations

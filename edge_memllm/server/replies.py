@@ -33,7 +33,7 @@ from edge_memllm.server.reply_format import (
     WAITING,
     Addition,
     EventStream,
-    Gathering,
+    GatheredContent,
     Json,
     ReplyFormat,
     ReplyWriter,
@@ -49,46 +49,7 @@ Found = TypeVar("Found")
 ReadCall = Callable[[BodyFields, Service], Call]
 
 
-async def merged(
-    replies: Sequence[Reply], pulse: float
-) -> AsyncGenerator[tuple[int, ReplyPiece] | None, None]:
-    """Yield (number of the reply, piece), and None whenever nothing came for `pulse` seconds.
-
-    Ends with the last reply, or raises what went wrong with the first one that failed.
-    """
-    queue: asyncio.Queue[_Item] = asyncio.Queue()
-    tasks = [asyncio.create_task(_pump(*each, queue)) for each in enumerate(replies)]
-    try:
-        left = len(replies)
-        while left:
-            try:
-                async with asyncio.timeout(pulse):
-                    item = await queue.get()
-            except TimeoutError:
-                yield None
-                continue
-            if isinstance(item, Exception):
-                raise item
-            if item is None:
-                left -= 1
-            else:
-                yield item
-    finally:
-        for task in tasks:
-            task.cancel()
-
-
-async def _pump(number: int, reply: Reply, queue: asyncio.Queue[_Item]) -> None:
-    try:
-        async for piece in reply:
-            queue.put_nowait((number, piece))
-    except Exception as error:  # handed over to whoever reads, who knows what to do
-        queue.put_nowait(error)
-    else:
-        queue.put_nowait(None)
-
-
-class Generating:
+class GenerationEndpoint:
     """One endpoint: `read` says what its requests mean, `format` how its replies look."""
 
     def __init__(self, service: Service, read: ReadCall, format: ReplyFormat) -> None:
@@ -167,7 +128,7 @@ class _Answer:
         self._client = client
         self._service = service
         self._replies = replies
-        self._gathering = Gathering(call, service, replies)
+        self._content = GatheredContent(call, service, replies)
         self._writer = ReplyWriter(format, service, call)
 
     async def gather(self) -> bool:
@@ -179,7 +140,7 @@ class _Answer:
 
     def whole(self) -> Json:
         """Return the complete reply."""
-        return self._writer.whole(self._gathering.wholes, self._gathering.usage())
+        return self._writer.whole(self._content.wholes, self._content.usage())
 
     async def stream(self, send: Send) -> None:
         """Send the reply as it comes. An error that comes late becomes an event of its own."""
@@ -201,7 +162,7 @@ class _Answer:
         if self._client.left:
             return
         if self._call.usage:
-            await stream.put(event(self._writer.last(self._gathering.usage())))
+            await stream.put(event(self._writer.last(self._content.usage())))
         await stream.put(DONE)
 
     def _events(self, addition: Addition | None) -> Iterator[bytes]:
@@ -213,22 +174,71 @@ class _Answer:
         if opening is not None:
             yield event(opening)
         if part.text or part.scores or part.reason or part.records:
-            usage = self._gathering.usage_so_far() if self._call.running_usage else None
+            usage = self._content.usage_so_far() if self._call.running_usage else None
             yield event(self._writer.part(index, part, usage))
 
     async def _additions(self) -> AsyncGenerator[Addition | None, None]:
         """Yield what comes; None when nothing has come for a while."""
         pulse = self._service.settings.pulse_seconds
-        async with aclosing(merged(self._replies, pulse)) as arriving:
+        async with aclosing(interleaved(self._replies, pulse)) as arriving:
             async for item in arriving:
                 if item is None:
                     yield None
                     continue
                 self._service.note_piece(item[1])
-                if self._gathering.takes_long(*item):
-                    yield await self._service.quick.run(self._gathering.add, *item)
+                if self._content.takes_long(*item):
+                    yield await self._service.quick.run(self._content.add, *item)
                 else:
-                    yield self._gathering.add(*item)
+                    yield self._content.add(*item)
+
+
+async def interleaved(
+    replies: Sequence[Reply], pulse: float
+) -> AsyncGenerator[tuple[int, ReplyPiece] | None, None]:
+    """Yield (number of the reply, piece), and None whenever nothing came for `pulse` seconds.
+
+    Ends with the last reply, or raises what went wrong with the first one that failed.
+    """
+    queue: asyncio.Queue[_Item] = asyncio.Queue()
+    tasks = [asyncio.create_task(_pump(*each, queue)) for each in enumerate(replies)]
+    try:
+        left = len(replies)
+        while left:
+            try:
+                async with asyncio.timeout(pulse):
+                    item = await queue.get()
+            except TimeoutError:
+                yield None
+                continue
+            if isinstance(item, Exception):
+                raise item
+            if item is None:
+                left -= 1
+            else:
+                yield item
+    finally:
+        for task in tasks:
+            task.cancel()
+
+
+async def _pump(number: int, reply: Reply, queue: asyncio.Queue[_Item]) -> None:
+    try:
+        async for piece in reply:
+            queue.put_nowait((number, piece))
+    except Exception as error:  # handed over to whoever reads, who knows what to do
+        queue.put_nowait(error)
+    else:
+        queue.put_nowait(None)
+
+
+@asynccontextmanager
+async def _watched(receive: Receive) -> AsyncIterator[_Client]:
+    """Watch a client; its whole request must have been received."""
+    client = _Client(receive)
+    try:
+        yield client
+    finally:
+        client.forget()
 
 
 class _Client:
@@ -270,13 +280,3 @@ class _Client:
             pass
         for act in self._leaving:
             act()
-
-
-@asynccontextmanager
-async def _watched(receive: Receive) -> AsyncIterator[_Client]:
-    """Watch a client; its whole request must have been received."""
-    client = _Client(receive)
-    try:
-        yield client
-    finally:
-        client.forget()

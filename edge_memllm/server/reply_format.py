@@ -1,6 +1,7 @@
 """The shape of replies: what completions and chat have in common, and where they differ.
 
-A reply is made of choices. The same classes write them whole, or in parts as they come.
+A reply is made of choices. The same classes write them whole, or in parts as they come, which are
+events of a stream.
 """
 
 from __future__ import annotations
@@ -34,81 +35,59 @@ DONE = b"data: [DONE]\n\n"
 WAITING = b": waiting\n\n"
 
 
-@dataclass(frozen=True, slots=True)
-class PlacedScore:
-    """A token's score, and where in the reply's text (in characters) the token begins."""
+class ReplyWriter:
+    """Writes one reply: the same id and time in all its parts."""
 
-    score: TokenScore
-    offset: int
+    def __init__(self, format: ReplyFormat, service: Service, call: Call) -> None:
+        self._format = format
+        self._texts = service.texts
+        self._scored = call.request.top is not None
+        self._statistics = call.statistics
+        self._traced = call.request.trace
+        self._engine = service.engine
+        self._head: Json = {
+            "id": f"{format.prefix}-{uuid.uuid4().hex}",
+            "created": service.now(),
+            "model": service.settings.model_id,
+            "system_fingerprint": service.fingerprint,
+        }
+        # Where a stream tells its usage at the end, all parts before it say that they do not.
+        self._no_usage: Json = {"usage": None} if call.usage else {}
 
-
-def completion_scores(scores: Sequence[PlacedScore], texts: TokenTexts) -> dict[str, Any]:
-    """Return the form of `/v1/completions`: four lists of one entry for each token.
-
-    Tokens that are no text of their own are named by their bytes, so that no two share a name.
-    """
-    return {
-        "tokens": [texts.text(each.score.token) for each in scores],
-        "token_logprobs": [each.score.logprob for each in scores],
-        "top_logprobs": [_by_text(each.score, texts) for each in scores],
-        "text_offset": [each.offset for each in scores],
-    }
-
-
-def chat_scores(scores: Sequence[PlacedScore], texts: TokenTexts) -> dict[str, Any]:
-    """Return the form of `/v1/chat/completions`: one entry for each token, with its bytes."""
-    content = []
-    for each in scores:
-        token, logprob = each.score.token, each.score.logprob
-        top = [
-            _entry(other, logprob if other == token else value, texts)
-            for other, value in each.score.top
+    def whole(self, contents: Sequence[Content], usage: Json) -> Json:
+        """Return the complete reply."""
+        choices = [
+            self._choice(index, self._format.whole(each, self._scored, self._texts), each)
+            for index, each in enumerate(contents)
         ]
-        content.append({**_entry(token, logprob, texts), "top_logprobs": top})
-    return {"content": content, "refusal": None}
+        return {**self._head, "object": self._format.whole_kind, "choices": choices, "usage": usage}
 
+    def opening(self, index: int) -> Json | None:
+        """Return what begins a choice in a stream, if something does."""
+        fields = self._format.opening()
+        return None if fields is None else self._chunk([self._choice(index, fields, Content())])
 
-def _by_text(score: TokenScore, texts: TokenTexts) -> dict[str, float] | None:
-    """Return the likeliest tokens, and the token itself; None where nothing predicts it."""
-    if score.logprob is None:
-        return None
-    likeliest = {texts.text(token): value for token, value in score.top}
-    return {**likeliest, texts.text(score.token): score.logprob}
+    def part(self, index: int, content: Content, usage: Json | None = None) -> Json:
+        """Return what adds to a choice in a stream; `usage` is what the reply has taken so far."""
+        fields = self._format.part(content, self._scored, self._texts)
+        chunk = self._chunk([self._choice(index, fields, content)])
+        return chunk if usage is None else {**chunk, "usage": usage}
 
+    def last(self, usage: Json) -> Json:
+        """Return the end of a stream that tells its usage."""
+        return {**self._chunk([]), "usage": usage}
 
-def _entry(token: int, logprob: float | None, texts: TokenTexts) -> dict[str, Any]:
-    return {"token": texts.text(token), "logprob": logprob, "bytes": list(texts.utf8(token))}
+    def _chunk(self, choices: Sequence[Json]) -> Json:
+        kind = self._format.part_kind
+        return {**self._head, "object": kind, "choices": choices, **self._no_usage}
 
-
-def trace_of(
-    tokens: Sequence[int], records: Sequence[RecordUse], texts: TokenTexts, engine: Engine
-) -> dict[str, Any]:
-    """Return new tokens, the records of those fed to make them, and the memory of the server now.
-
-    In a stream, tokens and records of the parts, put together, are those of the whole.
-    """
-    memory = process_memory()
-    return {
-        "tokens": list(tokens),
-        "records": [{**asdict(each), "text": texts.text(each.token)} for each in records],
-        "memory": {
-            "anon_bytes": memory.anon_bytes,
-            "file_bytes": memory.file_bytes,
-            "kv_bytes": engine.statistics.kv_bytes,
-        },
-    }
-
-
-@dataclass(slots=True)
-class Content:
-    """What a choice holds, whole or in part; it is finished once there is a reason."""
-
-    text: str = ""
-    scores: list[PlacedScore] = field(default_factory=list)
-    reason: str | None = None
-    statistics: ChoiceStatistics | None = None
-    tokens: list[int] = field(default_factory=list)
-    records: list[RecordUse] = field(default_factory=list)
+    def _choice(self, index: int, fields: Json, content: Content) -> Json:
+        choice = {"index": index, **fields, "finish_reason": content.reason}
+        if self._statistics and content.statistics is not None:
+            choice["statistics"] = content.statistics.as_dict()
+        if self._traced and (content.tokens or content.records):
+            choice["trace"] = trace_of(content.tokens, content.records, self._texts, self._engine)
+        return choice
 
 
 class ReplyFormat(Protocol):
@@ -169,74 +148,16 @@ class ChatFormat:
         return {"delta": delta, "logprobs": logprobs}
 
 
-class ReplyWriter:
-    """Writes one reply: the same id and time in all its parts."""
+@dataclass(slots=True)
+class Content:
+    """What a choice holds, whole or in part; it is finished once there is a reason."""
 
-    def __init__(self, format: ReplyFormat, service: Service, call: Call) -> None:
-        self._format = format
-        self._texts = service.texts
-        self._scored = call.request.top is not None
-        self._statistics = call.statistics
-        self._traced = call.request.trace
-        self._engine = service.engine
-        self._head: Json = {
-            "id": f"{format.prefix}-{uuid.uuid4().hex}",
-            "created": service.now(),
-            "model": service.settings.model_id,
-            "system_fingerprint": service.fingerprint,
-        }
-        # Where a stream tells its usage at the end, all parts before it say that they do not.
-        self._no_usage: Json = {"usage": None} if call.usage else {}
-
-    def whole(self, contents: Sequence[Content], usage: Json) -> Json:
-        """Return the complete reply."""
-        choices = [
-            self._choice(index, self._format.whole(each, self._scored, self._texts), each)
-            for index, each in enumerate(contents)
-        ]
-        return {**self._head, "object": self._format.whole_kind, "choices": choices, "usage": usage}
-
-    def opening(self, index: int) -> Json | None:
-        """Return what begins a choice in a stream, if something does."""
-        fields = self._format.opening()
-        return None if fields is None else self._chunk([self._choice(index, fields, Content())])
-
-    def part(self, index: int, content: Content, usage: Json | None = None) -> Json:
-        """Return what adds to a choice in a stream; `usage` is what the reply has taken so far."""
-        fields = self._format.part(content, self._scored, self._texts)
-        chunk = self._chunk([self._choice(index, fields, content)])
-        return chunk if usage is None else {**chunk, "usage": usage}
-
-    def last(self, usage: Json) -> Json:
-        """Return the end of a stream that tells its usage."""
-        return {**self._chunk([]), "usage": usage}
-
-    def _chunk(self, choices: Sequence[Json]) -> Json:
-        kind = self._format.part_kind
-        return {**self._head, "object": kind, "choices": choices, **self._no_usage}
-
-    def _choice(self, index: int, fields: Json, content: Content) -> Json:
-        choice = {"index": index, **fields, "finish_reason": content.reason}
-        if self._statistics and content.statistics is not None:
-            choice["statistics"] = content.statistics.as_dict()
-        if self._traced and (content.tokens or content.records):
-            choice["trace"] = trace_of(content.tokens, content.records, self._texts, self._engine)
-        return choice
-
-
-def usage_of(statistics: Iterable[Sequence[ChoiceStatistics]]) -> Json:
-    """Return the tokens of a reply; each prompt counts once, however many choices it got."""
-    by_prompt = list(statistics)
-    prompt = sum(each[0].prompt_tokens for each in by_prompt)
-    completion = sum(one.completion_tokens for each in by_prompt for one in each)
-    return {
-        "prompt_tokens": prompt,
-        "completion_tokens": completion,
-        "total_tokens": prompt + completion,
-        "prompt_tokens_details": {
-            "cached_tokens": sum(each[0].reused_tokens for each in by_prompt)
-        },
-    }
+    text: str = ""
+    scores: list[PlacedScore] = field(default_factory=list)
+    reason: str | None = None
+    statistics: ChoiceStatistics | None = None
+    tokens: list[int] = field(default_factory=list)
+    records: list[RecordUse] = field(default_factory=list)
 
 
 class Addition(NamedTuple):
@@ -247,7 +168,7 @@ class Addition(NamedTuple):
     first: bool
 
 
-class Gathering:
+class GatheredContent:
     """All choices of one call, in the order of its prompts. Not thread-safe."""
 
     def __init__(self, call: Call, service: Service, replies: Sequence[Reply]) -> None:
@@ -313,6 +234,86 @@ class Gathering:
             part.scores.append(PlacedScore(score, shown))
             shown += len(detokenizer.push(score.token))
         return part
+
+
+def usage_of(statistics: Iterable[Sequence[ChoiceStatistics]]) -> Json:
+    """Return the tokens of a reply; each prompt counts once, however many choices it got."""
+    by_prompt = list(statistics)
+    prompt = sum(each[0].prompt_tokens for each in by_prompt)
+    completion = sum(one.completion_tokens for each in by_prompt for one in each)
+    return {
+        "prompt_tokens": prompt,
+        "completion_tokens": completion,
+        "total_tokens": prompt + completion,
+        "prompt_tokens_details": {
+            "cached_tokens": sum(each[0].reused_tokens for each in by_prompt)
+        },
+    }
+
+
+@dataclass(frozen=True, slots=True)
+class PlacedScore:
+    """A token's score, and where in the reply's text (in characters) the token begins."""
+
+    score: TokenScore
+    offset: int
+
+
+def completion_scores(scores: Sequence[PlacedScore], texts: TokenTexts) -> dict[str, Any]:
+    """Return the form of `/v1/completions`: four lists of one entry for each token.
+
+    Tokens that are no text of their own are named by their bytes, so that no two share a name.
+    """
+    return {
+        "tokens": [texts.text(each.score.token) for each in scores],
+        "token_logprobs": [each.score.logprob for each in scores],
+        "top_logprobs": [_by_text(each.score, texts) for each in scores],
+        "text_offset": [each.offset for each in scores],
+    }
+
+
+def chat_scores(scores: Sequence[PlacedScore], texts: TokenTexts) -> dict[str, Any]:
+    """Return the form of `/v1/chat/completions`: one entry for each token, with its bytes."""
+    content = []
+    for each in scores:
+        token, logprob = each.score.token, each.score.logprob
+        top = [
+            _entry(other, logprob if other == token else value, texts)
+            for other, value in each.score.top
+        ]
+        content.append({**_entry(token, logprob, texts), "top_logprobs": top})
+    return {"content": content, "refusal": None}
+
+
+def _by_text(score: TokenScore, texts: TokenTexts) -> dict[str, float] | None:
+    """Return the likeliest tokens, and the token itself; None where nothing predicts it."""
+    if score.logprob is None:
+        return None
+    likeliest = {texts.text(token): value for token, value in score.top}
+    return {**likeliest, texts.text(score.token): score.logprob}
+
+
+def _entry(token: int, logprob: float | None, texts: TokenTexts) -> dict[str, Any]:
+    return {"token": texts.text(token), "logprob": logprob, "bytes": list(texts.utf8(token))}
+
+
+def trace_of(
+    tokens: Sequence[int], records: Sequence[RecordUse], texts: TokenTexts, engine: Engine
+) -> dict[str, Any]:
+    """Return new tokens, the records of those fed to make them, and the memory of the server now.
+
+    In a stream, tokens and records of the parts, put together, are those of the whole.
+    """
+    memory = process_memory()
+    return {
+        "tokens": list(tokens),
+        "records": [{**asdict(each), "text": texts.text(each.token)} for each in records],
+        "memory": {
+            "anon_bytes": memory.anon_bytes,
+            "file_bytes": memory.file_bytes,
+            "kv_bytes": engine.statistics.kv_bytes,
+        },
+    }
 
 
 def event(value: Any) -> bytes:
