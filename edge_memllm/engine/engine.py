@@ -7,15 +7,10 @@ from __future__ import annotations
 
 import logging
 import math
-import os
-import re
-import sys
-import sysconfig
 from collections import OrderedDict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextlib import ExitStack
 from dataclasses import replace
-from pathlib import Path
 from threading import Condition, Thread
 from time import monotonic
 from typing import Generic, Self, TypeVar
@@ -37,54 +32,6 @@ _ONE_TEXT_ONLY = {
     "or ask Model.stream.",
     "cancellation": ": a reply of an engine has its own `cancel`. Call that.",
 }
-
-_PYTHON = re.compile(r"(python|pypy|graalpy)[\d.]*[a-z]?(-\w+)?(\.exe)?", re.IGNORECASE)
-
-
-class FairQueue(Generic[Item]):
-    """Not thread-safe: its owner has a lock."""
-
-    def __init__(self) -> None:
-        self._lines: OrderedDict[str, deque[Item]] = OrderedDict()  # in the order of their turns
-
-    def __len__(self) -> int:
-        return sum(map(len, self._lines.values()))
-
-    def __iter__(self) -> Iterator[Item]:
-        for line in self._lines.values():
-            yield from line
-
-    def waiting(self, client: str) -> int:
-        """Return how many items of one client wait."""
-        return len(self._lines.get(client, ()))
-
-    def push(self, client: str, items: Iterable[Item]) -> None:
-        """Append items to a client's line; a client who comes anew has its turn last."""
-        self._lines.setdefault(client, deque()).extend(items)
-
-    def pop(self) -> Item | None:
-        """Take the first item of the client whose turn it is; None when nobody waits."""
-        if not self._lines:
-            return None
-        client, line = next(iter(self._lines.items()))
-        item = line.popleft()
-        if line:
-            self._lines.move_to_end(client)
-        else:
-            del self._lines[client]
-        return item
-
-    def remove(self, unwanted: Callable[[Item], bool]) -> list[Item]:
-        """Take out, and return, every item that is unwanted."""
-        removed: list[Item] = []
-        for client, line in list(self._lines.items()):
-            kept = deque[Item]()
-            for item in line:
-                (removed if unwanted(item) else kept).append(item)
-            self._lines[client] = kept
-            if not kept:
-                del self._lines[client]
-        return removed
 
 
 class Engine:
@@ -323,25 +270,47 @@ def _ended() -> DrainingError:
     return DrainingError("The engine ended before the reply was finished. Ask another one.")
 
 
-def interpreters() -> Iterator[str]:
-    """Yield paths of what is this Python, by its name and place; the likeliest first."""
-    seen = set[str]()
-    for path in _candidates():
-        known = path in seen or not _PYTHON.fullmatch(Path(path).name)
-        seen.add(path)
-        if not known and os.path.isfile(path) and os.access(path, os.X_OK):
-            yield path
+class FairQueue(Generic[Item]):
+    """Who waits; clients take turns. Not thread-safe: its owner has a lock."""
 
+    def __init__(self) -> None:
+        self._lines: OrderedDict[str, deque[Item]] = OrderedDict()  # in the order of their turns
 
-def _candidates() -> Iterator[str]:
-    for path in (sys.executable, getattr(sys, "_base_executable", None)):
-        if path:
-            yield path
-    prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
-    folders = [Path(prefix, "bin") for prefix in prefixes]
-    folders += map(Path, filter(None, [sysconfig.get_config_var("BINDIR"), *prefixes]))
-    version = f"{sys.version_info.major}.{sys.version_info.minor}"
-    end = ".exe" if os.name == "nt" else ""
-    for folder in folders:
-        for name in (f"python{version}", f"python{sys.version_info.major}", "python"):
-            yield str(folder / f"{name}{end}")
+    def __len__(self) -> int:
+        return sum(map(len, self._lines.values()))
+
+    def __iter__(self) -> Iterator[Item]:
+        for line in self._lines.values():
+            yield from line
+
+    def waiting(self, client: str) -> int:
+        """Return how many items of one client wait."""
+        return len(self._lines.get(client, ()))
+
+    def push(self, client: str, items: Iterable[Item]) -> None:
+        """Append items to a client's line; a client who comes anew has its turn last."""
+        self._lines.setdefault(client, deque()).extend(items)
+
+    def pop(self) -> Item | None:
+        """Take the first item of the client whose turn it is; None when nobody waits."""
+        if not self._lines:
+            return None
+        client, line = next(iter(self._lines.items()))
+        item = line.popleft()
+        if line:
+            self._lines.move_to_end(client)
+        else:
+            del self._lines[client]
+        return item
+
+    def remove(self, unwanted: Callable[[Item], bool]) -> list[Item]:
+        """Take out, and return, every item that is unwanted."""
+        removed: list[Item] = []
+        for client, line in list(self._lines.items()):
+            kept = deque[Item]()
+            for item in line:
+                (removed if unwanted(item) else kept).append(item)
+            self._lines[client] = kept
+            if not kept:
+                del self._lines[client]
+        return removed

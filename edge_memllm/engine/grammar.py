@@ -1,6 +1,6 @@
 """JSON that fits a schema, token by token: what a grammar allows next, by llguidance.
 
-Makes `steering.Constraint`s for one model's vocabulary. Knows nothing of requests or logits.
+Makes `sampling.Constraint`s for one model's vocabulary. Knows nothing of requests or logits.
 Needs the extra `serve`.
 """
 
@@ -8,10 +8,12 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
+import sysconfig
 from collections import OrderedDict
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,7 +21,6 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.manifest import ModelSpec
-from edge_memllm.engine.engine import interpreters
 from edge_memllm.engine.grammar_trial import READY
 from edge_memllm.errors import RequestError, RuntimeUnavailableError, missing_extra
 from edge_memllm.process.forking import ProcessLock
@@ -41,6 +42,7 @@ _OPTIONS: JsonCompileOptions = {
     "lenient": False,
 }
 _SILENT = 0
+_PYTHON = re.compile(r"(python|pypy|graalpy)[\d.]*[a-z]?(-\w+)?(\.exe)?", re.IGNORECASE)
 # Schemas whose grammars are kept: programs ask with the same few again and again.
 _KEPT = 32
 TRIAL_SECONDS = 3.0
@@ -162,7 +164,7 @@ def _try_out(grammar: str) -> None:
     """
     if getattr(sys, "frozen", False):
         return
-    for python in interpreters():
+    for python in _interpreters():
         outcome = _outcome(python, grammar)
         if outcome is None:
             continue
@@ -198,6 +200,30 @@ def _outcome(python: str, grammar: str) -> str | None:
     if ready != READY:
         return None
     return "compiling it fails, or takes too much memory" if done.returncode else found.strip()
+
+
+def _interpreters() -> Iterator[str]:
+    """Yield paths of what is this Python, by its name and place; the likeliest first."""
+    seen = set[str]()
+    for path in _candidates():
+        known = path in seen or not _PYTHON.fullmatch(Path(path).name)
+        seen.add(path)
+        if not known and os.path.isfile(path) and os.access(path, os.X_OK):
+            yield path
+
+
+def _candidates() -> Iterator[str]:
+    for path in (sys.executable, getattr(sys, "_base_executable", None)):
+        if path:
+            yield path
+    prefixes = (sys.prefix, sys.exec_prefix, sys.base_prefix, sys.base_exec_prefix)
+    folders = [Path(prefix, "bin") for prefix in prefixes]
+    folders += map(Path, filter(None, [sysconfig.get_config_var("BINDIR"), *prefixes]))
+    version = f"{sys.version_info.major}.{sys.version_info.minor}"
+    end = ".exe" if os.name == "nt" else ""
+    for folder in folders:
+        for name in (f"python{version}", f"python{sys.version_info.major}", "python"):
+            yield str(folder / f"{name}{end}")
 
 
 def _refusal(reason: str) -> RequestError:

@@ -1,6 +1,7 @@
-"""A reply under way: pieces go in from the engine's thread, and come out in any other.
+"""A text under way in an engine, and the reply its pieces go to.
 
-Reads from a thread or from asyncio, not from both. Knows nothing of models.
+Pieces go in from the engine's thread and come out in any other, or in asyncio, not in both. A text
+knows its tokens, its scores and where its records came from; nothing of places or of models.
 """
 
 from __future__ import annotations
@@ -34,13 +35,21 @@ Origin = Literal["storage", "cache", "shared", "kept"]
 
 
 @dataclass(frozen=True, slots=True)
-class RecordUse:
-    """A token that was fed to the model, and its record: embedding and memory of all layers."""
+class ReplyPiece:
+    """What one new token added to one choice; `text` may be empty while it is held back.
 
-    position: int  # in the text, from 0 with the first token of the prompt
-    token: int
-    bytes: int  # that the record has, wherever it came from
-    origin: Origin
+    The last piece of a choice has a `finish_reason` and statistics, as in `Piece`. A
+    request for no tokens at all ends with a piece whose `token` is None. `records`, where they
+    were wished for, are of the tokens fed for it: of the prompt, then of the token before each.
+    """
+
+    choice: int
+    text: str
+    token: int | None
+    score: TokenScore | None = None
+    finish_reason: FinishReason | None = None
+    statistics: ChoiceStatistics | None = None
+    records: tuple[RecordUse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +62,16 @@ class TokenScore:
     token: int
     logprob: float | None  # None for the first token of a prompt, which nothing predicts
     top: tuple[tuple[int, float], ...] = ()  # likeliest first
+
+
+@dataclass(frozen=True, slots=True)
+class RecordUse:
+    """A token that was fed to the model, and its record: embedding and memory of all layers."""
+
+    position: int  # in the text, from 0 with the first token of the prompt
+    token: int
+    bytes: int  # that the record has, wherever it came from
+    origin: Origin
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,63 +90,6 @@ class ChoiceStatistics:
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for JSON."""
         return asdict(self)
-
-
-@dataclass(frozen=True, slots=True)
-class ReplyPiece:
-    """What one new token added to one choice; `text` may be empty while it is held back.
-
-    The last piece of a choice has a `finish_reason` and statistics, as in `Piece`. A
-    request for no tokens at all ends with a piece whose `token` is None. `records`, where they
-    were wished for, are of the tokens fed for it: of the prompt, then of the token before each.
-    """
-
-    choice: int
-    text: str
-    token: int | None
-    score: TokenScore | None = None
-    finish_reason: FinishReason | None = None
-    statistics: ChoiceStatistics | None = None
-    records: tuple[RecordUse, ...] = ()
-
-
-def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> Iterator[TokenScore]:
-    """Yield the score of each token [T] under logits [T, V], with the `top` likeliest tokens."""
-    wide = np.asarray(logits, np.float32)
-    losses = next_token_losses(wide, tokens)
-    for row, token, loss in zip(wide, tokens, losses.tolist(), strict=True):
-        yield TokenScore(token, -loss, _likeliest(row, float(row[token]) + loss, top))
-
-
-def _likeliest(
-    logits: NDArray[np.float32], normalizer: float, count: int
-) -> tuple[tuple[int, float], ...]:
-    if not count:
-        return ()
-    count = min(count, logits.size)
-    ids = np.argpartition(logits, -count)[-count:]
-    ordered = ids[np.lexsort((ids, -logits[ids]))].tolist()
-    return tuple((token, float(logits[token]) - normalizer) for token in ordered)
-
-
-class Deadline(NamedTuple):
-    """When a reply has to be complete. Seconds, as `time.monotonic` counts them."""
-
-    seconds: float  # that were given
-    since: float
-    tokens: int  # that all choices together may get
-
-    @property
-    def left(self) -> float:
-        """Seconds until then, negative when it is over."""
-        return self.since + self.seconds - monotonic()
-
-    def error(self, came: int) -> DeadlineError:
-        """Return what a reader is told when it is over."""
-        return DeadlineError(
-            f"The request was given {self.seconds:g} seconds, and {came} of {self.tokens} tokens "
-            "had come. Ask for less, give it more time, or try again when less is asked."
-        )
 
 
 class Reply:
@@ -266,6 +228,26 @@ class Reply:
                 self._waiting()
 
 
+class Deadline(NamedTuple):
+    """When a reply has to be complete. Seconds, as `time.monotonic` counts them."""
+
+    seconds: float  # that were given
+    since: float
+    tokens: int  # that all choices together may get
+
+    @property
+    def left(self) -> float:
+        """Seconds until then, negative when it is over."""
+        return self.since + self.seconds - monotonic()
+
+    def error(self, came: int) -> DeadlineError:
+        """Return what a reader is told when it is over."""
+        return DeadlineError(
+            f"The request was given {self.seconds:g} seconds, and {came} of {self.tokens} tokens "
+            "had come. Ask for less, give it more time, or try again when less is asked."
+        )
+
+
 def as_exception(error: BaseException) -> Exception:
     """Return what a reader can be told of anything that was raised.
 
@@ -278,44 +260,7 @@ def as_exception(error: BaseException) -> Exception:
     return found
 
 
-class Trace:
-    """The records of one text, from its first token on, in the order of its positions."""
-
-    def __init__(self, prompt: Sequence[int], layout: RecordLayout) -> None:
-        self._prompt = prompt
-        self._layout = layout
-        self._fresh: list[RecordUse] = []
-        self._length = 0
-
-    def note(
-        self, start: int, tokens: Sequence[int], fetched: Fetched, before: Collection[int]
-    ) -> None:
-        """Note a step that fed `tokens` at `start`, behind what needed no computing.
-
-        `before` are the tokens that other texts fed in the same step, as far as they come first.
-        """
-        for position in range(self._length, start):
-            self._add(position, self._prompt[position], "kept")
-        seen = set(before)
-        for position, token in enumerate(tokens, start):
-            if token in seen:
-                self._add(position, token, "shared")
-            else:
-                self._add(position, token, "storage" if token in fetched.stored else "cache")
-            seen.add(token)
-        self._length = start + len(tokens)
-
-    def take(self) -> tuple[RecordUse, ...]:
-        """Return what was noted since this was called last."""
-        found, self._fresh = tuple(self._fresh), []
-        return found
-
-    def _add(self, position: int, token: int, origin: Origin) -> None:
-        size = self._layout.size_of(token)
-        self._fresh.append(RecordUse(position, token, size, origin))
-
-
-class Readers(Protocol):
+class PieceSink(Protocol):
     """Whoever gets the pieces of a text: a `Reply`, or `CollectedText`."""
 
     prompt_scores: tuple[TokenScore, ...] | None
@@ -358,7 +303,7 @@ class Generation:
         number: int,
         request: CheckedRequest,
         records: Selection,
-        reply: Readers,
+        reply: PieceSink,
         tokenizer: Tokenizer,
     ) -> None:
         asked = request.request
@@ -462,3 +407,59 @@ class Generation:
             seed=self._request.seed,
             overlays=self._overlays,
         )
+
+
+class Trace:
+    """The records of one text, from its first token on, in the order of its positions."""
+
+    def __init__(self, prompt: Sequence[int], layout: RecordLayout) -> None:
+        self._prompt = prompt
+        self._layout = layout
+        self._fresh: list[RecordUse] = []
+        self._length = 0
+
+    def note(
+        self, start: int, tokens: Sequence[int], fetched: Fetched, before: Collection[int]
+    ) -> None:
+        """Note a step that fed `tokens` at `start`, behind what needed no computing.
+
+        `before` are the tokens that other texts fed in the same step, as far as they come first.
+        """
+        for position in range(self._length, start):
+            self._add(position, self._prompt[position], "kept")
+        seen = set(before)
+        for position, token in enumerate(tokens, start):
+            if token in seen:
+                self._add(position, token, "shared")
+            else:
+                self._add(position, token, "storage" if token in fetched.stored else "cache")
+            seen.add(token)
+        self._length = start + len(tokens)
+
+    def take(self) -> tuple[RecordUse, ...]:
+        """Return what was noted since this was called last."""
+        found, self._fresh = tuple(self._fresh), []
+        return found
+
+    def _add(self, position: int, token: int, origin: Origin) -> None:
+        size = self._layout.size_of(token)
+        self._fresh.append(RecordUse(position, token, size, origin))
+
+
+def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> Iterator[TokenScore]:
+    """Yield the score of each token [T] under logits [T, V], with the `top` likeliest tokens."""
+    wide = np.asarray(logits, np.float32)
+    losses = next_token_losses(wide, tokens)
+    for row, token, loss in zip(wide, tokens, losses.tolist(), strict=True):
+        yield TokenScore(token, -loss, _likeliest(row, float(row[token]) + loss, top))
+
+
+def _likeliest(
+    logits: NDArray[np.float32], normalizer: float, count: int
+) -> tuple[tuple[int, float], ...]:
+    if not count:
+        return ()
+    count = min(count, logits.size)
+    ids = np.argpartition(logits, -count)[-count:]
+    ordered = ids[np.lexsort((ids, -logits[ids]))].tolist()
+    return tuple((token, float(logits[token]) - normalizer) for token in ordered)
