@@ -223,7 +223,7 @@ class OrtCache(GrowingCache):
     ) -> None:
         position_bytes = shape.cache_bytes(1, 1)
         super().__init__(batch, shape.context, position_bytes=position_bytes, budget=budget)
-        self._held_bytes = batch * position_bytes  # of each position
+        self._position_bytes = batch * position_bytes  # of each position
         self.copies = device == "cpu"  # the library moves no part of a tensor on a device
         self.binding: Any = session.io_binding()
         self._shape = shape
@@ -238,7 +238,7 @@ class OrtCache(GrowingCache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self.capacity * self._held_bytes
+        return self.capacity * self._position_bytes
 
     def bind(
         self,
