@@ -10,9 +10,9 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.checked_values import is_integer, wrong_value
@@ -21,13 +21,14 @@ from edge_memllm.feeding import PREFILL_CHUNKS
 from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
 from edge_memllm.model import Model
+from edge_memllm.options import DEVICES, Option, byte_size, called_with, positive_int
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.table import CACHE_BYTES
 from edge_memllm.progress import Progress
 from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
 from edge_memllm.statistics import give_back, process_memory
-from edge_memllm.table.table import Table
+from edge_memllm.table.table import QUALITIES, Table
 from edge_memllm.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
@@ -39,23 +40,101 @@ _log = logging.getLogger(__name__)
 _ESTIMATE_SHARE, _ESTIMATE_BYTES = 1.1, 16_000_000
 
 
-def load(
-    path: str | os.PathLike[str],
-    *,
-    device: str = "auto",
-    reader: str = "auto",
-    threads: int | None = None,
-    prefill_chunk: int | None = None,
-    table_quality: str = "full",
-    record_cache: int = 0,
-    hot_text: str | None = None,
-    memory_limit: int | None = None,
-    vram_limit: int | None = None,
-    cuda_graph: bool = False,
-    packed_cache: str | os.PathLike[str] | None = None,
-    overlays: Sequence[str | os.PathLike[str] | Overlay] = (),
-    progress: Progress | None = None,
-) -> Model:
+@dataclass(frozen=True)
+class LoadOptions:
+    """What may be asked of `load`, which says what each of them does."""
+
+    path: Annotated[
+        str | os.PathLike[str], Option("an exported model", metavar="ARTIFACT", parse=Path)
+    ]
+    _: KW_ONLY
+    device: Annotated[
+        str,
+        Option(
+            "where the graph runs; auto takes CUDA where it works, else the CPU, and says so",
+            choices=DEVICES,
+        ),
+    ] = "auto"
+    reader: Annotated[
+        str,
+        Option(
+            "how the table is read; ram loads it whole, auto measures the storage for a moment and "
+            "chooses",
+            choices=reader_names(),
+        ),
+    ] = "auto"
+    threads: Annotated[
+        int | None,
+        Option("threads of the graph on a CPU", parse=positive_int, unset="one per physical core"),
+    ] = None
+    prefill_chunk: Annotated[
+        int | None,
+        Option(
+            "read the prompt N tokens at a time: less takes less memory",
+            parse=positive_int,
+            unset="{cpu}, on CUDA {cuda}".format(**PREFILL_CHUNKS),
+        ),
+    ] = None
+    table_quality: Annotated[
+        str,
+        Option(
+            "coarse reads only the front half of the records of a nested8 table: less to read, "
+            "values of about 4 bits",
+            choices=QUALITIES,
+        ),
+    ] = "full"
+    record_cache: Annotated[
+        int,
+        Option(
+            "keep records that were read in this much memory (default: %(default)s, leave it to "
+            "the system's page cache)",
+            parse=byte_size,
+        ),
+    ] = 0
+    hot_text: Annotated[
+        str | None,
+        Option(
+            "keep the records of this text's most frequent tokens for good, in at most half of the "
+            "record cache",
+            reads_text=True,
+        ),
+    ] = None
+    memory_limit: Annotated[
+        int | None,
+        Option(
+            "refuse what would need more memory than this, mapped files not counted: at once, or "
+            "when a text grows too long (512MB, 1.5GiB)",
+            parse=byte_size,
+        ),
+    ] = None
+    vram_limit: Annotated[
+        int | None, Option("the same for the memory of the GPU", parse=byte_size)
+    ] = None
+    cuda_graph: Annotated[bool, Option("on CUDA, record a decode step once and replay it")] = False
+    packed_cache: Annotated[
+        str | os.PathLike[str] | None,
+        Option(
+            "keep low-bit weights here as this CPU wants them: mapped from there they take no "
+            "memory of the process; made on first use, 2.4 times the graph",
+            metavar="DIR",
+            parse=Path,
+        ),
+    ] = None
+    overlays: Annotated[
+        Sequence[str | os.PathLike[str] | Overlay],
+        Option(
+            "change rows of chosen tokens by this overlay (see 'overlay'); may be repeated, each "
+            "acts on what those before it made",
+            flag="--overlay",
+            parse=Path,
+            several="repeated",
+        ),
+    ] = ()
+    progress: Progress | None = None
+
+
+@called_with(LoadOptions)
+def load(options: LoadOptions) -> Model:
     """Open the artifact in the folder `path` and return a model ready to generate.
 
     `path` may also name a model of the Hugging Face Hub, as `org/name` or
@@ -87,49 +166,57 @@ def load(
     """
     from edge_memllm_runtimes import open_runtime
 
-    if prefill_chunk is not None:
-        check_positive("prefill_chunk", prefill_chunk)
-    if reader not in reader_names():
+    if options.prefill_chunk is not None:
+        check_positive("prefill_chunk", options.prefill_chunk)
+    if options.reader not in reader_names():
         raise RequestError(
-            f"Unknown reader '{reader}', expected one of {', '.join(reader_names())}."
+            f"Unknown reader '{options.reader}', expected one of {', '.join(reader_names())}."
         )
-    limits = _Limits(memory_limit, vram_limit, process_memory().anon_bytes)
-    _check_cache(record_cache, hot_text)
-    laid_over = _open_overlays(overlays)
-    cache = None if packed_cache is None else Path(packed_cache)
+    limits = _Limits(options.memory_limit, options.vram_limit, process_memory().anon_bytes)
+    _check_cache(options.record_cache, options.hot_text)
+    laid_over = _open_overlays(options.overlays)
+    cache = None if options.packed_cache is None else Path(options.packed_cache)
+    progress = options.progress
     with ExitStack() as opened:
         # The runtime reads the graph and checks what it read: once is enough.
-        folder = artifact_folder(path)
+        folder = artifact_folder(options.path)
         artifact = opened.enter_context(Artifact.open(folder, progress, check_graph=False))
         for overlay in laid_over:
             overlay.check_fits(artifact.manifest)  # before the graph is loaded for nothing
 
-        def options(found: str) -> RuntimeOptions:
-            chunk = prefill_chunk or PREFILL_CHUNKS[found]
+        def runtime_options(found: str) -> RuntimeOptions:
+            chunk = options.prefill_chunk or PREFILL_CHUNKS[found]
             room = CACHE_BYTES if laid_over else 0
-            choices = Choices(chunk, record_cache, reader, cache is not None, room)
-            return limits.options(artifact, found, choices, cuda_graph, cache)
+            choices = Choices(chunk, options.record_cache, options.reader, cache is not None, room)
+            return limits.options(artifact, found, choices, options.cuda_graph, cache)
 
         with _stage(progress, "graph"):
-            runtime = open_runtime(artifact, device, threads, options)
+            runtime = open_runtime(artifact, options.device, options.threads, runtime_options)
             opened.callback(runtime.close)
         tokenizer = Tokenizer.from_artifact(artifact)
+        text = options.hot_text
+        hot_tokens = () if text is None else frequent_tokens(tokenizer, text)
         with _stage(progress, "table"):
             table = Table.open(
                 artifact,
-                reader,
-                record_cache_bytes=record_cache,
-                hot_tokens=() if hot_text is None else frequent_tokens(tokenizer, hot_text),
-                quality=table_quality,
+                options.reader,
+                record_cache_bytes=options.record_cache,
+                hot_tokens=hot_tokens,
+                quality=options.table_quality,
             )
             opened.callback(table.close)
         model = Model(
-            artifact, table, runtime, tokenizer, prefill_chunk=prefill_chunk, memory=limits.plan
+            artifact,
+            table,
+            runtime,
+            tokenizer,
+            prefill_chunk=options.prefill_chunk,
+            memory=limits.plan,
         )
         for overlay in laid_over:
             model.add_overlay(overlay)
         opened.pop_all()
-    _log.info("%s: %s on %s, reader %s", path, runtime.name, model.device, model.reader)
+    _log.info("%s: %s on %s, reader %s", options.path, runtime.name, model.device, model.reader)
     limits.compare()
     return model
 

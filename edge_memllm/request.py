@@ -11,11 +11,12 @@ import operator
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import wraps
-from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Annotated, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from edge_memllm.artifact.manifest import ModelSpec
 from edge_memllm.checked_values import check_integer, is_number, wrong_value
 from edge_memllm.errors import Cancellation, RequestError
+from edge_memllm.options import Option, positive_int, signature_of
 from edge_memllm.sampling import Constraint, Penalties, Sampling, check_seed, draw_seed
 from edge_memllm.text.tokenization import Tokenizer, check_stops
 
@@ -65,13 +66,37 @@ class Request:
 
     prompt: Prompt
     _: KW_ONLY
-    max_new_tokens: int = 128
-    stop: str | Sequence[str] = ()
-    stop_token_ids: Sequence[int] = ()
+    max_new_tokens: Annotated[
+        int, Option("stop after N tokens at the latest", parse=positive_int)
+    ] = 128
+    stop: Annotated[
+        str | Sequence[str],
+        Option("stop before this text; may be repeated", "TEXT", parse=str, several="repeated"),
+    ] = ()
+    stop_token_ids: Annotated[
+        Sequence[int],
+        Option(
+            "stop at this token as well; may be repeated",
+            parse=int,
+            several="repeated",
+            flag="--stop-token-id",
+        ),
+    ] = ()
     sampling: Sampling | None = None
-    seed: int | None = None
+    seed: Annotated[
+        int | None,
+        Option(
+            "same seed, same text", unset="drawn, and shown with the statistics", group="sampling"
+        ),
+    ] = None
     ignore_eos: bool = False
-    speculate: int = 0
+    speculate: Annotated[
+        int,
+        Option(
+            "copy up to N tokens at a time from earlier in the text and keep those the model would "
+            "have chosen: faster where the text repeats itself (default: %(default)s, off)"
+        ),
+    ] = 0
     overlays: Sequence[str] | None = None
     cancellation: Cancellation | None = None
     penalties: Penalties | None = None
@@ -176,7 +201,7 @@ def asked_by(
             return method(owner, ask(*given, **named))
 
         found = wraps(method)(call)
-        own, taken = inspect.signature(method), inspect.signature(ask)
+        own, taken = inspect.signature(method), signature_of(ask)
         parameters = [next(iter(own.parameters.values())), *taken.parameters.values()]
         found.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
         return call

@@ -6,14 +6,16 @@ line reads it for its help.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import numpy as np
 
 from edge_memllm.errors import RequestError
+from edge_memllm.options import Option, positive_int, positive_ints
 
 # Where the records come from, and the readers that read from there; the first is the default.
 # No map is cold: the system does not drop pages that are mapped.
@@ -27,15 +29,41 @@ CACHES = tuple(READERS)
 FROM_STORAGE = ("cold", "direct")
 
 
-@dataclass(frozen=True, slots=True)
-class Plan:
-    """What every variant is put through."""
+def at_least_two(text: str) -> int:
+    """Parse new tokens: the first belongs to the prefill, decoding needs another to be measured."""
+    value = int(text)
+    if value < 2:
+        raise ArgumentTypeError(f"{text} is not 2 or more")
+    return value
 
-    contexts: tuple[int, ...]  # prompt tokens
-    new_tokens: int
-    repeats: int
-    seed: int
-    text: str | None = None  # where prompts are taken from; None draws distinct tokens
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """What every variant is put through. Without a text, prompts are of distinct random tokens."""
+
+    contexts: Annotated[
+        tuple[int, ...],
+        Option(
+            "tokens of the prompt, so the position that decoding starts at",
+            metavar="N[,...]",
+            parse=positive_ints,
+            several="list",
+            flag="--context",
+            also=("--prompt-tokens",),
+        ),
+    ] = (128,)
+    new_tokens: Annotated[int, Option("tokens to decode", parse=at_least_two, metavar="N")] = 32
+    repeats: Annotated[int, Option("rounds", parse=positive_int)] = 5
+    seed: Annotated[int, Option("of the prompts")] = 0
+    text: Annotated[
+        str | None,
+        Option(
+            "take the prompts from this text instead of distinct random tokens",
+            metavar="TEXT",
+            reads_text=True,
+            flag="--prompt-file",
+        ),
+    ] = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,21 +2,21 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
 import tempfile
 from contextlib import ExitStack
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from edge_memllm.cli.options import add_command, add_json
-from edge_memllm.cli.output import byte_count, number, table, write_json
+import edge_memllm
+from edge_memllm.cli.export import page
+from edge_memllm.cli.options import Command, Json
+from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
 from edge_memllm.errors import ArtifactError, missing_extra
-
-if TYPE_CHECKING:
-    from edge_memllm.cli.options import Commands
-    from edge_memllm.model import Model
+from edge_memllm.model import Model
+from edge_memllm.options import Option
+from edge_memllm.sampling import Sampling
 
 SHIPPED = Path(__file__).parents[2] / "examples" / "tiny-english"
 PROMPTS = (
@@ -48,57 +48,44 @@ class Sample:
     record_bytes_per_token: float  # read from the table for each token after the first
 
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "demo",
-        execute,
-        summary="show all of it with the model that comes along",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    parser.add_argument(
-        "--checkpoint",
-        type=Path,
-        default=SHIPPED,
-        metavar="DIR",
-        help="another checkpoint than the one that comes along",
-    )
-    parser.add_argument("--out", type=Path, metavar="ARTIFACT", help="keep the artifact here")
-    parser.add_argument("--overwrite", action="store_true", help="replace the artifact in --out")
-    add_json(parser)
+@dataclass(frozen=True, kw_only=True)
+class DemoOptions:
+    """What may be asked of ``edge-memllm demo``."""
+
+    checkpoint: Annotated[
+        Path, Option("another checkpoint than the one that comes along", metavar="DIR", unset="")
+    ] = SHIPPED
+    out: Annotated[Path | None, Option("keep the artifact here", metavar="ARTIFACT")] = None
+    overwrite: Annotated[bool, Option("replace the artifact in --out")] = False
+    json: Json = False
 
 
-def execute(arguments: argparse.Namespace) -> int:
+def execute(options: DemoOptions) -> int:
     """Run the command."""
-    if not (arguments.checkpoint / "config.json").is_file():
+    if not (options.checkpoint / "config.json").is_file():
         raise ArtifactError(
-            f"{arguments.checkpoint}: holds no checkpoint. The demo's model comes with the "
+            f"{options.checkpoint}: holds no checkpoint. The demo's model comes with the "
             "repository, not with the installed package: clone it and run 'make demo' there, or "
             "name a checkpoint with --checkpoint."
         )
-    show = not arguments.json
+    show = not options.json
     with ExitStack() as stack:
-        out = arguments.out
+        out = options.out
         if out is None:
             out = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "artifact"
-        _say(show, f"1. Export: {arguments.checkpoint.name} becomes a graph and a table\n")
-        _export(arguments.checkpoint, out, arguments.overwrite, show)
-
-        import edge_memllm
-
+        _say(show, f"1. Export: {options.checkpoint.name} becomes a graph and a table\n")
+        _export(options.checkpoint, out, options.overwrite, show)
         model = stack.enter_context(edge_memllm.load(out, device="cpu", reader="pread"))
         _say(show, "\n2. Run: three prompts, each token's record read from storage\n")
         samples = [_sample(model, prompt, show) for prompt in PROMPTS]
         figures = _figures(model, samples)
-        if arguments.json:
+        if options.json:
             write_json({"samples": [asdict(sample) for sample in samples], "figures": figures})
         else:
             print(f"3. What that took\n\n{_page(figures)}")
-            if arguments.out is not None:
-                print(f"\nGo on with it: {_program()} run {arguments.out}")
-                print(f"In a browser:  {_program()} serve {arguments.out}")
+            if options.out is not None:
+                print(f"\nGo on with it: {_program()} run {options.out}")
+                print(f"In a browser:  {_program()} serve {options.out}")
     return 0
 
 
@@ -107,9 +94,6 @@ def _export(checkpoint: Path, out: Path, overwrite: bool, show: bool) -> None:
         from edge_memllm_export import export_model
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export") from error
-    from edge_memllm.cli.export import page
-    from edge_memllm.cli.output import StageBars
-
     with StageBars() as bars:
         report = export_model(checkpoint, out, overwrite=overwrite, progress=bars)
     _say(show, page(report))
@@ -117,8 +101,6 @@ def _export(checkpoint: Path, out: Path, overwrite: bool, show: bool) -> None:
 
 def _sample(model: Model, prompt: str, show: bool) -> Sample:
     """Generate one text. The table's own counters say what its decoding read."""
-    from edge_memllm.sampling import Sampling
-
     sampling = Sampling(temperature=0.7, top_p=0.9, repetition_penalty=1.1)
     stream = model.stream(prompt, max_new_tokens=_NEW_TOKENS, sampling=sampling, seed=_SEED)
     _say(show, f"  {prompt}", end="")
@@ -183,3 +165,6 @@ def _say(show: bool, text: str, end: str = "\n") -> None:
     if show:
         print(text, end=end)
         sys.stdout.flush()
+
+
+DEMO = Command(DemoOptions, execute, _DESCRIPTION, _EXAMPLES)

@@ -1,40 +1,36 @@
-"""``edge-memllm export``: a checkpoint in, an artifact out, judged against the checkpoint."""
+"""``edge-memllm export`` and ``requantize``: an artifact of a checkpoint, or of another artifact.
+
+Both are judged before they appear; the pages here say how that went.
+"""
 
 from __future__ import annotations
 
-import argparse
-from dataclasses import asdict
-from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from typing import TYPE_CHECKING, Annotated, Any
 
-from edge_memllm.cli.options import add_command, add_json, add_targets, positive_int, target
-from edge_memllm.cli.output import byte_count, number, read_text, table, write_json
+from edge_memllm.artifact.manifest import TableSpec
+from edge_memllm.cli.options import Command, Json
+from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
 from edge_memllm.errors import missing_extra
+from edge_memllm.export_options import ExportOptions, RequantizeOptions
+from edge_memllm.hub import artifact_folder, checkpoint_folder
+from edge_memllm.memory_plan import graph_file_bytes
+from edge_memllm.mixed_precision import Target
+from edge_memllm.options import Group, Option, byte_size, keywords, positive_number
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from edge_memllm.artifact.manifest import TableSpec
-    from edge_memllm.cli.options import Commands
-    from edge_memllm_export import ExportReport, Quality, Rung
+    from edge_memllm_export import ExportReport, Quality, RequantizeReport, Rung
     from edge_memllm_export.table import MixedFigures
 
-GRAPH_WEIGHTS = ("fp32", "fp16", "int8", "int4")
-TABLE_CODECS = (
-    *("f32", "f16", "bf16", "fp8", "int8", "nested8", "int6", "int5", "int4", "int4a"),
-    *("nf4", "codebook4", "int3", "codebook3", "int2", "codebook2", "lowrank-50"),
-)
-GRAPH_METHODS = ("rtn", "gptq")
-KV_DTYPES = ("float16", "float32", "int8")
-
-DESCRIPTION = """\
+_EXPORT = """\
 Export a checkpoint (a folder with config.json, model.safetensors and tokenizer.json) as an
 artifact: graph, table, tokenizer and manifest. The result is judged before it appears: six rungs
 compare it with the checkpoint, and its loss of quality is measured on real text. A rung that does
 not hold, or a loss beyond the bounds, ends the export, and OUT is not made. Exporting the same
 checkpoint again gives the same bytes."""
 
-_EXAMPLES = """\
+_EXPORT_EXAMPLES = """\
   edge-memllm export checkpoint artifact
   edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
   edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
@@ -44,208 +40,101 @@ _EXAMPLES = """\
   edge-memllm export checkpoint long --kv-dtype int8
   edge-memllm export checkpoint artifact --overwrite --json > report.json"""
 
+_REQUANTIZE = """\
+Write an artifact once more with its table in another codec. Neither the checkpoint nor torch is
+needed. An f16 or f32 table is the best source: rows of a quantised one keep the error they have.
+The graph stays as it is, but for the part that takes in the rows where the new codec is fed in
+another form. The result is compared with the source before it appears."""
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "export",
-        execute,
-        summary="make an artifact from a checkpoint",
-        description=DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    add_arguments(parser)
+_REQUANTIZE_EXAMPLES = """\
+  edge-memllm requantize artifact small --table-codec int4
+  edge-memllm requantize artifact smaller --table-codec int3 --table-search
+  edge-memllm requantize full fitting --target-size 1.5GB --table-text texts.txt"""
 
 
-def add_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add the options: Optimum's command line has the same command."""
-    parser.add_argument("checkpoint", type=Path, metavar="CHECKPOINT", help="a trained model")
-    parser.add_argument("out", type=Path, metavar="OUT", help="the artifact to make")
-    parser.add_argument(
-        "--graph-weights",
-        choices=GRAPH_WEIGHTS,
-        default="int4",
-        help="how the graph stores its matrices (default: int4)",
-    )
-    parser.add_argument(
-        "--matrix-weights",
-        action=_MatrixWeights,
-        metavar="NAME=FORM,...",
-        help="store some matrices of an int4 or int8 graph in the other form, such as "
-        "lm_head=int8: qkv_proj, o_proj, gate_up_proj, down_proj, projections, lm_head",
-    )
-    stored = parser.add_mutually_exclusive_group()
-    stored.add_argument(
-        "--table-codec",
-        metavar="CODEC",
-        help=f"how the table stores its rows: {', '.join(TABLE_CODECS)} or another share of the "
-        "rank, or an id with a group size such as int4-g64 (default: int8)",
-    )
-    add_targets(stored)
-    parser.add_argument(
-        "--graph-block",
-        type=positive_int,
-        metavar="N",
-        help="weights of an int4 or int8 matrix that share a scale: 32, 64, 128 or 256; more is "
-        "faster and less exact (default: 128 from 1,024 columns on, else 32)",
-    )
-    parser.add_argument(
-        "--kv-dtype",
-        choices=KV_DTYPES,
-        help="keys and values; int8 halves their memory, makes decoding of long texts faster and "
-        "prefill slower (default: what the graph computes in)",
-    )
-    parser.add_argument(
-        "--alignment",
-        type=positive_int,
-        default=512,
-        metavar="BYTES",
-        help="records start at multiples of this: 512 to 65536 (default: 512)",
-    )
-    parser.add_argument("--overwrite", action="store_true", help="replace the artifact in OUT")
-    add_json(parser)
-    _add_rounding(parser)
-    _add_table(parser)
-    _add_rows(parser)
-    _add_judgement(parser)
+@dataclass(frozen=True, kw_only=True)
+class MixedOptions:
+    """What mixed precision is to come to, instead of a codec: one of the two."""
+
+    bits: Annotated[
+        float | None,
+        Option(
+            "mixed precision: choose the bits of each layer and class of tokens so that memory "
+            "values take this many on average, scales and levels included, such as 4.5",
+            metavar="BITS",
+            parse=positive_number,
+            one_of="table",
+        ),
+    ] = None
+    target_size: Annotated[
+        int | None,
+        Option(
+            "mixed precision: the same for a size of the table file, such as 1.5GB",
+            parse=byte_size,
+            one_of="table",
+        ),
+    ] = None
+
+    @property
+    def target(self) -> Target | None:
+        """The same as the library takes it; None where a codec was asked for."""
+        if self.bits is None and self.target_size is None:
+            return None
+        return Target(self.bits, self.target_size)
 
 
-def _add_rounding(parser: argparse.ArgumentParser) -> None:
-    rounding = parser.add_argument_group("rounding the graph's matrices")
-    rounding.add_argument(
-        "--graph-method",
-        choices=GRAPH_METHODS,
-        help="rtn rounds every weight to nearest; gptq makes up for the error by what the model "
-        "feeds the matrix on a text (default: gptq for int4, rtn for int8)",
-    )
-    rounding.add_argument(
-        "--calibration-text",
-        type=Path,
-        metavar="FILE",
-        help="text for gptq and for int8 keys and values, best one like those the model is for "
-        "(default: prose that comes along)",
-    )
+@dataclass(frozen=True, kw_only=True)
+class ExportCommand:
+    """What may be asked of ``edge-memllm export``."""
+
+    export: Annotated[ExportOptions, Group()]
+    mixed: Annotated[MixedOptions, Group()]
+    json: Json = False
 
 
-class _MatrixWeights(argparse.Action):
-    """Gather "lm_head=int8,o_proj=int8" of one or several options into one mapping."""
+@dataclass(frozen=True, kw_only=True)
+class RequantizeCommand:
+    """What may be asked of ``edge-memllm requantize``."""
 
-    def __call__(
-        self,
-        parser: argparse.ArgumentParser,
-        namespace: argparse.Namespace,
-        values: Any,
-        option_string: str | None = None,
-    ) -> None:
-        forms: dict[str, str] = dict(getattr(namespace, self.dest) or {})
-        for part in values.split(","):
-            name, equals, form = part.partition("=")
-            if not (name and equals and form):
-                raise argparse.ArgumentError(self, f"{part!r} is not of the form lm_head=int8")
-            if name in forms:
-                raise argparse.ArgumentError(self, f"{name} is there twice")
-            forms[name] = form
-        setattr(namespace, self.dest, forms)
+    requantize: Annotated[RequantizeOptions, Group()]
+    mixed: Annotated[MixedOptions, Group()]
+    json: Json = False
 
 
-def _add_table(parser: argparse.ArgumentParser) -> None:
-    stored = parser.add_argument_group("storing the table")
-    stored.add_argument(
-        "--table-search",
-        action="store_true",
-        help="try several scales for each group and keep the one with the smallest squared error; "
-        "for codecs of 4 bits or less, takes longer",
-    )
-    stored.add_argument(
-        "--table-text",
-        type=Path,
-        metavar="FILE",
-        help="codecs that learn from all rows (codebook, lowrank) count each token as often as "
-        "this text has it (default: all tokens once); for --bits and --target-size, a text like "
-        "those the model is for (default: prose that comes along)",
-    )
-
-
-def _add_rows(parser: argparse.ArgumentParser) -> None:
-    rows = parser.add_argument_group("computing the table")
-    rows.add_argument(
-        "--device", choices=("cpu", "cuda"), default="cpu", help="where (default: cpu)"
-    )
-    rows.add_argument(
-        "--compute-dtype",
-        choices=("float32", "bfloat16"),
-        default="float32",
-        help="in which arithmetic (default: float32)",
-    )
-    rows.add_argument(
-        "--chunk",
-        type=positive_int,
-        metavar="N",
-        help="N tokens at a time: less takes less memory (default: by the model's size)",
-    )
-
-
-def _add_judgement(parser: argparse.ArgumentParser) -> None:
-    judgement = parser.add_argument_group("judging the result")
-    judgement.add_argument(
-        "--quality-text",
-        type=Path,
-        metavar="FILE",
-        help="measure the loss of quality on this text, which may not be one of the others "
-        "(default: prose that comes along, other than theirs)",
-    )
-    judgement.add_argument(
-        "--accept-quality-loss",
-        action="store_true",
-        help="make the artifact even if its loss of quality is beyond the bounds",
-    )
-    judgement.add_argument(
-        "--no-verify",
-        action="store_true",
-        help="compare nothing with the checkpoint; the report says so",
-    )
-
-
-def execute(arguments: argparse.Namespace) -> int:
-    """Run the command."""
+def export(asked: ExportCommand) -> int:
+    """Run ``edge-memllm export``."""
     try:
         from edge_memllm_export import export_model
     except ModuleNotFoundError as error:
         raise missing_extra(error.name or "torch", "export") from error
-    from edge_memllm.cli.output import StageBars
-    from edge_memllm.hub import checkpoint_folder
-
-    text, counted = arguments.quality_text, arguments.table_text
-    calibrated = arguments.calibration_text
+    checkpoint = checkpoint_folder(asked.export.checkpoint)
+    target = asked.mixed.target
     with StageBars() as bars:
-        report = export_model(
-            checkpoint_folder(arguments.checkpoint),
-            arguments.out,
-            graph_weights=arguments.graph_weights,
-            table_codec=arguments.table_codec,
-            table_target=target(arguments),
-            table_search=arguments.table_search,
-            table_text=read_text(counted) if counted else None,
-            device=arguments.device,
-            graph_block=arguments.graph_block,
-            graph_method=arguments.graph_method,
-            matrix_weights=arguments.matrix_weights,
-            calibration_text=read_text(calibrated) if calibrated else None,
-            kv_dtype=arguments.kv_dtype,
-            alignment=arguments.alignment,
-            compute_dtype=arguments.compute_dtype,
-            chunk=arguments.chunk,
-            verify=not arguments.no_verify,
-            accept_quality_loss=arguments.accept_quality_loss,
-            quality_text=read_text(text) if text else None,
-            overwrite=arguments.overwrite,
-            progress=bars,
-        )
-    if arguments.json:
+        options = replace(asked.export, checkpoint=checkpoint, table_target=target, progress=bars)
+        report = export_model(**keywords(options))
+    if asked.json:
         write_json(as_dict(report))
     else:
         print(page(report))
+    return 0
+
+
+def requantize(asked: RequantizeCommand) -> int:
+    """Run ``edge-memllm requantize``."""
+    try:
+        from edge_memllm_export import requantize
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "onnx_ir", "export") from error
+    source = artifact_folder(asked.requantize.artifact)
+    with StageBars() as bars:
+        options = replace(
+            asked.requantize, artifact=source, table_target=asked.mixed.target, progress=bars
+        )
+        report = requantize(**keywords(options))
+    if asked.json:
+        write_json({**asdict(report), "path": str(report.path)})
+    else:
+        print(_requantize_page(report))
     return 0
 
 
@@ -255,7 +144,7 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
         "artifact": str(report.path),
         "verified": bool(report.rungs),
         "rungs": [asdict(rung) | {"ok": rung.ok} for rung in report.rungs],
-        "quality": quality_dict(report.quality),
+        "quality": _quality_dict(report.quality),
         "mixed": None if report.mixed is None else asdict(report.mixed),
         "notes": list(report.notes),
         "manifest": asdict(report.manifest),
@@ -264,36 +153,59 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
 
 def page(report: ExportReport) -> str:
     """The report as people read it."""
-    from edge_memllm.memory_plan import graph_file_bytes
-
     manifest = report.manifest
     graph, stored, files = manifest.graph, manifest.table, manifest.files
     table_size = f"{stored.codec}, {byte_count(files[stored.file].bytes)}"
     rows = [
         ("artifact", str(report.path)),
         ("graph", f"{graph.weights}, {byte_count(graph_file_bytes(manifest))}"),
-        ("table", f"{table_size}, {record_size(stored)} per token"),
+        ("table", f"{table_size}, {_record_size(stored)} per token"),
     ]
     if report.mixed is not None:
-        rows.append(("mixed", mixed_line(report.mixed)))
+        rows.append(("mixed", _mixed_line(report.mixed)))
     parts = [table(rows)]
     if report.rungs:
         parts.append(rung_table(report.rungs))
     else:
         parts.append("NOT VERIFIED: nothing was compared with the checkpoint (--no-verify).")
     if report.quality is not None:
-        parts.append(quality_line(report.quality))
+        parts.append(_quality_line(report.quality))
     parts += [f"note: {each}" for each in report.notes]
     return "\n\n".join(parts)
 
 
-def record_size(stored: TableSpec) -> str:
+def _requantize_page(report: RequantizeReport) -> str:
+    """The report as people read it."""
+    stored = report.manifest.table
+    size = byte_count(report.manifest.files[stored.file].bytes)
+    rows = [
+        ("artifact", str(report.path)),
+        ("table", f"{stored.codec}, {size}, {_record_size(stored)} per token"),
+        ("graph", "rows taken in another way" if report.graph_rewired else "as it was"),
+        (
+            "compared",
+            (
+                f"mean KL divergence {report.mean_kl:.4f} nats to the source over "
+                f"{report.compared_tokens} tokens"
+            ),
+        ),
+    ]
+    if report.mixed is not None:
+        rows.append(("mixed", _mixed_line(report.mixed)))
+    if not report.faithful_source:
+        rows.append(
+            ("note", f"made from {report.source_codec}: the error of that codec stays in the rows")
+        )
+    return table(rows)
+
+
+def _record_size(stored: TableSpec) -> str:
     """The bytes of a record as people read them."""
     most = "" if stored.classes is None else "up to "
     return f"{most}{byte_count(stored.record_bytes)}"
 
 
-def mixed_line(mixed: MixedFigures) -> str:
+def _mixed_line(mixed: MixedFigures) -> str:
     """What mixed precision came to, in one line."""
     return (
         f"{mixed.taken} (target: {mixed.target}); of the table alone, mean KL divergence "
@@ -312,7 +224,7 @@ def rung_table(rungs: Sequence[Rung]) -> str:
     return table(rows)
 
 
-def quality_line(quality: Quality) -> str:
+def _quality_line(quality: Quality) -> str:
     """What quantisation costs, in one line."""
     return (
         f"quality: perplexity {quality.checkpoint_perplexity:.3f} -> "
@@ -321,8 +233,12 @@ def quality_line(quality: Quality) -> str:
     )
 
 
-def quality_dict(quality: Quality | None) -> dict[str, Any] | None:
+def _quality_dict(quality: Quality | None) -> dict[str, Any] | None:
     """Quality as plain data."""
     if quality is None:
         return None
     return asdict(quality) | {"perplexity_increase": quality.perplexity_increase}
+
+
+EXPORT = Command(ExportCommand, export, _EXPORT, _EXPORT_EXAMPLES)
+REQUANTIZE = Command(RequantizeCommand, requantize, _REQUANTIZE, _REQUANTIZE_EXAMPLES)

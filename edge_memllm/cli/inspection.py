@@ -1,69 +1,94 @@
-"""``edge-memllm inspect``: what an artifact is and what it will need, without loading it."""
+"""``edge-memllm inspect`` and ``verify``: what an artifact is and will need, and if it is whole.
+
+The first reads the manifest alone, the second every byte.
+"""
 
 from __future__ import annotations
 
-import argparse
 import os
 from collections.abc import Sequence
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
-from edge_memllm.cli.options import add_command, add_json, positive_int
-from edge_memllm.cli.output import byte_count, number, table, write_json
-from edge_memllm.errors import RequestError
+from edge_memllm.artifact.folder import Artifact, Directory
+from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest, ModelSpec
+from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
+from edge_memllm.artifact.verification import verify_artifact
+from edge_memllm.cli.export import rung_table
+from edge_memllm.cli.options import Command, Json
+from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
+from edge_memllm.errors import RequestError, missing_extra
+from edge_memllm.hub import artifact_folder
+from edge_memllm.memory_plan import Footprint, footprint
+from edge_memllm.options import Option, positive_int
 
 if TYPE_CHECKING:
-    from edge_memllm.artifact.layout import RecordLayout
-    from edge_memllm.artifact.manifest import Manifest, ModelSpec
-    from edge_memllm.cli.options import Commands
-    from edge_memllm.memory_plan import Footprint
+    from edge_memllm_export import Rung
 
-_DESCRIPTION = """\
+_INSPECT = """\
 Show what is in an artifact and what it will need: memory while running, disk, and bytes read
 from the table per token. Reads the manifest alone, so it answers at once however large the
 artifact is; 'edge-memllm verify' is what checks the files."""
 
-_EXAMPLES = """\
+_INSPECT_EXAMPLES = """\
   edge-memllm inspect artifact
   edge-memllm inspect artifact --tokens 2048
   edge-memllm inspect artifact --json"""
 
+_VERIFY = """\
+Check a whole artifact: the digest of every file, the checksum of every record of the table, that
+padding is zero, and that graph, table and manifest belong to the same model. The graph is loaded
+for that.
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "inspect",
-        execute,
-        summary="show what an artifact holds and needs",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an exported model")
-    parser.add_argument(
-        "--tokens",
-        type=positive_int,
-        metavar="N",
-        help="estimate memory for a text of N tokens (default: the whole context)",
-    )
-    add_json(parser)
+With --against the artifact is also compared with the checkpoint it was exported from: the parity
+ladder, six rungs from codec to chunked prefill. That needs the export extra."""
+
+_VERIFY_EXAMPLES = """\
+  edge-memllm verify artifact
+  edge-memllm verify artifact --against checkpoint"""
 
 
-def execute(arguments: argparse.Namespace) -> int:
-    """Run the command."""
-    from edge_memllm.hub import artifact_folder
-    from edge_memllm.memory_plan import footprint
+@dataclass(frozen=True)
+class InspectOptions:
+    """What may be asked of ``edge-memllm inspect``."""
 
-    manifest = _read_manifest(artifact_folder(arguments.artifact))
+    artifact: Annotated[Path, Option("an exported model")]
+    _: KW_ONLY
+    tokens: Annotated[
+        int | None,
+        Option(
+            "estimate memory for a text of N tokens", parse=positive_int, unset="the whole context"
+        ),
+    ] = None
+    json: Json = False
+
+
+@dataclass(frozen=True)
+class VerifyOptions:
+    """What may be asked of ``edge-memllm verify``."""
+
+    artifact: Annotated[Path, Option("an exported model")]
+    _: KW_ONLY
+    against: Annotated[
+        Path | None, Option("compare it with its checkpoint", metavar="CHECKPOINT")
+    ] = None
+    json: Json = False
+
+
+def inspect(options: InspectOptions) -> int:
+    """Run ``edge-memllm inspect``."""
+    manifest = _read_manifest(artifact_folder(options.artifact))
     context = manifest.model.max_position_embeddings
-    tokens = context if arguments.tokens is None else arguments.tokens
+    tokens = context if options.tokens is None else options.tokens
     if tokens > context:
         raise RequestError(f"--tokens is {tokens}, the model's context holds {context}.")
     needs = footprint(manifest, tokens)
-    if arguments.json:
-        write_json({**_facts(manifest), "needs": asdict(needs)})
+    if options.json:
+        facts = asdict(manifest) | {"parameters": parameters(manifest.model)}
+        write_json({**facts, "needs": asdict(needs)})
     else:
         print(_page(manifest, needs))
     return 0
@@ -71,20 +96,12 @@ def execute(arguments: argparse.Namespace) -> int:
 
 def _read_manifest(path: Path) -> Manifest:
     """The manifest alone: opening the artifact would read the whole graph for its digest."""
-    from edge_memllm.artifact.folder import Directory
-    from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
-    from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
-
     directory = Directory(path)
     try:
         with os.fdopen(directory.open_file(MANIFEST_NAME), "rb") as file:
             return Manifest.from_json(file.read(MAX_JSON_BYTES + 1), str(path / MANIFEST_NAME))
     finally:
         directory.close()
-
-
-def _facts(manifest: Manifest) -> dict[str, Any]:
-    return asdict(manifest) | {"parameters": parameters(manifest.model)}
 
 
 def parameters(model: ModelSpec) -> dict[str, int]:
@@ -179,3 +196,57 @@ def _computed(counts: dict[str, int]) -> str:
         parts.append(f"feed-forward about {number(counts['compute_ffn'])}")
     parts.append(f"head {number(counts['head'])}")
     return f"parameters: {', '.join(parts)}"
+
+
+def verify(options: VerifyOptions) -> int:
+    """Run ``edge-memllm verify``; 1 when a rung does not hold."""
+    folder = artifact_folder(options.artifact)
+    with Artifact.open(folder) as artifact:
+        _check(artifact)
+        facts = _facts(artifact)
+    rungs = _ladder(folder, options.against) if options.against else []
+    ok = all(rung.ok for rung in rungs)
+    if options.json:
+        write_json({"ok": ok, **facts, "rungs": [asdict(rung) | {"ok": rung.ok} for rung in rungs]})
+    else:
+        print(_verdict(facts, rungs))
+    return 0 if ok else 1
+
+
+def _check(artifact: Artifact) -> None:
+    """Files and records, then the graph, which refuses a table of another model."""
+    from edge_memllm_runtimes import open_runtime
+
+    with StageBars() as bars:
+        verify_artifact(artifact, bars)
+    open_runtime(artifact, "cpu").close()
+
+
+def _ladder(artifact: Path, checkpoint: Path) -> list[Rung]:
+    try:
+        from edge_memllm_export import verify_against
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "torch", "export") from error
+    return verify_against(artifact, checkpoint)
+
+
+def _facts(artifact: Artifact) -> dict[str, Any]:
+    manifest = artifact.manifest
+    return {
+        "identity": manifest.model.identity,
+        "files": len(manifest.files),
+        "bytes": sum(spec.bytes for spec in manifest.files.values()),
+        "records": manifest.model.vocab_size,
+    }
+
+
+def _verdict(facts: dict[str, Any], rungs: list[Rung]) -> str:
+    whole = (
+        f"ok: {facts['files']} files, {number(facts['bytes'])} bytes, {number(facts['records'])} "
+        f"records; graph and table belong to {facts['identity']}"
+    )
+    return f"{whole}\n\n{rung_table(rungs)}" if rungs else whole
+
+
+INSPECT = Command(InspectOptions, inspect, _INSPECT, _INSPECT_EXAMPLES)
+VERIFY = Command(VerifyOptions, verify, _VERIFY, _VERIFY_EXAMPLES)

@@ -1,6 +1,6 @@
 """The entry point: one parser, one dispatch, one place where an exception becomes a message.
 
-Knows the commands by their modules and nothing of what they do. Exit codes: 0 done, 1 an error
+Knows the commands by name and place, and nothing of what they do. Exit codes: 0 done, 1 an error
 that the message explains, 2 wrong usage, 70 a bug of ours, 130 Ctrl-C, 141 closed pipe. A second
 Ctrl-C ends the process at once, whatever runs.
 """
@@ -11,42 +11,32 @@ import argparse
 import os
 import sys
 from collections.abc import Callable, Sequence
+from importlib import import_module
+from typing import Any
 
 from edge_memllm import __version__
-from edge_memllm.cli import (
-    convert,
-    demo,
-    export,
-    inspection,
-    overlay,
-    requantize,
-    run,
-    serve,
-    train,
-    verify,
-)
-from edge_memllm.cli.analysis import bench, evaluation, explain, suppress, sweep
-from edge_memllm.cli.options import HelpFormatter
+from edge_memllm.cli.options import Command, Commands, HelpFormatter, add_parser
 from edge_memllm.cli.output import prepare_streams, say, unwritten_output
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.process.interrupts import interruptible
 
+# Name, the module below `edge_memllm.cli` that has it under this name in capitals, and what for.
 COMMANDS = (
-    demo,
-    train,
-    convert,
-    export,
-    requantize,
-    sweep,
-    verify,
-    run,
-    serve,
-    overlay,
-    inspection,
-    evaluation,
-    explain,
-    suppress,
-    bench,
+    ("demo", "demo", "show all of it with the model that comes along"),
+    ("train", "train", "train a checkpoint from text"),
+    ("convert", "train", "make a MemoryLLM of a dense checkpoint"),
+    ("export", "export", "make an artifact from a checkpoint"),
+    ("requantize", "export", "store an artifact's table in another codec"),
+    ("sweep", "analysis.sweep", "compare table codecs: size, error, quality, speed"),
+    ("verify", "inspection", "check every byte of an artifact"),
+    ("run", "run", "generate text, once or in conversation"),
+    ("serve", "serve", "serve a model over HTTP, as OpenAI's API does"),
+    ("overlay", "overlay", "change rows of chosen tokens on top of an artifact"),
+    ("inspect", "inspection", "show what an artifact holds and needs"),
+    ("eval", "analysis.evaluation", "measure perplexity on text, and scores on tasks"),
+    ("explain", "analysis.explain", "look into the memory of a model"),
+    ("suppress", "analysis.suppress", "find what promotes words and turn it down"),
+    ("bench", "analysis.bench", "measure speed, memory and reads"),
 )
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -65,8 +55,11 @@ the way of a model:
 'edge-memllm COMMAND --help' explains one command. 'edge-memllm demo' shows all of it."""
 
 
-def build_parser() -> argparse.ArgumentParser:
-    """The parser with every command in it."""
+def build_parser(only: str | None = None) -> argparse.ArgumentParser:
+    """Return the parser with every command in it, all of them empty but `only` where it is given.
+
+    So a command line loads the modules of one command, and `edge-memllm --help` of none.
+    """
     parser = argparse.ArgumentParser(
         prog="edge-memllm",
         description=_DESCRIPTION,
@@ -76,9 +69,20 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--version", action="version", version=f"edge-memllm {__version__}")
     commands = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        command.add_parser(commands)
+    for name, _, summary in COMMANDS:
+        below = add_parser(commands, name, summary)
+        if only in (None, name):
+            command(name).add_to(below)
     return parser
+
+
+def command(name: str) -> Command[Any] | Commands:
+    """Return a command by its name; its module is loaded for it."""
+    module = next(module for each, module, _ in COMMANDS if each == name)
+    found: Command[Any] | Commands = getattr(
+        import_module(f"edge_memllm.cli.{module}"), name.upper()
+    )
+    return found
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -87,8 +91,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     With ``EDGE_MEMLLM_DEBUG=1`` in the environment exceptions are let through.
     """
     prepare_streams()
+    words = sys.argv[1:] if argv is None else argv
     try:
-        arguments = build_parser().parse_args(argv)
+        arguments = build_parser(words[0] if words else "").parse_args(words)
     except SystemExit as leaving:  # argparse has printed the help or what is wrong
         code = leaving.code if isinstance(leaving.code, int) else 0
         return run_command(lambda _: code, argparse.Namespace())

@@ -1,56 +1,142 @@
-"""Options that several commands share, each defined and worded once.
+"""Option classes on the command line: a parser of their fields, and the object that comes of it.
 
-Knows argparse and nothing of the library: turning options into library objects is the
-commands' work.
+Also the options that several commands share, each worded once. Knows argparse and nothing of what
+a command does.
 """
 
 from __future__ import annotations
 
 import argparse
-import re
-from collections.abc import Callable
+import textwrap
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import MISSING, Field, dataclass, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import UnionType
+from typing import (
+    TYPE_CHECKING,
+    Annotated,
+    Any,
+    Generic,
+    TypeVar,
+    Union,
+    get_args,
+    get_origin,
+    get_type_hints,
+)
 
 from edge_memllm.cli.output import read_text
-from edge_memllm.feeding import PREFILL_CHUNKS
+from edge_memllm.errors import RequestError
+from edge_memllm.options import Group, Option, byte_size, layer_list, positive_int, positive_number
 
 if TYPE_CHECKING:
-    from typing import TypeAlias
+    from _typeshed import DataclassInstance
 
-    from edge_memllm.mixed_precision import Target
+    from edge_memllm.evaluation.perplexity import Windows
 
-    Commands: TypeAlias = "argparse._SubParsersAction[argparse.ArgumentParser]"
-    from edge_memllm.modeling.recipe import Recipe
-
-
-DEVICES = ("auto", "cpu", "cuda")
-TABLE_QUALITIES = ("full", "coarse")
-READERS = ("auto", "pread", "direct", "uring", "mmap", "ram")
-_HELP_WIDTH = 100
-_MOST_LAYERS = 1024
-_LOADING = (
-    "device",
-    "reader",
-    "threads",
-    "prefill_chunk",
-    "table_quality",
-    "record_cache",
-    "hot_text",
-    "memory_limit",
-    "vram_limit",
-    "cuda_graph",
-    "packed_cache",
-)
-_SIZE = re.compile(r"(\d+(?:\.\d+)?)\s*([kKMGT]?i?B?)")
-_FACTORS = {"": 1, "k": 1000, "M": 1000**2, "G": 1000**3, "T": 1000**4} | {
-    "ki": 1 << 10,
-    "Mi": 1 << 20,
-    "Gi": 1 << 30,
-    "Ti": 1 << 40,
+Asked = TypeVar("Asked", bound="DataclassInstance")
+_HELP_WIDTH = 80
+_METAVARS: dict[Any, str] = {
+    int: "N",
+    positive_int: "N",
+    float: "X",
+    positive_number: "X",
+    byte_size: "SIZE",
+    Path: "FILE",
+    layer_list: "LIST",
 }
 
-Sections = dict[str, dict[str, Any]]
+Json = Annotated[bool, Option("print one JSON object on stdout and nothing else there")]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TextOptions:
+    """Texts, and the windows they are judged in."""
+
+    text: Annotated[
+        tuple[Path, ...], Option("UTF-8 text files", parse=Path, metavar="FILE", several="words")
+    ] = ()
+    context: Annotated[
+        int | None,
+        Option(
+            "tokens in a window",
+            parse=positive_int,
+            unset="the model's whole context",
+            needs=("--text",),
+        ),
+    ] = None
+    stride: Annotated[
+        int | None,
+        Option(
+            "tokens from window to window",
+            parse=positive_int,
+            unset="half of it",
+            needs=("--text",),
+        ),
+    ] = None
+
+    @property
+    def windows(self) -> Windows:
+        """The windows alone, as what measures in them takes them."""
+        return {"context": self.context, "stride": self.stride}
+
+
+@dataclass(frozen=True, kw_only=True)
+class TaskOptions:
+    """Items that are scored, as `read_tasks` takes them."""
+
+    task: Annotated[
+        tuple[Path, ...],
+        Option(
+            "JSON-lines files, or folders of .jsonl files, whose mean is shown as well",
+            parse=Path,
+            metavar="FILE",
+            several="words",
+        ),
+    ] = ()
+    limit: Annotated[
+        int | None,
+        Option("only the first N items of each file", parse=positive_int, needs=("--task",)),
+    ] = None
+
+
+@dataclass(frozen=True)
+class Command(Generic[Asked]):
+    """What may be asked of a command, what it does then, and what its help says."""
+
+    options: type[Asked]
+    execute: Callable[[Asked], int]
+    description: str
+    examples: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Make a parser that of this command; `execute` of what it parses does the work."""
+        parser.description, parser.epilog = self.description, f"examples:\n{self.examples}"
+        add_options(parser, self.options)
+        parser.set_defaults(execute=self.run)
+
+    def run(self, arguments: argparse.Namespace) -> int:
+        """Do the work, and return the exit code."""
+        return self.execute(self.asked(arguments))
+
+    def asked(self, arguments: argparse.Namespace) -> Asked:
+        """Return what was asked. Raises as `options_of` does."""
+        return options_of(self.options, arguments)
+
+
+@dataclass(frozen=True)
+class Commands:
+    """A command that only has others below it: by name, a line that says what for, and which."""
+
+    below: Mapping[str, tuple[str, Command[Any]]]
+    description: str
+    examples: str
+
+    def add_to(self, parser: argparse.ArgumentParser) -> None:
+        """Make a parser that of these commands."""
+        parser.description, parser.epilog = self.description, f"examples:\n{self.examples}"
+        below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        for name, (summary, command) in self.below.items():
+            command.add_to(add_parser(below, name, summary))
 
 
 class HelpFormatter(argparse.RawDescriptionHelpFormatter):
@@ -58,303 +144,219 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
 
     def __init__(self, prog: str, **options: Any) -> None:
         options["width"] = _HELP_WIDTH
-        super().__init__(prog, max_help_position=32, **options)
+        super().__init__(prog, max_help_position=28, **options)
+
+    def _split_lines(self, text: str, width: int) -> list[str]:
+        """Wrap without breaking the names of options at their dashes."""
+        return textwrap.wrap(text, width, break_on_hyphens=False)
+
+    def _fill_text(self, text: str, width: int, indent: str) -> str:
+        """Fill paragraphs; lines that are indented are commands, or stay as they are."""
+        lines: list[str] = []
+        paragraph: list[str] = []
+        for line in [*text.replace(" \\\n     ", "").splitlines(), ""]:
+            if line and not line.startswith(" "):
+                paragraph.append(line)
+                continue
+            lines += self._split_lines(" ".join(paragraph), width)
+            lines += _shell_lines(line, width)
+            paragraph = []
+        return "\n".join(lines).rstrip()
 
 
-def add_command(
-    commands: Commands,
-    name: str,
-    execute: Callable[[argparse.Namespace], int] | None,
-    *,
-    summary: str,
-    description: str,
-    examples: str,
-) -> argparse.ArgumentParser:
-    """Register one command; ``execute`` is called with its parsed arguments.
+def _shell_lines(command: str, width: int) -> list[str]:
+    """A command on lines that a shell takes for one, broken before options."""
+    if len(command) <= width or (place := command.rfind(" --", 0, width - 2)) < 0:
+        return [command]
+    return [f"{command[:place]} \\", *_shell_lines(f"     {command[place:]}", width)]
 
-    A command that only has others below it has None.
-    """
-    parser = commands.add_parser(
-        name,
-        help=summary,
-        description=description,
-        epilog=f"examples:\n{examples}",
-        formatter_class=HelpFormatter,
-        allow_abbrev=False,
+
+def add_parser(commands: Any, name: str, summary: str) -> argparse.ArgumentParser:
+    """Add the empty parser of one command to those that argparse calls subparsers."""
+    parser: argparse.ArgumentParser = commands.add_parser(
+        name, help=summary, formatter_class=HelpFormatter, allow_abbrev=False
     )
-    if execute is not None:
-        parser.set_defaults(execute=execute)
     return parser
 
 
-def add_json(parser: argparse.ArgumentParser) -> None:
-    """``--json``: one object on stdout, and nothing else there."""
-    parser.add_argument(
-        "--json",
-        action="store_true",
-        help="print one JSON object on stdout and nothing else there",
-    )
+def add_options(parser: argparse.ArgumentParser, options: type[Any]) -> None:
+    """Add the options of a class.
 
-
-def add_loading(
-    parser: argparse.ArgumentParser,
-    prefill: str = "{cpu}, on CUDA {cuda}".format(**PREFILL_CHUNKS),
-) -> argparse._ArgumentGroup:
-    """Options of ``edge_memllm.load``; ``loading_keywords`` turns them into its arguments.
-
-    ``prefill`` is what the command takes where --prefill-chunk is left out.
+    Without defaults: what is left out is None, and the class says what it is.
     """
-    group = parser.add_argument_group("loading")
-    group.add_argument(
-        "--device",
-        choices=DEVICES,
-        default="auto",
-        help="where the graph runs; auto takes CUDA where it works, else the CPU, and says so "
-        "(default: auto)",
-    )
-    group.add_argument(
-        "--reader",
-        choices=READERS,
-        default="auto",
-        help="how the table is read; ram loads it whole, auto measures the storage for a moment "
-        "and chooses (default: auto)",
-    )
-    group.add_argument(
-        "--threads",
-        type=positive_int,
-        metavar="N",
-        help="threads of the graph on a CPU (default: one per physical core)",
-    )
-    group.add_argument(
-        "--prefill-chunk",
-        type=positive_int,
-        metavar="N",
-        help=f"read the prompt N tokens at a time: less takes less memory (default: {prefill})",
-    )
-    group.add_argument(
-        "--table-quality",
-        choices=TABLE_QUALITIES,
-        default="full",
-        help="coarse reads only the front half of the records of a nested8 table: less to read, "
-        "values of about 4 bits (default: full)",
-    )
-    group.add_argument(
-        "--record-cache",
-        type=byte_size,
-        default=0,
-        metavar="SIZE",
-        help="keep records that were read in this much memory (default: 0, leave it to the "
-        "system's page cache)",
-    )
-    group.add_argument(
-        "--hot-text",
-        type=Path,
-        metavar="FILE",
-        help="keep the records of this text's most frequent tokens for good, in at most half of "
-        "the record cache",
-    )
-    group.add_argument(
-        "--packed-cache",
-        type=Path,
-        metavar="DIR",
-        help="keep low-bit weights here as this CPU wants them: mapped from there they take no "
-        "memory of the process; made on first use, 2.4 times the graph",
-    )
-    group.add_argument(
-        "--overlay",
-        type=Path,
-        action="append",
-        default=[],
-        metavar="FILE",
-        help="change rows of chosen tokens by this overlay (see 'overlay'); may be repeated, each "
-        "acts on what those before it made",
-    )
-    _add_limits(group)
-    return group
+    places: dict[tuple[str | None, str | None], Any] = {(None, None): parser}
+    for each in argument_fields(options):
+        title, one_of = each.title, each.option.one_of
+        if (title, None) not in places:
+            places[title, None] = parser.add_argument_group(title)
+        if title is not None and each.group.description is not None:
+            places[title, None].description = each.group.description
+        if (title, one_of) not in places:
+            places[title, one_of] = places[title, None].add_mutually_exclusive_group()
+        if one_of is not None and each.option.required:
+            places[title, one_of].required = True
+        places[title, one_of].add_argument(*each.names, **each.arguments())
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--memory-limit",
-        type=byte_size,
-        metavar="SIZE",
-        help="refuse what would need more memory than this, mapped files not counted: at once, or "
-        "when a text grows too long (512MB, 1.5GiB)",
-    )
-    group.add_argument(
-        "--vram-limit", type=byte_size, metavar="SIZE", help="the same for the memory of the GPU"
-    )
-    group.add_argument(
-        "--cuda-graph",
-        action="store_true",
-        help="on CUDA, record a decode step once and replay it",
-    )
+def options_of(
+    options: type[Asked], arguments: argparse.Namespace, left_out: Asked | None = None
+) -> Asked:
+    """Return the object that parsed arguments stand for; files whose text is wanted are read.
+
+    What was left out is as in `left_out`, or has its default. Raises `RequestError` for an option
+    that would have no effect, or a file that is no text, and `OSError` for one that cannot be read.
+    """
+    for each in argument_fields(options):
+        _check_needs(each.names[0], each.option.needs, arguments)
+    return _made(options, arguments, {}, left_out)
 
 
-def loading_keywords(arguments: argparse.Namespace) -> dict[str, Any]:
-    """The arguments of ``edge_memllm.load`` that ``add_loading``'s options stand for."""
-    keywords = {name: getattr(arguments, name) for name in _LOADING}
-    keywords["overlays"] = tuple(arguments.overlay)
-    if arguments.hot_text is not None:
-        keywords["hot_text"] = read_text(arguments.hot_text)
-    return keywords
+def _made(
+    options: type[Asked],
+    arguments: argparse.Namespace,
+    fixed: Mapping[str, Any],
+    left_out: Asked | None,
+) -> Asked:
+    values = dict(fixed)
+    for field, kind, note in _annotated(options):
+        if field.name in fixed:
+            continue
+        if isinstance(note, Group):
+            within = getattr(left_out, field.name, None)
+            values[field.name] = _made(kind, arguments, note.without, within)
+            continue
+        found = _given(_name(field, note), arguments)
+        if found is not None:
+            value = read_text(found) if note.reads_text else found
+            values[field.name] = note.collect(value) if note.several else value
+    return options(**values) if left_out is None else replace(left_out, **values)
 
 
-def add_sampling(parser: argparse.ArgumentParser) -> None:
-    """How the next token is chosen; what is left out comes from the artifact."""
-    group = parser.add_argument_group(
-        "sampling", "Left out, a value comes from the artifact's generation_config.json."
-    )
-    temperature = group.add_mutually_exclusive_group()
-    temperature.add_argument(
-        "--temperature", type=float, metavar="X", help="0 takes the likeliest token"
-    )
-    temperature.add_argument("--greedy", action="store_true", help="the same as --temperature 0")
-    group.add_argument("--top-k", type=int, metavar="N", help="only the N likeliest; 0 is off")
-    group.add_argument(
-        "--top-p",
-        type=float,
-        metavar="X",
-        help="only the likeliest that together reach X; 1 is off",
-    )
-    group.add_argument(
-        "--min-p",
-        type=float,
-        metavar="X",
-        help="only those with X times the likeliest one's probability; 0 is off",
-    )
-    group.add_argument(
-        "--repetition-penalty", type=float, metavar="X", help="above 1 avoids repeats; 1 is off"
-    )
-    group.add_argument(
-        "--seed",
-        type=int,
-        metavar="N",
-        help="same seed, same text (default: drawn, and shown with the statistics)",
-    )
-
-
-def add_targets(group: argparse._MutuallyExclusiveGroup) -> None:
-    """``--bits`` and ``--target-size``; ``target`` makes of them what the library takes."""
-    group.add_argument(
-        "--bits",
-        type=positive_number,
-        metavar="BITS",
-        help="mixed precision: choose the bits of each layer and class of tokens so that memory "
-        "values take this many on average, scales and levels included, such as 4.5",
-    )
-    group.add_argument(
-        "--target-size",
-        type=byte_size,
-        metavar="SIZE",
-        help="mixed precision: the same for a size of the table file, such as 1.5GB",
-    )
-
-
-def target(arguments: argparse.Namespace) -> Target | None:
-    """What mixed precision is to come to, if it was asked for."""
-    from edge_memllm.mixed_precision import Target
-
-    if arguments.bits is None and arguments.target_size is None:
-        return None
-    return Target(arguments.bits, arguments.target_size)
-
-
-def add_windows(group: argparse._ArgumentGroup) -> None:
-    """Add --text, and --context and --stride of the windows it is judged in."""
-    group.add_argument(
-        "--text", type=Path, action="extend", nargs="+", metavar="FILE", help="UTF-8 text files"
-    )
-    group.add_argument(
-        "--context",
-        type=positive_int,
-        metavar="N",
-        help="tokens in a window (default: the model's whole context)",
-    )
-    group.add_argument(
-        "--stride", type=positive_int, metavar="N", help="tokens from window to window (half of it)"
-    )
-
-
-def positive_number(text: str) -> float:
-    """An argparse type: a finite number above zero."""
-    try:
-        value = float(text)
-    except ValueError:
-        value = 0.0
-    if not 0 < value < float("inf"):
-        raise argparse.ArgumentTypeError(f"{text!r} is not a number above zero")
-    return value
-
-
-def positive_int(text: str) -> int:
-    """An argparse type: an integer of at least one."""
-    value = int(text)
-    if value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a positive number")
-    return value
-
-
-def layer_list(text: str) -> tuple[int, ...]:
-    """An argparse type: layers and ranges of layers with commas between, as ``0,3-5``."""
-    layers: list[int] = []
-    for part in text.split(","):
-        first, dash, last = part.strip().partition("-")
-        last = last if dash else first
-        if not (first.isdecimal() and last.isdecimal() and int(first) <= int(last) < _MOST_LAYERS):
-            raise argparse.ArgumentTypeError(f"{text!r} are no layers, such as 0,3-5")
-        layers += range(int(first), int(last) + 1)
-    return tuple(layers)
-
-
-def byte_size(text: str) -> int:
-    """An argparse type: bytes, as ``64000000``, ``64MB`` (decimal) or ``61.1MiB`` (binary)."""
-    found = _SIZE.fullmatch(text.strip())
-    unit = "" if found is None else found[2].removesuffix("B").replace("K", "k")
-    if found is None or unit not in _FACTORS:
-        raise argparse.ArgumentTypeError(
-            f"{text!r} is not a size such as 512MB, 1.5GiB or 64000000"
+def _check_needs(name: str, needs: tuple[str, ...], arguments: argparse.Namespace) -> None:
+    given = any(_given(each, arguments) for each in needs)
+    if needs and not given and _given(name, arguments) is not None:
+        raise RequestError(
+            f"{name} has no effect without {' or '.join(needs)}. Give {needs[0]}, or leave it out."
         )
-    return round(float(found[1]) * _FACTORS[unit])
 
 
-def add_texts(parser: argparse.ArgumentParser, purpose: str) -> None:
-    """Add --data, whose text is there for `purpose`, and --valid."""
-    parser.add_argument(
-        "--data", action="extend", nargs="+", metavar="FILE", help=f"text or .jsonl to {purpose}"
-    )
-    parser.add_argument(
-        "--valid", action="extend", nargs="+", metavar="FILE", help="text or .jsonl to evaluate on"
-    )
+def _given(name: str, arguments: argparse.Namespace) -> Any:
+    """What was given for an option, None if it was left out."""
+    return getattr(arguments, name.removeprefix("--").replace("-", "_"), None)
 
 
-def add_overrides(parser: argparse.ArgumentParser, out: str) -> None:
-    """Add --seed, --set and --resume; `out` is what the command calls its folder."""
-    parser.add_argument("--seed", type=int, metavar="N", help="of weights and data order")
-    parser.add_argument(
-        "--set",
-        action="append",
-        default=[],
-        metavar="SECTION.KEY=VALUE",
-        help="replace one value of the recipe; may be repeated",
-    )
-    parser.add_argument(
-        "--resume", action="store_true", help=f"continue from the newest checkpoint under {out}"
-    )
+@dataclass(frozen=True)
+class ArgumentField:
+    """A field of an option class as argparse is to have it."""
+
+    field: Field[Any]
+    kind: Any  # of a value that is there
+    option: Option
+    group: Group
+
+    @property
+    def title(self) -> str | None:
+        """The heading it stands under; arguments have one of argparse's own."""
+        return None if _by_place(self.field, self.option) else self.option.group or self.group.title
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What it is called on the command line."""
+        return (_name(self.field, self.option), *self.option.also)
+
+    def arguments(self) -> dict[str, Any]:
+        """The keywords of argparse's `add_argument`."""
+        option, default = self.option, self.field.default
+        found: dict[str, Any] = {"help": self._help()}
+        if self.kind is bool:
+            return found | {"action": "store_false" if default else "store_true", "default": None}
+        found |= {"type": self._parse, "choices": option.choices, "metavar": self._metavar()}
+        if _by_place(self.field, self.option):
+            return found | ({} if default is MISSING else {"nargs": "?"})
+        match option.several:
+            case "repeated":
+                found["action"] = "append"
+            case "words":
+                found |= {"action": "extend", "nargs": "+"}
+            case "list":
+                found["action"] = "extend"
+            case int(count):
+                found["nargs"] = count
+        return found | {"required": default is MISSING}
+
+    @property
+    def _parse(self) -> Any:
+        return Path if self.option.reads_text else self.option.parse or self.kind
+
+    def _metavar(self) -> str | tuple[str, ...] | None:
+        option = self.option
+        if option.metavar or option.choices:
+            return option.metavar
+        by_place = _by_place(self.field, option)
+        return self.field.name.upper() if by_place else _METAVARS[self._parse]
+
+    def _help(self) -> str:
+        text = self.option.help
+        default = _shown(self.field.default, self.option)
+        if "%(default)s" in text:
+            return text.replace("%(default)s", default)
+        unset = self.group.unset.get(self.field.name, self.option.unset)
+        shown = default if unset is None else unset
+        return f"{text} (default: {shown})" if shown else text
 
 
-def apply_options(recipe: Recipe, arguments: argparse.Namespace, given: Sections) -> None:
-    """Put the options that were given into the recipe, those of --set last.
+def argument_fields(options: type[Any], group: Group | None = None) -> Iterator[ArgumentField]:
+    """Yield what the command line has of an option class, and of those that are fields of it."""
+    group = group or Group()
+    for field, kind, note in _annotated(options):
+        if field.name in group.without:
+            continue
+        if isinstance(note, Group):
+            yield from argument_fields(kind, note)
+        else:
+            yield ArgumentField(field, _of_value(kind), note, group)
 
-    `given` holds, by section and key, what a command has besides the shared options; None is for
-    options that were not given.
-    """
-    shared: Sections = {
-        "data": {"train": arguments.data, "valid": arguments.valid},
-        "training": {"steps": arguments.steps, "seed": arguments.seed},
-    }
-    for section, values in {**given, **shared}.items():
-        named = {key: value for key, value in values.items() if value is not None}
-        recipe.update(section, named, where="command line")
-    for assignment in arguments.set:
-        recipe.override(assignment)
+
+def _annotated(options: type[Any]) -> Iterator[tuple[Field[Any], Any, Option | Group]]:
+    """Yield each field with a note for the command line, its type, and that note."""
+    hints = get_type_hints(options, include_extras=True)
+    for field in fields(options):
+        if get_origin(hints[field.name]) is Annotated:
+            kind, *notes = get_args(hints[field.name])
+            yield from ((field, kind, note) for note in notes if isinstance(note, Option | Group))
+
+
+def _of_value(kind: Any) -> Any:
+    """The type of a value that is there: ``int`` for ``int | None``."""
+    if get_origin(kind) in (Union, UnionType):
+        return next(each for each in get_args(kind) if each is not type(None))
+    return kind
+
+
+def _by_place(field: Field[Any], option: Option) -> bool:
+    return not field.kw_only and option.flag is None
+
+
+def _name(field: Field[Any], option: Option) -> str:
+    if _by_place(field, option):
+        return field.name
+    return option.flag or f"--{field.name.replace('_', '-')}"
+
+
+def _shown(default: Any, option: Option) -> str:
+    """A default as the help has it; nothing where it goes without saying."""
+    if default is MISSING or default in (None, (), "") or isinstance(default, bool):
+        return ""
+    if isinstance(default, tuple):
+        return ", ".join(_shown(each, option) for each in default)
+    if option.parse is byte_size:
+        return _size(default)
+    return f"{default:g}" if isinstance(default, float) else str(default)
+
+
+def _size(count: int) -> str:
+    """Bytes in the largest unit they are whole in, as `byte_size` reads them."""
+    for shift, unit in ((30, "GiB"), (20, "MiB"), (10, "KiB")):
+        if count and count % (1 << shift) == 0:
+            return f"{count >> shift}{unit}"
+    return str(count)

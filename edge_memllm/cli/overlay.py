@@ -2,24 +2,25 @@
 
 from __future__ import annotations
 
-import argparse
+from argparse import ArgumentTypeError
 from collections import defaultdict
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from contextlib import ExitStack, closing
-from dataclasses import asdict
+from dataclasses import KW_ONLY, asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
-from edge_memllm.cli.options import add_command, add_json, layer_list
+from edge_memllm.cli.options import Command, Commands, Json
 from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder
 from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.options import Group, Option, layer_list
 from edge_memllm.overlays import SUFFIX, Overlay, OverlaySpec, Written, open_overlay, write_overlay
 from edge_memllm.overlays.making import (
     Alteration,
@@ -35,12 +36,6 @@ from edge_memllm.overlays.making import (
 from edge_memllm.overlays.table import plain_codec
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from edge_memllm.cli.options import Commands
-
 
 _DESCRIPTION = """\
 An overlay replaces, adds to, scales or blanks the memory rows of chosen tokens in chosen layers,
@@ -90,198 +85,270 @@ _MOST_TOKENS = 40  # shown; --json has all
 _ARTIFACT, _CHECKPOINT = "an artifact", "a checkpoint"
 
 
-def add_parser(commands: Commands) -> None:
-    """Register the command and those below it."""
-    parser = add_command(
-        commands,
-        "overlay",
-        None,
-        summary="change rows of chosen tokens on top of an artifact",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    below = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    _add_edit(below)
-    _add_graft(below)
-    _add_difference(below)
-    _add_show(below)
-
-
-def _add_edit(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "edit",
-        _edit,
-        summary="change rows by hand",
-        description=_EDIT,
-        examples=_EDIT_EXAMPLES,
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an exported model")
-    _add_places(parser)
-    way = parser.add_mutually_exclusive_group()
-    way.add_argument("--like", metavar="WORD", help="give the tokens the rows of this one")
-    way.add_argument("--scale", type=float, metavar="X", help="multiply the rows")
-    way.add_argument("--blank", action="store_true", help="make the rows zero")
-    parser.add_argument(
-        "--strength",
-        type=float,
-        metavar="X",
-        help="with --like: how far to go from the token's own rows, 0 to 1 or beyond (default: 1)",
-    )
-    parser.add_argument(
-        "--edits", type=Path, metavar="FILE", help="several edits, from a TOML file"
-    )
-    _add_output(parser, "that of the rows the graph is fed")
-
-
-def _add_graft(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "graft",
-        _graft,
-        summary="take rows from another model",
-        description=_GRAFT,
-        examples=_GRAFT_EXAMPLES,
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="the model to change")
-    parser.add_argument("other", type=Path, metavar="OTHER", help="the artifact with the rows")
-    _add_places(parser)
-    _add_output(parser, "that of the other's rows as a graph is fed them")
-
-
-def _add_difference(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "difference",
-        _difference,
-        summary="store the rows that training changed",
-        description=_DIFFERENCE,
-        examples=_DIFFERENCE_EXAMPLES,
-    )
-    parser.add_argument("base", type=Path, metavar="BASE", help="an artifact or a checkpoint")
-    parser.add_argument("changed", type=Path, metavar="CHANGED", help="another of the same kind")
-    parser.add_argument(
-        "--tolerance",
-        type=_tolerance,
-        default=0.0,
-        metavar="X",
-        help="leave out rows that differ by at most this share of their norm (default: 0)",
-    )
-    _add_output(parser, "for artifacts that of CHANGED's rows as a graph is fed them, else f16")
-
-
-def _add_show(commands: Commands) -> None:
-    parser = add_command(
-        commands,
-        "show",
-        _show,
-        summary="check an overlay and list what it does",
-        description=_SHOW,
-        examples=_SHOW_EXAMPLES,
-    )
-    parser.add_argument("overlay", type=Path, metavar="FILE", help="an overlay")
-    parser.add_argument(
-        "--artifact",
-        type=Path,
-        metavar="ARTIFACT",
-        help="the model it is for: checks that it fits, and shows tokens as words",
-    )
-    add_json(parser)
-
-
-def _add_places(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--token",
-        action="extend",
-        nargs="+",
-        metavar="WORD",
-        help="the tokens whose rows to change",
-    )
-    parser.add_argument(
-        "--layers",
-        action="extend",
-        type=layer_list,
-        metavar="LIST",
-        help="only in these layers, such as 0,3-5 (default: all)",
-    )
-
-
-def _add_output(parser: argparse.ArgumentParser, default_codec: str) -> None:
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="a name that ends in .overlay.safetensors",
-    )
-    parser.add_argument("--name", metavar="NAME", help="what to call it (default: as the file)")
-    parser.add_argument(
-        "--description", default="", metavar="TEXT", help="a line or two for whoever gets it"
-    )
-    parser.add_argument(
-        "--codec",
-        metavar="CODEC",
-        help=f"how rows are stored: f32, f16, int8-g64, int4-g32 ... (default: {default_codec})",
-    )
-    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
-    add_json(parser)
-
-
-def _edit(arguments: argparse.Namespace) -> int:
-
-    return edit(arguments)
-
-
-def _graft(arguments: argparse.Namespace) -> int:
-
-    return graft(arguments)
-
-
-def _difference(arguments: argparse.Namespace) -> int:
-
-    return difference(arguments)
-
-
-def _show(arguments: argparse.Namespace) -> int:
-
-    return show(arguments)
-
-
 def _tolerance(text: str) -> float:
-    """An argparse type: a share that may be zero."""
+    """Parse a share that may be zero."""
     value = float(text)
     if not 0 <= value < 1:
-        raise argparse.ArgumentTypeError(f"{text} is not a number from 0 to below 1")
+        raise ArgumentTypeError(f"{text} is not a number from 0 to below 1")
     return value
 
 
-def tell_written(written: Written, as_json: bool) -> None:
-    """Say what was written."""
-    if as_json:
-        write_json(_written(written))
-    else:
-        print(table(_rows(written)))
+# What the commands that write an overlay share.
+_Tokens = Annotated[
+    tuple[str, ...],
+    Option("the tokens whose rows to change", "WORD", parse=str, several="words"),
+]
+_Layers = Annotated[
+    tuple[int, ...] | None,
+    Option("only in these layers, such as 0,3-5", parse=layer_list, several="list", unset="all"),
+]
 
 
-def tell_difference(found: Difference, as_json: bool) -> None:
-    """Say what was written, and how much differed."""
-    if as_json:
-        write_json({**_written(found.written), "compared": found.compared})
-        return
-    share = found.written.entries / found.compared
-    compared = f"{number(found.written.entries)} of {number(found.compared)} rows ({share:.2%})"
-    print(table([*_rows(found.written), ("differing", compared)]))
+@dataclass(frozen=True, kw_only=True)
+class OutputOptions:
+    """The file to write and what it says of itself."""
+
+    out: Annotated[Path, Option("a name that ends in .overlay.safetensors")]
+    name: Annotated[str | None, Option("what to call it", "NAME", unset="as the file")] = None
+    description: Annotated[str, Option("a line or two for whoever gets it", "TEXT")] = ""
+    codec: Annotated[
+        str | None, Option("how rows are stored: f32, f16, int8-g64, int4-g32 ...", "CODEC")
+    ] = None
+    force: Annotated[bool, Option("replace the file if it is there")] = False
+    json: Json = False
+
+    @property
+    def title(self) -> str:
+        """What the overlay is called."""
+        return self.out.name.removesuffix(SUFFIX) if self.name is None else self.name
+
+    def spec(self, base: Manifest, source: Manifest) -> OverlaySpec:
+        """Return the spec of an overlay for `base` with rows of `source`."""
+        codec = self.codec
+        if codec is None and base.model.memory_layers:
+            codec = plain_codec(source.layout.codec).id
+        return OverlaySpec.for_model(
+            base, self.title, codec=codec or "f16", description=self.description
+        )
 
 
-def show(arguments: argparse.Namespace) -> int:
+@dataclass(frozen=True)
+class EditOptions:
+    """What may be asked of ``edge-memllm overlay edit``."""
+
+    artifact: Annotated[Path, Option("an exported model")]
+    _: KW_ONLY
+    token: _Tokens = ()
+    layers: _Layers = None
+    like: Annotated[
+        str | None, Option("give the tokens the rows of this one", "WORD", one_of="way")
+    ] = None
+    scale: Annotated[float | None, Option("multiply the rows", one_of="way")] = None
+    blank: Annotated[bool, Option("make the rows zero", one_of="way")] = False
+    strength: Annotated[
+        float | None,
+        Option("with --like: how far to go from the token's own rows, 0 to 1 or beyond", unset="1"),
+    ] = None
+    edits: Annotated[Path | None, Option("several edits, from a TOML file")] = None
+    output: Annotated[OutputOptions, Group(unset={"codec": "that of the rows the graph is fed"})]
+
+    def check(self) -> None:
+        """Refuse options that would have no effect, or that nothing can be done with."""
+        by_hand = {
+            "--token": self.token or None,
+            "--layers": self.layers,
+            "--like": self.like,
+            "--scale": self.scale,
+            "--strength": self.strength,
+            "--blank": self.blank or None,
+        }
+        given = [name for name, value in by_hand.items() if value is not None]
+        if self.edits is not None and given:
+            raise RequestError(f"{given[0]} has no effect with --edits: say it in that file.")
+        if self.edits is None and not self.token:
+            raise RequestError("No tokens are named. Give --token WORD, or --edits FILE.")
+
+
+@dataclass(frozen=True)
+class GraftOptions:
+    """What may be asked of ``edge-memllm overlay graft``."""
+
+    artifact: Annotated[Path, Option("the model to change")]
+    other: Annotated[Path, Option("the artifact with the rows")]
+    _: KW_ONLY
+    token: _Tokens = ()
+    layers: _Layers = None
+    output: Annotated[
+        OutputOptions, Group(unset={"codec": "that of the other's rows as a graph is fed them"})
+    ]
+
+
+@dataclass(frozen=True)
+class DifferenceOptions:
+    """What may be asked of ``edge-memllm overlay difference``."""
+
+    base: Annotated[Path, Option("an artifact or a checkpoint")]
+    changed: Annotated[Path, Option("another of the same kind")]
+    _: KW_ONLY
+    tolerance: Annotated[
+        float,
+        Option(
+            "leave out rows that differ by at most this share of their norm",
+            metavar="X",
+            parse=_tolerance,
+        ),
+    ] = 0.0
+    output: Annotated[
+        OutputOptions,
+        Group(
+            unset={"codec": "for artifacts that of CHANGED's rows as a graph is fed them, else f16"}
+        ),
+    ]
+
+
+@dataclass(frozen=True)
+class ShowOptions:
+    """What may be asked of ``edge-memllm overlay show``."""
+
+    overlay: Annotated[Path, Option("an overlay", metavar="FILE")]
+    _: KW_ONLY
+    artifact: Annotated[
+        Path | None,
+        Option(
+            "the model it is for: checks that it fits, and shows tokens as words",
+            metavar="ARTIFACT",
+        ),
+    ] = None
+    json: Json = False
+
+
+def edit(options: EditOptions) -> int:
+    """Run ``overlay edit``."""
+    options.check()
+    with ExitStack() as opened:
+        artifact, table = _open(options.artifact, opened)
+        spec = options.output.spec(artifact.manifest, artifact.manifest)
+        alterations = _alterations(options, token_texts(artifact))
+        edits = edits_of(alterations, table)
+        written = write_overlay(options.output.out, spec, edits, overwrite=options.output.force)
+    _tell_written(written, options.output.json)
+    return 0
+
+
+def graft(options: GraftOptions) -> int:
+    """Run ``overlay graft``."""
+    with ExitStack() as opened:
+        artifact, _ = _open(options.artifact, opened)
+        other, donor = _open(options.other, opened)
+        check_same_shape(artifact, other)
+        spec = options.output.spec(artifact.manifest, other.manifest)
+        tokens: Sequence[int] = range(artifact.manifest.model.vocab_size)
+        if options.token:
+            tokens = [token_texts(artifact).find(word) for word in options.token]
+        written = write_graft(
+            options.output.out,
+            spec,
+            donor,
+            tokens,
+            checked_layers(options.layers, spec.layers),
+            overwrite=options.output.force,
+            progress=opened.enter_context(StageBars()),
+        )
+    _tell_written(written, options.output.json)
+    return 0
+
+
+def difference(options: DifferenceOptions) -> int:
+    """Run ``overlay difference``."""
+    kinds = [_kind(path) for path in (options.base, options.changed)]
+    if kinds[0] != kinds[1]:
+        raise RequestError(
+            f"{options.base} is {kinds[0]}, {options.changed} is {kinds[1]}: expected two of "
+            "a kind."
+        )
+    made = _between_artifacts if kinds[0] == _ARTIFACT else _between_checkpoints
+    _tell_difference(made(options), options.output.json)
+    return 0
+
+
+def _between_artifacts(options: DifferenceOptions) -> Difference:
+    with ExitStack() as opened:
+        base, ours = _open(options.base, opened)
+        changed, theirs = _open(options.changed, opened)
+        check_same_but_rows(base, changed, tolerance=options.tolerance)
+        return write_difference(
+            options.output.out,
+            options.output.spec(base.manifest, changed.manifest),
+            ours,
+            theirs,
+            base.manifest.model.vocab_size,
+            tolerance=options.tolerance,
+            overwrite=options.output.force,
+            progress=opened.enter_context(StageBars()),
+        )
+
+
+def _between_checkpoints(options: DifferenceOptions) -> Difference:
+    try:
+        from edge_memllm_export import checkpoint_difference
+    except ModuleNotFoundError as error:
+        raise missing_extra(error.name or "torch", "export") from error
+
+    with StageBars() as bars:
+        found: Difference = checkpoint_difference(
+            options.base,
+            options.changed,
+            options.output.out,
+            name=options.output.title,
+            description=options.output.description,
+            codec=options.output.codec or "f16",
+            tolerance=options.tolerance,
+            overwrite=options.output.force,
+            progress=bars,
+        )
+    return found
+
+
+def _open(path: Path, opened: ExitStack) -> tuple[Artifact, Table]:
+    artifact = opened.enter_context(Artifact.open(artifact_folder(path)))
+    return artifact, opened.enter_context(closing(Table.open(artifact, "pread")))
+
+
+def _alterations(options: EditOptions, texts: TokenTexts) -> list[Alteration]:
+    if options.edits is not None:
+        return read_edits(options.edits, texts.find)
+    return [
+        Alteration(
+            tokens=tuple(map(texts.find, options.token)),
+            layers=options.layers,
+            scale=options.scale,
+            blank=options.blank,
+            like=None if options.like is None else texts.find(options.like),
+            strength=options.strength,
+        )
+    ]
+
+
+def _kind(path: Path) -> str:
+    if (path / MANIFEST_NAME).exists():
+        return _ARTIFACT
+    if (path / "config.json").exists():
+        return _CHECKPOINT
+    raise RequestError(
+        f"{path}: neither an artifact nor a checkpoint, there is no {MANIFEST_NAME} and no "
+        "config.json."
+    )
+
+
+def show(options: ShowOptions) -> int:
     """Run ``overlay show``."""
-    overlay = open_overlay(arguments.overlay)
+    overlay = open_overlay(options.overlay)
     text: Text | None = None
-    if arguments.artifact is not None:
-        with Artifact.open(artifact_folder(arguments.artifact)) as artifact:
+    if options.artifact is not None:
+        with Artifact.open(artifact_folder(options.artifact)) as artifact:
             overlay.check_fits(artifact.manifest)
             text = token_texts(artifact).text
-    if arguments.json:
+    if options.json:
         write_json(as_dict(overlay, text))
     else:
         print(page(overlay, text))
@@ -291,6 +358,24 @@ def show(arguments: argparse.Namespace) -> int:
 def token_texts(artifact: Artifact) -> TokenTexts:
     """Return what makes tokens of words, and words of tokens."""
     return TokenTexts(Tokenizer.from_artifact(artifact), artifact.manifest.model.vocab_size)
+
+
+def _tell_written(written: Written, as_json: bool) -> None:
+    """Say what was written."""
+    if as_json:
+        write_json(_written(written))
+    else:
+        print(table(_rows(written)))
+
+
+def _tell_difference(found: Difference, as_json: bool) -> None:
+    """Say what was written, and how much differed."""
+    if as_json:
+        write_json({**_written(found.written), "compared": found.compared})
+        return
+    share = found.written.entries / found.compared
+    compared = f"{number(found.written.entries)} of {number(found.compared)} rows ({share:.2%})"
+    print(table([*_rows(found.written), ("differing", compared)]))
 
 
 def as_dict(overlay: Overlay, text: Text | None) -> dict[str, Any]:
@@ -391,147 +476,25 @@ def _spec(spec: OverlaySpec) -> dict[str, Any]:
     return asdict(spec)
 
 
-def edit(arguments: argparse.Namespace) -> int:
-    """Run ``overlay edit``."""
-    _check_edit(arguments)
-    with ExitStack() as opened:
-        artifact, table = _open(arguments.artifact, opened)
-        spec = _new_spec(arguments, artifact.manifest, artifact.manifest)
-        alterations = _alterations(arguments, token_texts(artifact))
-        edits = edits_of(alterations, table)
-        written = write_overlay(arguments.out, spec, edits, overwrite=arguments.force)
-    tell_written(written, arguments.json)
-    return 0
-
-
-def graft(arguments: argparse.Namespace) -> int:
-    """Run ``overlay graft``."""
-    with ExitStack() as opened:
-        artifact, _ = _open(arguments.artifact, opened)
-        other, donor = _open(arguments.other, opened)
-        check_same_shape(artifact, other)
-        spec = _new_spec(arguments, artifact.manifest, other.manifest)
-        tokens: Sequence[int] = range(artifact.manifest.model.vocab_size)
-        if arguments.token is not None:
-            tokens = [token_texts(artifact).find(word) for word in arguments.token]
-        written = write_graft(
-            arguments.out,
-            spec,
-            donor,
-            tokens,
-            checked_layers(arguments.layers and tuple(arguments.layers), spec.layers),
-            overwrite=arguments.force,
-            progress=opened.enter_context(StageBars()),
-        )
-    tell_written(written, arguments.json)
-    return 0
-
-
-def difference(arguments: argparse.Namespace) -> int:
-    """Run ``overlay difference``."""
-    kinds = [_kind(path) for path in (arguments.base, arguments.changed)]
-    if kinds[0] != kinds[1]:
-        raise RequestError(
-            f"{arguments.base} is {kinds[0]}, {arguments.changed} is {kinds[1]}: expected two of "
-            "a kind."
-        )
-    made = _between_artifacts if kinds[0] == _ARTIFACT else _between_checkpoints
-    tell_difference(made(arguments), arguments.json)
-    return 0
-
-
-def _between_artifacts(arguments: argparse.Namespace) -> Difference:
-    with ExitStack() as opened:
-        base, ours = _open(arguments.base, opened)
-        changed, theirs = _open(arguments.changed, opened)
-        check_same_but_rows(base, changed, tolerance=arguments.tolerance)
-        return write_difference(
-            arguments.out,
-            _new_spec(arguments, base.manifest, changed.manifest),
-            ours,
-            theirs,
-            base.manifest.model.vocab_size,
-            tolerance=arguments.tolerance,
-            overwrite=arguments.force,
-            progress=opened.enter_context(StageBars()),
-        )
-
-
-def _between_checkpoints(arguments: argparse.Namespace) -> Difference:
-    try:
-        from edge_memllm_export import checkpoint_difference
-    except ModuleNotFoundError as error:
-        raise missing_extra(error.name or "torch", "export") from error
-
-    with StageBars() as bars:
-        found: Difference = checkpoint_difference(
-            arguments.base,
-            arguments.changed,
-            arguments.out,
-            name=_name(arguments),
-            description=arguments.description,
-            codec=arguments.codec or "f16",
-            tolerance=arguments.tolerance,
-            overwrite=arguments.force,
-            progress=bars,
-        )
-    return found
-
-
-def _open(path: Path, opened: ExitStack) -> tuple[Artifact, Table]:
-    artifact = opened.enter_context(Artifact.open(artifact_folder(path)))
-    return artifact, opened.enter_context(closing(Table.open(artifact, "pread")))
-
-
-def _new_spec(arguments: argparse.Namespace, base: Manifest, source: Manifest) -> OverlaySpec:
-    """Return the spec of an overlay for `base` with rows of `source`."""
-    codec = arguments.codec
-    if codec is None and base.model.memory_layers:
-        codec = plain_codec(source.layout.codec).id
-    return OverlaySpec.for_model(
-        base, _name(arguments), codec=codec or "f16", description=arguments.description
-    )
-
-
-def _name(arguments: argparse.Namespace) -> str:
-    name: str = (
-        arguments.out.name.removesuffix(SUFFIX) if arguments.name is None else arguments.name
-    )
-    return name
-
-
-def _check_edit(arguments: argparse.Namespace) -> None:
-    """Refuse options that would have no effect, or that nothing can be done with."""
-    by_hand = ("token", "layers", "like", "scale", "strength")
-    given = [f"--{name}" for name in by_hand if getattr(arguments, name) is not None]
-    given += ["--blank"] if arguments.blank else []
-    if arguments.edits is not None and given:
-        raise RequestError(f"{given[0]} has no effect with --edits: say it in that file.")
-    if arguments.edits is None and arguments.token is None:
-        raise RequestError("No tokens are named. Give --token WORD, or --edits FILE.")
-
-
-def _alterations(arguments: argparse.Namespace, texts: TokenTexts) -> list[Alteration]:
-    if arguments.edits is not None:
-        return read_edits(arguments.edits, texts.find)
-    return [
-        Alteration(
-            tokens=tuple(map(texts.find, arguments.token)),
-            layers=arguments.layers and tuple(arguments.layers),
-            scale=arguments.scale,
-            blank=arguments.blank,
-            like=None if arguments.like is None else texts.find(arguments.like),
-            strength=arguments.strength,
-        )
-    ]
-
-
-def _kind(path: Path) -> str:
-    if (path / MANIFEST_NAME).exists():
-        return _ARTIFACT
-    if (path / "config.json").exists():
-        return _CHECKPOINT
-    raise RequestError(
-        f"{path}: neither an artifact nor a checkpoint, there is no {MANIFEST_NAME} and no "
-        "config.json."
-    )
+OVERLAY = Commands(
+    {
+        "edit": (
+            "change rows by hand",
+            Command(EditOptions, edit, _EDIT, _EDIT_EXAMPLES),
+        ),
+        "graft": (
+            "take rows from another model",
+            Command(GraftOptions, graft, _GRAFT, _GRAFT_EXAMPLES),
+        ),
+        "difference": (
+            "store the rows that training changed",
+            Command(DifferenceOptions, difference, _DIFFERENCE, _DIFFERENCE_EXAMPLES),
+        ),
+        "show": (
+            "check an overlay and list what it does",
+            Command(ShowOptions, show, _SHOW, _SHOW_EXAMPLES),
+        ),
+    },
+    _DESCRIPTION,
+    _EXAMPLES,
+)

@@ -1,19 +1,20 @@
 """The interactive prompt of ``edge-memllm run``: a conversation, or one completion after another.
 
-Ctrl-C stops the answer and not the program. Knows the model only by ``answer.py``.
+Ctrl-C stops the answer and not the program. Also what one answer and the prompt share: how tokens
+are chosen, what has come, and what it cost.
 """
 
 from __future__ import annotations
 
-import argparse
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_memllm.cli.output import byte_count
 from edge_memllm.errors import RequestError
+from edge_memllm.options import Option
 from edge_memllm.process.interrupts import go_on
 from edge_memllm.request import Request, check_speculate
 from edge_memllm.sampling import Sampling, check_seed
@@ -253,27 +254,28 @@ def _enable_history() -> None:
         return
 
 
-def request_of(arguments: argparse.Namespace, default: Sampling) -> Request:
-    """Return what the options ask for, without a prompt; those given replace ``default``.
+@dataclass(frozen=True, kw_only=True)
+class SamplingOptions:
+    """How the next token is chosen; what is None comes from the artifact."""
 
-    Raises `RequestError`.
-    """
-    given = {
-        name: value for name in _SAMPLING_NAMES if (value := getattr(arguments, name)) is not None
-    }
-    if arguments.greedy:
-        given["temperature"] = 0.0
-    if arguments.seed is not None:
-        check_seed(arguments.seed)
-    return Request(
-        prompt=(),
-        sampling=replace(default, **given),
-        max_new_tokens=arguments.max_new_tokens,
-        stop=check_stops(arguments.stop),
-        stop_token_ids=tuple(arguments.stop_token_id),
-        seed=arguments.seed,
-        speculate=check_speculate(arguments.speculate),
+    temperature: Annotated[
+        float | None, Option("0 takes the likeliest token", one_of="temperature")
+    ] = None
+    greedy: Annotated[bool, Option("the same as --temperature 0", one_of="temperature")] = False
+    top_k: Annotated[int | None, Option("only the N likeliest; 0 is off")] = None
+    top_p: Annotated[float | None, Option("only the likeliest that together reach X; 1 is off")] = (
+        None
     )
+    min_p: Annotated[
+        float | None, Option("only those with X times the likeliest one's probability; 0 is off")
+    ] = None
+    repetition_penalty: Annotated[float | None, Option("above 1 avoids repeats; 1 is off")] = None
+
+    def on(self, default: Sampling) -> Sampling:
+        """Return `default` with what was given. Raises `RequestError` as `Sampling` does."""
+        named = {name: getattr(self, name) for name in _SAMPLING_NAMES}
+        given = {name: value for name, value in named.items() if value is not None}
+        return replace(default, **given | ({"temperature": 0.0} if self.greedy else {}))
 
 
 def changed(request: Request, name: str, text: str) -> Request:

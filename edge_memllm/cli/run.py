@@ -2,27 +2,28 @@
 
 from __future__ import annotations
 
-import argparse
 import sys
-from dataclasses import replace
-from pathlib import Path
-from typing import TYPE_CHECKING
+from dataclasses import dataclass, replace
+from typing import Annotated
 
-from edge_memllm.cli.options import (
-    add_command,
-    add_json,
-    add_loading,
-    add_sampling,
-    loading_keywords,
-    positive_int,
+import edge_memllm
+from edge_memllm.cli.options import Command, Json
+from edge_memllm.cli.output import StageBars, read_standard_input, write_json
+from edge_memllm.cli.prompt import (
+    Answer,
+    SamplingOptions,
+    Session,
+    chat_prompt,
+    has_template,
+    statistics_line,
 )
-from edge_memllm.cli.output import read_standard_input, write_json
 from edge_memllm.errors import RequestError
-
-if TYPE_CHECKING:
-    from edge_memllm.cli.options import Commands
-    from edge_memllm.model import Model
-    from edge_memllm.request import Request
+from edge_memllm.loading import LoadOptions
+from edge_memllm.model import Model
+from edge_memllm.options import Group, Option, keywords
+from edge_memllm.request import Request, check_speculate
+from edge_memllm.sampling import check_seed
+from edge_memllm.text.tokenization import check_stops
 
 _DESCRIPTION = """\
 Generate text. The prompt comes from --prompt, from standard input when that is a pipe or a file,
@@ -40,93 +41,60 @@ _EXAMPLES = """\
   edge-memllm run artifact --speculate 8 < prompt.txt"""
 
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "run",
-        execute,
-        summary="generate text, once or in conversation",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an exported model")
-    parser.add_argument("--prompt", metavar="TEXT", help="what to continue or answer")
-    parser.add_argument(
-        "--max-new-tokens",
-        type=positive_int,
-        default=128,
-        metavar="N",
-        help="stop after N tokens at the latest (default: 128)",
-    )
-    parser.add_argument(
-        "--stop",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="stop before this text; may be repeated",
-    )
-    parser.add_argument(
-        "--stop-token-id",
-        action="append",
-        default=[],
-        type=int,
-        metavar="N",
-        help="stop at this token as well; may be repeated",
-    )
-    parser.add_argument(
-        "--speculate",
-        type=int,
-        default=0,
-        metavar="N",
-        help="copy up to N tokens at a time from earlier in the text and keep those the model "
-        "would have chosen: faster where the text repeats itself (default: 0, off)",
-    )
-    parser.add_argument("--raw", action="store_true", help="do not use the chat template")
-    parser.add_argument("--no-stats", action="store_true", help="no line of statistics")
-    add_json(parser)
-    add_sampling(parser)
-    add_loading(parser)
+@dataclass(frozen=True, kw_only=True)
+class RunOptions:
+    """What may be asked of ``edge-memllm run``."""
+
+    prompt: Annotated[str | None, Option("what to continue or answer", metavar="TEXT")] = None
+    request: Annotated[Request, Group(without={"prompt": ()})]
+    raw: Annotated[bool, Option("do not use the chat template")] = False
+    no_stats: Annotated[bool, Option("no line of statistics")] = False
+    json: Json = False
+    sampling: Annotated[
+        SamplingOptions,
+        Group("sampling", "Left out, a value comes from the artifact's generation_config.json."),
+    ]
+    loading: Annotated[LoadOptions, Group("loading")]
+
+    def request_to(self, model: Model) -> Request:
+        """Return what is asked of a model, without a prompt. Raises `RequestError`."""
+        asked = self.request
+        if asked.seed is not None:
+            check_seed(asked.seed)
+        check_stops(asked.stop)
+        check_speculate(asked.speculate)
+        return replace(asked, sampling=self.sampling.on(model.sampling))
 
 
-def execute(arguments: argparse.Namespace) -> int:
+def execute(options: RunOptions) -> int:
     """Run the command."""
-    prompt = arguments.prompt
+    prompt = options.prompt
     if prompt is None and not sys.stdin.isatty():
         prompt = read_standard_input()
-    if prompt is None and arguments.json:
+    if prompt is None and options.json:
         raise RequestError("--json answers one prompt. Give it with --prompt or on stdin.")
-
-    import edge_memllm
-    from edge_memllm.cli.output import StageBars
-    from edge_memllm.cli.prompt import Session, request_of
-
     with StageBars() as bars:
-        model = edge_memllm.load(arguments.artifact, progress=bars, **loading_keywords(arguments))
+        model = edge_memllm.load(**keywords(replace(options.loading, progress=bars)))
     with model:
-        settings = request_of(arguments, model.sampling)
+        request = options.request_to(model)
         if prompt is None:
-            Session(model, settings, raw=arguments.raw, statistics=not arguments.no_stats).run()
+            Session(model, request, raw=options.raw, statistics=not options.no_stats).run()
         else:
-            _answer_once(model, prompt, settings, arguments)
+            _answer_once(model, prompt, request, options)
     return 0
 
 
-def _answer_once(
-    model: Model, prompt: str, settings: Request, arguments: argparse.Namespace
-) -> None:
+def _answer_once(model: Model, prompt: str, request: Request, options: RunOptions) -> None:
     """Generate from one prompt; the text appears as it is made, unless it goes into JSON."""
-    from edge_memllm.cli.prompt import Answer, chat_prompt, has_template, statistics_line
-
-    chat = has_template(model) and not arguments.raw
+    chat = has_template(model) and not options.raw
     ids = chat_prompt(model, [{"role": "user", "content": prompt}]) if chat else prompt
     answer = Answer()
-    for piece in model.pieces(replace(settings, prompt=ids)):
+    for piece in model.pieces(replace(request, prompt=ids)):
         answer.add(piece)
-        if not arguments.json:
+        if not options.json:
             print(piece.text, end="", flush=True)
     assert answer.statistics is not None
-    if arguments.json:
+    if options.json:
         write_json(
             {"text": answer.text, "finish_reason": answer.finish_reason}
             | {"mode": "chat" if chat else "completion"}
@@ -134,5 +102,8 @@ def _answer_once(
         )
         return
     print()
-    if not arguments.no_stats:
+    if not options.no_stats:
         print(statistics_line(answer.statistics), file=sys.stderr)
+
+
+RUN = Command(RunOptions, execute, _DESCRIPTION, _EXAMPLES)

@@ -5,7 +5,14 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from edge_memllm.codecs.codec import Codec, CodecSizes, Fit, NoneCodec, UnencodableRowError
+from edge_memllm.codecs.codec import (
+    PART_GROUPS,
+    Codec,
+    CodecSizes,
+    Fit,
+    NoneCodec,
+    UnencodableRowError,
+)
 from edge_memllm.codecs.floats import BFloat16Codec, Float8Codec, Float16Codec, Float32Codec
 from edge_memllm.codecs.grouped import (
     AsymmetricInt4Codec,
@@ -20,30 +27,39 @@ from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.codecs.nested8 import Nested8Codec
 from edge_memllm.errors import ArtifactError
 
-__all__ = ["Codec", "CodecSizes", "Fit", "UnencodableRowError", "codec_ids", "get_codec"]
+__all__ = [
+    "FAITHFUL",
+    "Codec",
+    "CodecSizes",
+    "Fit",
+    "UnencodableRowError",
+    "codec_ids",
+    "get_codec",
+]
 
-_GROUPS = (32, 64, 128)
+# Whose rows are as good as the network's: any other adds its own error to a new one's.
+FAITHFUL = ("f32", "f16", "bf16")
 _CODECS: dict[str, Codec] = {
     codec.id: codec
     for codec in (
         Float32Codec(),
         Float16Codec(),
         BFloat16Codec(),
-        *(Float8Codec(group) for group in _GROUPS),
-        *(Int8Codec(group) for group in _GROUPS),
-        *(Nested8Codec(group) for group in _GROUPS),
-        *(Int6Codec(group) for group in _GROUPS),
-        *(Int5Codec(group) for group in _GROUPS),
-        *(Int4Codec(group) for group in _GROUPS),
-        *(AsymmetricInt4Codec(group) for group in _GROUPS),
-        *(NormalFloat4Codec(group) for group in _GROUPS),
-        *(Int3Codec(group) for group in _GROUPS),
-        *(Int2Codec(group) for group in _GROUPS),
-        *(CodebookCodec(bits, group) for bits in (4, 3, 2) for group in _GROUPS),
+        *(Float8Codec(group) for group in PART_GROUPS),
+        *(Int8Codec(group) for group in PART_GROUPS),
+        *(Nested8Codec(group) for group in PART_GROUPS),
+        *(Int6Codec(group) for group in PART_GROUPS),
+        *(Int5Codec(group) for group in PART_GROUPS),
+        *(Int4Codec(group) for group in PART_GROUPS),
+        *(AsymmetricInt4Codec(group) for group in PART_GROUPS),
+        *(NormalFloat4Codec(group) for group in PART_GROUPS),
+        *(Int3Codec(group) for group in PART_GROUPS),
+        *(Int2Codec(group) for group in PART_GROUPS),
+        *(CodebookCodec(bits, group) for bits in (4, 3, 2) for group in PART_GROUPS),
         NoneCodec(),
     )
 }
-_MIXED = {codec.id: codec for codec in map(MixedCodec, _GROUPS)}
+_MIXED = {codec.id: codec for codec in map(MixedCodec, PART_GROUPS)}
 _LOWRANK = re.compile(r"lowrank-r([1-9]\d{0,5})-(.+)")
 _LOWRANK_INNER = ("f16", "int8-g32", "int4-g32")
 

@@ -5,11 +5,12 @@ Knows which analysis answers what, and what each needs; computes nothing itself.
 
 from __future__ import annotations
 
+from argparse import ArgumentTypeError
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
@@ -17,6 +18,7 @@ from edge_memllm import __version__
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME, GraphSpec, Manifest, ModelSpec, TableSpec
 from edge_memllm.errors import ArtifactError, RequestError, missing_extra
+from edge_memllm.evaluation import Task
 from edge_memllm.evaluation.perplexity import Predictor, text_tokens
 from edge_memllm.interpretation.findings import (
     Explanation,
@@ -30,18 +32,27 @@ from edge_memllm.interpretation.keys import key_cards, similar_tokens, token_car
 from edge_memllm.interpretation.memory import Memory, NetworkRecords, TableMemory, check_layers
 from edge_memllm.interpretation.texts import measure_sentence
 from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.options import Option, layer_list, positive_int
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:
-    from edge_memllm.evaluation import Task
     from edge_memllm.interpretation.findings import LayerClusters, LayerCurves, SimilarTokens
     from edge_memllm.interpretation.network import NetworkMemory
 
 
 _TOKENIZER = "tokenizer.json"
 _OPSET = 0  # of no graph
+_QUESTIONS, _LIMITS = "questions", "how much"  # headings of the command line
+
+
+def key_of_layer(text: str) -> tuple[int, int]:
+    """Parse a layer and a key, as ``0:443``."""
+    layer, separator, key = text.partition(":")
+    if not (separator and layer.isdecimal() and key.isdecimal()):
+        raise ArgumentTypeError(f"{text!r} is no key of a layer, such as 0:443")
+    return int(layer), int(key)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,19 +65,126 @@ class Questions:
     what the sweep of gains is scored on.
     """
 
-    texts: tuple[str, ...] = ()
-    tokens: tuple[str, ...] = ()
-    keys: tuple[tuple[int, int], ...] = ()
-    similar: tuple[str, ...] = ()
-    clusters: bool = False
-    cluster_count: int | None = None
-    curves: bool = False
-    corpus: str | None = None
+    texts: Annotated[
+        tuple[str, ...],
+        Option(
+            "where in this text memory matters, token by token; may be given several times, as the "
+            "next three",
+            metavar="TEXT",
+            parse=str,
+            several="repeated",
+            flag="--text",
+            group=_QUESTIONS,
+        ),
+    ] = ()
+    tokens: Annotated[
+        tuple[str, ...],
+        Option(
+            "what a token's memory does, and the keys that make it up",
+            metavar="WORD",
+            parse=str,
+            several="repeated",
+            flag="--token",
+            group=_QUESTIONS,
+        ),
+    ] = ()
+    keys: Annotated[
+        tuple[tuple[int, int], ...],
+        Option(
+            "which tokens fire a key, and what its value does",
+            metavar="LAYER:KEY",
+            parse=key_of_layer,
+            several="repeated",
+            flag="--key",
+            group=_QUESTIONS,
+        ),
+    ] = ()
+    similar: Annotated[
+        tuple[str, ...],
+        Option(
+            "tokens whose memory is the most like this one's",
+            metavar="WORD",
+            parse=str,
+            several="repeated",
+            group=_QUESTIONS,
+        ),
+    ] = ()
+    clusters: Annotated[
+        bool,
+        Option(
+            "K-means clusters of the vocabulary in each layer, labelled and judged against "
+            "shuffled labels (needs the explain extra)",
+            group=_QUESTIONS,
+        ),
+    ] = False
+    curves: Annotated[
+        bool,
+        Option(
+            "how the layers differ; with --corpus also what each one's memory is worth",
+            flag="--layer-curves",
+            group=_QUESTIONS,
+        ),
+    ] = False
+    layers: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "of tokens, similar tokens, clusters and curves",
+            metavar="LAYER[,...]",
+            parse=layer_list,
+            several="list",
+            unset="all",
+            group=_LIMITS,
+            needs=("--token", "--similar", "--clusters", "--layer-curves"),
+        ),
+    ] = None
+    strongest: Annotated[
+        int,
+        Option(
+            "show so many keys of a token in each layer",
+            parse=positive_int,
+            flag="--keys",
+            group=_LIMITS,
+            needs=("--token",),
+        ),
+    ] = 4
+    count: Annotated[
+        int,
+        Option(
+            "tokens in each list",
+            parse=positive_int,
+            group=_LIMITS,
+            needs=("--token", "--key", "--similar"),
+        ),
+    ] = 8
+    cluster_count: Annotated[
+        int | None,
+        Option(
+            "so many clusters in each layer",
+            metavar="K",
+            parse=positive_int,
+            unset="each layer chooses",
+            group=_LIMITS,
+            needs=("--clusters",),
+        ),
+    ] = None
+    corpus: Annotated[
+        str | None,
+        Option(
+            "text for clusters (how frequent tokens are) and curves (what layers are worth)",
+            reads_text=True,
+            group=_LIMITS,
+            needs=("--clusters", "--layer-curves"),
+        ),
+    ] = None
+    seed: Annotated[
+        int,
+        Option(
+            "of samples, clusters and shuffles",
+            group=_LIMITS,
+            needs=("--clusters", "--layer-curves"),
+        ),
+    ] = 0
     tasks: tuple[Task, ...] = ()
-    layers: tuple[int, ...] | None = None
-    strongest: int = 4
-    count: int = 8
-    seed: int = 0
 
     @property
     def anything(self) -> bool:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Literal
+from typing import TYPE_CHECKING, Annotated, Literal, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -21,6 +21,7 @@ from edge_memllm.interpretation.head import Highest, WordDirections, vocabulary_
 from edge_memllm.interpretation.memory import Block, Memory, check_layers, features_of
 from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression
 from edge_memllm.interpretation.tokens import WordTokens, word_tokens
+from edge_memllm.options import Option, layer_list, positive_int
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
 from edge_memllm.overlays.table import OverlaidTable
 from edge_memllm.progress import Progress
@@ -330,13 +331,51 @@ class Wish:
     `corpus` is a text by which frequent tokens count more in finding what promotes most.
     """
 
-    words: tuple[str, ...]
-    pieces: bool = False
-    by: By = "tokens"
-    strength: float = 1.0
-    most: int = DEFAULT_MOST
-    layers: tuple[int, ...] | None = None
-    corpus: str | None = None
+    words: Annotated[
+        tuple[str, ...],
+        Option("words, or tokens as #12", metavar="WORD", parse=str, several="words"),
+    ]
+    by: Annotated[
+        By, Option("what is turned down", choices=get_args(By), parse=str, group="how")
+    ] = "tokens"
+    strength: Annotated[
+        float,
+        Option(
+            "how much of it: 1 takes it away, 0 nothing, 2 turns it into its opposite", group="how"
+        ),
+    ] = 1.0
+    most: Annotated[int, Option("turn down the N strongest", parse=positive_int, group="how")] = (
+        DEFAULT_MOST
+    )
+    layers: Annotated[
+        tuple[int, ...] | None,
+        Option(
+            "only what these layers add, such as 0,3-5",
+            metavar="LIST",
+            parse=layer_list,
+            several="list",
+            unset="all",
+            group="how",
+        ),
+    ] = None
+    corpus: Annotated[
+        str | None,
+        Option(
+            "the strongest are those that matter most in this text: each counts as often as it has "
+            "their token",
+            reads_text=True,
+            unset="once",
+            group="how",
+        ),
+    ] = None
+    pieces: Annotated[
+        bool,
+        Option(
+            "for words that are several tokens, turn down the first, which other words begin with "
+            "as well",
+            group="how",
+        ),
+    ] = False
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,13 +17,13 @@ from numpy.typing import NDArray
 from edge_memllm.arrays import Doubles, Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.codecs import Codec, get_codec
+from edge_memllm.codecs.codec import PART_GROUPS
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.progress import Counted
 from edge_memllm.runtime_protocol import Runtime
 
 # Learned levels beat the fixed ones of as many bits; from 5 bits on even steps are as good.
 _NAMES = ("codebook2", "codebook3", "codebook4", "int5", "int6", "int8")
-_GROUPS = (128, 64, 32)
 
 
 _PROBE = "int3-g32"
@@ -44,7 +44,9 @@ class Candidates:
 
 def candidate_ids(width: int) -> tuple[str, ...]:
     """Return the ids of the codecs that rows of `width` values can be stored by."""
-    return tuple(f"{name}-g{each}" for name in _NAMES for each in _GROUPS if width % each == 0)
+    return tuple(
+        f"{name}-g{each}" for name in _NAMES for each in PART_GROUPS[::-1] if width % each == 0
+    )
 
 
 def measure_candidates(rows: Floats, search: bool = False) -> Candidates:

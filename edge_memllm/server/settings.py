@@ -2,19 +2,45 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import KW_ONLY, dataclass, field
+from typing import Annotated
+
+from edge_memllm.options import Group, Option, byte_size, positive_int, positive_number
 
 KIB = 1 << 10
+KEY_VARIABLE = "EDGE_MEMLLM_API_KEY"  # of the environment
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, kw_only=True)
 class Limits:
     """What one request, or one connection, may take. None leaves it to the model's context."""
 
-    prompt_tokens: int | None = None
-    max_tokens: int | None = None
-    choices: int = 16  # of one request: n times its prompts
-    body_bytes: int = 2048 * KIB
+    max_tokens: Annotated[
+        int | None,
+        Option("the most it may ask for", parse=positive_int, unset="what the context holds"),
+    ] = None
+    prompt_tokens: Annotated[
+        int | None,
+        Option(
+            "tokens of a prompt",
+            parse=positive_int,
+            flag="--max-prompt",
+            unset="what the context holds",
+        ),
+    ] = None
+    choices: Annotated[
+        int, Option("replies: n for each of its prompts", parse=positive_int, flag="--max-choices")
+    ] = 16
+    body_bytes: Annotated[int, Option("its size", parse=byte_size, flag="--max-body")] = 2048 * KIB
+    reply_seconds: Annotated[
+        float | None,
+        Option(
+            "seconds from asking to the end of the reply, waiting included",
+            parse=positive_number,
+            flag="--timeout",
+            unset="any",
+        ),
+    ] = None
     brief_bytes: int = 64 * KIB  # bodies beyond this are read one at a time
     long_bodies: int = 8  # of those, how many may be in memory
     schema_bytes: int = 64 * KIB
@@ -29,7 +55,6 @@ class Limits:
     idle_seconds: float = 75.0  # between two requests of one connection
     body_seconds: float = 30.0
     send_seconds: float = 60.0  # that a client may leave its reply unread
-    reply_seconds: float | None = None  # from being asked to the end of a reply
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,11 +62,58 @@ class Settings:
     """Everything about a server but the model and its engine."""
 
     model_id: str
-    host: str = "127.0.0.1"
-    api_keys: tuple[str, ...] = ()
-    origins: tuple[str, ...] = ()  # of pages elsewhere that may ask; "*" is any
-    hosts: tuple[str, ...] = ()  # further names this server is called by
-    drain_seconds: float = 10.0
+    _: KW_ONLY
+    host: Annotated[
+        str,
+        Option(
+            "where to listen; 0.0.0.0 is everywhere (default: %(default)s, this machine alone)",
+            metavar="ADDRESS",
+            group="address",
+        ),
+    ] = "127.0.0.1"
+    api_keys: Annotated[
+        tuple[str, ...],
+        Option(
+            "ask for this key; may be repeated. Others see it in the list of processes: "
+            f"${KEY_VARIABLE} or a file is better",
+            metavar="KEY",
+            parse=str,
+            several="repeated",
+            flag="--api-key",
+            group="access",
+        ),
+    ] = ()
+    origins: Annotated[
+        tuple[str, ...],
+        Option(
+            "let pages from https://example.org ask; may be repeated, '*' is any",
+            metavar="ORIGIN",
+            parse=str,
+            several="repeated",
+            flag="--cors",
+            unset="none",
+            group="access",
+        ),
+    ] = ()
+    hosts: Annotated[
+        tuple[str, ...],
+        Option(
+            "a further name that requests may call this server by, as behind a proxy",
+            metavar="NAME",
+            parse=str,
+            several="repeated",
+            flag="--allow-host",
+            group="access",
+        ),
+    ] = ()
+    drain_seconds: Annotated[
+        float,
+        Option(
+            "how long replies under way may take when the server ends",
+            parse=positive_number,
+            group="work",
+        ),
+    ] = 10.0
+    log_requests: Annotated[bool, Option("a line on stderr for each request", group="work")] = False
     pulse_seconds: float = 10.0  # a waiting stream says so at this interval
-    log_requests: bool = False
-    limits: Limits = field(default_factory=Limits)
+    limits: Annotated[Limits, Group("limits of a request")] = field(default_factory=Limits)

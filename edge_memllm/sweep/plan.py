@@ -8,47 +8,94 @@ from __future__ import annotations
 
 import hashlib
 import json
+from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field, replace
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
 
 import edge_memllm
 from edge_memllm.artifact.atomic import FolderLock, not_written, write_whole
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.manifest import Manifest
-from edge_memllm.codecs import codec_id, get_codec
+from edge_memllm.artifact.manifest import GRAPH_WEIGHTS, Manifest
+from edge_memllm.codecs import FAITHFUL, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import Task
 from edge_memllm.evaluation.perplexity import Windows, check_windows
 from edge_memllm.mixed_precision import Sizing, target_of
+from edge_memllm.options import DEVICES, Option, positive_int
 
-# Codecs whose rows are as good as the network's.
-FAITHFUL = ("f32", "f16", "bf16")
-
+MEASURED = "what is measured"  # a heading of the command line
 _FOLDER = "results"
+
+
+def codec_words(text: str) -> tuple[str, ...]:
+    """Parse words with commas between them."""
+    found = tuple(word.strip() for word in text.split(","))
+    if not all(found):
+        raise ArgumentTypeError(f"{text!r} has an empty name between its commas")
+    return found
 
 
 @dataclass(frozen=True)
 class SweepRequest:
     """What is asked for. `source` is an artifact, or a checkpoint that is exported first."""
 
-    source: Path
-    out: Path
-    codecs: tuple[str, ...]  # words or ids of docs/codecs.md, or mixed-<bits>
+    source: Annotated[Path, Option("an artifact or a checkpoint")]
+    out: Annotated[Path, Option("where everything is written", metavar="DIR", flag="--out")]
+    codecs: Annotated[
+        tuple[str, ...],
+        Option(
+            "the table codecs to compare; docs/codecs.md lists them, and mixed-4.5 is mixed "
+            "precision with that many bits per value",
+            metavar="CODEC[,...]",
+            parse=codec_words,
+            several="list",
+            flag="--codecs",
+        ),
+    ]
+    _: KW_ONLY
+    search: Annotated[
+        bool, Option("try several scales for each group of values, with codecs that can")
+    ] = False
+    table_text: Annotated[
+        str | None,
+        Option(
+            "text that codecs which learn count tokens in and mixed precision is tuned on; not one "
+            "of --text",
+            reads_text=True,
+            unset="all tokens once; for mixed precision, prose that comes along",
+        ),
+    ] = None
+    graph_weights: Annotated[
+        str | None,
+        Option(
+            "of the artifact that is made of a checkpoint",
+            choices=GRAPH_WEIGHTS,
+            unset="int8, so that the table is judged and not the graph",
+        ),
+    ] = None
+    keep: Annotated[bool, Option("keep the artifact of each codec")] = False
+    redo: Annotated[bool, Option("measure again what has other settings than these")] = False
+    reference: Annotated[
+        Path | None,
+        Option(
+            "what predictions are compared with",
+            metavar="ARTIFACT",
+            unset="SOURCE",
+            group=MEASURED,
+            needs=("--text",),
+        ),
+    ] = None
+    device: Annotated[str, Option("where the graph runs", choices=DEVICES, group=MEASURED)] = "auto"
+    threads: Annotated[
+        int | None, Option("threads of the graph on a CPU", parse=positive_int, group=MEASURED)
+    ] = None
     texts: Mapping[str, str] = field(default_factory=dict)  # by name
     tasks: tuple[Task, ...] = ()
-    reference: Path | None = None  # an artifact; None is the source
-    context: int | None = None
+    context: int | None = None  # of the windows of texts
     stride: int | None = None
-    search: bool = False  # try several scales for each group, for codecs that can
-    table_text: str | None = None  # for codecs that learn how often tokens come
-    graph_weights: str | None = None  # of the artifact made of a checkpoint; None is int8
-    device: str = "cpu"
-    threads: int | None = None
-    keep: bool = False  # the artifacts
-    redo: bool = False  # measure again what was measured with other settings
 
 
 @dataclass(frozen=True)

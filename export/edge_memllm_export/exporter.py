@@ -11,7 +11,6 @@ import gc
 import logging
 import os
 import shutil
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,9 +29,11 @@ from edge_memllm.artifact.manifest import (
 )
 from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableError
+from edge_memllm.export_options import COMPUTE_DTYPES, EXPORT_DEVICES, ExportOptions
 from edge_memllm.mixed_precision import ExactModel, Target
 from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.modeling.training import keep_to_quota
+from edge_memllm.options import called_with
 from edge_memllm.progress import Progress
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
 from edge_memllm_export.architectures.memoryllm import (
@@ -85,30 +86,21 @@ from edge_memllm_export.weights.quantizer import (
 )
 from edge_memllm_runtimes.torch_reference import TorchReference
 
-COMPUTE_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-
 TABLE_FILE = "table.safetensors"
 
 
 _log = logging.getLogger(__name__)
 
 
-def graph_form(
-    source: Checkpoint,
-    graph_weights: str,
-    table_codec: str | None,
-    graph_block: int | None = None,
-    kv_dtype: str | None = None,
-    graph_method: str | None = None,
-    matrix_weights: Mapping[str, str] | None = None,
-) -> GraphForm:
+def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     """The form of graph and rows that these name, or an ExportError that lists what there is."""
+    graph_weights, kv_dtype = options.graph_weights, options.kv_dtype
     if graph_weights not in WEIGHT_FORMS:
         raise ExportError(
             f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
         )
     try:
-        chosen = codec_id(table_codec or "int8", source.config.hidden_size)
+        chosen = codec_id(options.table_codec or "int8", source.config.hidden_size)
     except ValueError as error:
         raise ExportError(str(error)) from error
     if not source.config.has_memory:
@@ -119,18 +111,18 @@ def graph_form(
             f"{source.config.beta}. Choose a codec that stores rows."
         )
     dtype, bits = WEIGHT_FORMS[graph_weights]
-    _check_block(graph_weights, bits, graph_block)
+    _check_block(graph_weights, bits, options.graph_block)
     _check_kv_dtype(graph_weights, dtype, kv_dtype)
-    matrices = dict(matrix_weights or {})
+    matrices = dict(options.matrix_weights or {})
     check_matrix_forms(matrices, graph_weights, source.config)
     return GraphForm(
         graph_weights,
         get_codec(chosen),
         dtype,
-        graph_block,
+        options.graph_block,
         int8_cache=kv_dtype == "int8",
         matrices=matrices,
-        method=quantisation_method(graph_method, graph_weights),
+        method=quantisation_method(options.graph_method, graph_weights),
     )
 
 
@@ -203,15 +195,17 @@ def check_target(source: Checkpoint, table_codec: str | None, target: Target | N
 
 def check_computation(device: str, compute_dtype: str, chunk: int | None) -> None:
     """Refuse a way of computing rows that does not exist here."""
-    if device not in ("cpu", "cuda"):
-        raise ExportError(f"device {device!r}, expected cpu or cuda.")
+    if device not in EXPORT_DEVICES:
+        raise ExportError(f"device {device!r}, expected {' or '.join(EXPORT_DEVICES)}.")
     if device == "cuda" and not torch.cuda.is_available():
         raise RuntimeUnavailableError(
             "device cuda: this torch finds no CUDA device. Install a CUDA build of torch, or "
             "export on the cpu."
         )
     if compute_dtype not in COMPUTE_DTYPES:
-        raise ExportError(f"compute dtype {compute_dtype!r}, expected float32 or bfloat16.")
+        raise ExportError(
+            f"compute dtype {compute_dtype!r}, expected {' or '.join(COMPUTE_DTYPES)}."
+        )
     if chunk is not None and chunk < 1:
         raise ExportError(f"chunk is {chunk}, expected at least one token.")
 
@@ -228,30 +222,8 @@ class ExportReport:
     notes: tuple[str, ...] = ()  # what to know of the files for text
 
 
-def export_model(
-    checkpoint: Path,
-    out: Path,
-    *,
-    graph_weights: str = "int4",
-    table_codec: str | None = None,
-    table_target: Target | None = None,
-    table_search: bool = False,
-    table_text: str | None = None,
-    device: str = "cpu",
-    graph_block: int | None = None,
-    graph_method: str | None = None,
-    matrix_weights: Mapping[str, str] | None = None,
-    calibration_text: str | None = None,
-    kv_dtype: str | None = None,
-    alignment: int = 512,
-    compute_dtype: str = "float32",
-    chunk: int | None = None,
-    verify: bool = True,
-    accept_quality_loss: bool = False,
-    quality_text: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> ExportReport:
+@called_with(ExportOptions)
+def export_model(options: ExportOptions) -> ExportReport:
     """Export a checkpoint folder as an artifact folder.
 
     `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
@@ -275,35 +247,36 @@ def export_model(
     left behind then, and an artifact that was in OUT is untouched.
     """
     keep_to_quota()
-    source = Checkpoint.open(Path(checkpoint))
-    form = graph_form(
-        source, graph_weights, table_codec, graph_block, kv_dtype, graph_method, matrix_weights
-    )
-    check_calibration(form, calibration_text)
-    text = judging_text() if quality_text is None else quality_text
-    fitted = {"table text": table_text, "calibration text": calibration_text}
+    source = Checkpoint.open(Path(options.checkpoint))
+    form = graph_form(source, options)
+    check_calibration(form, options.calibration_text)
+    text = judging_text() if options.quality_text is None else options.quality_text
+    fitted = {"table text": options.table_text, "calibration text": options.calibration_text}
     check_separate(text, {name: each or fitting_text() for name, each in fitted.items()})
-    check_computation(device, compute_dtype, chunk)
-    layout = record_layout(source, form, alignment)
-    if table_target is None:
-        check_table_options(layout, search=table_search, text=table_text)
-    check_target(source, table_codec, table_target)
+    check_computation(options.device, options.compute_dtype, options.chunk)
+    layout = record_layout(source, form, options.alignment)
+    if options.table_target is None:
+        check_table_options(layout, search=options.table_search, text=options.table_text)
+    check_target(source, options.table_codec, options.table_target)
     notes = check_text_files(source)
-    report = progress or (lambda stage, done, total: None)
-    out = Path(os.path.abspath(out))
+    report = options.progress or (lambda stage, done, total: None)
+    out = Path(os.path.abspath(options.out))
     try:
-        with Staging(out, overwrite=overwrite) as staging:
-            network = source.network(device, COMPUTE_DTYPES[compute_dtype])
-            rows = NetworkRows(network, chunk)
-            table = TableForm(layout, source.config.vocab_size, table_search)
-            table = _complete_table(source, table, rows, table_target, table_text, report)
+        with Staging(out, overwrite=options.overwrite) as staging:
+            network = source.network(options.device, getattr(torch, options.compute_dtype))
+            rows = NetworkRows(network, options.chunk)
+            table = TableForm(layout, source.config.vocab_size, options.table_search)
+            target, text_of_table = options.table_target, options.table_text
+            table = _complete_table(source, table, rows, target, text_of_table, report)
             form = replace(form, codec=table.layout.codec)
             export = _Export(source, form, table, rows, staging.path, report)
-            manifest = export.write(calibration_text)
+            manifest = export.write(options.calibration_text)
             rungs: tuple[Rung, ...] = ()
             quality = None
-            if verify:
-                rungs, quality = export.judge(compute_dtype, text, accept_quality_loss)
+            if options.verify:
+                rungs, quality = export.judge(
+                    options.compute_dtype, text, options.accept_quality_loss
+                )
             staging.publish()
     except OSError as error:
         raise ExportError(

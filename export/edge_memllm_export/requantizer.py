@@ -22,11 +22,13 @@ from edge_memllm.arrays import Logits
 from edge_memllm.artifact.atomic import seal
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
-from edge_memllm.codecs import Codec, codec_id, get_codec
+from edge_memllm.codecs import FAITHFUL, Codec, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.evaluation.perplexity import divergences
+from edge_memllm.export_options import RequantizeOptions
 from edge_memllm.feeding import Feeder
 from edge_memllm.mixed_precision import ExactModel, Target
+from edge_memllm.options import called_with
 from edge_memllm.progress import Progress
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
@@ -53,8 +55,6 @@ _WIRE_INPUTS = ("memory_rows", "memory_codes", "memory_scales")
 _TOKENS = 64
 
 
-# Codecs whose rows are as good as the network's: any other adds its own error to the new one's.
-_FAITHFUL = ("f32", "f16", "bf16")
 # Beyond this the graph does not compute what it did, whatever the codec: a wrong wire costs nats.
 _MAX_MEAN_KL = 1.0
 
@@ -133,17 +133,8 @@ class RequantizeReport:
     mixed: MixedFigures | None = None
 
 
-def requantize(
-    artifact: Path,
-    out: Path,
-    *,
-    table_codec: str | None = None,
-    table_target: Target | None = None,
-    table_search: bool = False,
-    table_text: str | None = None,
-    overwrite: bool = False,
-    progress: Progress | None = None,
-) -> RequantizeReport:
+@called_with(RequantizeOptions)
+def requantize(options: RequantizeOptions) -> RequantizeReport:
     """Write the artifact in the folder `artifact` to `out`, its table in another codec.
 
     `table_codec` is a word or id of docs/codecs.md; instead of it, `table_target` has the bits of
@@ -156,17 +147,18 @@ def requantize(
     does not compute what the source computes, `ArtifactError` for a source that cannot be used;
     nothing is left behind then, and what was in OUT is untouched.
     """
-    out = Path(os.path.abspath(out))
+    artifact, out = options.artifact, Path(os.path.abspath(options.out))
+    target, text = options.table_target, options.table_text
     if out == Path(os.path.abspath(artifact)):
         raise ExportError(f"{out}: the source cannot be its own result. Name another folder.")
-    report = progress or (lambda stage, done, total: None)
+    report = options.progress or (lambda stage, done, total: None)
     with Artifact.open(artifact) as source, closing(Table.open(source, "pread")) as table:
-        form = _first_form(source.manifest, table_codec, table_target, table_search)
-        if table_target is None:
-            check_table_options(form.layout, search=table_search, text=table_text)
+        form = _first_form(source.manifest, options.table_codec, target, options.table_search)
+        if target is None:
+            check_table_options(form.layout, search=options.table_search, text=text)
         try:
-            with Staging(out, overwrite=overwrite) as staging:
-                form = _complete(form, source, table, table_target, table_text, report)
+            with Staging(out, overwrite=options.overwrite) as staging:
+                form = _complete(form, source, table, target, text, report)
                 manifest = _Requantizing(source, table, form, staging.path).write(report)
                 report("comparing", 0, 1)
                 mean_kl, tokens = compare_artifacts(source.path, staging.path)
@@ -188,7 +180,7 @@ def requantize(
         path=out,
         manifest=manifest,
         source_codec=old.table.codec,
-        faithful_source=old.table.codec in _FAITHFUL,
+        faithful_source=old.table.codec in FAITHFUL,
         graph_rewired=_needs_rewiring(get_codec(old.table.codec), form.layout.codec),
         mean_kl=mean_kl,
         compared_tokens=tokens,
@@ -215,7 +207,7 @@ def _first_form(
             "target in bits or bytes."
         )
     if word is None:
-        if manifest.table.codec not in _FAITHFUL:
+        if manifest.table.codec not in FAITHFUL:
             raise ExportError(
                 f"The table is stored as {manifest.table.codec}: what each layer loses by fewer "
                 "bits can only be measured on exact rows. Give an artifact with an f16, bf16 or "

@@ -11,6 +11,7 @@ from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
+from edge_memllm.options import DEVICES
 from edge_memllm.request import check_positive
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm_runtimes.options import RuntimeOptions
@@ -18,7 +19,6 @@ from edge_memllm_runtimes.options import RuntimeOptions
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
 
-DEVICES = ("auto", "cpu", "cuda")
 
 _log = logging.getLogger(__name__)
 

@@ -64,7 +64,7 @@ def test_a_ratio_and_its_words() -> None:
 
 
 def test_every_worker_has_its_turn_in_every_round_and_place() -> None:
-    turns = list(_turns(3, Plan((5, 9), 2, 3, 0)))
+    turns = list(_turns(3, Plan(contexts=(5, 9), new_tokens=2, repeats=3)))
     assert len(turns) == len(set(turns)) == 3 * 2 * 3
     first = [index for number, context, index in turns if context == 5]
     assert first == [0, 1, 2, 1, 2, 0, 2, 0, 1]
@@ -82,7 +82,7 @@ def test_prompts_are_distinct_and_repeatable() -> None:
 
 def test_prompts_of_a_text_are_spread_over_it() -> None:
     tokens = list(range(10))
-    plan = Plan((4,), 2, 3, 0, "text")
+    plan = Plan(contexts=(4,), new_tokens=2, repeats=3, text="text")
     found = [text_prompt(plan, 4, number, tokens) for number in range(4)]
     assert found == [[0, 1, 2, 3], [3, 4, 5, 6], [6, 7, 8, 9], [6, 7, 8, 9]]
     with pytest.raises(RequestError, match="has 10 tokens, 11 were asked for"):
@@ -94,7 +94,11 @@ def test_what_a_model_has_no_room_for() -> None:
         check_room(PLAN, vocabulary=5, context=100)
     with pytest.raises(RequestError, match="6 prompt and 3 new tokens were asked for"):
         check_room(PLAN, vocabulary=100, context=8)
-    check_room(Plan((6,), 3, 2, 5, "a text may repeat tokens"), vocabulary=5, context=100)
+    check_room(
+        Plan(contexts=(6,), new_tokens=3, text="a text may repeat tokens"),
+        vocabulary=5,
+        context=100,
+    )
 
 
 def test_readers_are_used_where_they_can_be() -> None:

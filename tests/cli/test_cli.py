@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from edge_memllm import __version__
-from edge_memllm.cli import inspection
 from edge_memllm.cli.main import COMMANDS, main
+from edge_memllm.cli.options import Command
 from edge_memllm.cli.output import byte_count, number, table
 from edge_memllm.errors import CorruptionError, missing_extra
 from support.small_model import write_small_artifact
@@ -40,7 +40,7 @@ def run_in_process(*words: str, **options: object) -> subprocess.Popen[bytes]:
 
 
 def test_every_command_is_there_and_explains_itself(capsys: pytest.CaptureFixture[str]) -> None:
-    assert len(COMMANDS) == len(NAMES)
+    assert tuple(name for name, *_ in COMMANDS) == NAMES
     for name in NAMES:
         assert main([name, "--help"]) == 0
         shown = capsys.readouterr().out
@@ -98,10 +98,10 @@ def test_an_exception_becomes_a_message_and_an_exit_code(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    def fail(_: object) -> int:
+    def fail(*_: object) -> int:
         raise error
 
-    monkeypatch.setattr(inspection, "execute", fail)
+    monkeypatch.setattr(Command, "run", fail)
     assert main(["inspect", "artifact"]) == code
     shown = capsys.readouterr()
     assert message in shown.err

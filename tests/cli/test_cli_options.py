@@ -11,23 +11,23 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm.cli.analysis.explain import _key
-from edge_memllm.cli.main import build_parser
+from edge_memllm.artifact.manifest import GRAPH_WEIGHTS
+from edge_memllm.cli.main import COMMANDS, build_parser, command
 from edge_memllm.cli.options import (
-    READERS,
-    TABLE_QUALITIES,
-    add_loading,
-    byte_size,
-    layer_list,
-    loading_keywords,
+    ArgumentField,
+    Command,
+    Commands,
+    add_options,
+    argument_fields,
+    options_of,
 )
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import PREFILL_CHUNKS, SERVING_CHUNK
-from edge_memllm.interpretation.explaining import Questions
-from edge_memllm.interpretation.suppression import Wish
+from edge_memllm.interpretation.explaining import key_of_layer
+from edge_memllm.loading import LoadOptions
 from edge_memllm.modeling.recipe import ConversionRecipe
-from edge_memllm.readers import reader_names
-from edge_memllm.table.table import QUALITIES
+from edge_memllm.options import byte_size, keywords, layer_list
+from edge_memllm_export.weights.quantizer import WEIGHT_FORMS
 
 
 @pytest.mark.parametrize(
@@ -58,29 +58,30 @@ def test_what_is_no_size_is_refused(text: str) -> None:
         byte_size(text)
 
 
-def parsed(*words: str) -> argparse.Namespace:
+def loading(*words: str) -> dict[str, object]:
+    """What `load` is called with, but for the artifact."""
     parser = argparse.ArgumentParser()
-    add_loading(parser)
-    return parser.parse_args(words)
+    add_options(parser, LoadOptions)
+    found = keywords(options_of(LoadOptions, parser.parse_args(["artifact", *words])))
+    assert found.pop("path") == Path("artifact")
+    return found
 
 
 def test_left_out_they_are_the_defaults_of_load() -> None:
     parameters = inspect.signature(edge_memllm.load).parameters
-    others = {"path", "progress"}  # of every command's own
-    defaults = {name: each.default for name, each in parameters.items() if name not in others}
-    assert loading_keywords(parsed()) == defaults
+    defaults = {name: each.default for name, each in parameters.items() if name != "path"}
+    assert loading() == defaults
 
 
 def test_every_option_reaches_load(tmp_path: Path) -> None:
     (tmp_path / "text").write_text("hot words")
-    given = parsed(
+    assert loading(
         *("--device", "cuda", "--reader", "direct", "--threads", "3", "--prefill-chunk", "64"),
         *("--record-cache", "64MB", "--hot-text", str(tmp_path / "text")),
         *("--memory-limit", "1GiB", "--vram-limit", "2GB", "--cuda-graph"),
         *("--packed-cache", "cache", "--table-quality", "coarse"),
         *("--overlay", "a", "--overlay", "b"),
-    )
-    assert loading_keywords(given) == {
+    ) == {
         "device": "cuda",
         "reader": "direct",
         "threads": 3,
@@ -93,6 +94,7 @@ def test_every_option_reaches_load(tmp_path: Path) -> None:
         "cuda_graph": True,
         "packed_cache": Path("cache"),
         "overlays": (Path("a"), Path("b")),
+        "progress": None,
     }
 
 
@@ -112,15 +114,11 @@ def test_what_is_no_list_of_layers(text: str) -> None:
 def test_a_hot_text_that_is_no_text_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text").write_bytes(b"\xff\xfe")
     with pytest.raises(RequestError, match="byte 0 is not UTF-8 text"):
-        loading_keywords(parsed("--hot-text", str(tmp_path / "text")))
+        loading("--hot-text", str(tmp_path / "text"))
 
 
-def test_the_readers_are_those_there_are() -> None:
-    assert reader_names() == READERS
-
-
-def test_the_qualities_are_those_there_are() -> None:
-    assert QUALITIES == TABLE_QUALITIES
+def test_a_graph_is_exported_in_every_form_that_a_manifest_may_name() -> None:
+    assert tuple(WEIGHT_FORMS) == GRAPH_WEIGHTS
 
 
 def parsers(
@@ -180,31 +178,42 @@ def test_an_option_of_several_values_that_is_repeated_loses_none(
     assert {("eval", "--text"), ("sweep", "--codecs"), ("train", "--data")} < several.keys()
     for (name, option), (parser, action) in several.items():
         one, other = _EXAMPLES.get(option, ("1", "2"))
-        if action.type is _key:
+        if action.type is key_of_layer:
             one, other = "1:1", "2:2"
         both = getattr(used(parser, action, one, other), action.dest)
         assert len(both) == 2, f"{name} {option}"
 
 
+def fields() -> Iterator[tuple[str, ArgumentField]]:
+    """Every option with the command it is of, as the option classes have it."""
+    for name, *_ in COMMANDS:
+        found = command(name)
+        below = {"": ("", found)} if isinstance(found, Command) else found.below
+        for word, (_, each) in below.items():
+            for field in argument_fields(each.options):
+                yield f"{name} {word}".strip(), field
+
+
+def test_no_two_options_of_a_command_have_one_name() -> None:
+    for name, *_ in COMMANDS:
+        found = command(name)
+        if not isinstance(found, Commands):
+            names = [word for each in argument_fields(found.options) for word in each.names]
+            assert len(names) == len(set(names)), name
+
+
 def real_defaults() -> dict[tuple[str, str], object]:
-    """What is taken where an option is left out, of those that argparse has no default of."""
-    conversion, questions = ConversionRecipe(), Questions()
+    """What is taken where an option is left out that is None or nothing by default."""
+    conversion = ConversionRecipe()
     chunks = "{cpu}, on CUDA {cuda}".format(**PREFILL_CHUNKS)
     return {
         **{(name, "--prefill-chunk"): chunks for name in ("run", "eval", "bench")},
         ("serve", "--prefill-chunk"): SERVING_CHUNK,
         ("convert", "--beta"): conversion.model["beta"],
         ("convert", "--steps"): conversion.training.steps,
-        ("explain", "--keys"): questions.strongest,
-        ("explain", "--count"): questions.count,
-        ("explain", "--seed"): questions.seed,
-        ("suppress", "--most"): Wish(words=()).most,
         # Chosen where they are used, and seen in the tests of these:
-        ("suppress", "--seed"): 0,
         ("overlay edit", "--strength"): 1,
-        ("bench", "--context"): 128,
         ("bench", "--beta"): 0,
-        ("bench", "--cache"): "warm",
         ("export", "--table-codec"): "int8",
         ("export", "--graph-block"): "128 from 1,024 columns on, else 32",
         ("export", "--graph-method"): "gptq for int4, rtn for int8",
@@ -214,17 +223,17 @@ def real_defaults() -> dict[tuple[str, str], object]:
 
 def test_the_defaults_in_the_help_are_those_that_are_taken() -> None:
     real, seen = real_defaults(), set()
-    for name, _, action in options():
-        said = re.search(r"default: ([^);]*)", action.help or "")
+    for name, field in fields():
+        said = re.search(r"default: ([^);]*)", field.arguments()["help"])
         if said is None:
             continue
-        key = name, action.option_strings[0]
+        key, default = (name, field.names[0]), field.field.default
         if key in real:
             seen.add(key)
             assert str(real[key]) == said[1], key
-        elif action.default is None or action.default == []:
+        elif default in (None, (), (None,)):
             assert not re.match(r"[\d.]", said[1]), f"{key}: {said[1]}, and nothing here says so"
         else:
             first = re.split(r"[ ,]", said[1])[0]
-            assert (action.type or str)(first) == action.default, key
+            assert field.arguments()["type"](first) == default, key
     assert seen == real.keys()

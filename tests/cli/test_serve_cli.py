@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 import logging
 import os
@@ -22,10 +21,11 @@ import pytest
 
 from edge_memllm.cli import serve
 from edge_memllm.cli.main import build_parser, main
-from edge_memllm.cli.serve import KEY_VARIABLE, settings_from
+from edge_memllm.cli.options import options_of
+from edge_memllm.cli.serve import ServeOptions, settings_of
 from edge_memllm.errors import RequestError
 from edge_memllm.server.server import bound_socket
-from edge_memllm.server.settings import Limits, Settings
+from edge_memllm.server.settings import KEY_VARIABLE, Limits, Settings
 from support.checkpoints import MakeArtifact
 
 KEY = "a-long-enough-key"
@@ -36,12 +36,12 @@ def no_key(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv(KEY_VARIABLE, raising=False)
 
 
-def parsed(*words: str) -> argparse.Namespace:
-    return build_parser().parse_args(["serve", "artifact-x", *words])
+def parsed(*words: str) -> ServeOptions:
+    return options_of(ServeOptions, build_parser("serve").parse_args(["serve", *words]))
 
 
 def settings(*words: str) -> Settings:
-    return settings_from(parsed(*words))
+    return settings_of(parsed("artifact-x", *words))
 
 
 def test_left_out_the_options_are_the_defaults() -> None:
@@ -74,7 +74,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 
 def test_the_name_is_that_of_the_folder_or_of_the_hub(tmp_path: Path) -> None:
     def name(path: str) -> str:
-        return settings_from(build_parser().parse_args(["serve", path])).model_id
+        return settings_of(parsed(path)).model_id
 
     (tmp_path / "tiny").mkdir()
     assert name(str(tmp_path / "tiny" / "..") + "/tiny/") == "tiny"

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from edge_memllm.cli.export import TABLE_CODECS
+from edge_memllm.cli.main import build_parser
 from edge_memllm.codecs import CODEC_WORDS, codec_id, codec_ids, get_codec
 
 
@@ -37,5 +37,9 @@ def test_other_words_are_refused(word: str) -> None:
         codec_id(word, 256)
 
 
-def test_the_command_line_names_the_words() -> None:
-    assert (*CODEC_WORDS, "lowrank-50") == TABLE_CODECS
+def test_the_command_line_names_the_words(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        build_parser("export").parse_args(["export", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"{', '.join(CODEC_WORDS)}, lowrank-50 or another share of the rank" in shown
+    assert codec_id("lowrank-50", 256)

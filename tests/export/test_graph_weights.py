@@ -10,15 +10,17 @@ import onnx_ir as ir
 import pytest
 import torch
 
-from edge_memllm.cli import export as command
+from edge_memllm.cli.export import EXPORT
 from edge_memllm.cli.main import build_parser, main
-from edge_memllm.errors import ExportError
+from edge_memllm.cli.options import options_of
+from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.evaluation.perplexity import divergences
+from edge_memllm.export_options import GRAPH_METHODS
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
 from edge_memllm_export.judgement import JudgedArtifact
-from edge_memllm_export.weights.quantizer import METHODS, dequantize
+from edge_memllm_export.weights.quantizer import dequantize
 from support.checkpoints import MakeCheckpoint, files_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
@@ -48,7 +50,7 @@ def test_the_default_method_is_that_of_the_form(
             checkpoint, tmp_path / name, graph_weights=weights, graph_method=chosen, verify=False
         )
     assert files_of(tmp_path / "default") == files_of(tmp_path / "named")
-    other = next(name for name in METHODS if name != like)
+    other = next(name for name in GRAPH_METHODS if name != like)
     export_model(
         checkpoint, tmp_path / "other", graph_weights=weights, graph_method=other, verify=False
     )
@@ -203,12 +205,18 @@ def test_a_text_needs_the_model_s_tokenizer(
 
 
 def test_command_line_names_method_text_and_matrices(tmp_path: Path) -> None:
-    words = ["export", "in", "out", "--graph-method", "gptq", "--calibration-text", "text.txt"]
-    words += ["--matrix-weights", "lm_head=int8,o_proj=int4"]
-    arguments = build_parser().parse_args(words)
-    assert arguments.matrix_weights == {"lm_head": "int8", "o_proj": "int4"}
-    assert (arguments.graph_method, arguments.calibration_text) == ("gptq", Path("text.txt"))
-    assert command.GRAPH_METHODS == METHODS
+    (tmp_path / "text.txt").write_text("words", encoding="utf-8")
+    words = ["export", "in", "out", "--graph-method", "gptq", "--calibration-text"]
+    words += [str(tmp_path / "text.txt"), "--matrix-weights", "lm_head=int8,o_proj=int4"]
+    asked = options_of(EXPORT.options, build_parser("export").parse_args(words)).export
+    assert asked.matrix_weights == {"lm_head": "int8", "o_proj": "int4"}
+    assert (asked.graph_method, asked.calibration_text) == ("gptq", "words")
+
+
+def test_a_matrix_that_two_options_name_is_refused() -> None:
+    words = ["export", "in", "out", *2 * ("--matrix-weights", "lm_head=int8")]
+    with pytest.raises(RequestError, match=r"--matrix-weights: lm_head is there twice"):
+        options_of(EXPORT.options, build_parser("export").parse_args(words))
 
 
 @pytest.mark.parametrize(

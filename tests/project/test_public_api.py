@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
+from edge_memllm.options import signature_of
 from edge_memllm.request import Request
 
 PUBLIC = {
@@ -67,7 +68,7 @@ def test_the_public_calls_keep_their_parameters() -> None:
 
 
 def test_the_fields_of_a_request_stand_in_one_place_with_their_defaults() -> None:
-    asked = list(inspect.signature(Request).parameters.values())
+    asked = list(signature_of(Request).parameters.values())
     assert list(inspect.signature(edge_memllm.Model.stream).parameters.values())[1:] == asked
     documented = re.findall(r"^    (\w+): [A-Z]", inspect.getdoc(Request) or "", re.MULTILINE)
     assert documented == [field.name for field in dataclasses.fields(Request)]

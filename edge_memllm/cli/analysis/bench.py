@@ -7,26 +7,21 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NoReturn
+from typing import Annotated, Any, NoReturn
 
+from edge_memllm.benchmark.benchmark import measure
 from edge_memllm.benchmark.plan import CACHES, Plan, Request, Variant, check_maps, readers_for
-from edge_memllm.cli.options import (
-    add_command,
-    add_json,
-    add_loading,
-    loading_keywords,
-    positive_int,
-)
-from edge_memllm.cli.output import read_text, write_json
+from edge_memllm.cli.analysis.bench_page import page
+from edge_memllm.cli.options import Command, Json, add_options, options_of
+from edge_memllm.cli.output import StageBars, write_json
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-
-if TYPE_CHECKING:
-    from edge_memllm.cli.options import Commands
-
+from edge_memllm.loading import LoadOptions
+from edge_memllm.options import Group, Option, keywords, positive_ints
 
 SIDES = ("A", "B")
-_DEFAULTS = (None, False, 0, "auto")  # of the options of loading
+_SYNTHETIC = "an artifact with random weights"
 # A colon that settings follow, not that of a drive.
 _COLON = re.compile(r":(?=[a-z][a-z-]*(?:[=,]|$))")
 
@@ -68,56 +63,126 @@ _PROCESSOR = Path("/proc/cpuinfo")
 _BFLOAT16 = {"avx512_bf16", "amx_bf16", "bf16"}  # x86, x86, Arm
 
 
-def add_variant_options(parser: argparse.ArgumentParser) -> None:
-    """Options that may take several values, and those of loading."""
-    parser.add_argument(
-        "--cache",
-        type=_caches,
-        action="extend",
-        metavar="STATE[,...]",
-        help=f"where records come from: {', '.join(CACHES)} (default: warm)",
-    )
-    parser.add_argument(
-        "--speculate",
-        type=int,
-        default=0,
-        metavar="N",
-        help="draft tokens of one step, as in 'run' (default: 0)",
-    )
-    parser.conflict_handler = "resolve"  # several values here, where other commands take one
-    group = add_loading(parser)
-    group.add_argument(
-        "--reader",
-        type=_names,
-        action="extend",
-        metavar="NAME[,...]",
-        help="read with these where the state allows it (default: pread, direct or ram)",
-    )
-    group.add_argument(
-        "--threads",
-        type=positive_ints,
-        action="extend",
-        metavar="N[,...]",
-        help="threads of the graph on a CPU (default: one per physical core)",
-    )
+def words(text: str) -> tuple[str, ...]:
+    """Parse words with commas between them."""
+    return tuple(word for word in text.split(",") if word)
 
 
-def request(arguments: argparse.Namespace) -> Request:
+def cache_states(text: str) -> tuple[str, ...]:
+    """Parse states of the cache with commas between them."""
+    for name in words(text):
+        if name not in CACHES:
+            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CACHES)}")
+    return words(text)
+
+
+@dataclass(frozen=True, kw_only=True)
+class VariantOptions:
+    """In what variants may differ: lists, of which every combination is one, and loading."""
+
+    cache: Annotated[
+        tuple[str, ...],
+        Option(
+            f"where records come from: {', '.join(CACHES)}",
+            metavar="STATE[,...]",
+            parse=cache_states,
+            several="list",
+        ),
+    ] = ("warm",)
+    speculate: Annotated[int, Option("draft tokens of one step, as in 'run'")] = 0
+    reader: Annotated[
+        tuple[str, ...],
+        Option(
+            "read with these where the state allows it",
+            metavar="NAME[,...]",
+            parse=words,
+            several="list",
+            unset="pread, direct or ram",
+            group="loading",
+        ),
+    ] = ()
+    threads: Annotated[
+        tuple[int | None, ...],
+        Option(
+            "threads of the graph on a CPU",
+            metavar="N[,...]",
+            parse=positive_ints,
+            several="list",
+            unset="one per physical core",
+            group="loading",
+        ),
+    ] = (None,)
+    loading: Annotated[
+        LoadOptions,
+        Group("loading", without={"path": "", "reader": "auto", "threads": None}),
+    ]
+
+    def variants(self, side: str, artifact: Path) -> list[Variant]:
+        """Return every combination of cache, reader and threads."""
+        threads = list(dict.fromkeys(self.threads))
+        readers = list(dict.fromkeys(self.reader))
+        settings = _settings(self.loading)
+        return [
+            Variant(
+                name=_name(side, cache, reader if readers else "", count if threads[1:] else None),
+                artifact=artifact,
+                cache=cache,
+                reader=reader,
+                settings=settings | ({} if count is None else {"threads": count}),
+                speculate=self.speculate,
+            )
+            for count in threads
+            for cache, reader in readers_for(list(dict.fromkeys(self.cache)), readers)
+        ]
+
+
+@dataclass(frozen=True)
+class BenchOptions:
+    """What may be asked of ``edge-memllm bench``."""
+
+    artifact: Annotated[Path | None, Option("an exported model")] = None
+    _: KW_ONLY
+    compare: Annotated[
+        tuple[str, ...],
+        Option("measure the ratio of two variants", metavar=("A", "B"), parse=str, several=2),
+    ] = ()
+    plan: Annotated[Plan, Group()]
+    json: Json = False
+    variants: Annotated[VariantOptions, Group()]
+    synthetic: Annotated[
+        str | None,
+        Option("micro, tiny, small, 250m, 750m or 1b", metavar="PRESET", group=_SYNTHETIC),
+    ] = None
+    beta: Annotated[
+        int | None, Option("0 MemoryLLM, 1-3 Flex, 8 dense", unset="0", group=_SYNTHETIC)
+    ] = None
+    out: Annotated[
+        Path | None, Option("where to write it", metavar="ARTIFACT", group=_SYNTHETIC)
+    ] = None
+
+    def check(self) -> None:
+        """Raise `RequestError` unless it is clear what to measure."""
+        if self.plan.seed < 0:
+            raise RequestError(f"--seed is {self.plan.seed}, expected 0 or more.")
+        if self.synthetic is not None:
+            if self.artifact is not None or self.out is None:
+                raise RequestError("--synthetic needs --out ARTIFACT, and no other ARTIFACT.")
+        elif self.out is not None or self.beta is not None:
+            raise RequestError("--out and --beta are for --synthetic PRESET.")
+        elif self.artifact is None and not self.compare:
+            raise RequestError("Give an ARTIFACT, or --synthetic PRESET with --out ARTIFACT.")
+
+
+def request(options: BenchOptions) -> Request:
     """What to measure. Raises `RequestError` for what cannot be combined."""
-    plan = Plan(
-        contexts=tuple(dict.fromkeys(arguments.context or [128])),
-        new_tokens=arguments.new_tokens,
-        repeats=arguments.repeats,
-        seed=arguments.seed,
-        text=read_text(arguments.prompt_file) if arguments.prompt_file else None,
-    )
-    if arguments.compare is None:
-        variants = _variants("", arguments.artifact, vars(arguments))
+    plan = replace(options.plan, contexts=tuple(dict.fromkeys(options.plan.contexts)))
+    if not options.compare:
+        assert options.artifact is not None
+        variants = options.variants.variants("", options.artifact)
         check_maps(variants)
         return Request(plan, variants)
     first, second = (
-        _variants(name, *_side(text, arguments))
-        for name, text in zip(SIDES, arguments.compare, strict=True)
+        _side(name, text, options) for name, text in zip(SIDES, options.compare, strict=True)
     )
     if len(first) != len(second):
         raise RequestError(
@@ -129,52 +194,30 @@ def request(arguments: argparse.Namespace) -> Request:
     return Request(plan, [*first, *second], pairs)
 
 
-def _variants(side: str, artifact: Path, options: dict[str, Any]) -> list[Variant]:
-    """Every combination of cache, reader and threads."""
-    caches = list(dict.fromkeys(options["cache"] or ["warm"]))
-    readers = list(dict.fromkeys(options["reader"] or []))
-    threads = list(dict.fromkeys(options["threads"] or [None]))
-    settings = _settings(options)
-    return [
-        Variant(
-            name=_name(side, cache, reader if readers else "", count if threads[1:] else None),
-            artifact=artifact,
-            cache=cache,
-            reader=reader,
-            settings=settings | ({} if count is None else {"threads": count}),
-            speculate=options["speculate"],
-        )
-        for count in threads
-        for cache, reader in readers_for(caches, readers)
-    ]
-
-
-def _settings(options: dict[str, Any]) -> dict[str, Any]:
-    """The keywords of `load` that were asked for; the rest keeps its default."""
-    given = loading_keywords(argparse.Namespace(**options))
-    given = {name: each for name, each in given.items() if name not in ("reader", "threads")}
-    if given["packed_cache"] is not None:
+def _settings(loading: LoadOptions) -> dict[str, Any]:
+    """The keywords of `load` that have another value than their default, for JSON."""
+    defaults = keywords(LoadOptions(""))
+    given = {name: value for name, value in keywords(loading).items() if value != defaults[name]}
+    if "packed_cache" in given:
         given["packed_cache"] = str(given["packed_cache"])
-    given["overlays"] = tuple(map(str, given["overlays"])) or None
-    return {name: value for name, value in given.items() if value not in _DEFAULTS}
+    if "overlays" in given:
+        given["overlays"] = tuple(map(str, given["overlays"]))
+    return given
+
+
+def _side(name: str, text: str, options: BenchOptions) -> list[Variant]:
+    """The variants of A or B: ``PATH``, ``PATH:SETTINGS`` or ``SETTINGS``."""
+    path, settings = _split(text)
+    artifact = Path(path) if path else options.artifact
+    if artifact is None:
+        raise RequestError(f"--compare {text}: names no artifact, and there is no ARTIFACT.")
+    given = _SettingsParser(text).parse_args([f"--{word}" for word in words(settings)])
+    return options_of(VariantOptions, given, options.variants).variants(name, artifact)
 
 
 def _name(side: str, cache: str, reader: str, threads: int | None) -> str:
     words = [side, cache, reader, "" if threads is None else f"x{threads}"]
     return " ".join(word for word in words if word)
-
-
-def _side(text: str, arguments: argparse.Namespace) -> tuple[Path, dict[str, Any]]:
-    """Artifact and options of A or B: ``PATH``, ``PATH:SETTINGS`` or ``SETTINGS``."""
-    path, settings = _split(text)
-    artifact = Path(path) if path else arguments.artifact
-    if artifact is None:
-        raise RequestError(f"--compare {text}: names no artifact, and there is no ARTIFACT.")
-    words = [f"--{word}" for word in settings.split(",") if word]
-    parser = _SettingsParser(text)
-    found = vars(parser.parse_args(words))
-    named = {word[2:].partition("=")[0].replace("-", "_") for word in words}
-    return artifact, vars(arguments) | {name: found[name] for name in named}
 
 
 def _split(text: str) -> tuple[str, str]:
@@ -192,109 +235,24 @@ class _SettingsParser(argparse.ArgumentParser):
     def __init__(self, side: str) -> None:
         super().__init__(add_help=False, allow_abbrev=False)
         self._side = side
-        add_variant_options(self)
+        add_options(self, VariantOptions)
 
     def error(self, message: str) -> NoReturn:
         """Say which side is wrong."""
         raise RequestError(f"--compare {self._side}: {message}.")
 
 
-def _names(text: str) -> list[str]:
-    return [word for word in text.split(",") if word]
-
-
-def _caches(text: str) -> list[str]:
-    names = _names(text)
-    for name in names:
-        if name not in CACHES:
-            raise argparse.ArgumentTypeError(f"{name!r} is none of {', '.join(CACHES)}")
-    return names
-
-
-def positive_ints(text: str) -> list[int]:
-    """An argparse type: whole numbers of at least one, with commas between them."""
-    return [positive_int(word) for word in _names(text)]
-
-
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "bench",
-        execute,
-        summary="measure speed, memory and reads",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    parser.add_argument(
-        "artifact", nargs="?", type=Path, metavar="ARTIFACT", help="an exported model"
-    )
-    parser.add_argument(
-        "--compare", nargs=2, metavar=("A", "B"), help="measure the ratio of two variants"
-    )
-    _add_trials(parser)
-    add_json(parser)
-    _add_synthetic(parser)
-    add_variant_options(parser)
-
-
-def _add_trials(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--context",
-        "--prompt-tokens",
-        type=positive_ints,
-        action="extend",
-        metavar="N[,...]",
-        help="tokens of the prompt, so the position that decoding starts at (default: 128)",
-    )
-    parser.add_argument(
-        "--new-tokens", type=_at_least_two, default=32, metavar="N", help="default: 32"
-    )
-    parser.add_argument(
-        "--repeats", type=positive_int, default=5, metavar="N", help="rounds (default: 5)"
-    )
-    parser.add_argument("--seed", type=int, default=0, metavar="N", help="of the prompts")
-    parser.add_argument(
-        "--prompt-file",
-        type=Path,
-        metavar="TEXT",
-        help="take the prompts from this text instead of distinct random tokens",
-    )
-
-
-def _add_synthetic(parser: argparse.ArgumentParser) -> None:
-    group = parser.add_argument_group("an artifact with random weights")
-    group.add_argument("--synthetic", metavar="PRESET", help="micro, tiny, small, 250m, 750m or 1b")
-    group.add_argument(
-        "--beta", type=int, metavar="N", help="0 MemoryLLM, 1-3 Flex, 8 dense (default: 0)"
-    )
-    group.add_argument("--out", type=Path, metavar="ARTIFACT", help="where to write it")
-
-
-def _at_least_two(text: str) -> int:
-    """The first token belongs to the prefill; decoding needs another one to be measured."""
-    value = int(text)
-    if value < 2:
-        raise argparse.ArgumentTypeError(f"{text} is not 2 or more")
-    return value
-
-
-def execute(arguments: argparse.Namespace) -> int:
+def execute(options: BenchOptions) -> int:
     """Run the command; 1 when outputs that must be the same are not."""
-    _check_artifact(arguments)
-    if arguments.synthetic is not None:
-        make_synthetic(arguments.synthetic, arguments.beta, arguments.out)
-        arguments.artifact = arguments.out
-    from edge_memllm.benchmark.benchmark import measure
-    from edge_memllm.cli.analysis.bench_page import page
-    from edge_memllm.cli.output import StageBars
-
-    wanted = request(arguments)
+    options.check()
+    if options.synthetic is not None and options.out is not None:
+        make_synthetic(options.synthetic, options.beta, options.out)
+        options = replace(options, artifact=options.out)
     with StageBars() as bars:
-        report = measure(wanted, bars)
-    if arguments.compare:
-        report["compared"] = dict(zip(("A", "B"), arguments.compare, strict=True))
-    if arguments.json:
+        report = measure(request(options), bars)
+    if options.compare:
+        report["compared"] = dict(zip(SIDES, options.compare, strict=True))
+    if options.json:
         write_json(report)
     else:
         print(page(report))
@@ -302,19 +260,6 @@ def execute(arguments: argparse.Namespace) -> int:
         print("error: outputs that must be the same differ; see 'identity'.", file=sys.stderr)
         return 1
     return 0
-
-
-def _check_artifact(arguments: argparse.Namespace) -> None:
-    """Raise `RequestError` unless it is clear what to measure."""
-    if arguments.seed < 0:
-        raise RequestError(f"--seed is {arguments.seed}, expected 0 or more.")
-    if arguments.synthetic is not None:
-        if arguments.artifact is not None or arguments.out is None:
-            raise RequestError("--synthetic needs --out ARTIFACT, and no other ARTIFACT.")
-    elif arguments.out is not None or arguments.beta is not None:
-        raise RequestError("--out and --beta are for --synthetic PRESET.")
-    elif arguments.artifact is None and arguments.compare is None:
-        raise RequestError("Give an ARTIFACT, or --synthetic PRESET with --out ARTIFACT.")
 
 
 def make_synthetic(preset: str, beta: int | None, out: Path) -> None:
@@ -351,3 +296,6 @@ def _fast_dtype(processor: Path = _PROCESSOR) -> str:
     except OSError:
         return "float32"
     return "bfloat16" if words & _BFLOAT16 else "float32"
+
+
+BENCH = Command(BenchOptions, execute, _DESCRIPTION, _EXAMPLES)

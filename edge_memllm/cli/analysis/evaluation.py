@@ -2,33 +2,34 @@
 
 from __future__ import annotations
 
-import argparse
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
-from edge_memllm.cli.options import (
-    add_command,
-    add_json,
-    add_loading,
-    add_windows,
-    loading_keywords,
-    positive_int,
-)
-from edge_memllm.cli.output import number, read_text, table, write_json
+import edge_memllm
+from edge_memllm.cli.options import Command, Json, TaskOptions, TextOptions
+from edge_memllm.cli.output import StageBars, number, read_text, table, write_json
 from edge_memllm.errors import RequestError
-from edge_memllm.evaluation import combine, combine_divergences
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from edge_memllm.cli.options import Commands
-    from edge_memllm.evaluation import Divergence, Perplexity, Score, Task, TaskResult
-    from edge_memllm.evaluation.perplexity import Windows
-    from edge_memllm.model import Model
-
+from edge_memllm.evaluation import (
+    Divergence,
+    Perplexity,
+    Score,
+    Task,
+    TaskResult,
+    combine,
+    combine_divergences,
+    mean_result,
+    measure_divergence,
+    measure_perplexity,
+    measure_task,
+    read_tasks,
+)
+from edge_memllm.evaluation.perplexity import Windows
+from edge_memllm.loading import LoadOptions
+from edge_memllm.model import Model
+from edge_memllm.options import Group, Option, keywords
 
 _DESCRIPTION = """\
 With --text, measure perplexity: the artifact predicts every token of a text from those before it,
@@ -62,92 +63,62 @@ class Findings:
     groups: dict[str, TaskResult]
 
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "eval",
-        execute,
-        summary="measure perplexity on text, and scores on tasks",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    parser.add_argument("artifact", type=Path, metavar="ARTIFACT", help="an exported model")
-    _add_texts(parser.add_argument_group("texts"))
-    _add_tasks(parser.add_argument_group("tasks"))
-    add_json(parser)
-    add_loading(parser)
+def unescaped(text: str) -> str:
+    """Parse text in which a backslash and n stand for a line break, t for a tab."""
+    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
-def _add_texts(group: argparse._ArgumentGroup) -> None:
-    add_windows(group)
-    group.add_argument(
-        "--reference",
-        type=Path,
-        metavar="ARTIFACT",
-        help="compare the predictions with this artifact's; it is loaded with the same options, "
-        "its table always in full and without overlays",
-    )
+@dataclass(frozen=True, kw_only=True)
+class EvalOptions:
+    """What may be asked of ``edge-memllm eval``."""
+
+    json: Json = False
+    texts: Annotated[TextOptions, Group("texts")]
+    reference: Annotated[
+        Path | None,
+        Option(
+            "compare the predictions with this artifact's; it is loaded with the same options, its "
+            "table always in full and without overlays",
+            metavar="ARTIFACT",
+            group="texts",
+            needs=("--text",),
+        ),
+    ] = None
+    tasks: Annotated[TaskOptions, Group("tasks")]
+    delimiter: Annotated[
+        str | None,
+        Option(
+            "what stands between a context and what follows it, with \\n for a line break",
+            metavar="TEXT",
+            parse=unescaped,
+            unset="one space, or nothing where there is white space already",
+            group="tasks",
+            needs=("--task",),
+        ),
+    ] = None
+    loading: Annotated[LoadOptions, Group("loading")]
 
 
-def _add_tasks(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--task",
-        type=Path,
-        action="extend",
-        nargs="+",
-        metavar="FILE",
-        help="JSON-lines files, or folders of .jsonl files, whose mean is shown as well",
-    )
-    group.add_argument(
-        "--limit", type=positive_int, metavar="N", help="only the first N items of each file"
-    )
-    group.add_argument(
-        "--delimiter",
-        type=_unescaped,
-        metavar="TEXT",
-        help="what stands between a context and what follows it, with \\n for a line break "
-        "(default: one space, or nothing where there is white space already)",
-    )
-
-
-def execute(arguments: argparse.Namespace) -> int:
+def execute(options: EvalOptions) -> int:
     """Run the command."""
-    _check(arguments)
-    texts = {str(path): read_text(path) for path in arguments.text or ()}
-
-    import edge_memllm
-    from edge_memllm.evaluation import read_tasks
-
-    tasks = read_tasks(arguments.task or (), limit=arguments.limit, delimiter=arguments.delimiter)
-    keywords = loading_keywords(arguments)
+    if not options.texts.text and not options.tasks.task:
+        raise RequestError("There is nothing to measure. Give --text FILE or --task FILE.")
+    texts = {str(path): read_text(path) for path in options.texts.text}
+    limit, delimiter = options.tasks.limit, options.delimiter
+    tasks = read_tasks(options.tasks.task, limit=limit, delimiter=delimiter)
+    loading, reference = options.loading, None
     with ExitStack() as opened:
-        model = opened.enter_context(edge_memllm.load(arguments.artifact, **keywords))
-        reference = arguments.reference
-        if reference is not None:
+        model = opened.enter_context(edge_memllm.load(**keywords(loading)))
+        if options.reference is not None:
             # Coarse rows and overlays are what is measured, never what it is measured against.
-            keywords |= {"table_quality": "full", "overlays": ()}
-            reference = opened.enter_context(edge_memllm.load(reference, **keywords))
-        windows: Windows = {"context": arguments.context, "stride": arguments.stride}
-        findings = _measure(model, reference, texts, windows, tasks)
-    if arguments.json:
+            loading = replace(loading, path=options.reference, table_quality="full", overlays=())
+            reference = opened.enter_context(edge_memllm.load(**keywords(loading)))
+        findings = _measure(model, reference, texts, options.texts.windows, tasks)
+    if options.json:
         write_json(report(findings))
     else:
         print(page(findings))
     return 0
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that would have no effect."""
-    if not arguments.text and not arguments.task:
-        raise RequestError("There is nothing to measure. Give --text FILE or --task FILE.")
-    for needed, names in (
-        ("text", ("context", "stride", "reference")),
-        ("task", ("limit", "delimiter")),
-    ):
-        for name in names:
-            if getattr(arguments, name) is not None and not getattr(arguments, needed):
-                raise RequestError(f"--{name} has no effect without --{needed}. Give --{needed}.")
 
 
 def _measure(
@@ -157,9 +128,6 @@ def _measure(
     windows: Windows,
     tasks: Sequence[Task],
 ) -> Findings:
-    from edge_memllm.cli.output import StageBars
-    from edge_memllm.evaluation import measure_divergence, measure_perplexity
-
     perplexities: dict[str, Perplexity] = {}
     divergences: dict[str, Divergence] = {}
     for name, text in texts.items():
@@ -178,9 +146,6 @@ def _measure(
 
 
 def _scores(model: Model, tasks: Sequence[Task]) -> dict[str, TaskResult]:
-    from edge_memllm.cli.output import StageBars
-    from edge_memllm.evaluation import measure_task
-
     results: dict[str, TaskResult] = {}
     total, before = sum(len(task.items) for task in tasks), 0
     with StageBars() as bars:
@@ -195,8 +160,6 @@ def _scores(model: Model, tasks: Sequence[Task]) -> dict[str, TaskResult]:
 
 
 def _groups(results: dict[str, TaskResult]) -> dict[str, TaskResult]:
-    from edge_memllm.evaluation import mean_result
-
     names = dict.fromkeys(result.group for result in results.values())
     return {
         name: mean_result(name, [each for each in results.values() if each.group == name])
@@ -207,8 +170,6 @@ def _groups(results: dict[str, TaskResult]) -> dict[str, TaskResult]:
 
 def report(findings: Findings) -> dict[str, Any]:
     """Return everything as one JSON object; the figures at the top are of all texts together."""
-    from edge_memllm.evaluation import combine, combine_divergences
-
     if findings.texts:
         found = combine(list(findings.texts.values())).as_dict()
     else:
@@ -229,11 +190,6 @@ def report(findings: Findings) -> dict[str, Any]:
 def _divergence(findings: Findings, text: str) -> dict[str, Any]:
     found = findings.divergences.get(text)
     return {} if found is None else {"divergence": found.as_dict()}
-
-
-def _unescaped(text: str) -> str:
-    """An argparse type: text in which a backslash and n stand for a line break, t for a tab."""
-    return text.replace("\\n", "\n").replace("\\t", "\t")
 
 
 def page(findings: Findings) -> str:
@@ -312,3 +268,6 @@ def _cell(result: TaskResult, figure: str) -> str:
     places = 2 if figure == "perplexity" else 4
     error = "" if score.stderr is None else f" ± {score.stderr:.{places}f}"
     return f"{score.value:,.{places}f}{error}"
+
+
+EVAL = Command(EvalOptions, execute, _DESCRIPTION, _EXAMPLES)

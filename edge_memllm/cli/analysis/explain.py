@@ -2,38 +2,38 @@
 
 from __future__ import annotations
 
-import argparse
 import shlex
 import sys
 from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Annotated
 
 import numpy as np
 
 from edge_memllm.arrays import Doubles
-from edge_memllm.cli.options import add_command, add_json, layer_list, positive_int
-from edge_memllm.cli.output import number, read_text, table, write_json
+from edge_memllm.artifact.atomic import write_whole
+from edge_memllm.cli.options import Command, Json, TaskOptions
+from edge_memllm.cli.output import StageBars, number, table, write_json
 from edge_memllm.errors import RequestError
-
-if TYPE_CHECKING:
-    from edge_memllm.cli.options import Commands
-    from edge_memllm.interpretation.explaining import Questions
-    from edge_memllm.interpretation.findings import (
-        Curve,
-        Explanation,
-        KeyCard,
-        KeyUse,
-        LayerClusters,
-        LayerCurves,
-        LayerUse,
-        ModelFacts,
-        Scored,
-        Sentence,
-        SimilarTokens,
-        TokenCard,
-    )
-
+from edge_memllm.evaluation import read_tasks
+from edge_memllm.interpretation.explaining import Questions, explain, open_subject
+from edge_memllm.interpretation.findings import (
+    Curve,
+    Explanation,
+    KeyCard,
+    KeyUse,
+    LayerClusters,
+    LayerCurves,
+    LayerUse,
+    ModelFacts,
+    Scored,
+    Sentence,
+    SimilarTokens,
+    TokenCard,
+)
+from edge_memllm.interpretation.report import html_page
+from edge_memllm.options import Group, Option, positive_int
 
 _DESCRIPTION = """\
 Look into the memory of a checkpoint or an artifact: what a token's memory does and which keys it
@@ -56,204 +56,51 @@ _MOST_POSITIONS = 64
 _SHOWN_TOKENS = 6  # of a cluster
 
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "explain",
-        execute,
-        summary="look into the memory of a model",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES,
-    )
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a checkpoint or an exported model"
-    )
-    _add_questions(parser.add_argument_group("questions"))
-    _add_limits(parser.add_argument_group("how much"))
-    parser.add_argument("--html", type=Path, metavar="FILE", help="also write a page with pictures")
-    parser.add_argument("--overwrite", action="store_true", help="replace the page in --html")
-    add_json(parser)
+Threads = Annotated[int | None, Option("threads on the CPU", parse=positive_int)]
 
 
-def _add_questions(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--text",
-        action="append",
-        default=[],
-        metavar="TEXT",
-        help="where in this text memory matters, token by token; may be given several times, as "
-        "the next three",
-    )
-    group.add_argument(
-        "--token",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="what a token's memory does, and the keys that make it up",
-    )
-    group.add_argument(
-        "--key",
-        action="append",
-        type=_key,
-        default=[],
-        metavar="LAYER:KEY",
-        help="which tokens fire a key, and what its value does",
-    )
-    group.add_argument(
-        "--similar",
-        action="append",
-        default=[],
-        metavar="WORD",
-        help="tokens whose memory is the most like this one's",
-    )
-    group.add_argument(
-        "--clusters",
-        action="store_true",
-        help="K-means clusters of the vocabulary in each layer, labelled and judged against "
-        "shuffled labels (needs the explain extra)",
-    )
-    group.add_argument(
-        "--layer-curves",
-        action="store_true",
-        help="how the layers differ; with --corpus also what each one's memory is worth",
-    )
+@dataclass(frozen=True)
+class ExplainOptions:
+    """What may be asked of ``edge-memllm explain``."""
+
+    model: Annotated[Path, Option("a checkpoint or an exported model")]
+    _: KW_ONLY
+    html: Annotated[Path | None, Option("also write a page with pictures")] = None
+    overwrite: Annotated[bool, Option("replace the page in --html", needs=("--html",))] = False
+    json: Json = False
+    questions: Annotated[Questions, Group()]
+    tasks: Annotated[TaskOptions, Group("the sweep of gains, of --layer-curves")]
+    threads: Threads = None
+
+    def check(self) -> None:
+        """Refuse tasks that nothing is scored on, and a page that is there already."""
+        if self.tasks.task and not self.questions.curves:
+            raise RequestError(
+                "--task has no effect without --layer-curves. Give --layer-curves, or leave it out."
+            )
+        if self.html is not None and self.html.exists() and not self.overwrite:
+            raise RequestError(
+                f"{self.html}: is there already. Choose another name, or give --overwrite."
+            )
 
 
-def _add_limits(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--layers",
-        action="extend",
-        type=layer_list,
-        metavar="LAYER[,...]",
-        help="of tokens, similar tokens, clusters and curves (default: all)",
-    )
-    group.add_argument(
-        "--keys",
-        type=positive_int,
-        metavar="N",
-        help="show so many keys of a token in each layer (default: 4)",
-    )
-    group.add_argument(
-        "--count", type=positive_int, metavar="N", help="tokens in each list (default: 8)"
-    )
-    group.add_argument(
-        "--cluster-count",
-        type=positive_int,
-        metavar="K",
-        help="so many clusters in each layer (default: each layer chooses)",
-    )
-    group.add_argument(
-        "--corpus",
-        type=Path,
-        metavar="FILE",
-        help="text for clusters (how frequent tokens are) and curves (what layers are worth)",
-    )
-    group.add_argument(
-        "--task",
-        type=Path,
-        action="extend",
-        nargs="+",
-        metavar="FILE",
-        help="tasks that the sweep of gains is scored on, as for eval",
-    )
-    group.add_argument(
-        "--limit", type=positive_int, metavar="N", help="only the first N items of each task file"
-    )
-    group.add_argument(
-        "--seed", type=int, metavar="N", help="of samples, clusters and shuffles (default: 0)"
-    )
-    group.add_argument("--threads", type=positive_int, metavar="N", help="threads on the CPU")
-
-
-def execute(arguments: argparse.Namespace) -> int:
+def execute(options: ExplainOptions) -> int:
     """Run the command."""
-    _check(arguments)
-    questions = _questions(arguments)
-
-    from edge_memllm.cli.output import StageBars
-    from edge_memllm.interpretation.explaining import explain, open_subject
-
-    with open_subject(arguments.model, arguments.threads) as subject, StageBars() as bars:
+    options.check()
+    tasks = tuple(read_tasks(options.tasks.task, limit=options.tasks.limit))
+    questions = replace(options.questions, tasks=tasks)
+    with open_subject(options.model, options.threads) as subject, StageBars() as bars:
         command = shlex.join(["edge-memllm", *sys.argv[1:]])
         found = explain(subject, questions, command=command, progress=bars)
-    _show(arguments, found)
-    return 0
-
-
-def _show(arguments: argparse.Namespace, found: Explanation) -> None:
-    if arguments.html is not None:
-        from edge_memllm.artifact.atomic import write_whole
-        from edge_memllm.interpretation.report import html_page
-
-        write_whole(arguments.html, html_page(found))
-    if arguments.json:
+    if options.html is not None:
+        write_whole(options.html, html_page(found))
+    if options.json:
         write_json(found.as_dict())
-        return
-
+        return 0
     print(page(found))
-    if arguments.html is not None:
-        print(f"\npage: {arguments.html}")
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that would have no effect, and a page that is there already."""
-    needs = (
-        ("cluster_count", ("clusters",)),
-        ("corpus", ("clusters", "layer_curves")),
-        ("task", ("layer_curves",)),
-        ("limit", ("task",)),
-        ("keys", ("token",)),
-        ("count", ("token", "key", "similar")),
-        ("layers", ("token", "similar", "clusters", "layer_curves")),
-        ("seed", ("clusters", "layer_curves")),
-        ("overwrite", ("html",)),
-    )
-    for name, questions in needs:
-        given = getattr(arguments, name)
-        left_out = given is None or given is False  # a seed of zero is given
-        if not left_out and not any(getattr(arguments, each) for each in questions):
-            options = " or ".join(f"--{each.replace('_', '-')}" for each in questions)
-            raise RequestError(
-                f"--{name.replace('_', '-')} has no effect without {options}. Leave it out, or "
-                "ask for that."
-            )
-    if arguments.html is not None and arguments.html.exists() and not arguments.overwrite:
-        raise RequestError(
-            f"{arguments.html}: is there already. Choose another name, or give --overwrite."
-        )
-
-
-def _questions(arguments: argparse.Namespace) -> Questions:
-    from edge_memllm.evaluation import read_tasks
-    from edge_memllm.interpretation.explaining import Questions
-
-    chosen = {
-        "strongest": arguments.keys,
-        "count": arguments.count,
-        "seed": arguments.seed,
-        "corpus": None if arguments.corpus is None else read_text(arguments.corpus),
-    }
-    return Questions(
-        texts=tuple(arguments.text),
-        tokens=tuple(arguments.token),
-        keys=tuple(arguments.key),
-        similar=tuple(arguments.similar),
-        clusters=arguments.clusters,
-        cluster_count=arguments.cluster_count,
-        curves=arguments.layer_curves,
-        tasks=tuple(read_tasks(arguments.task or (), limit=arguments.limit)),
-        layers=arguments.layers and tuple(arguments.layers),
-        **{name: value for name, value in chosen.items() if value is not None},
-    )
-
-
-def _key(text: str) -> tuple[int, int]:
-    """An argparse type: a layer and a key, as ``0:443``."""
-    layer, separator, key = text.partition(":")
-    if not (separator and layer.isdecimal() and key.isdecimal()):
-        raise argparse.ArgumentTypeError(f"{text!r} is no key of a layer, such as 0:443")
-    return int(layer), int(key)
+    if options.html is not None:
+        print(f"\npage: {options.html}")
+    return 0
 
 
 def page(found: Explanation) -> str:
@@ -471,3 +318,6 @@ def _scored(found: Sequence[Scored]) -> str:
 
 def _texts(found: Sequence[Scored]) -> str:
     return " ".join(shown(each.token.text) for each in found) or "none"
+
+
+EXPLAIN = Command(ExplainOptions, execute, _DESCRIPTION, _EXAMPLES)

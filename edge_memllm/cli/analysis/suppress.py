@@ -2,34 +2,29 @@
 
 from __future__ import annotations
 
-import argparse
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Annotated, Any
 
 import numpy as np
 
-from edge_memllm.cli.analysis.explain import shown
-from edge_memllm.cli.options import (
-    add_command,
-    add_json,
-    add_windows,
-    layer_list,
-    positive_int,
+from edge_memllm.cli.analysis.explain import Threads, shown
+from edge_memllm.cli.options import Command, Json, TextOptions
+from edge_memllm.cli.output import StageBars, byte_count, number, read_text, table, write_json
+from edge_memllm.interpretation.explaining import Subject, open_subject
+from edge_memllm.interpretation.findings import ModelFacts
+from edge_memllm.interpretation.suppression import (
+    Effects,
+    Suppression,
+    Wish,
+    effects,
+    suppress,
+    words_of,
 )
-from edge_memllm.cli.output import byte_count, number, read_text, table
-from edge_memllm.errors import RequestError
-
-if TYPE_CHECKING:
-    from edge_memllm.cli.options import Commands
-    from edge_memllm.cli.output import StageBars
-    from edge_memllm.interpretation.explaining import Subject
-    from edge_memllm.interpretation.findings import ModelFacts
-    from edge_memllm.interpretation.suppression import Effects, Suppression, Wish
-    from edge_memllm.interpretation.tokens import TokenTexts, WordToken, WordTokens
-    from edge_memllm.overlays import Written
-
+from edge_memllm.interpretation.tokens import TokenTexts, WordToken, WordTokens
+from edge_memllm.options import Group, Option
+from edge_memllm.overlays import SUFFIX, OverlaySpec, OverlayWriter, Written
 
 _MOST_DESCRIBED = 1000
 _DESCRIPTION = """\
@@ -47,176 +42,72 @@ _EXAMPLES = """\
   edge-memllm suppress artifact --words war army --corpus train.txt --text valid.txt \\
       --out peace.overlay.safetensors
   edge-memllm suppress checkpoint --words French --by keys --most 50 --out k.overlay.safetensors
-  edge-memllm run artifact --overlay peace.overlay.safetensors --prompt "In the end the"
-"""
+  edge-memllm run artifact --overlay peace.overlay.safetensors --prompt "In the end the\""""
 
 _SHOWN_ROWS = 8
 _PARTS = {"tokens": "tokens", "rows": "rows", "keys": "keys of rows"}
 
 
-def add_parser(commands: Commands) -> None:
-    """Register the command."""
-    parser = add_command(
-        commands,
-        "suppress",
-        execute,
-        summary="find what promotes words and turn it down",
-        description=_DESCRIPTION,
-        examples=_EXAMPLES.rstrip("\n"),
-    )
-    parser.add_argument(
-        "model", type=Path, metavar="MODEL", help="a checkpoint or an exported model"
-    )
-    parser.add_argument(
-        "--words",
-        action="extend",
-        nargs="+",
-        required=True,
-        metavar="WORD",
-        help="words, or tokens as #12",
-    )
-    parser.add_argument(
-        "--out",
-        type=Path,
-        required=True,
-        metavar="FILE",
-        help="the overlay, a name that ends in .overlay.safetensors",
-    )
-    _add_way(parser.add_argument_group("how"))
-    _add_effect(parser.add_argument_group("effect"))
-    parser.add_argument("--name", metavar="NAME", help="what to call it (default: as the file)")
-    parser.add_argument("--force", action="store_true", help="replace the file if it is there")
-    parser.add_argument("--threads", type=positive_int, metavar="N", help="threads on the CPU")
-    add_json(parser)
+@dataclass(frozen=True)
+class SuppressOptions:
+    """What may be asked of ``edge-memllm suppress``."""
+
+    model: Annotated[Path, Option("a checkpoint or an exported model")]
+    _: KW_ONLY
+    wish: Annotated[Wish, Group()]
+    out: Annotated[Path, Option("the overlay, a name that ends in .overlay.safetensors")]
+    texts: Annotated[TextOptions, Group("effect")]
+    seed: Annotated[
+        int,
+        Option("of the controls, which are drawn", group="effect", needs=("--text",)),
+    ] = 0
+    name: Annotated[str | None, Option("what to call it", "NAME", unset="as the file")] = None
+    force: Annotated[bool, Option("replace the file if it is there")] = False
+    threads: Threads = None
+    json: Json = False
 
 
-def _add_way(group: argparse._ArgumentGroup) -> None:
-    group.add_argument(
-        "--by",
-        choices=("tokens", "rows", "keys"),
-        default="tokens",
-        help="what is turned down (default: tokens)",
-    )
-    group.add_argument(
-        "--strength",
-        type=float,
-        default=1.0,
-        metavar="X",
-        help="how much of it: 1 takes it away, 0 nothing, 2 turns it into its opposite "
-        "(default: 1)",
-    )
-    group.add_argument(
-        "--most",
-        type=positive_int,
-        metavar="N",
-        help="turn down the N strongest (default: 2000)",
-    )
-    group.add_argument(
-        "--layers",
-        action="extend",
-        type=layer_list,
-        metavar="LIST",
-        help="only what these layers add, such as 0,3-5 (default: all)",
-    )
-    group.add_argument(
-        "--corpus",
-        type=Path,
-        metavar="FILE",
-        help="the strongest are those that matter most in this text: each counts as often as it "
-        "has their token (default: once)",
-    )
-    group.add_argument(
-        "--pieces",
-        action="store_true",
-        help="for words that are several tokens, turn down the first, which other words begin "
-        "with as well",
-    )
-
-
-def _add_effect(group: argparse._ArgumentGroup) -> None:
-    add_windows(group)
-    group.add_argument(
-        "--seed", type=int, metavar="N", help="of the controls, which are drawn (default: 0)"
-    )
-
-
-def execute(arguments: argparse.Namespace) -> int:
+def execute(options: SuppressOptions) -> int:
     """Run the command."""
-    _check(arguments)
-    wish = _wish(arguments)
-    texts = [read_text(path) for path in arguments.text or ()]
-
-    from edge_memllm.cli.output import StageBars, write_json
-    from edge_memllm.interpretation.explaining import open_subject
-
-    with open_subject(arguments.model, arguments.threads) as subject, StageBars() as bars:
-        outcome = _carry_out(arguments, subject, wish, texts, bars)
-        shown = report(outcome) if arguments.json else page(outcome, subject.texts)
-    if isinstance(shown, str):
-        print(shown)
+    texts = [read_text(path) for path in options.texts.text]
+    with open_subject(options.model, options.threads) as subject, StageBars() as bars:
+        outcome = _carry_out(options, subject, texts, bars)
+        found = report(outcome) if options.json else page(outcome, subject.texts)
+    if isinstance(found, str):
+        print(found)
     else:
-        write_json(shown)
+        write_json(found)
     return 0
 
 
 def _carry_out(
-    arguments: argparse.Namespace,
-    subject: Subject,
-    wish: Wish,
-    texts: list[str],
-    progress: StageBars,
+    options: SuppressOptions, subject: Subject, texts: list[str], progress: StageBars
 ) -> Outcome:
     """Write the overlay, and measure it where there are texts."""
-    from edge_memllm.interpretation.suppression import effects, suppress, words_of
-    from edge_memllm.overlays import SUFFIX, OverlaySpec, OverlayWriter
-
+    wish = options.wish
     words = words_of(subject, wish)
-    name = arguments.name
-    name = arguments.out.name.removesuffix(SUFFIX) if name is None else name
+    name = options.out.name.removesuffix(SUFFIX) if options.name is None else options.name
     spec = OverlaySpec.for_model(
         subject.predictor.manifest, name, description=_described(wish, words)
     )
     # Opened first: a file that cannot be written is refused before any work.
-    with OverlayWriter(arguments.out, spec, overwrite=arguments.force) as writer:
+    with OverlayWriter(options.out, spec, overwrite=options.force) as writer:
         found = suppress(subject, wish, words, progress)
         writer.add(found.tokens, found.layers, found.changes)
         measured = None
         if texts:
-            windows = {"context": arguments.context, "stride": arguments.stride}
             measured = effects(
                 subject,
                 spec,
                 found,
                 words,
                 texts,
-                seed=arguments.seed or 0,
+                seed=options.seed,
                 progress=progress,
-                **windows,
+                **options.texts.windows,
             )
         written = writer.finish()
     return Outcome(subject.facts, wish, words, found, written, measured)
-
-
-def _wish(arguments: argparse.Namespace) -> Wish:
-    from edge_memllm.interpretation.suppression import Wish
-
-    chosen = {} if arguments.most is None else {"most": arguments.most}
-    return Wish(
-        words=tuple(arguments.words),
-        pieces=arguments.pieces,
-        by=arguments.by,
-        strength=arguments.strength,
-        layers=arguments.layers and tuple(arguments.layers),
-        corpus=None if arguments.corpus is None else read_text(arguments.corpus),
-        **chosen,
-    )
-
-
-def _check(arguments: argparse.Namespace) -> None:
-    """Refuse options that would have no effect."""
-    for name in ("context", "stride", "seed"):
-        if getattr(arguments, name) is not None and not arguments.text:
-            raise RequestError(f"--{name} has no effect without --text. Give --text FILE.")
 
 
 def _described(wish: Wish, words: WordTokens) -> str:
@@ -367,3 +258,6 @@ _FIGURES: tuple[tuple[str, str, Callable[[float], str]], ...] = (
     ("perplexity of all else", "perplexity_elsewhere", "{:.3f}".format),
     ("the same without the words", "perplexity_of_others", "{:.3f}".format),
 )
+
+
+SUPPRESS = Command(SuppressOptions, execute, _DESCRIPTION, _EXAMPLES)

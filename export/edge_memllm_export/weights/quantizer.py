@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from edge_memllm.errors import ExportError
+from edge_memllm.export_options import GRAPH_METHODS
 
 BLOCKS = (32, 64, 128, 256)
 # Large blocks are read faster and keep less of the weights. Matrices that fit a cache gain little.
@@ -37,7 +38,6 @@ WEIGHT_FORMS: dict[str, tuple[str, int | None]] = {
     "fp16": ("float16", None),
     "fp32": ("float32", None),
 }
-METHODS = ("rtn", "gptq")
 # Rounding to 8 bits costs hundredths of a per cent as it is.
 _DEFAULT_METHODS = {"int4": "gptq", "int8": "rtn"}
 
@@ -173,8 +173,8 @@ def quantisation_method(method: str | None, graph_weights: str) -> str | None:
     default = _DEFAULT_METHODS.get(graph_weights)
     if method is None:
         return default
-    if method not in METHODS:
-        raise ExportError(f"graph method {method!r}, expected one of {', '.join(METHODS)}.")
+    if method not in GRAPH_METHODS:
+        raise ExportError(f"graph method {method!r}, expected one of {', '.join(GRAPH_METHODS)}.")
     if default is None:
         raise ExportError(
             f"graph method {method} is for quantised matrices, the graph weights are "

@@ -11,8 +11,9 @@ from argparse import ArgumentParser
 from optimum.commands.base import BaseOptimumCLICommand, CommandInfo
 from optimum.commands.export.base import ExportCommand
 
-from edge_memllm.cli import export
+from edge_memllm.cli.export import EXPORT
 from edge_memllm.cli.main import run_command
+from edge_memllm.cli.options import add_options
 
 
 class EdgeMemLLMExportCommand(BaseOptimumCLICommand):
@@ -23,12 +24,12 @@ class EdgeMemLLMExportCommand(BaseOptimumCLICommand):
     @staticmethod
     def parse_args(parser: ArgumentParser) -> None:
         """Add the options; Optimum makes the parser."""
-        parser.description = export.DESCRIPTION
-        export.add_arguments(parser)
+        parser.description = EXPORT.description
+        add_options(parser, EXPORT.options)
 
     def run(self) -> None:
         """Export, or leave with an exit code and one line that says why not."""
-        code = run_command(export.execute, self.args)
+        code = run_command(EXPORT.run, self.args)
         if code:
             sys.exit(code)
 
