@@ -18,6 +18,7 @@ import numpy as np
 
 from edge_memllm.artifact.layout import CHECKSUM_BYTES, EMBEDDING_DTYPES, PLACE_BYTES
 from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import PREFILL_CHUNKS
 
@@ -161,9 +162,7 @@ def total(items: Iterable[Item]) -> int:
 
 def position_bytes(manifest: Manifest) -> int:
     """Bytes of keys and values of one position of one sequence."""
-    model = manifest.model
-    values = 2 * model.num_hidden_layers * model.num_key_value_heads * model.head_dim
-    return values * np.dtype(manifest.graph.kv_dtype).itemsize
+    return cache_values(manifest.model.caches) * np.dtype(manifest.graph.kv_dtype).itemsize
 
 
 def score_bytes(manifest: Manifest, prefill_chunk: int) -> int:
@@ -191,8 +190,8 @@ def _graph_item(manifest: Manifest, *, packed: bool) -> Item:
 def _work_bytes(manifest: Manifest) -> int:
     """Bytes that a step works on, for each of its tokens: every layer's memory, and the rest."""
     model = manifest.model
-    memories = model.num_hidden_layers if model.memory_layers else 0
-    return (memories + _WORK_FACTOR) * model.hidden_size * _value_bytes(manifest)
+    memory = len(model.memory.gain) * model.memory.width
+    return (memory + _WORK_FACTOR * model.hidden_size) * _value_bytes(manifest)
 
 
 def _records_bytes(manifest: Manifest) -> int:

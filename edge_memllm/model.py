@@ -314,8 +314,10 @@ def describe(model: Model, memory: MemoryPlan | None) -> dict[str, Any]:
     """Return what `Model.describe` does; `memory` is what was planned when it was loaded."""
     spec, graph, table = model.manifest.model, model.manifest.graph, model.table
     return {
+        **spec.details,
         "identity": spec.identity,
-        "beta": spec.beta,
+        "architecture": spec.architecture,
+        "memory_layers": spec.memory.layers,
         "layers": spec.num_hidden_layers,
         "width": spec.hidden_size,
         "vocabulary": spec.vocab_size,

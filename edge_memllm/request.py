@@ -13,7 +13,7 @@ from dataclasses import KW_ONLY, dataclass, fields
 from functools import wraps
 from typing import Annotated, Concatenate, ParamSpec, TypeAlias, TypeVar
 
-from edge_memllm.artifact.manifest import ModelSpec
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.checked_values import check_integer, is_number, wrong_value
 from edge_memllm.errors import Cancellation, RequestError
 from edge_memllm.options import Option, positive_int, signature_of
@@ -351,10 +351,10 @@ def _check_bias(penalties: Penalties, vocab_size: int) -> None:
 
 
 def _check_memory(overlays: Sequence[str] | None, model: ModelSpec) -> None:
-    if not model.memory_layers:
+    if not model.memory.layers:
         raise RequestError(
-            "without_memory is true, and this model is dense (beta 8): it has no memory to do "
-            "without. Leave it out."
+            "without_memory is true, and this model has no token memory (dense): there is none to "
+            "do without. Leave it out."
         )
     if overlays:
         raise RequestError(

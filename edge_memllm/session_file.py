@@ -21,7 +21,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.atomic import WholeFile
-from edge_memllm.artifact.manifest import Manifest, ModelSpec
+from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.artifact.open_files import not_read, open_regular
 from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
 from edge_memllm.artifact.tensor_header import (

@@ -1,6 +1,6 @@
 """One token's record: where its parts lie, its checksum, and the buffer records are read into.
 
-    embedding of D values | scales of all layers | codes of all layers | zeros up to the stride
+    embedding | scales of all layers | codes of all layers | zeros up to the stride
 
 A codec with a coarse part has it in front: its record is the start of the whole one. Where classes
 of tokens differ, records of one class are alike and lie together, class after class. Knows codecs
@@ -40,17 +40,19 @@ Places = Callable[[Sequence[int]], tuple[list[int], list[int]]]
 class RecordLayout:
     """The byte layout shared by all records of a table, or the largest of several `variants`.
 
-    `layers` counts the layers that have memory rows: 0 for the dense model, whose codec is "none".
+    `layers` counts the memory rows of a token: 0 for a model without, whose codec is "none".
     Raises `ValueError` for values that do not fit together.
     """
 
     layers: int
-    width: int
+    width: int  # W, of a row
     codec: Codec
     embedding_dtype: str  # "float16" or "float32"
     alignment: int = 512
+    embedding_width: int = 0  # D; 0 stands for that of a row
 
     def __post_init__(self) -> None:
+        object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
         if self.embedding_dtype not in EMBEDDING_DTYPES:
             raise ValueError(
                 f"embedding dtype '{self.embedding_dtype}', expected one of "
@@ -68,7 +70,7 @@ class RecordLayout:
     @property
     def embedding_bytes(self) -> int:
         """Bytes of the embedding."""
-        return self.width * EMBEDDING_DTYPES[self.embedding_dtype].itemsize
+        return self.embedding_width * EMBEDDING_DTYPES[self.embedding_dtype].itemsize
 
     @property
     def scales_bytes(self) -> int:
@@ -247,7 +249,7 @@ class RecordBuffer:
         )
 
     def rows(self, count: int) -> Floats:
-        """Return the decoded rows of the first `count` records, float32 [count, L, D]."""
+        """Return the decoded rows of the first `count` records, float32 [count, L, W]."""
         layout = self.layout
         scales, codes = self._wire_scales[:count], self._wire_codes[:count]
         rows = decode_wire(layout.codec.wire, scales, codes, layout.codec.group)

@@ -10,10 +10,17 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass, field
 from typing import get_args
 
 from edge_memllm.artifact.layout import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
+from edge_memllm.artifact.model_spec import (
+    MAX_VOCABULARY,
+    ModelSpec,
+    field_names,
+    parse_earlier_model,
+    parse_model,
+)
 from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
 from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.codec import MOST_CLASSES, TokenClass, Wire
@@ -25,7 +32,6 @@ FORMAT_VERSION = 3
 GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
 KV_DTYPES = ("float16", "float32", "int8")
 
-_IDENTITY = re.compile(r"sha256:[0-9a-f]{64}")
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0" * 64
 _CODEC = re.compile(r"[a-z0-9-]{1,100}")
@@ -34,33 +40,10 @@ _PRODUCER = re.compile(r"[ -~]{1,200}")
 _FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
 _A_FILE_NAME = "a plain file name (letters, digits, '.', '_' and '-', no leading dot, no folder)"
 
-# Generous, yet small enough that no size computed from them costs much memory before it is checked.
-MAX_VOCABULARY = 1 << 24
-MAX_POSITIONS = 1 << 24
-MAX_WIDTH = 1 << 17
-MAX_LAYERS = 1024
+_PARTS = ("model", "table", "graph", "files", "producer")
 _MAX_FILE_BYTES = 1 << 60
 # Tokenizer, chat template and the like together; those of 250,000 tokens have some 40 MB.
 _MAX_TEXT_BYTES = 1 << 28
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSpec:
-    """The shape of the model, in Hugging Face names, and its identity."""
-
-    identity: str  # "sha256:<64 hex digits>" of the checkpoint's configuration and weights
-    beta: int
-    hidden_size: int
-    num_hidden_layers: int
-    num_attention_heads: int
-    num_key_value_heads: int
-    head_dim: int
-    vocab_size: int
-    max_position_embeddings: int
-    bos_token_id: int | None
-    eos_token_ids: tuple[int, ...]
-    memory_gain: tuple[float, ...]  # one per layer
-    memory_layers: int  # rows of a token: one per layer, one for all, none for beta 8
 
 
 @dataclass(frozen=True, slots=True)
@@ -109,6 +92,7 @@ class Manifest:
     graph: GraphSpec
     files: dict[str, FileSpec]
     producer: str
+    earlier: str | None = field(default=None, compare=False)  # fingerprint, of versions 1 and 2
 
     @property
     def layout(self) -> RecordLayout:
@@ -117,29 +101,37 @@ class Manifest:
         if self.table.classes is not None:
             codec = codec.with_classes(self.table.classes)
         return RecordLayout(
-            layers=self.model.memory_layers,
-            width=self.model.hidden_size,
+            layers=self.model.memory.layers,
+            width=self.model.memory.width,
             codec=codec,
             embedding_dtype=self.table.embedding_dtype,
+            embedding_width=self.model.hidden_size,
             alignment=self.table.alignment,
         )
 
     @property
     def fingerprint(self) -> str:
-        """What names this content to sessions: sha256 of the canonical JSON of version 2.
+        """What names this content to sessions: sha256 of its canonical JSON, without `sha256`.
 
-        It stays what it was when an artifact is read by a later version of this software.
+        Of a manifest of version 1 or 2 it is that of version 2, as it was when they were written.
         """
-        return hashlib.sha256(_canonical(self._content(2))).hexdigest()
+        if self.earlier is not None:
+            return self.earlier
+        return hashlib.sha256(_canonical(self._content())).hexdigest()
 
     def to_json(self) -> bytes:
         """Return the canonical JSON. Raises `ArtifactError` for what `from_json` would refuse."""
-        data = sealed(self._content(FORMAT_VERSION))
+        data = sealed(self._content())
         Manifest.from_json(data, MANIFEST_NAME)
         return data
 
-    def _content(self, version: int) -> dict[str, object]:
-        return {"format": FORMAT, "format_version": version, **asdict(self)}
+    def as_dict(self) -> dict[str, object]:
+        """Return the parts as plain values, by their keys."""
+        parts = asdict(self)
+        return {name: parts[name] for name in _PARTS}
+
+    def _content(self) -> dict[str, object]:
+        return {"format": FORMAT, "format_version": FORMAT_VERSION, **self.as_dict()}
 
     @classmethod
     def from_json(cls, data: bytes, where: str) -> Manifest:
@@ -155,15 +147,16 @@ class Manifest:
             _check_seal(data, content.get("sha256"), where)
         if version == 1:
             _complete_version_1(content)
-        top = exact_fields(content, where, ("format", "format_version", *seal, *_names(cls)))
+        parse = parse_model if version > 2 else parse_earlier_model
+        top = exact_fields(content, where, ("format", "format_version", *seal, *_PARTS))
         manifest = cls(
-            model=_parse_model(content["model"], f"{where}: model"),
+            model=parse(content["model"], f"{where}: model"),
             table=_parse_table(content["table"], f"{where}: table"),
             graph=_parse_graph(content["graph"], f"{where}: graph"),
             files=_parse_files(top.mapping("files"), f"{where}: files"),
             producer=top.text("producer", _PRODUCER, "a line of ASCII text"),
+            earlier=None if version > 2 else _version_2_digest(content),
         )
-        _check_model(manifest.model, f"{where}: model")
         _check_table(manifest, f"{where}: table")
         _check_graph(manifest, f"{where}: graph")
         return manifest
@@ -198,8 +191,8 @@ def _check_seal(data: bytes, digest: object, where: str) -> None:
         )
 
 
-def _names(spec: type) -> tuple[str, ...]:
-    return tuple(field.name for field in fields(spec))
+def _version_2_digest(content: Mapping[str, object]) -> str:
+    return hashlib.sha256(_canonical({**content, "format_version": 2})).hexdigest()
 
 
 def _check_version(content: dict[str, object], where: str) -> int:
@@ -230,28 +223,8 @@ def _complete_version_1(content: dict[str, object]) -> None:
         content["table"] = {"parameters_sha256": None, "classes": None, **table}
 
 
-def _parse_model(value: object, where: str) -> ModelSpec:
-    model = exact_fields(value, where, _names(ModelSpec))
-    vocab_size = model.integer("vocab_size", 1, MAX_VOCABULARY)
-    return ModelSpec(
-        identity=model.text("identity", _IDENTITY, "'sha256:' and 64 hex digits"),
-        beta=model.integer("beta", 0, 8),
-        hidden_size=model.integer("hidden_size", 1, MAX_WIDTH),
-        num_hidden_layers=model.integer("num_hidden_layers", 1, MAX_LAYERS),
-        num_attention_heads=model.integer("num_attention_heads", 1, MAX_WIDTH),
-        num_key_value_heads=model.integer("num_key_value_heads", 1, MAX_WIDTH),
-        head_dim=model.integer("head_dim", 1, MAX_WIDTH),
-        vocab_size=vocab_size,
-        max_position_embeddings=model.integer("max_position_embeddings", 1, MAX_POSITIONS),
-        bos_token_id=model.optional_integer("bos_token_id", 0, vocab_size - 1),
-        eos_token_ids=model.integers("eos_token_ids", 0, vocab_size - 1),
-        memory_gain=model.numbers("memory_gain", -1e6, 1e6),
-        memory_layers=model.integer("memory_layers", 0, MAX_LAYERS),
-    )
-
-
 def _parse_table(value: object, where: str) -> TableSpec:
-    table = exact_fields(value, where, _names(TableSpec))
+    table = exact_fields(value, where, field_names(TableSpec))
     return TableSpec(
         file=table.text("file", _FILE_NAME, _A_FILE_NAME),
         codec=table.text("codec", _CODEC, "a codec id"),
@@ -269,7 +242,7 @@ def _parse_table(value: object, where: str) -> TableSpec:
 def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, ...] | None:
     if items is None:
         return None
-    classes = [exact_fields(item, where, _names(TokenClass)) for item in items]
+    classes = [exact_fields(item, where, field_names(TokenClass)) for item in items]
     return tuple(
         TokenClass(
             tokens=each.integer("tokens", 1, MAX_VOCABULARY),
@@ -280,7 +253,7 @@ def _parse_classes(items: list[object] | None, where: str) -> tuple[TokenClass, 
 
 
 def _parse_graph(value: object, where: str) -> GraphSpec:
-    graph = exact_fields(value, where, _names(GraphSpec))
+    graph = exact_fields(value, where, field_names(GraphSpec))
     return GraphSpec(
         file=graph.text("file", _FILE_NAME, _A_FILE_NAME),
         external_data=graph.optional_text("external_data", _FILE_NAME, _A_FILE_NAME),
@@ -301,32 +274,12 @@ def _parse_files(files: dict[str, object], where: str) -> dict[str, FileSpec]:
         if name.lower() in folded:
             raise ArtifactError(f"{where}: '{name}' is there already, case does not count.")
         folded.add(name.lower())
-        spec = exact_fields(value, f"{where}: {name}", _names(FileSpec))
+        spec = exact_fields(value, f"{where}: {name}", field_names(FileSpec))
         parsed[name] = FileSpec(
             bytes=spec.integer("bytes", 0, _MAX_FILE_BYTES),
             sha256=spec.text("sha256", _DIGEST, "64 hex digits"),
         )
     return parsed
-
-
-def _check_model(model: ModelSpec, where: str) -> None:
-    heads, shared = model.num_attention_heads, model.num_key_value_heads
-    if heads % shared:
-        raise ArtifactError(
-            f"{where}: num_attention_heads is {heads}, expected a multiple of "
-            f"num_key_value_heads, {shared}."
-        )
-    if len(model.memory_gain) != model.num_hidden_layers:
-        raise ArtifactError(
-            f"{where}: memory_gain has {len(model.memory_gain)} values, expected one for each "
-            f"of {model.num_hidden_layers} layers."
-        )
-    counts = (0,) if model.beta == 8 else (model.num_hidden_layers, 1)
-    if model.memory_layers not in counts:
-        raise ArtifactError(
-            f"{where}: memory_layers is {model.memory_layers}, expected "
-            f"{' or '.join(map(str, counts))} for beta {model.beta}."
-        )
 
 
 def _check_table(manifest: Manifest, where: str) -> None:

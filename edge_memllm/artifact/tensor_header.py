@@ -217,9 +217,11 @@ def _metadata(layout: RecordLayout, identity: str) -> dict[str, str]:
         "codec": layout.codec.id,
         "embedding_dtype": layout.embedding_dtype,
         "layers": str(layout.layers),
-        "width": str(layout.width),
+        "width": str(layout.embedding_width),
         "alignment": str(layout.alignment),
     }
+    if layout.layers and layout.width != layout.embedding_width:
+        metadata["row_width"] = str(layout.width)
     classes = layout.codec.classes
     if classes is not None:  # as text, since metadata of safetensors is nothing else
         metadata["classes"] = compact([asdict(each) for each in classes])

@@ -112,7 +112,7 @@ class Cell:
             "threads": self.worker.threads,
             "settings": {name: _plain(value) for name, value in variant.settings.items()},
             "speculate": variant.speculate,
-            "model": {name: loaded[name] for name in _MODEL},
+            "model": {name: loaded[name] for name in _MODEL if name in loaded},
             "context": self.context,
             "prompt_tokens": self.context,
             "new_tokens": plan.new_tokens,
@@ -149,7 +149,8 @@ class Cell:
 
 _MODEL = (
     "identity",
-    "beta",
+    "architecture",
+    "beta",  # where a family has it
     "layers",
     "width",
     "vocabulary",

@@ -14,7 +14,8 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_memllm.artifact.folder import Artifact, Directory
 from edge_memllm.artifact.layout import RecordLayout
-from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest, ModelSpec
+from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
 from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.cli.export import rung_table
@@ -49,6 +50,8 @@ ladder, six rungs from codec to chunked prefill. That needs the export extra."""
 _VERIFY_EXAMPLES = """\
   edge-memllm verify artifact
   edge-memllm verify artifact --against checkpoint"""
+
+_COUNTED = "feed_forward_parameters"
 
 
 @dataclass(frozen=True)
@@ -87,7 +90,7 @@ def inspect(options: InspectOptions) -> int:
         raise RequestError(f"--tokens is {tokens}, the model's context holds {context}.")
     needs = footprint(manifest, tokens)
     if options.json:
-        facts = asdict(manifest) | {"parameters": parameters(manifest.model)}
+        facts = manifest.as_dict() | {"parameters": parameters(manifest.model)}
         write_json({**facts, "needs": asdict(needs)})
     else:
         print(_page(manifest, needs))
@@ -107,15 +110,16 @@ def _read_manifest(path: Path) -> Manifest:
 def parameters(model: ModelSpec) -> dict[str, int]:
     """Parameters left to compute, by part, and the values that the table holds instead.
 
-    FFN-C is counted by its budget of ``beta * hidden_size ** 2`` per layer; norms are left out.
+    Norms are left out; feed-forward parts are counted as the model's details say.
     """
-    width, layers = model.hidden_size, model.num_hidden_layers
-    heads = 2 * model.num_attention_heads + 2 * model.num_key_value_heads
+    width, memory, heads = model.hidden_size, model.memory, model.num_attention_heads
+    columns = sum(2 * (heads + cache.kv_heads) * cache.head_dim for cache in model.caches)
+    computed = model.details.get(_COUNTED)
     return {
-        "attention": layers * width * heads * model.head_dim,
-        "compute_ffn": layers * model.beta * width**2,
+        "attention": width * columns,
+        "compute_ffn": computed if isinstance(computed, int) else 0,
         "head": model.vocab_size * width,
-        "table_values": model.vocab_size * model.memory_layers * width,
+        "table_values": model.vocab_size * memory.layers * memory.width,
     }
 
 
@@ -127,7 +131,7 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
     kv_part = f"of which keys and values {byte_count(needs.kv_bytes)}"
     whole = f"about {byte_count(needs.resident_bytes_with_table)} with the table in it"
     rows = [
-        ("model", _family(model.beta)),
+        ("model", _kind(model)),
         ("", f"{model.num_hidden_layers} layers of width {model.hidden_size}, {_heads(model)}"),
         ("", f"vocabulary {number(model.vocab_size)}, context {model.max_position_embeddings}"),
         ("identity", model.identity),
@@ -174,20 +178,27 @@ def _layer_ranges(layers: Sequence[str]) -> str:
     return ", ".join(found)
 
 
-def _family(beta: int) -> str:
-    match beta:
+def _kind(model: ModelSpec) -> str:
+    details = [f"{name} {value}" for name, value in model.details.items() if name != _COUNTED]
+    named = ", ".join([model.architecture, *details])
+    match model.memory.layers:
         case 0:
-            return "MemoryLLM: every feed-forward layer is in the table"
-        case 8:
-            return "dense transformer: the table holds embeddings only"
+            return f"{named}: without token memory (dense), the table holds embeddings only"
+        case 1:
+            return f"{named}: the table holds a row that all layers share"
         case _:
-            return f"Flex-MemoryLLM, beta {beta}: {beta}/8 of each feed-forward layer is computed"
+            return f"{named}: the table holds a row for each layer"
 
 
 def _heads(model: ModelSpec) -> str:
-    shared = model.num_key_value_heads
-    heads = f"{model.num_attention_heads} heads of {model.head_dim}"
-    return heads if shared == model.num_attention_heads else f"{heads} sharing {shared} keys"
+    """Every kind of heads once, in the order of the layers."""
+    kinds = dict.fromkeys((cache.kv_heads, cache.head_dim) for cache in model.caches)
+    return " or ".join(_kind_of_heads(model.num_attention_heads, *kind) for kind in kinds)
+
+
+def _kind_of_heads(count: int, shared: int, width: int) -> str:
+    heads = f"{count} heads of {width}"
+    return heads if shared == count else f"{heads} sharing {shared} keys"
 
 
 def _computed(counts: dict[str, int]) -> str:

@@ -125,7 +125,7 @@ class OutputOptions:
     def spec(self, base: Manifest, source: Manifest) -> OverlaySpec:
         """Return the spec of an overlay for `base` with rows of `source`."""
         codec = self.codec
-        if codec is None and base.model.memory_layers:
+        if codec is None and base.model.memory.layers:
             codec = plain_codec(source.layout.codec).id
         return OverlaySpec.for_model(
             base, self.title, codec=codec or "f16", description=self.description

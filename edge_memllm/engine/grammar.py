@@ -20,7 +20,7 @@ from typing import TYPE_CHECKING
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.artifact.manifest import ModelSpec
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.engine.grammar_trial import READY
 from edge_memllm.errors import RequestError, RuntimeUnavailableError, missing_extra
 from edge_memllm.process.forking import ProcessLock

@@ -17,7 +17,7 @@ from typing import Any, Self
 import numpy as np
 
 from edge_memllm.arrays import Logits
-from edge_memllm.artifact.manifest import ModelSpec
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor, exponential, next_token_losses
 from edge_memllm.evaluation.task_files import Item, Kind, Task

@@ -28,7 +28,8 @@ from transformers.modeling_outputs import CausalLMOutputWithPast
 from transformers.utils import GENERATION_CONFIG_NAME
 
 from edge_memllm.artifact.atomic import not_written, whole_folder
-from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest, ModelSpec
+from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder, checkpoint_folder
@@ -53,10 +54,11 @@ class EdgeMemLLMConfig(PreTrainedConfig):
             hidden_size=model.hidden_size,
             num_hidden_layers=model.num_hidden_layers,
             num_attention_heads=model.num_attention_heads,
-            num_key_value_heads=model.num_key_value_heads,
-            head_dim=model.head_dim,
+            num_key_value_heads=model.caches[0].kv_heads,
+            head_dim=model.caches[0].head_dim,
             max_position_embeddings=model.max_position_embeddings,
-            beta=model.beta,
+            architecture=model.architecture,
+            details=dict(model.details),
             identity=model.identity,
             **_special_tokens(model),
         )

@@ -16,7 +16,8 @@ import numpy as np
 
 from edge_memllm import __version__
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.manifest import MANIFEST_NAME, GraphSpec, Manifest, ModelSpec, TableSpec
+from edge_memllm.artifact.manifest import MANIFEST_NAME, GraphSpec, Manifest, TableSpec
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.errors import ArtifactError, RequestError, missing_extra
 from edge_memllm.evaluation import Task
 from edge_memllm.evaluation.perplexity import Predictor, text_tokens
@@ -408,23 +409,29 @@ def _subject(
         name=path.resolve().name,
         source=source,
         identity=spec.identity,
-        beta=spec.beta,
+        beta=_beta(spec),
         layers=spec.num_hidden_layers,
-        memory_layers=spec.memory_layers,
+        memory_layers=spec.memory.layers,
         width=spec.hidden_size,
         vocabulary=spec.vocab_size,
         keys=memory.keys,
-        memory_gain=spec.memory_gain,
+        memory_gain=spec.memory.gain,
     )
     texts = TokenTexts(model.tokenizer, spec.vocab_size)
     return Subject(facts, model, memory, head, texts, network)
 
 
+def _beta(model: ModelSpec) -> int | None:
+    """What the family says of itself, if it is the one that has it."""
+    beta = model.details.get("beta")
+    return beta if isinstance(beta, int) else None
+
+
 def _refuse_dense(path: Path, model: ModelSpec) -> None:
-    if not model.memory_layers:
+    if not model.memory.layers:
         raise ArtifactError(
-            f"{path}: this model is dense (beta 8): it has no memory to explain. Give one with a "
-            "smaller beta."
+            f"{path}: this model has no token memory (dense): there is none to explain. Give a "
+            "model that has one."
         )
 
 

@@ -298,7 +298,7 @@ class ModelFacts(Finding):
     name: str
     source: str
     identity: str
-    beta: int
+    beta: int | None
     layers: int
     memory_layers: int
     width: int

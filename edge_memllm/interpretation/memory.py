@@ -154,13 +154,13 @@ class TableMemory:
     def __init__(self, model: Predictor) -> None:
         """Take a model that stays open; raises `RequestError` for a dense one."""
         spec = model.manifest.model
-        if not spec.memory_layers:
+        if not spec.memory.layers:
             raise RequestError(
-                "This model is dense (beta 8): it has no memory to look into. Take one with a "
-                "smaller beta."
+                "This model has no token memory (dense): there is none to look into. Take a model "
+                "that has one."
             )
-        self.layers = spec.memory_layers
-        self.width = self.size = spec.hidden_size
+        self.layers = spec.memory.layers
+        self.width = self.size = spec.memory.width
         self.vocabulary = spec.vocab_size
         self._source = model.source
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from edge_memllm.arrays import Doubles, Floats
-from edge_memllm.artifact.manifest import ModelSpec
+from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import token_losses
 from edge_memllm.feeding import Feeder
@@ -30,21 +30,23 @@ def scaled_gain(model: ModelSpec, factors: Sequence[float]) -> list[float]:
 
     Raises `RequestError` for a dense model, and for another number of factors.
     """
-    if not model.memory_layers:
-        raise RequestError("This model is dense (beta 8): it has no memory whose gain could count.")
+    if not model.memory.layers:
+        raise RequestError(
+            "This model has no token memory (dense): there is no gain that could count."
+        )
     if len(factors) != model.num_hidden_layers:
         raise RequestError(
             f"{len(factors)} factors were given, expected one for each of the "
             f"{model.num_hidden_layers} layers."
         )
-    gain: Floats = np.asarray(model.memory_gain, np.float32) * np.asarray(factors, np.float32)
+    gain: Floats = np.asarray(model.memory.gain, np.float32) * np.asarray(factors, np.float32)
     scaled: list[float] = gain.tolist()
     return scaled
 
 
 def without_layer(model: ModelSpec, layer: int) -> list[float]:
     """Return the factors that turn one memory off: that of a layer, or the one all layers share."""
-    if model.memory_layers == 1:
+    if model.memory.layers == 1:
         return [0.0] * model.num_hidden_layers
     return [0.0 if each == layer else 1.0 for each in range(model.num_hidden_layers)]
 

@@ -14,7 +14,7 @@ from huggingface_hub.dataclasses import strict
 from transformers import PreTrainedConfig
 from transformers.modeling_outputs import BaseModelOutputWithPast
 
-from edge_memllm.artifact.manifest import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
+from edge_memllm.artifact.model_spec import MAX_LAYERS, MAX_POSITIONS, MAX_VOCABULARY, MAX_WIDTH
 from edge_memllm.checked_values import is_integer, is_number
 from edge_memllm.errors import RequestError
 

@@ -247,14 +247,14 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
     def memory_rows(self, token_ids: torch.Tensor) -> torch.Tensor:
         """Live memory rows without gain: LongTensor [N] -> float32 [N, M, D] (eq. 2.9).
 
-        M is ``config.memory_layers``, 0 for the dense baseline.
+        M is ``config.memory_layers``; [N, 0, 0] for the dense baseline.
         """
         embedding = self.embed_tokens(token_ids)
         source, rows = self.token_memory(token_ids, embedding)
         layers = self.layers[: self.config.memory_layers]
         memory = [layer.recall(source, rows_of_layer(rows, n)) for n, layer in enumerate(layers)]
         if not memory:
-            return embedding.new_empty(len(token_ids), 0, embedding.shape[-1]).float()
+            return embedding.new_empty(len(token_ids), 0, 0).float()
         return torch.stack([part.float() for part in memory], dim=1)
 
     def memory_gain(self, layer: int) -> torch.Tensor | float:
@@ -332,6 +332,12 @@ class MemoryLLMForCausalLM(MemoryLLMPreTrainedModel, GenerationMixin):
         self.model = MemoryLLMModel(config)
         self.lm_head = nn.Linear(config.hidden_size, config.vocab_size, bias=False)
         self.post_init()
+
+    @property
+    def cache_shapes(self) -> list[tuple[int, int]]:
+        """Heads and width of the keys, or values, that each layer stores."""
+        config = self.config
+        return [(config.num_key_value_heads, config.head_dim)] * config.num_hidden_layers
 
     def forward(
         self,

@@ -33,7 +33,7 @@ _WORD = re.compile(r"(?s).*")
 _CHUNK_BYTES = 8 << 20  # of decoded rows
 
 _TOKENIZER = "tokenizer.json"
-_SHAPE = ("memory_layers", "hidden_size", "vocab_size")
+_SHAPE = ("memory.layers", "memory.width", "vocab_size")
 
 
 @dataclass(frozen=True, slots=True)
@@ -258,7 +258,7 @@ def _check_embeddings(tokens: NDArray[np.int64], before: RecordBuffer, after: Re
 
 def check_same_shape(base: Artifact, other: Artifact) -> None:
     """Raise `RequestError` unless rows of one can stand in the other, token for token."""
-    ours, theirs = asdict(base.manifest.model), asdict(other.manifest.model)
+    ours, theirs = _facts(base), _facts(other)
     for name in _SHAPE:
         _expect_equal(base, other, name, ours[name], theirs[name])
     digests = [_digest(each, _TOKENIZER) for each in (base, other)]
@@ -275,7 +275,7 @@ def check_same_but_rows(base: Artifact, changed: Artifact, *, tolerance: float) 
     Embeddings are left to whoever reads the records.
     """
     check_same_shape(base, changed)
-    ours, theirs = asdict(base.manifest.model), asdict(changed.manifest.model)
+    ours, theirs = _facts(base), _facts(changed)
     for name in sorted(ours.keys() - {"identity"}):
         _expect_equal(base, changed, name, ours[name], theirs[name])
     codecs = [each.manifest.table.codec for each in (base, changed)]
@@ -292,6 +292,15 @@ def check_same_but_rows(base: Artifact, changed: Artifact, *, tolerance: float) 
             "those of the base model. Weights that were calibrated differ with the rows: compare "
             "the checkpoints instead."
         )
+
+
+def _facts(artifact: Artifact) -> dict[str, object]:
+    """Return what the manifest says of the model, value by value."""
+    facts: dict[str, object] = {}
+    for name, value in asdict(artifact.manifest.model).items():
+        parts = value if isinstance(value, dict) else {"": value}
+        facts |= {f"{name}.{part}".rstrip("."): inside for part, inside in parts.items()}
+    return facts
 
 
 def _graph(artifact: Artifact) -> tuple[bytes, str | None]:

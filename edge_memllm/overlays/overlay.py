@@ -90,9 +90,11 @@ class OverlaySpec:
     ) -> OverlaySpec:
         """Return the spec of an overlay for the model of a manifest. Raises `RequestError`."""
         model = manifest.model
-        if not model.memory_layers:
-            raise RequestError("A dense model (beta 8) has no memory rows: nothing to lay over.")
-        layers, width = model.memory_layers, model.hidden_size
+        if not model.memory.layers:
+            raise RequestError(
+                "A model without token memory (dense) has no memory rows: nothing to lay over."
+            )
+        layers, width = model.memory.layers, model.memory.width
         return cls(name, model.identity, layers, width, codec, description)
 
     @property
@@ -119,7 +121,7 @@ class OverlaySpec:
                 f"Overlay '{self.name}' is for model {self.identity[:19]}, this is "
                 f"{model.identity[:19]}. Use it with an export of the checkpoint it was made for."
             )
-        found, expected = (self.layers, self.width), (model.memory_layers, model.hidden_size)
+        found, expected = (self.layers, self.width), (model.memory.layers, model.memory.width)
         if found != expected:
             raise RequestError(
                 f"Overlay '{self.name}' has rows of {found[0]} layers of {found[1]}, the model "

@@ -172,7 +172,7 @@ class Information:
             "chat": service.template is not None,
             "identity": service.spec.identity,
             "max_tokens": service.settings.limits.max_tokens,
-            "memory_layers": service.spec.memory_layers,
+            "memory_layers": service.spec.memory.layers,
             "record_bytes": service.model.manifest.layout.record_bytes,
             "reader": service.model.reader,
             "device": service.model.device,

@@ -151,7 +151,9 @@ def _manifest(path: Path) -> tuple[Manifest, str]:
 def _codecs(words: tuple[str, ...], manifest: Manifest) -> tuple[str, ...]:
     layout, found = manifest.layout, manifest.table.codec
     if layout.layers == 0:
-        raise RequestError("A dense model (beta 8) has no memory rows: there is nothing to sweep.")
+        raise RequestError(
+            "A model without token memory (dense) has no memory rows: there is nothing to sweep."
+        )
     if found not in FAITHFUL:
         raise RequestError(
             f"The source's table is stored as {found}: its error would be in every codec's rows. "

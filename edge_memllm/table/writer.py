@@ -83,7 +83,7 @@ class TableWriter:
             raise
 
     def append(self, embedding: Floats, rows: Floats) -> None:
-        """Write the next N records, from embedding [N, D] and rows [N, L, D].
+        """Write the next N records, from embedding [N, D] and rows [N, L, W].
 
         Raises `ExportError` naming token and layer when a value is NaN, infinite or too large.
         Writing goes on in the background: that the disk is full is said by the next call, or by
@@ -159,7 +159,7 @@ class TableWriter:
 
     def _check_shapes(self, embedding: Floats, rows: Floats) -> None:
         layout, count = self._layout, len(embedding)
-        expected = ((count, layout.width), (count, layout.layers, layout.width))
+        expected = ((count, layout.embedding_width), (count, layout.layers, layout.width))
         if (embedding.shape, rows.shape) != expected:
             raise ExportError(
                 f"{self._path}: embedding {embedding.shape} and rows {rows.shape}, "

@@ -25,8 +25,8 @@ from edge_memllm.artifact.manifest import (
     FileSpec,
     GraphSpec,
     Manifest,
-    ModelSpec,
 )
+from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableError
 from edge_memllm.export_options import COMPUTE_DTYPES, EXPORT_DEVICES, ExportOptions
@@ -107,8 +107,8 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         chosen = "none"
     elif chosen == "none":
         raise ExportError(
-            f"table codec none is for dense models (beta 8), {source.path} has beta "
-            f"{source.config.beta}. Choose a codec that stores rows."
+            f"table codec none is for models without token memory (dense), {source.path} has "
+            "one. Choose a codec that stores rows."
         )
     dtype, bits = WEIGHT_FORMS[graph_weights]
     _check_block(graph_weights, bits, options.graph_block)
@@ -168,10 +168,11 @@ def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> Record
     try:
         return RecordLayout(
             layers=config.memory_layers,
-            width=config.hidden_size,
+            width=config.hidden_size if config.has_memory else 0,
             codec=form.codec,
             embedding_dtype=form.embedding_dtype,
             alignment=alignment,
+            embedding_width=config.hidden_size,
         )
     except ValueError as error:
         raise ExportError(f"{source.path}: {error}") from error
@@ -188,8 +189,8 @@ def check_target(source: Checkpoint, table_codec: str | None, target: Target | N
         )
     if not source.config.has_memory:
         raise ExportError(
-            f"target {target}: {source.path} is a dense model (beta 8), which has no memory rows. "
-            "Leave the target out."
+            f"target {target}: {source.path} is a model without token memory (dense), which has no "
+            "rows. Leave the target out."
         )
 
 
@@ -462,18 +463,21 @@ def model_spec(source: Checkpoint, identity: str) -> ModelSpec:
     """What a manifest says of the model of a checkpoint."""
     config: Any = source.config
     shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
+    layers, width, rows = config.num_hidden_layers, config.hidden_size, config.memory_layers
+    computed = layers * 3 * width * config.intermediate_size if config.has_compute else 0
     return ModelSpec(
         identity=identity,
-        beta=config.beta,
+        architecture="memoryllm",
         hidden_size=config.hidden_size,
         num_hidden_layers=config.num_hidden_layers,
         num_attention_heads=config.num_attention_heads,
-        num_key_value_heads=config.num_key_value_heads,
-        head_dim=shape.graph_head_dim,
         vocab_size=config.vocab_size,
         max_position_embeddings=config.max_position_embeddings,
         bos_token_id=config.bos_token_id,
         eos_token_ids=source.eos_token_ids(),
-        memory_gain=source.memory_gain,
-        memory_layers=config.memory_layers,
+        memory=MemorySpec(rows, width, "added", source.memory_gain) if rows else MemorySpec(),
+        caches=tuple(
+            CacheSpec(layer, shape.kv_heads, shape.graph_head_dim) for layer in range(layers)
+        ),
+        details={"beta": config.beta, "feed_forward_parameters": computed},
     )

@@ -200,7 +200,9 @@ def _first_form(
     """The form that is asked for; with a target its codec is still to be found."""
     model, old = manifest.model, manifest.layout
     if old.layers == 0:
-        raise ExportError("A dense model (beta 8) has no memory rows: there is nothing to store.")
+        raise ExportError(
+            "A model without token memory (dense) has no memory rows: there is nothing to store."
+        )
     if (word is None) == (target is None):
         raise ExportError(
             f"table codec {word}, target {target}: expected one of the two. Name a codec, or a "

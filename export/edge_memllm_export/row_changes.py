@@ -49,7 +49,7 @@ def checkpoint_difference(
     _check_same_but_rows(ours, theirs)
     config = ours.config
     if not config.memory_layers:
-        raise ExportError(f"{base}: a dense model (beta 8) has no memory rows to compare.")
+        raise ExportError(f"{base}: a model without token memory (dense) has no rows to compare.")
     spec = OverlaySpec(
         name, ours.identity(), config.memory_layers, config.hidden_size, codec, description
     )

@@ -22,6 +22,7 @@ from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Node, Tensor
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.manifest import Manifest
+    from edge_memllm.artifact.model_spec import CacheSpec
 
 Dims = tuple[int | str, ...]
 
@@ -49,6 +50,7 @@ class _Known:
     dims: Dims
     tensor: Tensor | None = None  # for a weight
     numbers: tuple[int, ...] | None = None  # of a small weight of integers
+    window: int | None = None  # of a cache: how many positions may be looked at
 
     @property
     def width(self) -> int | str:
@@ -60,9 +62,9 @@ def check_graph(graph: GraphFile, data: bytes, manifest: Manifest) -> None:
     _Check(graph, data, manifest).run()
 
 
-def cache_names(layers: int) -> list[str]:
-    """Return the names of all keys and values, without the word for past or present."""
-    return [f"{layer}.{part}" for layer in range(layers) for part in ("key", "value")]
+def cache_names(cache: CacheSpec) -> tuple[str, str]:
+    """Return the names of a layer's keys and values, without the word for past or present."""
+    return f"{cache.layer}.key", f"{cache.layer}.value"
 
 
 class _Check:
@@ -76,9 +78,9 @@ class _Check:
         self._values: dict[str, _Known] = {}
         model = manifest.model
         self._widest = max(
-            model.num_hidden_layers * model.hidden_size,
+            model.num_hidden_layers * max(model.hidden_size, model.memory.width),
             model.vocab_size,
-            _WIDTHS * max(model.hidden_size, model.head_dim),
+            _WIDTHS * max(model.hidden_size, *(cache.head_dim for cache in model.caches)),
         )
 
     def run(self) -> None:
@@ -117,10 +119,8 @@ class _Check:
 
     def _check_outputs(self) -> None:
         model = self._manifest.model
-        cache = graph_inputs(self._manifest)["past_key_values.0.key"]
-        expected = {f"present.{name}": cache for name in cache_names(model.num_hidden_layers)}
-        logits = _Known(self._compute, ("B", "K", model.vocab_size))
-        expected = {"logits": logits, **expected}
+        expected = {"logits": _Known(self._compute, ("B", "K", model.vocab_size))}
+        expected |= {f"present.{name}": known for name, known in _caches(self._manifest).items()}
         _expect_names("outputs", [each.name for each in self._graph.outputs], expected)
         for name, known in expected.items():
             found = self._value(name)
@@ -188,7 +188,7 @@ def graph_inputs(manifest: Manifest) -> dict[str, _Known]:
     model, table = manifest.model, manifest.table
     compute = _CODES[manifest.graph.compute_dtype]
     integer, half = _CODES["int32"], _CODES["float16"]
-    codec, cells = get_codec(table.codec), model.memory_layers * model.hidden_size
+    codec, cells = get_codec(table.codec), model.memory.layers * model.memory.width
     inputs = {
         "token_index": _Known(_INT64, ("B", "T")),
         "embedding": _Known(_CODES[table.embedding_dtype], ("U", model.hidden_size)),
@@ -205,11 +205,19 @@ def graph_inputs(manifest: Manifest) -> dict[str, _Known]:
         stored = _CODES["float32"] if codec.wire == "f32" else half
         inputs["memory_rows"] = _Known(stored, ("U", cells))
     if codec.wire != "none":
-        inputs["memory_gain"] = _Known(compute, (model.num_hidden_layers,))
-    cache = ("B", model.num_key_value_heads, "C", model.head_dim)
-    for name in cache_names(model.num_hidden_layers):
-        inputs[f"past_key_values.{name}"] = _Known(_CODES[manifest.graph.kv_dtype], cache)
-    return inputs
+        inputs["memory_gain"] = _Known(compute, (len(model.memory.gain),))
+    caches = _caches(manifest).items()
+    return inputs | {f"past_key_values.{name}": known for name, known in caches}
+
+
+def _caches(manifest: Manifest) -> dict[str, _Known]:
+    """Type and shape of all keys and values, by `cache_names`."""
+    kind = _CODES[manifest.graph.kv_dtype]
+    return {
+        name: _Known(kind, ("B", cache.kv_heads, "C", cache.head_dim), window=cache.window)
+        for cache in manifest.model.caches
+        for name in cache_names(cache)
+    }
 
 
 class _Step:
@@ -252,6 +260,10 @@ class _Step:
         if not is_integer(value) or not low <= value <= high:
             self.refuse(f"has {name} {value!a:.40}, expected an integer from {low} to {high}")
         return value
+
+    def has(self, name: str) -> bool:
+        """Whether an attribute is there."""
+        return name in self._node.attributes
 
     def positive(self, name: str) -> float:
         """Return an attribute that is a number above zero."""
@@ -470,6 +482,10 @@ def _attention(step: _Step) -> Results:
     cache = ("B", kv_heads, "C", key.width)
     step.expect("keys of", (key.dims, bits), (cache, 8))
     step.expect("values of", (value.dims, value.data_type), (cache, key.data_type))
+    window = (
+        step.integer("local_window_size", 1, 1 << 24) if step.has("local_window_size") else None
+    )
+    step.expect("a window of", (window, window), (key.window, value.window))
     stored = _CODES["int8"] if quantised else queries[0].data_type
     step.expect("keys of type", key.data_type, stored)
     step.expect("heads in groups", heads % kv_heads, 0)
@@ -508,7 +524,7 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "GroupQueryAttention": _Rule(
             _attention,
             frozenset(
-                {"num_heads", "kv_num_heads", "do_rotary", "scale"}
+                {"num_heads", "kv_num_heads", "do_rotary", "scale", "local_window_size"}
                 | {"kv_cache_bit_width", "k_quant_type", "v_quant_type"}
             ),
         ),

@@ -17,7 +17,6 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import Held, HeldLayout
-from edge_memllm_runtimes.graph_check import cache_names
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
 from edge_memllm_runtimes.ort_graph import GraphShape
 from edge_memllm_runtimes.ort_library import import_library
@@ -271,8 +270,8 @@ class OrtCache(GrowingCache):
         # One tensor after the other: old and new together never take twice the memory.
         self._bound_part = None
         self._void_recordings()
-        for name in cache_names(self._shape.layers):
-            self._tensors[name] = self._grown(self._tensors.get(name), capacity)
+        for name, shape in self._shape.cache_shapes(self.batch, capacity).items():
+            self._tensors[name] = self._grown(self._tensors.get(name), shape)
 
     def _copy(self, sequence: int, source: int, length: int) -> None:
         for held in self._on_host():
@@ -285,9 +284,9 @@ class OrtCache(GrowingCache):
             held[first, :, :length], held[second, :, :length] = both
 
     def layout(self, length: int) -> HeldLayout:
-        """Return [Hk, T, d] for every layer's keys and values."""
-        shape = self._shape.cache_shape(1, length)[1:]
-        return dict.fromkeys(cache_names(self._shape.layers), (self._shape.kv_dtype, shape))
+        """Return [Hk, T, d] for all keys and values."""
+        shapes = self._shape.cache_shapes(1, length)
+        return {name: (self._shape.kv_dtype, shape[1:]) for name, shape in shapes.items()}
 
     def _held(self, sequence: int, length: int) -> Held:
         if not self._tensors:
@@ -319,8 +318,8 @@ class OrtCache(GrowingCache):
         self._kept.clear()
         self._buffers = self._bound_part = self._bound_step = None
 
-    def _grown(self, old: Any, capacity: int) -> Any:
-        array = np.zeros(self._shape.cache_shape(self.batch, capacity), self._shape.kv_dtype)
+    def _grown(self, old: Any, shape: tuple[int, ...]) -> Any:
+        array = np.zeros(shape, self._shape.kv_dtype)
         if old is not None:
             array[:, :, : self.capacity] = old.numpy()
         return import_library().OrtValue.ortvalue_from_numpy(array, self._device, 0)
@@ -330,10 +329,10 @@ class OrtCache(GrowingCache):
         if self._bound_part == (self.capacity, sequence):
             return
         first = self.active(sequence).start or 0
-        shape = self._shape.cache_shape(batch, self.capacity)
-        offset = first * math.prod(shape[1:]) * self._shape.kv_dtype.itemsize
-        for name, tensor in self._tensors.items():
-            place = (self._device, 0, self._shape.kv_dtype.type, shape, tensor.data_ptr() + offset)
+        kind = self._shape.kv_dtype
+        for name, shape in self._shape.cache_shapes(batch, self.capacity).items():
+            address = self._tensors[name].data_ptr() + first * math.prod(shape[1:]) * kind.itemsize
+            place = (self._device, 0, kind.type, shape, address)
             self.binding.bind_input(f"past_key_values.{name}", *place)
             self.binding.bind_output(f"present.{name}", *place)
         self._bound_part = (self.capacity, sequence)

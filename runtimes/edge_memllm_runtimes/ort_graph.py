@@ -16,8 +16,9 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 from numpy.typing import NDArray
 
+from edge_memllm.artifact.model_spec import CacheSpec, cache_values
 from edge_memllm.errors import ArtifactError
-from edge_memllm_runtimes.graph_check import check_graph
+from edge_memllm_runtimes.graph_check import cache_names, check_graph
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
 
 if TYPE_CHECKING:
@@ -33,38 +34,37 @@ _MAX_GRAPH_BYTES = (1 << 31) - 1  # protobuf's own limit
 class GraphShape:
     """The sizes that buffers are made from."""
 
-    layers: int
     vocab_size: int
-    kv_heads: int
-    head_width: int
+    caches: tuple[CacheSpec, ...]
     context: int
     dtype: np.dtype[Any]  # of logits and gains
     kv_dtype: np.dtype[Any]  # of keys and values
-    memory_gain: tuple[float, ...]  # one per layer with memory
+    memory_gain: tuple[float, ...]  # one per layer, none without token memory
 
     @classmethod
     def of(cls, manifest: Manifest) -> GraphShape:
         """Return the sizes of the graph that `read_checked_graph` lets through."""
         model = manifest.model
         return cls(
-            layers=model.num_hidden_layers,
             vocab_size=model.vocab_size,
-            kv_heads=model.num_key_value_heads,
-            head_width=model.head_dim,
+            caches=model.caches,
             context=model.max_position_embeddings,
             dtype=np.dtype(manifest.graph.compute_dtype),
             kv_dtype=np.dtype(manifest.graph.kv_dtype),
-            memory_gain=model.memory_gain if model.memory_layers else (),
+            memory_gain=model.memory.gain,
         )
 
-    def cache_shape(self, batch: int, capacity: int) -> tuple[int, int, int, int]:
-        """Return the shape of one layer's keys, or values: [B, Hk, C, d]."""
-        return (batch, self.kv_heads, capacity, self.head_width)
+    def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, int, int, int]]:
+        """Return the shapes [B, Hk, C, d] of all keys and values, by `cache_names`."""
+        return {
+            name: (batch, cache.kv_heads, capacity, cache.head_dim)
+            for cache in self.caches
+            for name in cache_names(cache)
+        }
 
     def cache_bytes(self, batch: int, capacity: int) -> int:
-        """Return the bytes of keys and values of all layers."""
-        one = math.prod(self.cache_shape(batch, capacity))
-        return 2 * self.layers * one * self.kv_dtype.itemsize
+        """Return the bytes of all keys and values."""
+        return cache_values(self.caches) * batch * capacity * self.kv_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

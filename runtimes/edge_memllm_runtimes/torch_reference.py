@@ -6,8 +6,9 @@ here shares a shortcut with what it judges. Slow, and needs torch.
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from copy import deepcopy
-from typing import cast
+from typing import Any, Protocol, Self
 
 import numpy as np
 import torch
@@ -15,21 +16,44 @@ from numpy.typing import NDArray
 from transformers import DynamicCache
 
 from edge_memllm.artifact.layout import RecordBuffer
-from edge_memllm.modeling import MemoryLLMForCausalLM, TokenRows
+from edge_memllm.modeling import TokenRows
 from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
 from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
 
 _PARTS = ("key", "value")
 
 
+class RowNetwork(Protocol):
+    """A network of torch that can be fed ready rows in place of tokens."""
+
+    config: Any  # of transformers
+    dtype: torch.dtype
+
+    @property
+    def cache_shapes(self) -> Sequence[tuple[int, int]]:
+        """Heads and width of the keys and values that are stored, in the order of their layers."""
+
+    def eval(self) -> Self:
+        """Return the network, ready to compute."""
+
+    def __call__(
+        self,
+        *,
+        token_rows: TokenRows,
+        memory_gain: torch.Tensor | None,
+        cache: DynamicCache,
+        use_cache: bool,
+        logits_to_keep: torch.Tensor,
+    ) -> Any:
+        """Return an output whose `logits` [B, K, V] are those of the positions to keep."""
+
+
 class TorchCache(GrowingCache):
     """One cache of transformers per sequence."""
 
-    def __init__(
-        self, network: MemoryLLMForCausalLM, batch: int, dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, network: RowNetwork, batch: int, dtype: torch.dtype | None = None) -> None:
         super().__init__(batch, network.config.max_position_embeddings)
-        self._config = network.config
+        self._network = network
         self._dtype = dtype or network.dtype  # of keys and values
         self.sequences = [DynamicCache(config=network.config) for _ in range(batch)]
 
@@ -68,10 +92,11 @@ class TorchCache(GrowingCache):
     def layout(self, length: int) -> HeldLayout:
         """Return [Hk, T, d] for every layer's keys and values; numpy has no bfloat16."""
         kind = torch.empty(0, dtype=self._dtype).numpy().dtype
-        config = self._config
-        shape = cast("tuple[int, int, int]", (config.num_key_value_heads, length, config.head_dim))
-        layers = range(config.num_hidden_layers)
-        return {f"{layer}.{part}": (kind, shape) for layer in layers for part in _PARTS}
+        return {
+            f"{layer}.{part}": (kind, (heads, length, width))
+            for layer, (heads, width) in enumerate(self._network.cache_shapes)
+            for part in _PARTS
+        }
 
     def _held(self, sequence: int, length: int) -> Held:
         if not length:
@@ -84,7 +109,7 @@ class TorchCache(GrowingCache):
         }
 
     def _hold(self, sequence: int, held: Held) -> None:
-        for layer in range(self._config.num_hidden_layers):
+        for layer in range(len(self._network.cache_shapes)):
             keys, values = (torch.tensor(held[f"{layer}.{part}"])[None] for part in _PARTS)
             self.sequences[sequence].update(keys, values, layer)
 
@@ -97,9 +122,7 @@ class TorchReference:
 
     device = "cpu"
 
-    def __init__(
-        self, network: MemoryLLMForCausalLM, compute_dtype: torch.dtype | None = None
-    ) -> None:
+    def __init__(self, network: RowNetwork, compute_dtype: torch.dtype | None = None) -> None:
         """Take a network on the CPU, in any float dtype.
 
         `compute_dtype` is that of its activations, None for the dtype of its weights.

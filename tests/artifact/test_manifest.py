@@ -15,7 +15,7 @@ from edge_memllm.artifact.manifest import FileSpec, GraphSpec, Manifest, TableSp
 from edge_memllm.codecs import codec_ids
 from edge_memllm.errors import ArtifactError, CorruptionError
 from support import ROOT
-from support.small_model import IDENTITY, file_spec, model_spec, write_artifact
+from support.small_model import IDENTITY, as_version_2, file_spec, model_spec, write_artifact
 
 CANONICAL = """\
 {
@@ -41,23 +41,42 @@ CANONICAL = """\
     "wire": "q8"
   },
   "model": {
-    "beta": 3,
+    "architecture": "memoryllm",
     "bos_token_id": 1,
+    "caches": [
+      {
+        "head_dim": 16,
+        "kv_heads": 2,
+        "layer": 0,
+        "window": null
+      },
+      {
+        "head_dim": 16,
+        "kv_heads": 2,
+        "layer": 1,
+        "window": null
+      }
+    ],
+    "details": {
+      "beta": 3
+    },
     "eos_token_ids": [
       2
     ],
-    "head_dim": 16,
     "hidden_size": 64,
     "identity": "IDENTITY",
     "max_position_embeddings": 128,
-    "memory_gain": [
-      1.0,
-      0.5
-    ],
-    "memory_layers": 2,
+    "memory": {
+      "gain": [
+        1.0,
+        0.5
+      ],
+      "kind": "added",
+      "layers": 2,
+      "width": 64
+    },
     "num_attention_heads": 4,
     "num_hidden_layers": 2,
-    "num_key_value_heads": 2,
     "vocab_size": 3
   },
   "producer": "edge-memllm 0.1.0",
@@ -83,7 +102,11 @@ CANONICAL = CANONICAL.replace("DIGEST", hashlib.sha256(UNSEALED.encode()).hexdig
 def manifest() -> Manifest:
     model = model_spec(IDENTITY, beta=3, layers=2, width=64, vocab_size=3)
     return Manifest(
-        model=dataclasses.replace(model, eos_token_ids=(2,), memory_gain=(1.0, 0.5)),
+        model=dataclasses.replace(
+            model,
+            eos_token_ids=(2,),
+            memory=dataclasses.replace(model.memory, gain=(1.0, 0.5)),
+        ),
         table=TableSpec(
             file="table.safetensors",
             codec="int8-g32",
@@ -154,9 +177,11 @@ def test_writing_is_as_strict_as_reading() -> None:
     broken = dataclasses.replace(manifest(), producer="two\nlines")
     with pytest.raises(ArtifactError, match=r"manifest\.json: producer is .*two.*expected a line"):
         broken.to_json()
-    gain = dataclasses.replace(manifest().model, memory_gain=(1.0, float("nan")))
+    model = manifest().model
+    memory = dataclasses.replace(model.memory, gain=(1.0, float("nan")))
+    model = dataclasses.replace(model, memory=memory)
     with pytest.raises(ArtifactError, match="NaN is not a JSON number"):
-        dataclasses.replace(manifest(), model=gain).to_json()
+        dataclasses.replace(manifest(), model=model).to_json()
 
 
 @pytest.mark.parametrize(
@@ -180,25 +205,36 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("model", 3), "model: found 3, expected an object"),
         (put("model", "rope", 1), "model: unknown key 'rope'"),
         (put("model", "identity", "sha256:" + "A" * 64), "model: identity is"),
-        (put("model", "beta", 9), "model: beta is 9, expected an integer from 0 to 8"),
+        (put("model", "beta", 3), "model: unknown key 'beta'"),
+        (put("model", "architecture", "Llama 3"), "model: architecture is 'Llama 3', expected a"),
         (put("model", "hidden_size", 0), "model: hidden_size is 0, expected"),
         (put("model", "hidden_size", 64.0), "model: hidden_size is 64.0, expected an integer"),
         (put("model", "vocab_size", 1 << 40), "model: vocab_size is 1099511627776, expected"),
         (put("model", "bos_token_id", 3), "model: bos_token_id is 3, expected an integer from 0"),
         (put("model", "eos_token_ids", [-1]), "model: eos_token_ids is -1, expected"),
         (put("model", "eos_token_ids", None), "model: eos_token_ids is null, expected a list"),
-        (put("model", "num_key_value_heads", 3), "num_attention_heads is 4, expected a multiple"),
-        (
-            put("model", "memory_gain", [1.0]),
-            "memory_gain has 1 values, expected one for",
-        ),
-        (put("model", "memory_gain", [1, "1"]), "model: memory_gain is '1', expected a number"),
+        (put("model", "memory", 2), "model: memory: found 2, expected an object"),
+        (put("model", "memory", "gain", [1.0]), "memory: gain has 1 values, expected one for each"),
+        (put("model", "memory", "gain", [1, "1"]), "memory: gain is '1', expected a number"),
+        (put("model", "memory", "layers", 0), "memory: layers is 0, expected 2 or 1 for kind 'add"),
+        (put("model", "memory", "layers", 3), "memory: layers is 3, expected 2 or 1 for kind 'add"),
+        (put("model", "memory", "kind", "none"), "memory: layers is 2, expected 0 for kind 'none'"),
+        (put("model", "memory", "kind", "mixed"), "memory: kind is 'mixed', expected one of none"),
+        (put("model", "memory", "width", 32), "memory: width is 32, expected 64 for kind 'added'"),
+        (put("model", "caches", 0, "kv_heads", 3), "num_attention_heads is 4, expected a multiple"),
+        (put("model", "caches", 1, "window", 0), "caches: 1: window is 0, expected an integer"),
+        (put("model", "caches", 0, "head_dim", None), "caches: 0: head_dim is null, expected an"),
+        (put("model", "caches", []), "caches are of the layers [], expected some of 2, each once"),
+        (put("model", "caches", 1, "layer", 0), "caches are of the layers [0, 0], expected some"),
+        (put("model", "caches", 1, "layer", 2), "caches are of the layers [0, 2], expected some"),
+        (put("model", "details", []), "model: details is a list of 0, expected an object"),
+        (put("model", "details", "Beta", 3), "details: found the name 'Beta', expected a word of"),
+        (put("model", "details", "beta", [3]), "details: beta is [3], expected a number, true"),
+        (put("model", "details", "beta", "\n"), "details: beta is '\\n', expected a number, true"),
+        (put("model", "details", dict.fromkeys(map(str, range(33)))), "found 33, expected at most"),
         (put("table", "codec", "int2"), "table: Unknown codec 'int2', this version knows f32, f16"),
         (put("table", "codec", "none"), "table: codec none: stores no memory rows"),
         (put("table", "codec", "int8-g128"), "width 64 is not a multiple of the group size 128"),
-        (put("model", "beta", 8), "memory_layers is 2, expected 0 for beta 8"),
-        (put("model", "memory_layers", 0), "memory_layers is 0, expected 2 or 1 for beta 3"),
-        (put("model", "memory_layers", 3), "memory_layers is 3, expected 2 or 1 for beta 3"),
         (put("table", "codec", "int8-g64"), "table: record_bytes is 264, expected 260"),
         (put("table", "embedding_dtype", "bfloat16"), "table: embedding_dtype is 'bfloat16'"),
         (put("table", "stride", 1024), "table: stride is 1024, expected 512"),
@@ -315,7 +351,7 @@ def test_every_flipped_bit_is_refused(byte: int) -> None:
         lambda text: text.replace("  ", " "),
         lambda text: text.rstrip(),
         lambda text: text + " ",
-        lambda text: text.replace('"beta": 3', '"beta": 3, "beta": 3'),
+        lambda text: text.replace('"layers": 2', '"layers": 2, "layers": 2'),
         lambda text: json.dumps(json.loads(text)),
         lambda text: text.replace("sha256:", "sha256\\u003a"),
         lambda text: text.replace('"sha256": "', '"sha256": "\\u0030', 3),
@@ -348,17 +384,54 @@ def test_a_digest_in_two_places_is_refused() -> None:
         Manifest.from_json(CANONICAL.replace("0" * 64, digest).encode(), "here")
 
 
+def earlier(version: int) -> dict[str, Any]:
+    """The canonical manifest as versions 1 and 2 said it."""
+    return as_version_2(json.loads(CANONICAL)) | {"format_version": version}
+
+
+def parsed(content: dict[str, Any]) -> Manifest:
+    return Manifest.from_json(json.dumps(content).encode(), "here")
+
+
 @pytest.mark.parametrize("version", [1, 2])
-def test_earlier_versions_have_no_digest(version: int) -> None:
-    content = json.loads(CANONICAL) | {"format_version": version}
+def test_earlier_versions_say_the_same(version: int) -> None:
+    details = {"beta": 3, "feed_forward_parameters": 2 * 3 * 64 * 64}
+    model = dataclasses.replace(manifest().model, details=details)
+    assert parsed(earlier(version)) == dataclasses.replace(manifest(), model=model)
     with pytest.raises(ArtifactError, match="unknown key 'sha256'"):
-        Manifest.from_json(json.dumps(content).encode(), "here")
-    del content["sha256"]
-    assert Manifest.from_json(json.dumps(content).encode(), "here") == manifest()
+        parsed(earlier(version) | {"sha256": "0" * 64})
 
 
-def test_the_fingerprint_is_the_digest_of_version_2() -> None:
-    content = json.loads(CANONICAL) | {"format_version": 2}
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (put("model", "beta", 9), "model: beta is 9, expected an integer from 0 to 8"),
+        (put("model", "beta", 8), "memory_layers is 2, expected 0 for beta 8"),
+        (put("model", "memory_layers", 0), "memory_layers is 0, expected 2 or 1 for beta 3"),
+        (put("model", "memory_layers", 3), "memory_layers is 3, expected 2 or 1 for beta 3"),
+        (put("model", "memory_gain", [1.0]), "memory_gain has 1 values, expected one for each"),
+        (put("model", "num_key_value_heads", 3), "num_attention_heads is 4, expected a multiple"),
+        (put("model", "architecture", "llama"), "unknown key 'architecture'"),
+    ],
+)
+def test_earlier_versions_are_read_as_strictly(
+    change: Callable[[dict[str, Any]], object], message: str
+) -> None:
+    content = earlier(2)
+    change(content)
+    with pytest.raises(ArtifactError, match=message):
+        parsed(content)
+
+
+@pytest.mark.parametrize("version", [1, 2])
+def test_the_fingerprint_of_earlier_versions_is_the_digest_of_version_2(version: int) -> None:
+    text = json.dumps(earlier(2), sort_keys=True, indent=2) + "\n"
+    found = parsed(earlier(version)).fingerprint
+    assert found == hashlib.sha256(text.encode()).hexdigest()
+
+
+def test_the_fingerprint_is_the_digest_without_itself() -> None:
+    content = json.loads(CANONICAL)
     del content["sha256"]
     text = json.dumps(content, sort_keys=True, indent=2) + "\n"
     assert manifest().fingerprint == hashlib.sha256(text.encode()).hexdigest()

@@ -144,7 +144,11 @@ def test_inspect_tells_shape_sizes_and_needs(artifact: Path, report: Any) -> Non
 
 @pytest.mark.parametrize(
     ("beta", "words"),
-    [(0, "every feed-forward layer is in the table"), (3, "beta 3: 3/8"), (8, "dense transformer")],
+    [
+        (0, "memoryllm, beta 0: the table holds a row for each layer"),
+        (3, "memoryllm, beta 3: the table holds a row for each layer"),
+        (8, "memoryllm, beta 8: without token memory (dense), the table holds embeddings only"),
+    ],
 )
 def test_inspect_names_the_family(
     beta: int, words: str, make_artifact: MakeArtifact, capsys: pytest.CaptureFixture[str]

@@ -182,7 +182,7 @@ def test_what_has_no_memory_or_is_no_model_is_refused(
     capsys: pytest.CaptureFixture[str],
 ) -> None:
     for dense in (make_checkpoint(beta=8), make_artifact(beta=8)):
-        assert "is dense (beta 8): it has no memory" in refused(capsys, dense, "--text", TEXT)
+        assert "no token memory (dense): there is none" in refused(capsys, dense, "--text", TEXT)
     assert "nowhere" in refused(capsys, tmp_path / "nowhere", "--text", TEXT)
     silent = Path(shutil.copytree(make_checkpoint(), tmp_path / "silent"))
     (silent / "tokenizer.json").unlink()

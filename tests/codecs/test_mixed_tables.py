@@ -126,7 +126,9 @@ def test_an_export_refuses_two_answers_and_dense_models(
     target = Target(bits=4)
     with pytest.raises(ExportError, match="table codec int8, target 4 bits: expected one"):
         export_model(make_checkpoint(), tmp_path / "out", table_codec="int8", table_target=target)
-    with pytest.raises(ExportError, match=r"target 4 bits: .* is a dense model \(beta 8\)"):
+    with pytest.raises(
+        ExportError, match=r"target 4 bits: .* is a model without token memory \(dense\)"
+    ):
         export_model(make_checkpoint(beta=8), tmp_path / "out", table_target=target)
 
 

@@ -120,7 +120,7 @@ def test_ends_of_text_are_those_of_generation_config_then_config(
 
 def test_padded_heads_are_in_the_manifest(make_artifact: MakeArtifact) -> None:
     with Artifact.open(make_artifact(head_dim=12)) as artifact:
-        assert artifact.manifest.model.head_dim == 16
+        assert artifact.manifest.model.caches[0].head_dim == 16
 
 
 def test_record_alignment_is_that_asked_for(checkpoint: Path, tmp_path: Path) -> None:
@@ -156,7 +156,7 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights int4 compute in"),
         ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),
         ({"table_codec": "zip"}, r"table codec 'zip', expected one of f32, f16, bf16"),
-        ({"table_codec": "none"}, r"table codec none is for dense models"),
+        ({"table_codec": "none"}, r"table codec none is for models without token memory"),
         ({"table_codec": "int8-g128"}, r"width 64 is not a multiple of the group size 128"),
         ({"alignment": 100}, r"alignment 100, expected a power of two"),
         ({"device": "tpu"}, r"device 'tpu', expected cpu or cuda"),

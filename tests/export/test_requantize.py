@@ -73,7 +73,7 @@ def test_a_memory_that_all_layers_share(make_artifact: MakeArtifact, tmp_path: P
         beta=0, memory_sharing="all_layers", graph_weights="fp32", table_codec="f32"
     )
     report = requantize(source, tmp_path / "out", table_codec="int8")
-    assert report.manifest.model.memory_layers == 1
+    assert report.manifest.model.memory.layers == 1
     assert report.mean_kl < 0.01
 
 
@@ -116,7 +116,11 @@ def test_twice_gives_the_same_bytes(make_artifact: MakeArtifact, tmp_path: Path)
         ({"table_codec": "int8-g128"}, {}, "width 64 is not a multiple of the group size 128"),
         ({"table_codec": "none"}, {}, "codec none: stores no memory rows, but there are 2 layers"),
         ({"table_codec": "f16", "table_search": True}, {}, "codec f16 has no scales to search"),
-        ({"table_codec": "int8"}, {"beta": 8}, r"A dense model \(beta 8\) has no memory rows"),
+        (
+            {"table_codec": "int8"},
+            {"beta": 8},
+            r"without token memory \(dense\) has no memory rows",
+        ),
     ],
 )
 def test_what_cannot_be_is_refused(

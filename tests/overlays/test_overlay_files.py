@@ -272,5 +272,5 @@ def test_the_spec_of_a_model(tmp_path: Path) -> None:
     assert OverlaySpec.for_model(manifest, "a", codec="f32") == spec()
     dense = write_artifact(tmp_path / "dense", codec="none").manifest
     assert dense.model == model_spec(dense.model.identity, 8, 2, 64, 24)
-    with pytest.raises(RequestError, match=r"A dense model .* has no memory rows"):
+    with pytest.raises(RequestError, match=r"without token memory .* has no memory rows"):
         OverlaySpec.for_model(dense, "a")

@@ -237,7 +237,7 @@ def test_kin_differ_in_identity_and_rows_only(small: SmallArtifact, tmp_path: Pa
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"layers": 3}, "memory_layers is 3, that of .*artifact is 2"),
+        ({"layers": 3}, "memory.layers is 3, that of .*artifact is 2"),
         ({"vocab_size": 25}, "vocab_size is 25, that of"),
         ({"codec": "f16"}, "is stored as int8-g32, that of .* as f16: rounding alone"),
     ],
@@ -251,9 +251,10 @@ def test_kin_of_other_shapes(
 
 def test_kin_with_other_parts(small: SmallArtifact, tmp_path: Path) -> None:
     other = kin(small, tmp_path / "kin")
-    model = dataclasses.replace(other.manifest.model, memory_gain=(1.0, 0.5))
-    other.rewrite_manifest(model=model)
-    with pytest.raises(RequestError, match=r"memory_gain is \(1.0, 0.5\), that of"):
+    model = other.manifest.model
+    memory = dataclasses.replace(model.memory, gain=(1.0, 0.5))
+    other.rewrite_manifest(model=dataclasses.replace(model, memory=memory))
+    with pytest.raises(RequestError, match=r"memory.gain is \(1.0, 0.5\), that of"):
         compare(small, other)
     replace_file(other, "tokenizer.json", b"{ }")
     with pytest.raises(RequestError, match=r"tokenizer.json is not that of"):

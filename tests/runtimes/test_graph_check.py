@@ -202,7 +202,7 @@ FOREIGN = "which no graph of ours has"
         (attribute("GroupQueryAttention", "num_heads", 0), "has num_heads 0, expected"),
         (attribute("GroupQueryAttention", "kv_num_heads", 2), r"keys of .*, expected"),
         (attribute("GroupQueryAttention", "scale", -1.0), "has scale -1.0, expected a number"),
-        (attribute("GroupQueryAttention", "local_window_size", 1), "attribute 'local_window_size'"),
+        (attribute("GroupQueryAttention", "local_window_size", 1), r"has a window of \[1, 1\]"),
         (attribute("GroupQueryAttention", "k_quant_type", "PER_TENSOR"), "has k_quant_type"),
         (attribute("GatherBlockQuantized", "block_size", 1 << 14), "has scales of"),
         (attribute("GatherBlockQuantized", "gather_axis", 1), "has gather_axis 1"),

@@ -96,7 +96,9 @@ def test_a_missing_output_is_refused(folder: Path) -> None:
 
 def test_other_heads_than_the_manifest_says_are_refused(folder: Path) -> None:
     manifest = manifest_of(folder)
-    model = dataclasses.replace(manifest.model, num_key_value_heads=2)
+    first, *others = manifest.model.caches
+    caches = (dataclasses.replace(first, kv_heads=2), *others)
+    model = dataclasses.replace(manifest.model, caches=caches)
     seal(folder, manifest, model=model)
     refused(
         folder,

@@ -150,7 +150,9 @@ def test_memory_that_is_not_there_cannot_be_left_out(
     with (
         load(make_artifact(beta=8, graph_weights="fp32"), threads=1) as model,
         Engine(model) as engine,
-        pytest.raises(RequestError, match=r"dense \(beta 8\): it has no memory to do without"),
+        pytest.raises(
+            RequestError, match=r"no token memory \(dense\): there is none to do without"
+        ),
     ):
         engine.submit(Request(prompt="x", without_memory=True))
 

@@ -17,7 +17,8 @@ import numpy as np
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordLayout
-from edge_memllm.artifact.manifest import FileSpec, GraphSpec, Manifest, ModelSpec
+from edge_memllm.artifact.manifest import FileSpec, GraphSpec, Manifest
+from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.codecs import Codec, get_codec
 from edge_memllm.model import Model
 from edge_memllm.table.table import Table
@@ -64,10 +65,11 @@ def write_artifact(
     path.mkdir(parents=True)
     codec = get_codec(codec) if isinstance(codec, str) else codec
     beta = 8 if codec.id == "none" else 0
-    layout = RecordLayout(0 if beta == 8 else layers, width, codec, embedding_dtype, alignment)
+    shape = (0, 0) if beta == 8 else (layers, width)
+    layout = RecordLayout(*shape, codec, embedding_dtype, alignment, embedding_width=width)
     random = np.random.default_rng(seed)
     embedding = random.standard_normal((vocab_size, width)).astype(np.float32)
-    rows = random.standard_normal((vocab_size, layout.layers, width)).astype(np.float32)
+    rows = random.standard_normal((vocab_size, *shape)).astype(np.float32)
     if layout.parameters_bytes:
         fit = layout.codec.fit(layout.layers, width)
         fit.add(rows[layout.stored_order(vocab_size)])
@@ -97,21 +99,37 @@ def file_spec(content: bytes) -> FileSpec:
 
 
 def model_spec(identity: str, beta: int, layers: int, width: int, vocab_size: int) -> ModelSpec:
+    rows = 0 if beta == 8 else layers
     return ModelSpec(
         identity=identity,
-        beta=beta,
+        architecture="memoryllm",
         hidden_size=width,
         num_hidden_layers=layers,
         num_attention_heads=4,
-        num_key_value_heads=2,
-        head_dim=width // 4,
         vocab_size=vocab_size,
         max_position_embeddings=128,
         bos_token_id=1,
         eos_token_ids=(2, 3),
-        memory_gain=(1.0,) * layers,
-        memory_layers=0 if beta == 8 else layers,
+        memory=MemorySpec(rows, width, "added", (1.0,) * layers) if rows else MemorySpec(),
+        caches=tuple(CacheSpec(layer, 2, width // 4) for layer in range(layers)),
+        details={"beta": beta},
     )
+
+
+def as_version_2(content: dict[str, Any]) -> dict[str, Any]:
+    """The content of a manifest as version 2 says it."""
+    model = dict(content["model"])
+    del model["architecture"]
+    memory, caches, details = (model.pop(key) for key in ("memory", "caches", "details"))
+    model |= {
+        "beta": details["beta"],
+        "num_key_value_heads": caches[0]["kv_heads"],
+        "head_dim": caches[0]["head_dim"],
+        "memory_gain": memory["gain"] or [1.0] * model["num_hidden_layers"],
+        "memory_layers": memory["layers"],
+    }
+    rest = {key: value for key, value in content.items() if key != "sha256"}
+    return {**rest, "format_version": 2, "model": model}
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:

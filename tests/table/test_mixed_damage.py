@@ -21,7 +21,7 @@ from edge_memllm.artifact.manifest import Manifest, sealed
 from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.errors import ArtifactError, CorruptionError
 from support.ready_codecs import MIXED
-from support.small_model import SmallArtifact, file_spec, flip, write_artifact
+from support.small_model import SmallArtifact, as_version_2, file_spec, flip, write_artifact
 
 __all__ = ["small"]  # a fixture
 
@@ -177,7 +177,8 @@ def change_class(number: int, **changes: Any) -> Callable[[dict[str, Any]], None
         (change_of(parameters_sha256=None), "parameters_sha256 is None, codec mixed-g32 has"),
         (
             lambda content: content["model"].update(
-                num_hidden_layers=3, memory_gain=[1.0, 1.0, 1.0], memory_layers=3
+                num_hidden_layers=3,
+                memory={**content["model"]["memory"], "gain": [1.0, 1.0, 1.0], "layers": 3},
             ),
             "codec mixed-g32, class 0: there are 3 layers, it has codecs for 2",
         ),
@@ -196,8 +197,7 @@ def test_manifests_that_cannot_be(
 def test_version_1_has_no_classes(tmp_path: Path) -> None:
     small = write_artifact(tmp_path / "artifact")
     content = json.loads((small.path / "manifest.json").read_bytes())
-    content["format_version"] = 1
-    del content["sha256"]
+    content = as_version_2(content) | {"format_version": 1}
     for part, key in (("table", "classes"), ("table", "parameters_sha256"), ("graph", "kv_dtype")):
         del content[part][key]
     assert Manifest.from_json(json.dumps(content).encode(), "here").table.classes is None

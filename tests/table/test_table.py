@@ -33,10 +33,10 @@ def test_what_was_written_is_read(
     with Artifact.open(small.path) as artifact:
         table = Table.open(artifact, reader)
     wanted = ids(5, 0, 23, 7)
-    codec, layers = table.layout.codec, table.layout.layers
-    assert codec.parameters_bytes(layers, 128) == len(codec.parameters)
+    codec, layers, width = table.layout.codec, table.layout.layers, table.layout.width
+    assert codec.parameters_bytes(layers, width) == len(codec.parameters)
     scales, codes = codec.encode(small.rows)
-    expected = codec.decode(scales[wanted], codes[wanted], layers, 128)
+    expected = codec.decode(scales[wanted], codes[wanted], layers, width)
     np.testing.assert_array_equal(table.rows(wanted), expected)
     np.testing.assert_array_equal(
         table.embeddings(wanted), small.embedding[wanted].astype(embedding_dtype)

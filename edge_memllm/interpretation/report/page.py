@@ -50,7 +50,7 @@ _BELOW_ZERO = (
     "subtract it most, and what the subtracted value raises and lowers."
 )
 
-_FAMILY = {0: "MemoryLLM", 8: "dense, without memory"}
+_FAMILY = {None: "with token memory", 0: "MemoryLLM"}
 
 
 def token_section(cards: Sequence[TokenCard]) -> Markup:
