@@ -16,7 +16,7 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.artifact.layout import CHECKSUM_BYTES, EMBEDDING_DTYPES, PLACE_BYTES
+from edge_memllm.artifact.layout import CHECKSUM_BYTES, EMBEDDING_DTYPES
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.errors import RequestError
@@ -122,7 +122,7 @@ def memory_items(
     """
     tokenizer = manifest.files.get("tokenizer.json")
     vocabulary = manifest.model.vocab_size
-    places = 0 if manifest.table.classes is None else vocabulary * PLACE_BYTES
+    places = manifest.layout.offsets_bytes(vocabulary)
     records = min(choices.prefill_chunk, vocabulary)
     staging = _STAGING_BUFFERS * records * manifest.layout.buffer_bytes
     work = choices.prefill_chunk * _work_bytes(manifest)

@@ -90,7 +90,7 @@ class Origin:
         return cls(
             identity=manifest.model.identity,
             artifact=manifest.fingerprint,
-            codec=records.source.layout.codec.id,
+            codec=records.source.layout.codec_id,
             overlays=records.names,
             digests=tuple(overlay.digest() for overlay in records.overlays),
         )

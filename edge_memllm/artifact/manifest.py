@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import get_args
 
-from edge_memllm.artifact.layout import ALIGNMENTS, EMBEDDING_DTYPES, RecordLayout
+from edge_memllm.artifact.layout import ALIGNMENTS, EMBEDDING_DTYPES, TableLayout
 from edge_memllm.artifact.model_spec import (
     MAX_VOCABULARY,
     ModelSpec,
@@ -21,8 +21,8 @@ from edge_memllm.artifact.model_spec import (
     parse_earlier_model,
     parse_model,
 )
+from edge_memllm.artifact.sections import named_layout
 from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
-from edge_memllm.codecs import get_codec
 from edge_memllm.codecs.codec import MOST_CLASSES, TokenClass, Wire
 from edge_memllm.errors import ArtifactError, CorruptionError
 
@@ -95,15 +95,13 @@ class Manifest:
     earlier: str | None = field(default=None, compare=False)  # fingerprint, of versions 1 and 2
 
     @property
-    def layout(self) -> RecordLayout:
+    def layout(self) -> TableLayout:
         """The layout of the table's records."""
-        codec = get_codec(self.table.codec)
-        if self.table.classes is not None:
-            codec = codec.with_classes(self.table.classes)
-        return RecordLayout(
+        return named_layout(
+            self.table.codec,
+            self.table.classes,
             layers=self.model.memory.layers,
             width=self.model.memory.width,
-            codec=codec,
             embedding_dtype=self.table.embedding_dtype,
             embedding_width=self.model.hidden_size,
             alignment=self.table.alignment,
@@ -310,7 +308,7 @@ def _check_table(manifest: Manifest, where: str) -> None:
 
 def _check_graph(manifest: Manifest, where: str) -> None:
     graph = manifest.graph
-    wire = get_codec(manifest.table.codec).wire
+    wire = manifest.layout.wire
     if graph.wire != wire:
         raise ArtifactError(
             f"{where}: wire is '{graph.wire}', expected '{wire}' for codec "

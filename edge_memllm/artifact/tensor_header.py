@@ -18,7 +18,7 @@ from typing import Any, TypeAlias
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 from edge_memllm.checked_values import Fields
 from edge_memllm.errors import ArtifactError, CorruptionError
@@ -148,7 +148,7 @@ class FileKind:
             )
 
 
-def build_header(layout: RecordLayout, vocab_size: int, identity: str) -> bytes:
+def build_header(layout: TableLayout, vocab_size: int, identity: str) -> bytes:
     """Return the bytes in front of the first record: length, JSON and padding."""
     metadata, tensors = _metadata(layout, identity), _tensors(layout, vocab_size)
     return header_bytes(metadata, tensors, max(PAGE, layout.alignment))
@@ -169,7 +169,7 @@ def header_length(first: bytes, records_offset: int, where: str) -> int:
 
 
 def check_header(
-    data: bytes, layout: RecordLayout, vocab_size: int, identity: str, where: str
+    data: bytes, layout: TableLayout, vocab_size: int, identity: str, where: str
 ) -> None:
     """Compare the JSON of a header with what it must say for this model.
 
@@ -195,13 +195,13 @@ def check_header(
             _compare(header[name], tensor, f"tensor '{name}'", where)
 
 
-def _tensors(layout: RecordLayout, vocab_size: int) -> Tensors:
+def _tensors(layout: TableLayout, vocab_size: int) -> Tensors:
     """Return what stands behind the header, in the order of the file."""
     tensors: dict[str, tuple[np.dtype[Any], tuple[int, ...]]] = {}
     counts = layout.counts(vocab_size)
-    for number, (variant, count) in enumerate(zip(layout.variants, counts, strict=True)):
-        name = "records" if layout.codec.classes is None else f"records.{number}"
-        tensors[name] = (_BYTE, (count, variant.stride))
+    for number, (kind, count) in enumerate(zip(layout.kinds, counts, strict=True)):
+        name = f"records.{number}" if layout.classes else "records"
+        tensors[name] = (_BYTE, (count, kind.stride))
     columns = layout.checksums
     tensors["checksums"] = (_CHECKSUM, (vocab_size,) if columns == 1 else (vocab_size, columns))
     if size := layout.parameters_bytes:
@@ -209,12 +209,12 @@ def _tensors(layout: RecordLayout, vocab_size: int) -> Tensors:
     return tensors
 
 
-def _metadata(layout: RecordLayout, identity: str) -> dict[str, str]:
+def _metadata(layout: TableLayout, identity: str) -> dict[str, str]:
     metadata = {
         "format": FORMAT,
         "format_version": FORMAT_VERSION,
         "identity": identity,
-        "codec": layout.codec.id,
+        "codec": layout.codec_id,
         "embedding_dtype": layout.embedding_dtype,
         "layers": str(layout.layers),
         "width": str(layout.embedding_width),
@@ -222,9 +222,8 @@ def _metadata(layout: RecordLayout, identity: str) -> dict[str, str]:
     }
     if layout.layers and layout.width != layout.embedding_width:
         metadata["row_width"] = str(layout.width)
-    classes = layout.codec.classes
-    if classes is not None:  # as text, since metadata of safetensors is nothing else
-        metadata["classes"] = compact([asdict(each) for each in classes])
+    if layout.classes:  # as text, since metadata of safetensors is nothing else
+        metadata["classes"] = compact([asdict(each) for each in layout.classes])
     return metadata
 
 

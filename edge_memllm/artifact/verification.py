@@ -12,7 +12,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.layout import RecordBuffer, Section, sections
+from edge_memllm.artifact.layout import RecordBuffer, Section
 from edge_memllm.errors import CorruptionError
 from edge_memllm.progress import Progress
 from edge_memllm.readers.pread import PreadReader
@@ -56,7 +56,7 @@ def _check_padding(table: Table, artifact: Artifact, progress: Progress) -> None
     chunk = _records_at_once(artifact)
     where = str(artifact.path / spec.file)
     with closing(PreadReader(artifact.open_file(spec.file), where)) as storage:
-        for section in sections(table.layout, len(order), spec.records_offset):
+        for section in table.layout.sections(len(order), spec.records_offset):
             for start in range(0, section.count, chunk):
                 records = _read_records(storage, section, start, chunk)
                 wrong = records[:, section.layout.record_bytes :].any(axis=1)

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_memllm.artifact.folder import Artifact, Directory
-from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
 from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
@@ -153,16 +153,15 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
     return "\n\n".join(table(part) for part in parts if part)
 
 
-def _class_rows(layout: RecordLayout) -> list[tuple[str, ...]]:
+def _class_rows(layout: TableLayout) -> list[tuple[str, ...]]:
     """Who gets how many bits, where classes of tokens differ."""
-    classes = layout.codec.classes
-    if classes is None:
+    if not layout.classes:
         return []
     values = layout.layers * layout.width
     rows: list[tuple[str, ...]] = [("class", "tokens", "record", "bits", "codec of each layer")]
-    for place, (each, variant) in enumerate(zip(classes, layout.variants, strict=True)):
-        stored = variant.record_bytes - variant.embedding_bytes
-        record, bits = byte_count(variant.record_bytes), f"{8 * stored / values:.2f}"
+    for place, (each, kind) in enumerate(zip(layout.classes, layout.kinds, strict=True)):
+        stored = kind.record_bytes - kind.embedding_bytes
+        record, bits = byte_count(kind.record_bytes), f"{8 * stored / values:.2f}"
         rows.append((str(place), number(each.tokens), record, bits, _layer_ranges(each.layers)))
     return rows
 

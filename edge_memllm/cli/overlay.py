@@ -126,7 +126,7 @@ class OutputOptions:
         """Return the spec of an overlay for `base` with rows of `source`."""
         codec = self.codec
         if codec is None and base.model.memory.layers:
-            codec = plain_codec(source.layout.codec).id
+            codec = plain_codec(source.layout).id
         return OverlaySpec.for_model(
             base, self.title, codec=codec or "f16", description=self.description
         )

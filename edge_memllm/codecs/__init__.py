@@ -21,20 +21,22 @@ from edge_memllm.codecs.grouped import (
     Int6Codec,
     Int8Codec,
 )
+from edge_memllm.codecs.layered import layered_codec
 from edge_memllm.codecs.levels import CodebookCodec, Int2Codec, Int3Codec, NormalFloat4Codec
 from edge_memllm.codecs.lowrank import LowRankCodec
-from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.codecs.nested8 import Nested8Codec
 from edge_memllm.errors import ArtifactError
 
 __all__ = [
     "FAITHFUL",
+    "MIXED",
     "Codec",
     "CodecSizes",
     "Fit",
     "UnencodableRowError",
     "codec_ids",
     "get_codec",
+    "layered_codec",
 ]
 
 # Whose rows are as good as the network's: any other adds its own error to a new one's.
@@ -59,7 +61,9 @@ _CODECS: dict[str, Codec] = {
         NoneCodec(),
     )
 }
-_MIXED = {codec.id: codec for codec in map(MixedCodec, PART_GROUPS)}
+MIXED = tuple(
+    f"mixed-g{group}" for group in PART_GROUPS
+)  # tables in sections; no codec of their own
 _LOWRANK = re.compile(r"lowrank-r([1-9]\d{0,5})-(.+)")
 _LOWRANK_INNER = ("f16", "int8-g32", "int4-g32")
 
@@ -91,18 +95,18 @@ _MULTIPLE = 32  # ranks fill whole groups
 def codec_ids() -> tuple[str, ...]:
     """Return the ids of all codecs that say everything by themselves.
 
-    Left out are `lowrank-r<rank>-<id>`, of which there is one per rank, and `mixed-g<group>`,
-    which need an allocation.
+    Left out are `lowrank-r<rank>-<id>`, of which there is one per rank. `mixed-g<group>` is no
+    codec: it names tables in sections (`edge_memllm.artifact.sections`).
     """
     return tuple(_CODECS)
 
 
 def get_codec(codec_id: str) -> Codec:
     """Return the codec with this id. Raises `ArtifactError` for an id this version lacks."""
-    codec = _CODECS.get(codec_id) or _MIXED.get(codec_id) or _low_rank(codec_id)
+    codec = _CODECS.get(codec_id) or _low_rank(codec_id)
     if codec is None:
         raise ArtifactError(
-            f"Unknown codec '{codec_id}', this version knows {', '.join([*_CODECS, *_MIXED])} and "
+            f"Unknown codec '{codec_id}', this version knows {', '.join([*_CODECS, *MIXED])} and "
             f"lowrank-r<rank>-<{'|'.join(_LOWRANK_INNER)}>. Upgrade edge-memllm or export the "
             "model again."
         )

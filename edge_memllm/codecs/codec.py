@@ -125,7 +125,7 @@ class UnencodableRowError(ValueError):
 class Fit(Protocol):
     """Parameters being found: shown all rows once, in chunks, it holds statistics of them only.
 
-    Rows come in the order in which a table stores them; see `RecordLayout.stored_order`.
+    Rows come in the order in which a table stores them; see `TableLayout.stored_order`.
     """
 
     def add(self, rows: Floats, weights: Floats | None = None) -> None:
@@ -166,30 +166,8 @@ class Codec(ABC):
         """The codec that reads the front part of the bytes alone, if there is such a part."""
         return None
 
-    @property
-    def classes(self) -> tuple[TokenClass, ...] | None:
-        """The classes of tokens whose records differ in form; None where all are alike."""
-        return None
-
-    @property
-    def class_of(self) -> NDArray[np.uint8] | None:
-        """The class of every token [V], None where there are no classes, or not yet."""
-        return None
-
-    @property
-    def variants(self) -> tuple[Codec, ...]:
-        """The codec of each class; where all records are alike, this one alone."""
-        return (self,)
-
-    def with_classes(self, classes: tuple[TokenClass, ...]) -> Codec:
-        """Return this codec for these classes. Raises `ValueError` for a codec without any."""
-        raise ValueError(f"codec {self.id}: has no classes of tokens, found {len(classes)}.")
-
     def sizes(self, layers: int, width: int) -> CodecSizes:
-        """Return the bytes per record, of the largest where classes of tokens differ.
-
-        Raises `ValueError` for a shape this codec cannot store.
-        """
+        """Return the bytes per record. Raises `ValueError` for a shape it cannot store."""
         return self.wire_sizes(layers, width)
 
     def wire_sizes(self, layers: int, width: int) -> CodecSizes:

@@ -18,7 +18,7 @@ from typing import Any, Literal, NamedTuple, Protocol, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.engine.slots import Beginning
 from edge_memllm.errors import DeadlineError, ServiceError
 from edge_memllm.evaluation.perplexity import next_token_losses
@@ -412,7 +412,7 @@ class Generation:
 class Trace:
     """The records of one text, from its first token on, in the order of its positions."""
 
-    def __init__(self, prompt: Sequence[int], layout: RecordLayout) -> None:
+    def __init__(self, prompt: Sequence[int], layout: TableLayout) -> None:
         self._prompt = prompt
         self._layout = layout
         self._fresh: list[RecordUse] = []

@@ -481,7 +481,7 @@ def _manifest(model: ModelSpec, records: NetworkRecords) -> Manifest:
     layout = records.layout
     table = TableSpec(
         file="",
-        codec=layout.codec.id,
+        codec=layout.codec_id,
         embedding_dtype=layout.embedding_dtype,
         record_bytes=layout.record_bytes,
         stride=layout.stride,
@@ -491,6 +491,6 @@ def _manifest(model: ModelSpec, records: NetworkRecords) -> Manifest:
         parameters_sha256=None,
         classes=None,
     )
-    wire = layout.codec.wire
+    wire = layout.wire
     graph = GraphSpec("", None, "fp32", "float32", "float32", wire, _OPSET)
     return Manifest(model, table, graph, {}, f"edge-memllm {__version__}")

@@ -6,16 +6,16 @@ Knows rows, a runtime and a text's tokens by what they do; nothing of checkpoint
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Doubles, Ids
-from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.layout import TableLayout
+from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.artifact.tensor_header import build_header
-from edge_memllm.codecs.codec import Allocation, Codec
-from edge_memllm.codecs.mixed import MixedCodec
+from edge_memllm.codecs.codec import Allocation
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision.sensitivity import (
     Candidates,
@@ -50,28 +50,28 @@ class Target:
     def __str__(self) -> str:
         return self._shown(self.file_bytes or 0) if self.bits is None else f"{self.bits:g} bits"
 
-    def limit(self, layout: RecordLayout, vocab_size: int) -> int:
+    def limit(self, layout: TableLayout, vocab_size: int) -> int:
         """Return the bytes that `taken` may come to."""
         if self.bits is None:
             return self.file_bytes or 0
         return int(self.bits * vocab_size * layout.layers * layout.width / 8)
 
-    def taken(self, layout: RecordLayout, vocab_size: int) -> int:
+    def taken(self, layout: TableLayout, vocab_size: int) -> int:
         """Return what a table takes: the whole file; or scales, codes and parameters alone."""
         if self.bits is None:
             header = len(build_header(layout, vocab_size, _ANY_IDENTITY))
             return header + layout.table_bytes(vocab_size)
-        each = zip(layout.counts(vocab_size), layout.variants, strict=True)
+        each = zip(layout.counts(vocab_size), layout.kinds, strict=True)
         records = sum(count * (one.scales_bytes + one.codes_bytes) for count, one in each)
         return records + layout.parameters_bytes
 
-    def room(self, layout: RecordLayout) -> Room:
+    def room(self, layout: TableLayout) -> Room:
         """Return what counts of a record besides its memory values."""
         if self.bits is None:
             return Room(layout.embedding_bytes, layout.alignment)
         return Room(0, 1)
 
-    def described(self, taken: int, layout: RecordLayout, vocab_size: int) -> str:
+    def described(self, taken: int, layout: TableLayout, vocab_size: int) -> str:
         """Return what is taken in the unit of this target."""
         if self.bits is None:
             return self._shown(taken)
@@ -92,7 +92,7 @@ class Sizing:
     """What a table may take. The codec of `layout` does not matter."""
 
     target: Target
-    layout: RecordLayout
+    layout: TableLayout
     vocab_size: int
 
     def check(self) -> None:
@@ -132,8 +132,7 @@ class Sizing:
 
     def taken(self, allocation: Allocation) -> int:
         """Return the bytes that count towards the target."""
-        layout = replace(self.layout, codec=MixedCodec.of(allocation))
-        return self.target.taken(layout, self.vocab_size)
+        return self.target.taken(MixedLayout.of(self.layout, allocation), self.vocab_size)
 
     def described(self, taken: int) -> str:
         """Return bytes in the unit of the target."""
@@ -172,7 +171,7 @@ class ExactModel:
 
     rows: Rows
     runtime: Runtime  # that computes with these rows
-    layout: RecordLayout  # of the buffers that it is fed; the codec is fed as floats
+    layout: TableLayout  # of the buffers that it is fed; the codec is fed as floats
     context: int  # the most tokens that it reads at once
 
 
@@ -185,15 +184,15 @@ class MixedPlan:
     predicted_kl: float  # nats per token
     subject: Subject
 
-    def measured_kl(self, codec: Codec, search: bool) -> float:
-        """Return the divergence on the sample by the table's codec, its levels learned."""
+    def measured_kl(self, layout: TableLayout, search: bool) -> float:
+        """Return the divergence on the sample by a table's layout, its levels learned."""
         sample = self.subject.sample
         rows = np.empty_like(sample.rows)
-        class_of = self.allocation.class_of[sample.ids]
-        for number, variant in enumerate(codec.variants):
-            true = sample.rows[class_of == number]
-            stored = variant.encode(true, search=search and variant.searches)
-            rows[class_of == number] = variant.decode(*stored, *true.shape[1:])
+        section_of = layout.sections_of(sample.ids)
+        for number, kind in enumerate(layout.kinds):
+            true, codec = sample.rows[section_of == number], kind.codec
+            stored = codec.encode(true, search=search and codec.searches)
+            rows[section_of == number] = codec.decode(*stored, *true.shape[1:])
         return float(self.subject.divergences(rows, [slice(None)])[0])
 
 

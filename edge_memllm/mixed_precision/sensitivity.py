@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Doubles, Floats, Ids
-from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.layout import RecordBuffer, TableLayout
 from edge_memllm.codecs import Codec, get_codec
 from edge_memllm.codecs.codec import PART_GROUPS
 from edge_memllm.evaluation.perplexity import divergences
@@ -91,7 +91,7 @@ class Sample:
 class Subject:
     """A model that is fed rows of our own: a runtime, and how its buffers are laid out."""
 
-    def __init__(self, runtime: Runtime, layout: RecordLayout, sample: Sample) -> None:
+    def __init__(self, runtime: Runtime, layout: TableLayout, sample: Sample) -> None:
         """Take the layout of the buffers that the runtime reads; its codec is fed as floats."""
         self.sample = sample
         self._runtime = runtime
@@ -145,7 +145,7 @@ def sensitivities(subject: Subject, progress: Counted) -> Doubles:
     return np.asarray(np.divide(found, errors, out=np.zeros_like(found), where=errors > 0))
 
 
-def sample_windows(tokens: Ids, vocab_size: int, layout: RecordLayout, context: int) -> list[Ids]:
+def sample_windows(tokens: Ids, vocab_size: int, layout: TableLayout, context: int) -> list[Ids]:
     """Return windows spread evenly over a text; larger models are measured on fewer tokens."""
     window = min(_WINDOW, context)
     layers, width = layout.layers, layout.width

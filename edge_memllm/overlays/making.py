@@ -240,7 +240,7 @@ def _replace(
 ) -> None:
     """Write the rows [N, L] that are wanted of the records in a buffer."""
     at, layers = np.nonzero(wanted)
-    if spec.codec == plain_codec(buffer.layout.codec).id:
+    if spec.codec == plain_codec(buffer.layout).id:
         scales, codes = buffer.wire_bytes(len(tokens))
         writer.replace_stored(tokens[at], layers, scales[at, layers], codes[at, layers])
     else:

@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats, Ids
-from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.layout import RecordBuffer, TableLayout
 from edge_memllm.codecs import Codec, UnencodableRowError, get_codec
 from edge_memllm.codecs.wire import decode_wire
 from edge_memllm.errors import RequestError
@@ -39,9 +39,9 @@ class WireRows:
 class Composer:
     """Composes rows for one layout, by a stack of overlays, the first of which acts first."""
 
-    def __init__(self, layout: RecordLayout, overlays: Sequence[Overlay]) -> None:
+    def __init__(self, layout: TableLayout, overlays: Sequence[Overlay]) -> None:
         self._overlays = tuple(overlays)
-        self._codec = plain_codec(layout.codec)
+        self._codec = plain_codec(layout)
         self._width = layout.width
         scales, codes = self._codec.encode(np.zeros((1, 1, layout.width), np.float32))
         self._zero = WireRows(np.zeros_like(scales), codes)  # a scale of -0 would be zero too
@@ -154,11 +154,11 @@ class _Rows:
         self._scales[at] = scales.astype("<f2").view(np.uint8)
 
 
-def plain_codec(codec: Codec) -> Codec:
-    """Return the codec that stores the wire form of another as it is fed."""
-    match codec.wire:
+def plain_codec(layout: TableLayout) -> Codec:
+    """Return the codec that stores the wire form of a layout's rows as it is fed."""
+    match layout.wire:
         case "q8" | "q4":
-            return get_codec(f"int{codec.wire[1]}-g{codec.group}")
+            return get_codec(f"int{layout.wire[1]}-g{layout.group}")
         case plain:
             return get_codec(plain)
 

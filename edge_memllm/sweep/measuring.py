@@ -8,7 +8,7 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from time import perf_counter
 from typing import Any
@@ -211,14 +211,14 @@ class Bench:
         request, layout = self._plan.request, self._source.manifest.layout
         target = target_of(codec)
         if target is None:
-            layout = replace(layout, codec=get_codec(codec))
+            layout = layout.with_codec(get_codec(codec))
         learns = target is not None or layout.parameters_bytes > 0
         requantize(
             self._plan.source,
             path,
             table_codec=None if target else codec,
             table_target=target,
-            table_search=request.search and (target is not None or layout.codec.searches),
+            table_search=request.search and (target is not None or layout.searches),
             table_text=request.table_text if learns else None,
             overwrite=True,
             progress=lambda stage, done, total: self._report(codec, stage, done, total),
@@ -314,9 +314,8 @@ def table_figures(model: Model) -> dict[str, Any]:
     """
     manifest, layout = model.manifest, model.manifest.layout
     vocabulary = manifest.model.vocab_size
-    counts = layout.counts(vocabulary)
-    records = sum(n * each.record_bytes for n, each in zip(counts, layout.variants, strict=True))
-    payload = records + layout.parameters_bytes
+    payload = layout.payload_bytes(vocabulary)
+    records = payload - layout.parameters_bytes
     rows = vocabulary * layout.layers * layout.width
     return {
         "file_bytes": manifest.files[manifest.table.file].bytes,

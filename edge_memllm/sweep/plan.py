@@ -11,7 +11,7 @@ import json
 from argparse import ArgumentTypeError
 from collections.abc import Iterator, Mapping
 from contextlib import closing, contextmanager
-from dataclasses import KW_ONLY, dataclass, field, replace
+from dataclasses import KW_ONLY, dataclass, field
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -180,7 +180,7 @@ def _codec(word: str, manifest: Manifest) -> str:
         return f"mixed-{target.bits:g}"
     try:
         chosen = codec_id(word, layout.width)
-        replace(layout, codec=get_codec(chosen))  # says whether it fits
+        layout.with_codec(get_codec(chosen))  # says whether it fits
     except ValueError as error:
         raise RequestError(f"{error}") from error
     return chosen

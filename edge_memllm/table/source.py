@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import numpy as np
 
 from edge_memllm.arrays import Floats, Ids
-from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.layout import RecordBuffer, TableLayout
 from edge_memllm.progress import Counted
 
 # Decoded rows of a chunk. Freed blocks below 32 MB are used again, larger ones go back to the
@@ -52,7 +52,7 @@ class Fetched(NamedTuple):
 class RecordSource(ABC):
     """Gives records by token id, and so `Rows`. Thread-safe, if each thread has its own buffer."""
 
-    layout: RecordLayout  # of the records that are given
+    layout: TableLayout  # of the records that are given
     reader_name: str  # of what brings them from storage
 
     @abstractmethod
@@ -102,9 +102,9 @@ class RecordSource(ABC):
         return buffer
 
 
-def chunk_size(layout: RecordLayout) -> int:
+def chunk_size(layout: TableLayout) -> int:
     """Return how many tokens' rows, decoded, are a chunk of 16 MiB; at least one."""
-    return max(1, _CHUNK_BYTES // (4 * max(1, layout.layers) * layout.width))
+    return max(1, _CHUNK_BYTES // (4 * max(1, layout.layers * layout.width)))
 
 
 def counted(

@@ -17,13 +17,11 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import (
     CHECKSUM_BYTES,
-    Places,
+    Offsets,
     RecordBuffer,
-    RecordLayout,
+    TableLayout,
     checksum_seed,
     record_checksum,
-    record_places,
-    record_region,
 )
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.tensor_header import LENGTH, check_header, header_length
@@ -138,8 +136,8 @@ class Table(RecordSource):
         self,
         manifest: Manifest,
         where: str,
-        layout: RecordLayout,
-        places: Places,
+        layout: TableLayout,
+        offsets: Offsets,
         checksums: NDArray[Any],
         reader: Reader,
         cache: RecordCache | None = None,
@@ -149,8 +147,8 @@ class Table(RecordSource):
         self.reader_reason = reader.reason  # "asked for", or why "auto" chose it
         self._where = where
         self._vocab_size = manifest.model.vocab_size
-        self._places = places
-        self._record_bytes = [each.record_bytes for each in layout.variants]
+        self._offsets = offsets
+        self._record_bytes = [each.record_bytes for each in layout.kinds]
         self._seed = checksum_seed(manifest.model.identity)
         self._checksums = checksums.data
         self._reader = reader
@@ -192,11 +190,11 @@ class Table(RecordSource):
         layout = _layout_of(whole, quality)
         column = 0 if quality == "coarse" else -1
         vocabulary, start = manifest.model.vocab_size, table.records_offset
-        places = record_places(whole, vocabulary, start)
-        region = record_region(whole, vocabulary, start, layout.record_bytes)
+        offsets = whole.offsets(vocabulary, start)
+        region = whole.region(vocabulary, start, layout.record_bytes)
         file = artifact.open_file(table.file)
         opened = open_reader(reader, file, where, region, cached=cache is not None)
-        return cls(manifest, where, layout, places, checksums[:, column].copy(), opened, cache)
+        return cls(manifest, where, layout, offsets, checksums[:, column].copy(), opened, cache)
 
     @property
     def statistics(self) -> TableStatistics:
@@ -211,8 +209,8 @@ class Table(RecordSource):
 
         For coarse quality, the bytes of its front part.
         """
-        (offset,), (variant,) = self._places([token])
-        return offset, self._record_bytes[variant]
+        (offset,), (section,) = self._offsets([token])
+        return offset, self._record_bytes[section]
 
     def announce(self, ids: Iterable[int]) -> None:
         """Say that the records of `ids` will be fetched soon.
@@ -241,8 +239,8 @@ class Table(RecordSource):
         """
         tokens: list[int] = ids.tolist()
         self._check(tokens, buffer)
-        offsets, variants = self._places(tokens)
-        parts = [buffer.parts(slot, variant) for slot, variant in enumerate(variants)]
+        offsets, sections = self._offsets(tokens)
+        parts = [buffer.parts(slot, section) for slot, section in enumerate(sections)]
         missing = list(range(len(tokens))) if self._cache is None else self._load(tokens, parts)
         missing.sort(key=offsets.__getitem__)  # the order on storage
         reads = 0
@@ -251,8 +249,8 @@ class Table(RecordSource):
             reads = self._reader.read([offsets[slot] for slot in missing], targets)
         for slot in missing:
             self._take_in(tokens[slot], parts[slot])
-        buffer.transcode(len(tokens), variants)
-        size = sum([self._record_bytes[variants[slot]] for slot in missing])
+        buffer.transcode(len(tokens), sections)
+        size = sum([self._record_bytes[sections[slot]] for slot in missing])
         fetched = Fetched(reads, size, [tokens[slot] for slot in missing])
         with self._lock:
             self._records_read += len(missing)
@@ -304,7 +302,7 @@ class Table(RecordSource):
         )
 
 
-def _layout_of(layout: RecordLayout, quality: str) -> RecordLayout:
+def _layout_of(layout: TableLayout, quality: str) -> TableLayout:
     """Return the layout of what is read of each record."""
     if quality not in QUALITIES:
         raise RequestError(f"table_quality is {quality!r}, expected {' or '.join(QUALITIES)}.")
@@ -312,7 +310,7 @@ def _layout_of(layout: RecordLayout, quality: str) -> RecordLayout:
         return layout
     if layout.coarse is None:
         raise RequestError(
-            f"table_quality is 'coarse', codec {layout.codec.id} has no coarse part. Use 'full', "
+            f"table_quality is 'coarse', codec {layout.codec_id} has no coarse part. Use 'full', "
             "or a table whose codec is nested8."
         )
     return layout.coarse
@@ -320,7 +318,7 @@ def _layout_of(layout: RecordLayout, quality: str) -> RecordLayout:
 
 def _read_checked(
     file: int, manifest: Manifest, where: str
-) -> tuple[RecordLayout, NDArray[np.uint64]]:
+) -> tuple[TableLayout, NDArray[np.uint64]]:
     """Check the header; return layout and checksums [V, n] once digests are right."""
     model, table, layout = manifest.model, manifest.table, manifest.layout
     records_end = table.records_offset + layout.records_bytes(model.vocab_size)

@@ -21,7 +21,7 @@ from xxhash import xxh3_64_intdigest
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.atomic import reason, write_all
-from edge_memllm.artifact.layout import RecordLayout, checksum_seed, sections
+from edge_memllm.artifact.layout import RecordLayout, TableLayout, checksum_seed
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
 from edge_memllm.artifact.tensor_header import build_header
 from edge_memllm.codecs import UnencodableRowError, get_codec
@@ -49,21 +49,21 @@ class TableWriter:
     def __init__(
         self,
         path: Path,
-        layout: RecordLayout,
+        layout: TableLayout,
         vocab_size: int,
         identity: str,
         *,
         search: bool = False,
     ) -> None:
-        if search and not layout.codec.searches:
-            raise ExportError(f"{path}: codec {layout.codec.id} has no scales to search for.")
+        if search and not layout.searches:
+            raise ExportError(f"{path}: codec {layout.codec_id} has no scales to search for.")
         self._path = path
         self._layout = layout
         self._header = build_header(layout, vocab_size, identity)
         self._seed = checksum_seed(identity)
         self._search = search
         self._tokens = layout.stored_order(vocab_size)
-        self._sections = list(sections(layout, vocab_size, len(self._header)))
+        self._sections = list(layout.sections(vocab_size, len(self._header)))
         self._checksums = np.zeros((vocab_size, layout.checksums), "<u8")
         self._count = 0
         self._finished = False
@@ -108,7 +108,7 @@ class TableWriter:
             )
         self._wait()
         self._write(self._checksums.view(np.uint8).data)
-        self._write(self._layout.codec.parameters)
+        self._write(self._layout.parameters)
         try:
             os.fsync(self._file)
         except OSError as error:
@@ -193,10 +193,10 @@ class TableWriter:
             raise self._failure(error) from error
 
     def _table_spec(self) -> TableSpec:
-        layout, parameters = self._layout, self._layout.codec.parameters
+        layout, parameters = self._layout, self._layout.parameters
         return TableSpec(
             file=self._path.name,
-            codec=layout.codec.id,
+            codec=layout.codec_id,
             embedding_dtype=layout.embedding_dtype,
             record_bytes=layout.record_bytes,
             stride=layout.stride,
@@ -204,7 +204,7 @@ class TableWriter:
             records_offset=len(self._header),
             checksums_sha256=hashlib.sha256(self._checksums.data).hexdigest(),
             parameters_sha256=hashlib.sha256(parameters).hexdigest() if parameters else None,
-            classes=layout.codec.classes,
+            classes=layout.classes or None,
         )
 
     def _abandon(self) -> None:

@@ -269,7 +269,7 @@ def export_model(options: ExportOptions) -> ExportReport:
             table = TableForm(layout, source.config.vocab_size, options.table_search)
             target, text_of_table = options.table_target, options.table_text
             table = _complete_table(source, table, rows, target, text_of_table, report)
-            form = replace(form, codec=table.layout.codec)
+            form = replace(form, codec=table.layout.kinds[0].codec)  # all sections are fed alike
             export = _Export(source, form, table, rows, staging.path, report)
             manifest = export.write(options.calibration_text)
             rungs: tuple[Rung, ...] = ()
@@ -403,8 +403,9 @@ class _Export:
         )
         if not (quality.acceptable or accept_loss):
             raise ExportError(
-                f"Graph weights {self._form.weights} and table codec {self._form.codec.id} cost "
-                f"{quality.perplexity_increase:+.1%} of perplexity and a mean KL divergence of "
+                f"Graph weights {self._form.weights} and table codec "
+                f"{self._table.layout.codec_id} cost {quality.perplexity_increase:+.1%} of "
+                "perplexity and a mean KL divergence of "
                 f"{quality.mean_kl:.3f} nats over {quality.tokens} tokens; the bounds are "
                 f"{MAX_PERPLEXITY_INCREASE:+.1%} and {MAX_MEAN_KL} nats. Choose more bits, or "
                 "accept the loss of quality."

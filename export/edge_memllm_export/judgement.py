@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING, Self
 import numpy as np
 
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.codecs import Codec
 from edge_memllm.errors import ArtifactError, ExportError
 from edge_memllm.evaluation.perplexity import divergences, exponential, next_token_losses
@@ -274,17 +274,16 @@ def _codec(judged: JudgedArtifact, ids: np.ndarray, rows: np.ndarray) -> Rung:
         decoded[part] = codec.decode(*codec.encode(rows[part]), *rows.shape[1:])
         bound[part] = codec.bound(rows[part])
     measured = _share(np.abs(decoded - rows), bound)
-    note = f"largest error of {layout.codec.id}, as a share of its bound"
+    note = f"largest error of {layout.codec_id}, as a share of its bound"
     return Rung(1, "codec", measured, 1.0, note)
 
 
-def _codecs(layout: RecordLayout, ids: np.ndarray) -> Iterator[tuple[Codec, np.ndarray]]:
-    """The codec of each class of tokens, and which of `ids` it is for."""
-    class_of = layout.codec.class_of
-    of_ids = np.zeros(len(ids), np.uint8) if class_of is None else class_of[ids]
-    for number, codec in enumerate(layout.codec.variants):
-        if (part := of_ids == number).any():
-            yield codec, part
+def _codecs(layout: TableLayout, ids: np.ndarray) -> Iterator[tuple[Codec, np.ndarray]]:
+    """The codec of each section, and which of `ids` it is for."""
+    section_of = layout.sections_of(ids)
+    for number, kind in enumerate(layout.kinds):
+        if (part := section_of == number).any():
+            yield kind.codec, part
 
 
 def _table(

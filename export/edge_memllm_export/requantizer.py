@@ -21,6 +21,7 @@ import edge_memllm
 from edge_memllm.arrays import Logits
 from edge_memllm.artifact.atomic import seal
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
 from edge_memllm.codecs import FAITHFUL, Codec, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
@@ -181,14 +182,14 @@ def requantize(options: RequantizeOptions) -> RequantizeReport:
         manifest=manifest,
         source_codec=old.table.codec,
         faithful_source=old.table.codec in FAITHFUL,
-        graph_rewired=_needs_rewiring(get_codec(old.table.codec), form.layout.codec),
+        graph_rewired=_needs_rewiring(old.layout, form.layout),
         mean_kl=mean_kl,
         compared_tokens=tokens,
         mixed=form.figures,
     )
 
 
-def _needs_rewiring(old: Codec, new: Codec) -> bool:
+def _needs_rewiring(old: TableLayout, new: TableLayout) -> bool:
     """Whether the graph is fed otherwise: another wire form, or another group in it."""
     grouped = new.wire in ("q8", "q4")
     return old.wire != new.wire or (grouped and old.group != new.group)
@@ -217,7 +218,7 @@ def _first_form(
             )
         return TableForm(old, model.vocab_size, search)
     try:
-        layout = replace(old, codec=get_codec(codec_id(word, model.hidden_size)))
+        layout: TableLayout = old.with_codec(get_codec(codec_id(word, model.hidden_size)))
     except ValueError as error:
         raise ExportError(str(error)) from error
     return TableForm(layout, model.vocab_size, search)
@@ -296,9 +297,9 @@ class _Requantizing:
 
     def _write_graph(self) -> GraphSpec:
         spec, layout = self._manifest.graph, self._form.layout
-        codec = layout.codec
+        codec = layout.kinds[0].codec  # all sections are fed alike
         self._copy(spec.file)
-        if not _needs_rewiring(get_codec(self._manifest.table.codec), codec):
+        if not _needs_rewiring(self._manifest.layout, layout):
             return spec
         check_artifact_graph(self._source)  # before a library reads it
         file = self._path / spec.file

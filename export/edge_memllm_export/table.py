@@ -13,9 +13,9 @@ from pathlib import Path
 
 import numpy as np
 
-from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
-from edge_memllm.codecs.mixed import MixedCodec
+from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision import ExactModel, Sizing, Target, plan_allocation
 from edge_memllm.progress import Progress
@@ -43,23 +43,23 @@ class MixedFigures:
 class TableForm:
     """How a table is stored."""
 
-    layout: RecordLayout
+    layout: TableLayout
     vocab_size: int
     search: bool = False  # for the best scale of each group
     figures: MixedFigures | None = None  # where bits are mixed
 
 
-def check_table_options(layout: RecordLayout, *, search: bool, text: str | None) -> None:
+def check_table_options(layout: TableLayout, *, search: bool, text: str | None) -> None:
     """Refuse options that would change nothing with the codec of this layout."""
-    codec = layout.codec
-    if search and not codec.searches:
+    codec = layout.codec_id
+    if search and not layout.searches:
         raise ExportError(
-            f"table search: codec {codec.id} has no scales to search for. Leave it out, or choose "
+            f"table search: codec {codec} has no scales to search for. Leave it out, or choose "
             "a codec of 4 bits or less."
         )
     if text is not None and not layout.parameters_bytes:
         raise ExportError(
-            f"table text: codec {codec.id} learns nothing from a text. Leave it out, or choose "
+            f"table text: codec {codec} learns nothing from a text. Leave it out, or choose "
             "codebook, lowrank or mixed precision."
         )
 
@@ -87,14 +87,14 @@ def mixed(
     """
     sizing = Sizing(target, form.layout, form.vocab_size)
     plan = plan_allocation(model, text.tokens, sizing, search=form.search, progress=progress)
-    layout = replace(form.layout, codec=MixedCodec.of(plan.allocation))
+    layout = MixedLayout.of(form.layout, plan.allocation)
     weights = plan.shares * form.vocab_size
     found = _learned(replace(form, layout=layout), model.rows, weights, progress)
     figures = MixedFigures(
         target=str(target),
         taken=sizing.described(sizing.taken(plan.allocation)),
         predicted_kl=plan.predicted_kl,
-        measured_kl=plan.measured_kl(found.layout.codec, form.search),
+        measured_kl=plan.measured_kl(found.layout, form.search),
         compared_tokens=sum(map(len, plan.subject.sample.windows)),
         text=text.name,
     )
@@ -118,7 +118,7 @@ def _learned(
     layout = form.layout
     if not layout.parameters_bytes:
         return form
-    fit = layout.codec.fit(layout.layers, layout.width)
+    fit = layout.fit()
     order, seen = layout.stored_order(form.vocab_size), 0
     for _, rows in _told(source, order, "learning", progress):
         tokens = order[seen : seen + len(rows)]

@@ -16,7 +16,6 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, NoReturn
 
 from edge_memllm.checked_values import is_integer
-from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Node, Tensor
 
@@ -188,7 +187,7 @@ def graph_inputs(manifest: Manifest) -> dict[str, _Known]:
     model, table = manifest.model, manifest.table
     compute = _CODES[manifest.graph.compute_dtype]
     integer, half = _CODES["int32"], _CODES["float16"]
-    codec, cells = get_codec(table.codec), model.memory.layers * model.memory.width
+    layout, cells = manifest.layout, model.memory.layers * model.memory.width
     inputs = {
         "token_index": _Known(_INT64, ("B", "T")),
         "embedding": _Known(_CODES[table.embedding_dtype], ("U", model.hidden_size)),
@@ -196,15 +195,15 @@ def graph_inputs(manifest: Manifest) -> dict[str, _Known]:
         "seqlens_k": _Known(integer, ("B",)),
         "total_sequence_length": _Known(integer, ()),
     }
-    if codec.wire in _WIRE_BITS:
-        assert codec.group is not None  # both quantised wire forms have groups
-        bits = _WIRE_BITS[codec.wire]
+    if layout.wire in _WIRE_BITS:
+        assert layout.group is not None  # both quantised wire forms have groups
+        bits = _WIRE_BITS[layout.wire]
         inputs["memory_codes"] = _Known(_CODES["uint8"], ("U", cells * bits // 8))
-        inputs["memory_scales"] = _Known(half, ("U", cells // codec.group))
-    elif codec.wire != "none":
-        stored = _CODES["float32"] if codec.wire == "f32" else half
+        inputs["memory_scales"] = _Known(half, ("U", cells // layout.group))
+    elif layout.wire != "none":
+        stored = _CODES["float32"] if layout.wire == "f32" else half
         inputs["memory_rows"] = _Known(stored, ("U", cells))
-    if codec.wire != "none":
+    if layout.wire != "none":
         inputs["memory_gain"] = _Known(compute, (len(model.memory.gain),))
     caches = _caches(manifest).items()
     return inputs | {f"past_key_values.{name}": known for name, known in caches}

@@ -166,7 +166,7 @@ def test_a_graft_of_everything_is_the_other_model(call: Call) -> None:
     assert json.loads(out)["rows"] == 300 * LAYERS
     every = np.arange(300)
     with edge_memllm.load("a", overlays=[FILE]) as over, edge_memllm.load("b") as other:
-        np.testing.assert_array_equal(over.table.rows(every), other.table.rows(every))
+        np.testing.assert_array_equal(over.source.rows(every), other.source.rows(every))
     call("overlay", "graft", "a", "b", "--token", "#4", "--layers", "0", "--out", FILE, "--force")
     assert [(each.token, each.layer) for each in open_overlay(FILE).edits()] == [(4, 0)]
 

@@ -58,9 +58,9 @@ def test_the_overlay_turns_the_words_down(
     assert effect["after"]["mass"] < effect["before"]["mass"]
     assert set(found["effects"]) == {"suppression", "other_rows", "other_directions"}
     with edge_memllm.load(artifact, device="cpu", threads=1, overlays=[out]) as model:
-        changed = model.table.rows(np.arange(256))
+        changed = model.source.rows(np.arange(256))
     with edge_memllm.load(artifact, device="cpu", threads=1) as model:
-        different = (changed != model.table.rows(np.arange(256))).any(axis=2)
+        different = (changed != model.source.rows(np.arange(256))).any(axis=2)
     touched = {(edit.token, edit.layer) for edit in overlay.edits()}
     assert {(int(token), int(layer)) for token, layer in np.argwhere(different)} <= touched
     assert different.any()

@@ -14,9 +14,9 @@ from test_codec_graph import rows_graph
 from test_codecs import check_codec, rows_of
 
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.sections import MixedLayout, named_layout
 from edge_memllm.codecs import Codec, get_codec
 from edge_memllm.codecs.codec import PARTS, Allocation, TokenClass
-from edge_memllm.codecs.mixed import MixedCodec
 from support.ready_codecs import MIXED, mixed, ready_mixed
 
 WIDTH = 128
@@ -24,7 +24,7 @@ EVERY_CLASS = range(len(MIXED))
 
 
 def variant(number: int) -> Codec:
-    return ready_mixed(WIDTH).variants[number]
+    return ready_mixed(WIDTH).kinds[number].codec
 
 
 @pytest.mark.parametrize("number", EVERY_CLASS)
@@ -54,13 +54,13 @@ def test_each_layer_is_stored_as_its_codec_stores_it(
     """Codes, and values decoded, are those of the codec alone; only groups become smaller."""
     rows = random.standard_normal((20, 2, WIDTH)).astype(np.float32)
     alone = get_codec(part)
-    codec = mixed(20, ((part, "int8-g32"),))
-    fit = codec.fit(2, WIDTH)
+    layout = mixed(20, ((part, "int8-g32"),), WIDTH)
+    fit = layout.fit()
     fit.add(rows)
-    codec = codec.with_parameters(fit.parameters(), 2, WIDTH)
+    layout = layout.with_parameters(fit.parameters())
     if alone.parameters_bytes(1, WIDTH):
-        alone = alone.with_parameters(codec.parameters[20:], 1, WIDTH)
-    (only,) = codec.variants
+        alone = alone.with_parameters(layout.parameters[20:], 1, WIDTH)
+    only = layout.kinds[0].codec
     stored, expected = only.encode(rows), alone.encode(rows[:, :1])
     for found, wanted in zip(stored, expected, strict=True):
         np.testing.assert_array_equal(found[:, : wanted.shape[1]], wanted)
@@ -76,28 +76,30 @@ def test_bytes_never_change() -> None:
         (("int5-g32", "codebook2-g64"), ("int6-g64", "int4-g32")), np.array([1, 0], np.uint8)
     )
     levels = np.array([-61, -7, 44, 127], np.int8).tobytes()
-    codec = MixedCodec.of(allocation).with_parameters(b"\x01\x00" + levels, 2, 64)
-    first, second = (each.encode(row[None]) for each, row in zip(codec.variants, rows, strict=True))
+    like = RecordLayout(2, 64, get_codec("f32"), "float16")
+    layout = MixedLayout.of(like, allocation).with_parameters(b"\x01\x00" + levels)
+    both = zip(layout.kinds, rows, strict=True)
+    first, second = (kind.codec.encode(row[None]) for kind, row in both)
     assert first[0].tobytes().hex() == "0030000009a4"
     assert first[1].tobytes().hex() == "10030a2184" + "1042082184" * 7 + "71" + "55" * 15
     assert second[0].tobytes().hex() == "002c00340000"
     assert second[1].tobytes().hex() == "200ca0" + "200882" * 15 + "c8a0" + "88" * 30
-    assert (codec.id, codec.parameters[:2]) == ("mixed-g32", b"\x01\x00")
+    assert (layout.codec_id, layout.parameters[:2]) == ("mixed-g32", b"\x01\x00")
 
 
 def test_graph_and_codec_agree_bit_for_bit(random: np.random.Generator) -> None:
     """Slots of different classes side by side in one buffer."""
-    codec = ready_mixed(WIDTH)
-    layout = RecordLayout(2, WIDTH, codec, "float32")
+    layout = ready_mixed(WIDTH, "float32")
+    codecs = [kind.codec for kind in layout.kinds]
     rows = random.standard_normal((9, 2, WIDTH)).astype(np.float32)
     classes = [3, 0, 5, 3, 1, 2, 0, 4, 3]
     buffer = RecordBuffer(layout, 10)
     for slot, number in enumerate(classes):
-        stored = codec.variants[number].encode(rows[slot : slot + 1])
+        stored = codecs[number].encode(rows[slot : slot + 1])
         for target, part in zip(buffer.parts(slot, number)[1:], stored, strict=True):
             target[:] = part[0].data
     buffer.transcode(9, classes)
-    session: onnxruntime.InferenceSession = rows_graph(codec)
+    session: onnxruntime.InferenceSession = rows_graph(codecs[0])
     feeds = {
         "token_index": np.arange(9).reshape(1, -1),
         "embedding": buffer.embedding(9),
@@ -107,36 +109,35 @@ def test_graph_and_codec_agree_bit_for_bit(random: np.random.Generator) -> None:
     (found, _) = session.run(None, feeds)
     np.testing.assert_array_equal(found[0], buffer.rows(9))
     for slot, number in enumerate(classes):
-        stored = codec.variants[number].encode(rows[slot : slot + 1])
-        expected = codec.variants[number].decode(*stored, 2, WIDTH)[0]
+        stored = codecs[number].encode(rows[slot : slot + 1])
+        expected = codecs[number].decode(*stored, 2, WIDTH)[0]
         np.testing.assert_array_equal(found[0, slot], expected)
 
 
 def test_sizes_are_those_of_the_largest_class() -> None:
-    codec = ready_mixed(WIDTH)
-    layout = RecordLayout(2, WIDTH, codec, "float16")
-    sizes = [each.record_bytes for each in layout.variants]
+    layout = ready_mixed(WIDTH)
+    sizes = [each.record_bytes for each in layout.kinds]
     assert layout.record_bytes == max(sizes) > min(sizes)
     counts = layout.counts(600)
     assert sum(counts) == 600
     assert layout.records_bytes(600) == sum(
-        count * each.stride for count, each in zip(counts, layout.variants, strict=True)
+        count * each.stride for count, each in zip(counts, layout.kinds, strict=True)
     )
-    assert layout.payload_bytes(600) == len(codec.parameters) + sum(
+    assert layout.payload_bytes(600) == len(layout.parameters) + sum(
         count * size for count, size in zip(counts, sizes, strict=True)
     )
     assert layout.fed_bytes == 256 + 2 * WIDTH + 2 * WIDTH // 32 * 2
     # The most scales and the most codes need not be of the same class.
-    most = [max(each.codec.sizes(2, WIDTH).scales_bytes for each in layout.variants)]
-    most.append(max(each.codec.sizes(2, WIDTH).codes_bytes for each in layout.variants))
+    most = [max(each.codec.sizes(2, WIDTH).scales_bytes for each in layout.kinds)]
+    most.append(max(each.codec.sizes(2, WIDTH).codes_bytes for each in layout.kinds))
     assert layout.buffer_bytes == layout.fed_bytes + sum(most)
 
 
 def test_stored_order_is_class_by_class() -> None:
-    codec = ready_mixed(WIDTH)
-    order = RecordLayout(2, WIDTH, codec, "float16").stored_order(600)
+    layout = ready_mixed(WIDTH)
+    order = layout.stored_order(600)
     assert sorted(order) == list(range(600))
-    classes = codec.class_of[order]
+    classes = layout.class_of[order]
     assert (np.diff(classes.astype(int)) >= 0).all()
     for number in EVERY_CLASS:
         assert (np.diff(order[classes == number]) > 0).all()
@@ -148,35 +149,34 @@ def test_stored_order_is_class_by_class() -> None:
 
 @pytest.mark.parametrize("chunk", [1, 7, 600])
 def test_levels_are_learned_class_by_class(chunk: int, random: np.random.Generator) -> None:
-    codec = mixed(600, (("codebook3-g32",), ("codebook3-g32",)))
-    order = RecordLayout(1, 32, codec, "float16").stored_order(600)
+    layout = mixed(600, (("codebook3-g32",), ("codebook3-g32",)), 32)
+    order = layout.stored_order(600)
     rows = random.uniform(-1, 1, (600, 1, 32)).astype(np.float32)
-    rows[codec.class_of == 1] **= 5
+    rows[layout.class_of == 1] **= 5
     weights = random.integers(1, 9, 600).astype(np.float32)
-    fit = codec.fit(1, 32)
+    fit = layout.fit()
     for start in range(0, 600, chunk):
         part = order[start : start + chunk]
         fit.add(rows[part], weights[part])
-    assert fit.parameters()[:600] == codec.class_of.tobytes()
+    assert fit.parameters()[:600] == layout.class_of.tobytes()
     for number in (0, 1):
         alone = get_codec("codebook3-g32").fit(1, 32)
-        mine = codec.class_of == number
+        mine = layout.class_of == number
         alone.add(rows[mine], weights[mine])
         place = 600 + 8 * number
         assert fit.parameters()[place : place + 8] == alone.parameters()
 
 
 def test_parameters_survive_being_stored() -> None:
-    codec = ready_mixed(WIDTH)
-    assert len(codec.parameters) == codec.parameters_bytes(2, WIDTH)
-    bare = get_codec("mixed-g32").with_classes(codec.classes)
-    again = bare.with_parameters(codec.parameters, 2, WIDTH)
-    assert (again.parameters, again.classes, again.id) == (
-        codec.parameters,
-        codec.classes,
-        codec.id,
+    layout = ready_mixed(WIDTH)
+    assert len(layout.parameters) == layout.parameters_bytes
+    again = named("mixed-g32", layout.classes).with_parameters(layout.parameters)
+    assert (again.parameters, again.classes, again.codec_id) == (
+        layout.parameters,
+        layout.classes,
+        layout.codec_id,
     )
-    np.testing.assert_array_equal(again.class_of, codec.class_of)
+    np.testing.assert_array_equal(again.class_of, layout.class_of)
 
 
 @pytest.mark.parametrize(
@@ -190,12 +190,12 @@ def test_parameters_survive_being_stored() -> None:
     ],
 )
 def test_parameters_that_cannot_be(change: Callable[[bytes], bytes], match: str) -> None:
-    codec = mixed(600, (("codebook3-g64", "int8-g32"), ("int4-g32", "codebook2-g32")))
-    fit = codec.fit(2, 64)
+    layout = mixed(600, (("codebook3-g64", "int8-g32"), ("int4-g32", "codebook2-g32")))
+    fit = layout.fit()
     fit.add(np.ones((600, 2, 64), np.float32))
-    bare = get_codec("mixed-g32").with_classes(codec.classes)
+    bare = named("mixed-g32", layout.classes, width=64)
     with pytest.raises(ValueError, match=match):
-        bare.with_parameters(change(fit.parameters()), 2, 64)
+        bare.with_parameters(change(fit.parameters()))
 
 
 # --- refusals --------------------------------------------------------------------------------
@@ -231,39 +231,45 @@ def test_classes_of_tokens_are_bytes(class_of: np.ndarray) -> None:
 
 
 def test_every_part_is_a_codec_that_can_be_mixed() -> None:
-    codec = mixed(len(PARTS[:16]), tuple((part, part) for part in PARTS[:16]))
-    assert [each.sizes(2, WIDTH) for each in codec.variants] == [
+    layout = mixed(len(PARTS[:16]), tuple((part, part) for part in PARTS[:16]), WIDTH)
+    assert [each.codec.sizes(2, WIDTH) for each in layout.kinds] == [
         get_codec(part).sizes(2, WIDTH) for part in PARTS[:16]
     ]
     assert all(get_codec(part).wire in ("q8", "q4") for part in PARTS)
 
 
 def test_the_id_is_that_of_the_smallest_group() -> None:
-    assert mixed(8, (("int8-g128",), ("int4-g64",))).id == "mixed-g64"
+    assert mixed(8, (("int8-g128",), ("int4-g64",)), WIDTH).codec_id == "mixed-g64"
     with pytest.raises(
         ValueError, match="codec mixed-g32: the smallest group of its classes is 64"
     ):
-        get_codec("mixed-g32").with_classes((TokenClass(1, ("int8-g64",)),))
+        named("mixed-g32", (TokenClass(1, ("int8-g64",)),), layers=1)
 
 
 def test_what_is_missing_is_named() -> None:
-    bare = get_codec("mixed-g32")
+    only = (TokenClass(1, ("int8-g32",)),)
     with pytest.raises(ValueError, match="codec mixed-g32: without classes of tokens"):
-        bare.sizes(2, WIDTH)
+        named("mixed-g32", None)
     with pytest.raises(ValueError, match="codec mixed-g32: which token is of which class is not"):
-        bare.with_classes((TokenClass(1, ("int8-g32",)),)).fit(1, WIDTH)
+        named("mixed-g32", only, layers=1).fit()
     with pytest.raises(ValueError, match="mixed-g32, class 0: there are 3 layers, it has codecs f"):
-        ready_mixed(WIDTH).sizes(3, WIDTH)
+        named("mixed-g32", ready_mixed(WIDTH).classes, layers=3)
     with pytest.raises(ValueError, match="codec int8-g32: has no classes of tokens, found 1"):
-        get_codec("int8-g32").with_classes((TokenClass(1, ("int8-g32",)),))
+        named("int8-g32", only)
+    with pytest.raises(ValueError, match="codec mixed-g32 without memory layers"):
+        named("mixed-g32", only, layers=0)
 
 
-def test_records_are_asked_of_their_class() -> None:
-    codec, rows = ready_mixed(WIDTH), np.zeros((1, 2, WIDTH), np.float32)
-    nothing = np.empty((1, 0), np.uint8)
-    match = "codec mixed-g32: records are of a class; ask the codec of the class"
-    for ask in (codec.encode, codec.bound):
-        with pytest.raises(ValueError, match=match):
-            ask(rows)
-    with pytest.raises(ValueError, match=match):
-        codec.transcode(nothing, nothing, nothing, nothing)
+def named(
+    codec_id: str, classes: tuple[TokenClass, ...] | None, layers: int = 2, width: int = WIDTH
+) -> MixedLayout:
+    """The layout that a manifest names."""
+    return named_layout(
+        codec_id,
+        classes,
+        layers=layers,
+        width=width,
+        embedding_dtype="float16",
+        embedding_width=width,
+        alignment=512,
+    )

@@ -189,7 +189,7 @@ def test_a_graph_computes_with_the_rows_it_is_given(
     path = make_artifact(graph_weights=weights, table_codec=codec)
     other = make_artifact(graph_weights=weights, table_codec=codec, seed=1)
     with edge_memllm.load(path, reader="pread") as model, edge_memllm.load(other) as donor:
-        plain = plain_codec(donor.table.layout.codec).id
+        plain = plain_codec(donor.table.layout).id
         spec = OverlaySpec.for_model(model.manifest, "graft", codec=plain)
         file = tmp_path / "graft.overlay.safetensors"
         write_graft(file, spec, donor.table, range(300), range(LAYERS))

@@ -56,7 +56,7 @@ def test_every_operation_on_every_codec(tmp_path: Path, codec: str) -> None:
     base = table.rows(EVERY)
     over = laid_over(table, made(edits, width=128))
     expected = applied(edits, base)
-    plain = plain_codec(table.layout.codec)
+    plain = plain_codec(table.layout)
     bound = np.broadcast_to(plain.bound(expected), expected.shape)
     found = over.rows(EVERY)
     for at in TOUCHED:
@@ -71,7 +71,7 @@ def test_every_operation_on_every_codec(tmp_path: Path, codec: str) -> None:
 @pytest.mark.parametrize("codec", ["f32", "f16", "int8-g32", "int4-g32", "nested8-g32", "nf4-g64"])
 def test_a_row_in_the_form_of_the_table_reads_back_bit_equal(tmp_path: Path, codec: str) -> None:
     table = open_table(write_artifact(tmp_path / "artifact", codec=codec))
-    plain = plain_codec(table.layout.codec)
+    plain = plain_codec(table.layout)
     stored = plain.encode(row(1)[None, None])
     over = laid_over(table, made([Edit(3, 1, "replace", row(1))], codec=plain.id))
     for found, expected in zip(bytes_of(over), stored, strict=True):

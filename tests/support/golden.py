@@ -20,8 +20,8 @@ from tokenizers import Tokenizer, models
 
 from edge_memllm import Model, Sampling, load
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.codecs.codec import Allocation
-from edge_memllm.codecs.mixed import MixedCodec
 from edge_memllm.feeding import Feeder
 from edge_memllm.table.table import Table
 from edge_memllm.table.writer import TableWriter
@@ -73,12 +73,12 @@ def write_mixed(exact: Path, like: Path, out: Path) -> None:
     """Make an artifact with classes of tokens from one whose graph is fed alike, and exact rows."""
     shutil.copytree(like, out)
     class_of = np.arange(TOKENS) ** 2 % 7 % 3  # in no order
-    codec = MixedCodec.of(Allocation(MIXED, class_of.astype(np.uint8)))
+    allocation = Allocation(MIXED, class_of.astype(np.uint8))
     with Artifact.open(exact) as source, closing(Table.open(source)) as table:
-        layout = replace(table.layout, codec=codec)
+        layout = MixedLayout.of(table.layout, allocation)
         order = layout.stored_order(TOKENS)
         embedding, rows = table.embeddings(order), table.rows(order)
-    fit = codec.fit(layout.layers, layout.width)
+    fit = layout.fit()
     fit.add(rows)
     layout = layout.with_parameters(fit.parameters())
     with Artifact.open(out) as opened:

@@ -6,9 +6,10 @@ from functools import cache
 
 import numpy as np
 
+from edge_memllm.artifact.layout import RecordLayout
+from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.codecs import Codec, codec_ids, get_codec
 from edge_memllm.codecs.codec import Allocation
-from edge_memllm.codecs.mixed import MixedCodec
 
 LOW_RANK = ("lowrank-r64-f16", "lowrank-r128-int8-g32", "lowrank-r32-int4-g32")
 IDS = (*codec_ids(), *LOW_RANK)
@@ -26,20 +27,26 @@ MIXED = (
 )
 
 
-def mixed(vocab_size: int, classes: tuple[tuple[str, ...], ...] = MIXED) -> Codec:
-    """A mixed codec with tokens of every class, in no order; its levels are not learned yet."""
+def mixed(
+    vocab_size: int,
+    classes: tuple[tuple[str, ...], ...] = MIXED,
+    width: int = 64,
+    embedding_dtype: str = "float16",
+) -> MixedLayout:
+    """A mixed layout with tokens of every class, in no order; its levels are not learned yet."""
     class_of = np.random.default_rng(3).integers(0, len(classes), vocab_size, dtype=np.uint8)
     class_of[: len(classes)] = np.arange(len(classes))[::-1]
-    return MixedCodec.of(Allocation(classes, class_of))
+    like = RecordLayout(len(classes[0]), width, get_codec("f32"), embedding_dtype)
+    return MixedLayout.of(like, Allocation(classes, class_of))
 
 
 @cache
-def ready_mixed(width: int) -> Codec:
-    """A mixed codec with its levels, for 600 tokens."""
-    codec = mixed(600)
-    fit = codec.fit(2, width)
+def ready_mixed(width: int, embedding_dtype: str = "float16") -> MixedLayout:
+    """A mixed layout with its levels, for 600 tokens."""
+    layout = mixed(600, width=width, embedding_dtype=embedding_dtype)
+    fit = layout.fit()
     fit.add(np.random.default_rng(5).standard_normal((600, 2, width)).astype(np.float32))
-    return codec.with_parameters(fit.parameters(), 2, width)
+    return layout.with_parameters(fit.parameters())
 
 
 @cache

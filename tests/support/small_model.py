@@ -19,6 +19,7 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.manifest import FileSpec, GraphSpec, Manifest
 from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
+from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.codecs import Codec, get_codec
 from edge_memllm.model import Model
 from edge_memllm.table.table import Table
@@ -53,6 +54,7 @@ def write_artifact(
     path: Path,
     *,
     codec: str | Codec = "int8-g32",
+    mixed: MixedLayout | None = None,
     vocab_size: int = 24,
     layers: int = 2,
     width: int = 64,
@@ -66,12 +68,12 @@ def write_artifact(
     codec = get_codec(codec) if isinstance(codec, str) else codec
     beta = 8 if codec.id == "none" else 0
     shape = (0, 0) if beta == 8 else (layers, width)
-    layout = RecordLayout(*shape, codec, embedding_dtype, alignment, embedding_width=width)
+    layout = mixed or RecordLayout(*shape, codec, embedding_dtype, alignment, embedding_width=width)
     random = np.random.default_rng(seed)
     embedding = random.standard_normal((vocab_size, width)).astype(np.float32)
     rows = random.standard_normal((vocab_size, *shape)).astype(np.float32)
     if layout.parameters_bytes:
-        fit = layout.codec.fit(layout.layers, width)
+        fit = layout.fit()
         fit.add(rows[layout.stored_order(vocab_size)])
         layout = layout.with_parameters(fit.parameters())
     order = layout.stored_order(vocab_size)
@@ -83,7 +85,7 @@ def write_artifact(
     manifest = Manifest(
         model=model_spec(identity, beta, layers, width, vocab_size),
         table=table,
-        graph=GraphSpec("graph.onnx", None, "fp32", "float32", "float32", layout.codec.wire, 23),
+        graph=GraphSpec("graph.onnx", None, "fp32", "float32", "float32", layout.wire, 23),
         files={
             table.file: table_file,
             **{name: file_spec(content) for name, content in OTHER_FILES.items()},

@@ -34,7 +34,7 @@ EVERY = np.arange(TOKENS)
 @pytest.fixture
 def small(tmp_path: Path) -> SmallArtifact:
     return write_artifact(
-        tmp_path / "artifact", codec=mixed(TOKENS), vocab_size=TOKENS, width=WIDTH
+        tmp_path / "artifact", mixed=mixed(TOKENS, width=WIDTH), vocab_size=TOKENS, width=WIDTH
     )
 
 
@@ -50,11 +50,10 @@ def open_table(small: SmallArtifact, reader: str = "pread", **options: Any) -> T
 
 def expected_rows(small: SmallArtifact, table: Table) -> np.ndarray:
     """What each token's class makes of its row, [V, L, D]."""
-    codec = table.layout.codec
     rows = np.empty_like(small.rows)
-    for token, number in enumerate(codec.class_of.tolist()):
-        stored = codec.variants[number].encode(small.rows[token : token + 1])
-        rows[token] = codec.variants[number].decode(*stored, 2, WIDTH)[0]
+    for token, number in enumerate(table.layout.class_of.tolist()):
+        codec = table.layout.kinds[number].codec
+        rows[token] = codec.decode(*codec.encode(small.rows[token : token + 1]), 2, WIDTH)[0]
     return rows
 
 
@@ -82,8 +81,8 @@ def test_what_was_written_is_read(small: SmallArtifact, reader: str, cached: boo
 def test_the_bytes_counted_are_those_of_each_class(small: SmallArtifact) -> None:
     table = open_table(small, record_cache_bytes=100_000)
     sizes = [table.locate(token)[1] for token in range(TOKENS)]
-    layouts = table.layout.variants
-    assert sizes == [layouts[number].record_bytes for number in table.layout.codec.class_of]
+    layouts = table.layout.kinds
+    assert sizes == [layouts[number].record_bytes for number in table.layout.class_of]
     assert len(set(sizes)) > 3
     buffer = RecordBuffer(table.layout, TOKENS)
     fetched = table.fetch(np.array([5, 1, 7]), buffer)
@@ -154,7 +153,7 @@ def test_inspect_shows_who_gets_how_many_bits(
     manifest, layout = small.manifest, small.manifest.layout
     print(_page(manifest, footprint(manifest, 16)))
     page = capsys.readouterr().out
-    assert f"40 records of up to {max(v.record_bytes for v in layout.variants)} B" in page
+    assert f"40 records of up to {max(v.record_bytes for v in layout.kinds)} B" in page
     lines = {line.split()[0]: line.split(maxsplit=5) for line in page.splitlines() if line}
     first, third = manifest.table.classes[0], manifest.table.classes[2]
     # int8-g64 and codebook4-g32: (8.25 + 4.5) / 2 bits per value
@@ -178,7 +177,7 @@ def test_layout_of_the_file(small: SmallArtifact) -> None:
             {"tokens": each.tokens, "layers": list(each.layers)} for each in spec.classes
         ]
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-    parts = zip(layout.variants, spec.classes, strict=True)
+    parts = zip(layout.kinds, spec.classes, strict=True)
     for number, (variant, each) in enumerate(parts):
         records = tensors.pop(f"records.{number}")
         assert records.shape == (each.tokens, variant.stride)
@@ -187,9 +186,9 @@ def test_layout_of_the_file(small: SmallArtifact) -> None:
     assert tensors["checksums"].shape == (TOKENS,)
     parameters = tensors["parameters"].tobytes()
     assert hashlib.sha256(parameters).hexdigest() == spec.parameters_sha256
-    assert parameters[:TOKENS] == mixed(TOKENS).class_of.tobytes()
-    assert spec.record_bytes == max(each.record_bytes for each in layout.variants)
-    assert spec.stride == max(each.stride for each in layout.variants)
+    assert parameters[:TOKENS] == mixed(TOKENS, width=WIDTH).class_of.tobytes()
+    assert spec.record_bytes == max(each.record_bytes for each in layout.kinds)
+    assert spec.stride == max(each.stride for each in layout.kinds)
 
 
 @pytest.mark.parametrize("chunk", [1, 7, TOKENS])
@@ -229,13 +228,11 @@ def test_a_value_that_cannot_be_stored_is_named_by_its_token(
 
 def test_a_search_is_for_the_classes_that_have_one(small: SmallArtifact, tmp_path: Path) -> None:
     classes = (("int8-g64", "int8-g64"), ("int4-g64", "int4-g64"))
-    codec = mixed(TOKENS, classes)
-    layout = dataclasses.replace(small.manifest.layout, codec=codec)
-    layout = layout.with_parameters(codec.parameters)
+    layout = mixed(TOKENS, classes, WIDTH)
     order, identity = layout.stored_order(TOKENS), small.manifest.model.identity
     with TableWriter(tmp_path / "new", layout, TOKENS, identity, search=True) as writer:
         writer.append(small.embedding[order], small.rows[order])
         writer.finish()
-    only8 = dataclasses.replace(layout, codec=mixed(TOKENS, classes[:1]))
+    only8 = mixed(TOKENS, classes[:1], WIDTH)
     with pytest.raises(ExportError, match="codec mixed-g64 has no scales to search for"):
         TableWriter(tmp_path / "other", only8, TOKENS, identity, search=True)
