@@ -138,9 +138,8 @@ class Model:
     def stream(self, request: Request) -> Generator[Piece, None, None]:
         """Check the request now, then yield one piece of text per new token.
 
-        What the keywords mean stands in `edge_memllm.request.Request`; those of its lower half are
-        for an `edge_memllm.engine.Engine`. Closing the iterator, or leaving it, frees all it
-        holds; the model stays usable.
+        Closing the iterator, or leaving it, frees all it holds; the model stays usable. What many
+        texts at once have (`choices` and all behind it) is for an `edge_memllm.engine.Engine`.
 
         Raises `RequestError` for what cannot be done, before any work, and
         `GenerationCancelledError` within one token of a cancellation.

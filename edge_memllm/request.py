@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import operator
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import wraps
@@ -191,7 +192,8 @@ def asked_by(
 ]:
     """Return a decorator: the method gets what `ask` returns, its callers give what `ask` takes.
 
-    So the fields of a request, their types and their defaults stand in `Request` alone.
+    So the fields of a request, their types, their defaults and what they mean stand in `Request`
+    alone, and `help` shows them with the method.
     """
 
     def decorated(
@@ -204,9 +206,18 @@ def asked_by(
         own, taken = inspect.signature(method), signature_of(ask)
         parameters = [next(iter(own.parameters.values())), *taken.parameters.values()]
         found.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
+        found.__doc__ = f"{inspect.getdoc(method) or ""}\n\nArgs:\n{_meanings(taken.parameters)}"
         return call
 
     return decorated
+
+
+def _meanings(names: Iterable[str]) -> str:
+    """Return what `Request` says of some of its fields, indented as there."""
+    _, _, said = (inspect.getdoc(Request) or "").partition("Attributes:\n")
+    entries = re.split(r"^(?=    \w+:)", said, flags=re.MULTILINE)
+    wanted = tuple(f"    {name}:" for name in names)
+    return "".join(entry for entry in entries if entry.startswith(wanted))
 
 
 def going_on(

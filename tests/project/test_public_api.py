@@ -70,6 +70,11 @@ def test_the_public_calls_keep_their_parameters() -> None:
 def test_the_fields_of_a_request_stand_in_one_place_with_their_defaults() -> None:
     asked = list(signature_of(Request).parameters.values())
     assert list(inspect.signature(edge_memllm.Model.stream).parameters.values())[1:] == asked
+    for call in (edge_memllm.Model.stream, edge_memllm.Session.generate):
+        said = inspect.getdoc(call) or ""
+        assert re.findall(r"^    (\w+): [A-Z]", said, re.MULTILINE) == [
+            name for name in inspect.signature(call).parameters if name != "self"
+        ]
     documented = re.findall(r"^    (\w+): [A-Z]", inspect.getdoc(Request) or "", re.MULTILINE)
     assert documented == [field.name for field in dataclasses.fields(Request)]
 
