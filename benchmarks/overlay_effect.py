@@ -21,11 +21,12 @@ import numpy as np
 
 import edge_memllm
 from edge_memllm.cli.output import read_text
-from edge_memllm.evaluation.perplexity import divergences, next_token_losses, text_tokens
+from edge_memllm.evaluation.perplexity import divergences, text_tokens
 from edge_memllm.feeding import Feeder
-from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.overlays import open_overlay
+from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import RecordSource
+from edge_memllm.text.token_texts import TokenTexts
 
 NEAR = 16
 GROUPS = ("changed token just read", f"within {NEAR} before", "earlier in the window", "not read")

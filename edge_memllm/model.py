@@ -15,6 +15,7 @@ from typing import Any, Self, overload
 from weakref import WeakSet
 
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.scheduler import complete_texts
 from edge_memllm.errors import ArtifactError, Cancellation, RequestError
 from edge_memllm.feeding import PREFILL_CHUNKS, Feeder, StepCosts
 from edge_memllm.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
@@ -261,8 +262,6 @@ class Model:
 
     def _texts(self, request: Request) -> list[str]:
         """Return the text of each prompt of a list, all computed together."""
-        from edge_memllm.engine.scheduler import complete_texts
-
         refuse_fields(request, {**ENGINE_ONLY, **_ONE_PROMPT_ONLY})
         seed = draw_seed() if request.seed is None else request.seed
         prompts: Sequence[Any] = request.prompt

@@ -206,7 +206,7 @@ def asked_by(
         own, taken = inspect.signature(method), signature_of(ask)
         parameters = [next(iter(own.parameters.values())), *taken.parameters.values()]
         found.__signature__ = own.replace(parameters=parameters)  # type: ignore[attr-defined]
-        found.__doc__ = f"{inspect.getdoc(method) or ""}\n\nArgs:\n{_meanings(taken.parameters)}"
+        found.__doc__ = f"{inspect.getdoc(method) or ''}\n\nArgs:\n{_meanings(taken.parameters)}"
         return call
 
     return decorated

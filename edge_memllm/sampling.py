@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import secrets
 from collections import Counter
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
 from typing import Any, Protocol
@@ -286,6 +286,15 @@ def require_finite(logits: Logits) -> None:
             "overflowed or its weights are damaged. Run 'edge-memllm verify' on the artifact; if "
             "it is whole, export it again."
         )
+
+
+def next_token_losses(logits: Logits, targets: Sequence[int]) -> NDArray[np.float64]:
+    """Return the loss in nats of each target [T] under the logits [T, V] of its position."""
+    require_finite(logits)
+    shifted = logits - logits.max(axis=1, keepdims=True)
+    chosen = shifted[np.arange(len(targets)), targets].astype(np.float64)
+    losses: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1, dtype=np.float64)) - chosen
+    return losses
 
 
 def penalize(logits: Logits, seen: Iterable[int], penalty: float) -> Logits:

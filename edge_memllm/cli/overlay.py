@@ -19,7 +19,6 @@ from edge_memllm.cli.options import Command, Commands, Json
 from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder
-from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.options import Group, Option, layer_list
 from edge_memllm.overlays import SUFFIX, Overlay, OverlaySpec, Written, open_overlay, write_overlay
 from edge_memllm.overlays.making import (
@@ -35,6 +34,7 @@ from edge_memllm.overlays.making import (
 )
 from edge_memllm.overlays.table import plain_codec
 from edge_memllm.table.table import Table
+from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Tokenizer
 
 _DESCRIPTION = """\

@@ -11,32 +11,24 @@ each letter; a block ends where cutting changes no token, which is tried at each
 from __future__ import annotations
 
 import math
-import re
 from array import array
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
-from itertools import islice
 from typing import Any, Protocol, TypedDict
 
 import numpy as np
-from numpy.typing import NDArray
 
 from edge_memllm.arrays import Doubles, Logits
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
-from edge_memllm.request import check_tokens, start_token
+from edge_memllm.request import start_token
 from edge_memllm.runtime_protocol import Runtime
-from edge_memllm.sampling import require_finite
+from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import RecordSource
+from edge_memllm.text.long_text import long_text_tokens
 from edge_memllm.text.tokenization import Tokenizer
-
-BLOCK = 1 << 18  # characters; a tokenizer takes up to some 200 bytes for each
-_AROUND = 128  # characters on each side of a cut that are tokenized with and without it
-_TRIES = 16
-_WORD_END = re.compile(r"(?<=\S)(?=\s)")
-
 
 _CHUNK = 64  # positions whose logits are alive at once
 _LARGEST_EXPONENT = 700.0  # e to this is about the largest float
@@ -67,50 +59,6 @@ class Predictor(Protocol):
     @property
     def prefill_chunk(self) -> int:
         """The most tokens of one prefill step."""
-
-
-def long_text_tokens(tokenizer: Tokenizer, text: str, vocab_size: int) -> array[int]:
-    """Return the ids of a text, without special tokens around it, at 4 bytes each.
-
-    They are those of the text as a whole. Raises `RequestError` for an id that is not in the
-    vocabulary.
-    """
-    ids = array("i")
-    for block in _blocks(tokenizer, text):
-        ids.extend(check_tokens(tokenizer.encode(block, special=False), vocab_size))
-    return ids
-
-
-def tokens_beyond(tokenizer: Tokenizer, text: str, most: int) -> int | None:
-    """Return a number of tokens, above `most`, that a text has at least; None if it has fewer.
-
-    Looks no further into the text than it has to. Special tokens around it are not counted.
-    """
-    count = 0
-    for block in _blocks(tokenizer, text):
-        count += len(tokenizer.encode(block, special=False))
-        if count > most:
-            return count
-    return None
-
-
-def _blocks(tokenizer: Tokenizer, text: str) -> Iterator[str]:
-    begin = 0
-    while begin < len(text):
-        end = _cut(tokenizer, text, begin + BLOCK)
-        yield text[begin:end]
-        begin = end
-
-
-def _cut(tokenizer: Tokenizer, text: str, earliest: int) -> int:
-    """Return the first place from `earliest` on where a cut changes nothing, or the end."""
-    places = (found.start() for found in _WORD_END.finditer(text, earliest))
-    for place in islice(places, _TRIES):
-        before, after = text[place - _AROUND : place], text[place : place + _AROUND]
-        parts = [tokenizer.encode(part, special=False) for part in (before, after)]
-        if tokenizer.encode(before + after, special=False) == parts[0] + parts[1]:
-            return place
-    return len(text)
 
 
 @dataclass(frozen=True, slots=True)
@@ -297,15 +245,6 @@ def predictions(
             reached = end
             if reached == len(tokens) - 1:
                 return
-
-
-def next_token_losses(logits: Logits, targets: Sequence[int]) -> NDArray[np.float64]:
-    """Return the loss in nats of each target [T] under the logits [T, V] of its position."""
-    require_finite(logits)
-    shifted = logits - logits.max(axis=1, keepdims=True)
-    chosen = shifted[np.arange(len(targets)), targets].astype(np.float64)
-    losses: NDArray[np.float64] = np.log(np.exp(shifted).sum(axis=1, dtype=np.float64)) - chosen
-    return losses
 
 
 def check_windows(context: int | None, stride: int | None, most: int) -> tuple[int, int]:

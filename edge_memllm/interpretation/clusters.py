@@ -37,8 +37,9 @@ from edge_memllm.interpretation.memory import (
     sample_tokens,
     unit,
 )
-from edge_memllm.interpretation.tokens import Labelling, TokenTexts, labellings
+from edge_memllm.interpretation.tokens import Labelling, labellings, token_of
 from edge_memllm.progress import Counted, Progress
+from edge_memllm.text.token_texts import TokenTexts
 
 _MOST_WORDS = 3  # properties in a label
 _LIKE = 3  # typical tokens
@@ -470,7 +471,7 @@ def _described(own: Assignment, texts: TokenTexts, labeller: Labeller) -> tuple[
         members = own.clusters == number
         tokens = np.flatnonzero(members)
         nearest = tokens[np.argsort(own.distances[tokens], kind="stable")[:_TYPICAL]]
-        typical = tuple(texts.token(token) for token in nearest.tolist())
+        typical = tuple(token_of(texts, token) for token in nearest.tolist())
         found.append(Cluster(labeller.label(members, typical), len(tokens), typical))
     return tuple(found)
 
@@ -502,7 +503,7 @@ def _map(
     ids = sample_tokens(features, _MAP_POINTS, seed)
     places, method = plane(each.points(features.vectors(each.layer, ids)), seed)
     points = tuple(
-        MapPoint(texts.token(token), x, y, int(own.clusters[token]))
+        MapPoint(token_of(texts, token), x, y, int(own.clusters[token]))
         for token, (x, y) in zip(ids.tolist(), places.tolist(), strict=True)
     )
     return points, method

@@ -18,7 +18,6 @@ from edge_memllm.evaluation.perplexity import (
     Predictor,
     divergences,
     exponential,
-    next_token_losses,
     predictions,
     text_tokens,
 )
@@ -34,6 +33,7 @@ from edge_memllm.interpretation.memory import (
 from edge_memllm.interpretation.texts import scaled_gain, without_layer
 from edge_memllm.mixed_precision.sensitivity import sample_windows
 from edge_memllm.progress import Counted, Progress
+from edge_memllm.sampling import next_token_losses
 
 Window = NDArray[np.int64]
 

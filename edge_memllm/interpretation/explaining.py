@@ -32,10 +32,10 @@ from edge_memllm.interpretation.head import Head
 from edge_memllm.interpretation.keys import key_cards, similar_tokens, token_cards
 from edge_memllm.interpretation.memory import Memory, NetworkRecords, TableMemory, check_layers
 from edge_memllm.interpretation.texts import measure_sentence
-from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.options import Option, layer_list, positive_int
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Tokenizer
 
 if TYPE_CHECKING:

@@ -29,9 +29,10 @@ from edge_memllm.interpretation.memory import (
     features_of,
     unit,
 )
-from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.interpretation.tokens import token_of
 from edge_memllm.progress import Counted, Progress
 from edge_memllm.request import check_positive, check_tokens
+from edge_memllm.text.token_texts import TokenTexts
 
 _CHUNK_BYTES = 32 << 20
 
@@ -148,7 +149,8 @@ def token_cards(
             use = shares[layer][place].complete(use, used)
         uses[place].append(use)
     return tuple(
-        TokenCard(texts.token(token), tuple(each)) for token, each in zip(tokens, uses, strict=True)
+        TokenCard(token_of(texts, token), tuple(each))
+        for token, each in zip(tokens, uses, strict=True)
     )
 
 
@@ -200,7 +202,7 @@ def _positive(texts: TokenTexts, ids: Ids, values: Floats, sign: int) -> tuple[S
 
 def _scored(texts: TokenTexts, ids: Ids, values: Floats) -> tuple[Scored, ...]:
     pairs = zip(ids.tolist(), values.tolist(), strict=True)
-    return tuple(Scored(texts.token(token), value) for token, value in pairs)
+    return tuple(Scored(token_of(texts, token), value) for token, value in pairs)
 
 
 def _check(memory: Memory, layer: int, key: int) -> None:
@@ -231,11 +233,11 @@ def similar_tokens(
     best = _most_similar(features, ids, layers, count, lambda *at: progress("similar", *at))
     return tuple(
         SimilarTokens(
-            texts.token(int(token)),
+            token_of(texts, int(token)),
             layer,
             features.kind,
             tuple(
-                Scored(texts.token(int(other)), float(cosine))
+                Scored(token_of(texts, int(other)), float(cosine))
                 for other, cosine in zip(found.ids[:, column], found.values[:, column], strict=True)
                 if cosine > _ITSELF
             ),

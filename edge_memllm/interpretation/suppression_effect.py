@@ -13,15 +13,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Doubles, Ids, Logits
-from edge_memllm.evaluation.perplexity import (
-    divergences,
-    exponential,
-    next_token_losses,
-    predictions,
-)
+from edge_memllm.evaluation.perplexity import divergences, exponential, predictions
 from edge_memllm.interpretation.findings import Finding
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import RecordSource
 
 

@@ -17,10 +17,11 @@ from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import token_losses
 from edge_memllm.feeding import Feeder
 from edge_memllm.interpretation.findings import Sentence
-from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.interpretation.tokens import token_of
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import RecordSource
+from edge_memllm.text.token_texts import TokenTexts
 
 _CHUNK = 64  # positions computed at once
 
@@ -84,8 +85,8 @@ def measure_sentence(
         progress("layers", number + 1, layers + 2)
     return Sentence(
         text=text,
-        tokens=tuple(map(texts.token, ids)),
-        targets=tuple(map(texts.token, fed[1:])),
+        tokens=tuple(token_of(texts, each) for each in ids),
+        targets=tuple(token_of(texts, each) for each in fed[1:]),
         log_probability=found[0],
         without_layer=np.stack(found[1:-1], axis=1),
         without_memory=found[-1],

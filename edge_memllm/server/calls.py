@@ -13,7 +13,6 @@ from typing import Any, NamedTuple
 
 from edge_memllm.engine.grammar import MakeConstraint
 from edge_memllm.errors import RequestError
-from edge_memllm.evaluation.perplexity import BLOCK, tokens_beyond
 from edge_memllm.model import Model
 from edge_memllm.request import Request, check_tokens
 from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
@@ -30,6 +29,7 @@ from edge_memllm.server.fields import (
 from edge_memllm.server.parameters import not_honoured, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
+from edge_memllm.text.long_text import BLOCK, tokens_beyond
 from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS
 
 MOST_TEMPERATURE = 2.0

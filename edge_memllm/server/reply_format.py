@@ -16,10 +16,10 @@ from starlette.types import Send
 
 from edge_memllm.engine.engine import Engine
 from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece, TokenScore
-from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.server.calls import Call
 from edge_memllm.server.service import Service
 from edge_memllm.statistics import process_memory
+from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Detokenizer
 
 Json = dict[str, Any]

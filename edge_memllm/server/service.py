@@ -16,7 +16,6 @@ from edge_memllm.engine.engine import Engine
 from edge_memllm.engine.grammar import Grammars, MakeConstraint
 from edge_memllm.engine.reply import ReplyPiece
 from edge_memllm.engine.scheduler import EngineStatistics
-from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.server.fields import (
     ApiError,
     Body,
@@ -32,6 +31,7 @@ from edge_memllm.server.settings import Settings
 from edge_memllm.statistics import ProcessMemory
 from edge_memllm.text.chat import ChatTemplate
 from edge_memllm.text.token_bound import TokenBound
+from edge_memllm.text.token_texts import TokenTexts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 PREFIX = "edge_memllm_"

@@ -24,9 +24,10 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.codecs import Codec
 from edge_memllm.errors import ArtifactError, ExportError
-from edge_memllm.evaluation.perplexity import divergences, exponential, next_token_losses
+from edge_memllm.evaluation.perplexity import divergences, exponential
 from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
+from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.texts import judging_text

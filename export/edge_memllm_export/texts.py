@@ -14,7 +14,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import ExportError, RequestError
-from edge_memllm.evaluation.perplexity import long_text_tokens
+from edge_memllm.text.long_text import long_text_tokens
 from edge_memllm.text.tokenization import Tokenizer
 
 _SHORTEST_LINE, _SHARE = 40, 0.1  # what is shorter, or less, may well be in both

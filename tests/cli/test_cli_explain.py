@@ -13,7 +13,7 @@ import pytest
 from edge_memllm.cli.analysis.explain import page, shown
 from edge_memllm.cli.main import main
 from edge_memllm.interpretation.findings import Explanation, ModelFacts, Sentence, Token
-from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.text.token_texts import TokenTexts
 from support.checkpoints import BOS, LAYERS, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.small_model import byte_tokenizer
 

@@ -24,7 +24,8 @@ from edge_memllm.interpretation.clusters import (
 )
 from edge_memllm.interpretation.explaining import open_subject
 from edge_memllm.interpretation.memory import EMBEDDING, ComputedFeatures, TableMemory
-from edge_memllm.interpretation.tokens import TokenTexts, character_class
+from edge_memllm.interpretation.tokens import character_class, token_of
+from edge_memllm.text.token_texts import TokenTexts
 from support import ROOT
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import network_memory
@@ -130,7 +131,7 @@ def test_clusters_of_a_checkpoint_are_a_finding() -> None:
     assert found.map_method.startswith("t-SNE")
     assert list(dict.fromkeys(seen)) == ["cluster", "assign", "describe"]
     cluster = found.clusters[found.points[65].cluster]
-    assert found.points[65].token == TEXTS.token(65)
+    assert found.points[65].token == token_of(TEXTS, 65)
     assert len(cluster.tokens) <= 12
 
 

@@ -15,7 +15,7 @@ from edge_memllm.interpretation import keys as keys_module
 from edge_memllm.interpretation.explaining import open_subject
 from edge_memllm.interpretation.head import Highest
 from edge_memllm.interpretation.keys import key_cards, token_cards
-from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.text.token_texts import TokenTexts
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import network_memory
 from support.small_model import byte_tokenizer

@@ -8,7 +8,7 @@ import pytest
 from edge_memllm import RequestError
 from edge_memllm.interpretation import memory as features_module
 from edge_memllm.interpretation.keys import similar_tokens
-from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.text.token_texts import TokenTexts
 from support.checkpoints import VOCABULARY, MakeCheckpoint
 from support.interpretation import network_memory
 from support.small_model import byte_tokenizer

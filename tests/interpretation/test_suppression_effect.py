@@ -13,9 +13,10 @@ from edge_memllm.feeding import Feeder
 from edge_memllm.interpretation.explaining import Subject, open_subject
 from edge_memllm.interpretation.suppression import Wish, effects, suppress, words_of
 from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression
-from edge_memllm.interpretation.tokens import TokenTexts, word_tokens
+from edge_memllm.interpretation.tokens import word_tokens
 from edge_memllm.overlays import OverlaySpec, overlay_of
 from edge_memllm.overlays.table import OverlaidTable
+from edge_memllm.text.token_texts import TokenTexts
 from support.checkpoints import BOS, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.small_model import byte_tokenizer
 

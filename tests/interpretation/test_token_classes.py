@@ -12,12 +12,13 @@ from edge_memllm.interpretation.findings import Token
 from edge_memllm.interpretation.tokens import (
     UNLABELLED,
     Labelling,
-    TokenTexts,
     character_class,
     frequency_band,
     labellings,
+    token_of,
     word_class,
 )
+from edge_memllm.text.token_texts import TokenTexts
 from support.checkpoints import VOCABULARY
 from support.small_model import byte_tokenizer
 
@@ -123,7 +124,7 @@ def test_what_says_little_comes_behind_typical_tokens() -> None:
     labeller = Labeller(TEXTS, labellings(TEXTS))
     some = np.array([character_class(TEXTS.text(i)) == "punctuation" for i in range(VOCABULARY)])
     some[80:180] = True
-    named = labeller.label(some, [TEXTS.token(TEXTS.find(each)) for each in "ab"])
+    named = labeller.label(some, [token_of(TEXTS, TEXTS.find(each)) for each in "ab"])
     assert re.fullmatch(r"like a, b; .* \d+%", named)
 
 

@@ -14,9 +14,9 @@ from starlette.testclient import TestClient
 from tokenizers import decoders, models
 
 from edge_memllm import Model
-from edge_memllm.interpretation.tokens import TokenTexts
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
 from edge_memllm.server.application import POLICY, page_routes
+from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import EOS, VOCABULARY
 from support.server import MODEL_ID, TEMPLATE, Served, serving, serving_small

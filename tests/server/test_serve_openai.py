@@ -13,7 +13,7 @@ from pydantic import BaseModel
 
 import edge_memllm
 from edge_memllm import Model, Sampling
-from edge_memllm.evaluation.perplexity import next_token_losses
+from edge_memllm.sampling import next_token_losses
 from support.checkpoints import MakeArtifact
 from support.server import MODEL_ID, TEMPLATE, Served, serving
 

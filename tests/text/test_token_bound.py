@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from tokenizers import AddedToken, Regex, Tokenizer, models, normalizers, pre_tokenizers, processors
 
-from edge_memllm.evaluation.perplexity import tokens_beyond
+from edge_memllm.text.long_text import tokens_beyond
 from edge_memllm.text.token_bound import TokenBound
 from edge_memllm.text.tokenization import Tokenizer as OurTokenizer
 from support.checkpoints import raw_byte_tokenizer

@@ -22,9 +22,10 @@ from edge_memllm.interpretation.suppression import (
     suppress,
     words_of,
 )
-from edge_memllm.interpretation.tokens import TokenTexts, WordToken, WordTokens
+from edge_memllm.interpretation.tokens import WordToken, WordTokens
 from edge_memllm.options import Group, Option
 from edge_memllm.overlays import SUFFIX, OverlaySpec, OverlayWriter, Written
+from edge_memllm.text.token_texts import TokenTexts
 
 _MOST_DESCRIBED = 1000
 _DESCRIPTION = """\

@@ -8,7 +8,8 @@ from tokenizers import Tokenizer as LibraryTokenizer
 from tokenizers import decoders, models, pre_tokenizers
 
 from edge_memllm import RequestError
-from edge_memllm.interpretation.tokens import TokenTexts
+from edge_memllm.interpretation.tokens import token_of
+from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import BOS, VOCABULARY
 from support.small_model import byte_tokenizer
@@ -30,7 +31,7 @@ def words(**vocabulary: int) -> TokenTexts:
 
 
 def test_a_token_shows_its_text() -> None:
-    assert BYTES.token(letter("a")) == BYTES.token(letter("a"))
+    assert token_of(BYTES, letter("a")) == token_of(BYTES, letter("a"))
     assert BYTES.text(letter("a")) == "a"
     assert BYTES.text(letter(" ")) == " "
     assert BYTES.text(letter("\n")) == "\n"

@@ -5,8 +5,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_memllm import RequestError
-from edge_memllm.evaluation import perplexity as long_text
-from edge_memllm.evaluation.perplexity import long_text_tokens
+from edge_memllm.text import long_text
+from edge_memllm.text.long_text import long_text_tokens
 from edge_memllm.text.tokenization import Tokenizer
 from support import ROOT
 from support.small_model import byte_tokenizer
