@@ -21,6 +21,7 @@ from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.errors import RequestError
 from edge_memllm.feeding import PREFILL_CHUNKS
+from edge_memllm.text import TOKENIZER_FILE
 
 # Measured with ONNX Runtime 1.31 on a CPU; docs/results/speed.md has the figures.
 # The interpreter with all libraries and an open session, no model:
@@ -120,7 +121,7 @@ def memory_items(
     `base_bytes` is what the process has without a model. Without `graph`, that and what it works
     on lie elsewhere, on a device.
     """
-    tokenizer = manifest.files.get("tokenizer.json")
+    tokenizer = manifest.files.get(TOKENIZER_FILE)
     vocabulary = manifest.model.vocab_size
     places = manifest.layout.offsets_bytes(vocabulary)
     records = min(choices.prefill_chunk, vocabulary)

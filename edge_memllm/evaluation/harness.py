@@ -20,6 +20,7 @@ from edge_memllm.evaluation.tasks import Scorer
 from edge_memllm.loading import load
 from edge_memllm.model import Model
 from edge_memllm.sampling import Sampling
+from edge_memllm.text import TOKENIZER_FILE
 
 try:
     from lm_eval.api.model import LM
@@ -132,7 +133,7 @@ class EdgeMemLM(LM):  # type: ignore[misc]  # the harness has no types
     @property
     def tokenizer_name(self) -> str:
         """What the harness tells its caches of requests apart by."""
-        return self.model.manifest.files["tokenizer.json"].sha256
+        return self.model.manifest.files[TOKENIZER_FILE].sha256
 
     def _generate(self, tokens: list[int], options: Mapping[str, Any]) -> str:
         limit, stops, sampling = generation_options(options)

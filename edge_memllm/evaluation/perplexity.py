@@ -27,13 +27,13 @@ from edge_memllm.request import start_token
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import RecordSource
+from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.long_text import long_text_tokens
 from edge_memllm.text.tokenization import Tokenizer
 
 _CHUNK = 64  # positions whose logits are alive at once
 _LARGEST_EXPONENT = 700.0  # e to this is about the largest float
 
-_TOKENIZER = "tokenizer.json"
 _BLOCK_VALUES = 1 << 20  # logits turned into float64 at a time
 
 
@@ -402,11 +402,11 @@ def _check_same_tokens(model: Predictor, reference: Predictor) -> None:
             f"{theirs.model.vocab_size}: their probabilities cannot be compared. "
             "Choose a reference with the same tokenizer."
         )
-    digests = {manifest.files[_TOKENIZER].sha256 for manifest in (ours, theirs)}
+    digests = {manifest.files[TOKENIZER_FILE].sha256 for manifest in (ours, theirs)}
     if len(digests) > 1:
         raise RequestError(
-            f"{_TOKENIZER} of the reference is not the model's, so their probabilities cannot be "
-            "compared. Choose a reference with the same tokenizer."
+            f"{TOKENIZER_FILE} of the reference is not the model's, so their probabilities cannot "
+            "be compared. Choose a reference with the same tokenizer."
         )
     starts = (start_token(ours.model), start_token(theirs.model))
     if starts[0] != starts[1]:

@@ -24,6 +24,7 @@ from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, Manifest
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
 from edge_memllm.errors import ArtifactError, CorruptionError, StorageError
 from edge_memllm.hub.names import HubModel, explained, import_hub
+from edge_memllm.text import TEXT_FILES
 
 _PARTIAL = ".partial"  # a name no file of a manifest can have
 
@@ -35,11 +36,7 @@ _FILES = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
-    "generation_config.json",
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
+    *TEXT_FILES,
 )
 
 

@@ -35,6 +35,7 @@ from edge_memllm.interpretation.texts import measure_sentence
 from edge_memllm.options import Option, layer_list, positive_int
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Tokenizer
 
@@ -43,7 +44,6 @@ if TYPE_CHECKING:
     from edge_memllm.interpretation.network import NetworkMemory
 
 
-_TOKENIZER = "tokenizer.json"
 _OPSET = 0  # of no graph
 _QUESTIONS, _LIMITS = "questions", "how much"  # headings of the command line
 
@@ -460,9 +460,9 @@ def open_checkpoint(path: Path) -> CheckpointModel:
     from edge_memllm_runtimes.torch_reference import TorchReference
 
     source = Checkpoint.open(path)
-    if not (path / _TOKENIZER).is_file():
+    if not (path / TOKENIZER_FILE).is_file():
         raise ArtifactError(
-            f"{path}: no {_TOKENIZER}, so tokens have no text. Put the tokenizer there."
+            f"{path}: no {TOKENIZER_FILE}, so tokens have no text. Put the tokenizer there."
         )
     network = source.network()
     memory = NetworkMemory(network)
@@ -471,7 +471,7 @@ def open_checkpoint(path: Path) -> CheckpointModel:
         manifest=_manifest(model_spec(source, source.identity()), records),
         runtime=TorchReference(network, torch.float32),
         source=records,
-        tokenizer=Tokenizer((path / _TOKENIZER).read_bytes()),
+        tokenizer=Tokenizer((path / TOKENIZER_FILE).read_bytes()),
         memory=memory,
     )
 

@@ -49,6 +49,7 @@ from edge_memllm.modeling.training import (
     token_file,
 )
 from edge_memllm.progress import Progress
+from edge_memllm.text import GENERATION_FILE, TOKEN_FILES, TOKENIZER_FILE
 
 # model_type -> what its attention has that plain attention has not.
 _ATTENTION: dict[str, dict[str, bool]] = {
@@ -72,13 +73,6 @@ _COPIED = (
     "eos_token_id",
 )
 
-_CARRIED_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "chat_template.jinja",
-)
-_GENERATION_FILE = "generation_config.json"
 # What the dense network has no say in.
 _CHOSEN = ("memory_intermediate_size", "memory_norm", "memory_source")
 
@@ -217,8 +211,8 @@ def convert(
         trainer = partial(DistillationTrainer, teacher=teacher, distillation=recipe.conversion)
         record |= run(_unused_allowed(recipe), student, out, resume, trainer)
     save(recipe, student, record, out)
-    if state.is_main_process and (dense / _GENERATION_FILE).is_file():
-        shutil.copyfile(dense / _GENERATION_FILE, out / _GENERATION_FILE)
+    if state.is_main_process and (dense / GENERATION_FILE).is_file():
+        shutil.copyfile(dense / GENERATION_FILE, out / GENERATION_FILE)
     state.wait_for_everyone()
     return record
 
@@ -253,7 +247,7 @@ def student_config(dense: MemoryLLMConfig, recipe: ConversionRecipe) -> MemoryLL
 
 
 def _read_tokenizer(dense: Path, config: MemoryLLMConfig) -> Tokenizer:
-    path = dense / "tokenizer.json"
+    path = dense / TOKENIZER_FILE
     if not path.is_file():
         raise RecipeError(
             f"{path}: no such file. Save the tokenizer in this form first: "
@@ -284,7 +278,7 @@ def _boundary(dense: Path, config: MemoryLLMConfig) -> int:
 def _carry(dense: Path, out: Path) -> None:
     """Copy what belongs to the tokenizer."""
     out.mkdir(parents=True, exist_ok=True)
-    for name in _CARRIED_FILES:
+    for name in TOKEN_FILES:
         if (dense / name).is_file():
             shutil.copyfile(dense / name, out / name)
 

@@ -49,6 +49,7 @@ from edge_memllm.modeling.trainer import (
     training_arguments,
 )
 from edge_memllm.process.limits import processor_share
+from edge_memllm.text import TOKENIZER_FILE
 
 RECORD_FILE = "training.json"
 _CHECKPOINTS = "checkpoints"
@@ -183,7 +184,7 @@ def model_config(recipe: Recipe) -> MemoryLLMConfig:
 
 def _tokenizer(recipe: Recipe, config: MemoryLLMConfig, out: Path, anew: bool) -> Tokenizer:
     """The tokenizer in ``out``, made ``anew`` or where there is none."""
-    path = out / "tokenizer.json"
+    path = out / TOKENIZER_FILE
     if path.exists() and not anew:
         return read_tokenizer(path)
     if recipe.tokenizer.path is not None:

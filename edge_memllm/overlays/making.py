@@ -25,6 +25,7 @@ from edge_memllm.overlays.overlay import LARGEST_FACTOR, MOST_LAYERS, Edit, Over
 from edge_memllm.overlays.table import plain_codec
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import RecordSource
+from edge_memllm.text import TOKENIZER_FILE
 
 _KEYS = ("tokens", "layers", "scale", "blank", "like", "strength")
 _WORD = re.compile(r"(?s).*")
@@ -32,7 +33,6 @@ _WORD = re.compile(r"(?s).*")
 
 _CHUNK_BYTES = 8 << 20  # of decoded rows
 
-_TOKENIZER = "tokenizer.json"
 _SHAPE = ("memory.layers", "memory.width", "vocab_size")
 
 
@@ -261,11 +261,11 @@ def check_same_shape(base: Artifact, other: Artifact) -> None:
     ours, theirs = _facts(base), _facts(other)
     for name in _SHAPE:
         _expect_equal(base, other, name, ours[name], theirs[name])
-    digests = [_digest(each, _TOKENIZER) for each in (base, other)]
+    digests = [_digest(each, TOKENIZER_FILE) for each in (base, other)]
     if digests[0] != digests[1]:
         raise RequestError(
-            f"{other.path}: {_TOKENIZER} is not that of {base.path}, so a token id does not mean "
-            "the same. Use models with one tokenizer."
+            f"{other.path}: {TOKENIZER_FILE} is not that of {base.path}, so a token id does not "
+            "mean the same. Use models with one tokenizer."
         )
 
 

@@ -18,7 +18,6 @@ from edge_memllm.errors import ArtifactError, RequestError
 if TYPE_CHECKING:
     from edge_memllm.text.template_budget import BoundedEnvironment
 
-TEMPLATE_FILE = "chat_template.jinja"
 MAX_TEMPLATE_BYTES = 64 * 1024
 DEFAULT_TEMPLATE, TOOL_TEMPLATE = "default", "tool_use"
 # Names a message's reasoning goes by: templates read one or the other.

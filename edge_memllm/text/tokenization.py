@@ -18,11 +18,9 @@ from typing import TYPE_CHECKING, Any
 
 from edge_memllm.artifact.strict_json import parse_json_object
 from edge_memllm.errors import ArtifactError, RequestError
-from edge_memllm.text.chat import TEMPLATE_FILE, ChatTemplate
+from edge_memllm.text import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, TOKENS_FILE
+from edge_memllm.text.chat import ChatTemplate
 from edge_memllm.text.tokenizer_file import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    TOKENS_FILE,
     TokenizerConfig,
     is_unicode,
     library_errors,

@@ -25,6 +25,7 @@ from tokenizers import AddedToken, Tokenizer
 
 from edge_memllm.artifact.strict_json import parse_json_object
 from edge_memllm.errors import ArtifactError
+from edge_memllm.text import CONFIG_FILE, TOKENIZER_FILE
 from edge_memllm.text.patterns import PatternError, check_pattern
 
 # Of everything in the largest real tokenizers, two to four times as much.
@@ -65,13 +66,9 @@ _SECTIONS = {
     "decoder": ("decoders", _DECODERS),
 }
 
-TOKENIZER_FILE = "tokenizer.json"
 # The largest known vocabularies, of 262,144 tokens, take 35 million bytes.
 MAX_TOKENIZER_BYTES = 64 << 20
 
-
-CONFIG_FILE = "tokenizer_config.json"
-TOKENS_FILE = "special_tokens_map.json"
 # In the order in which they get ids, where the vocabulary lacks them.
 _NAMES = tuple(f"{name}_token" for name in ("bos", "eos", "unk", "sep", "pad", "cls", "mask"))
 _EXTRA, _OLD_EXTRA = "extra_special_tokens", "additional_special_tokens"

@@ -31,8 +31,8 @@ from edge_memllm.modeling.stored_weights import (
     read_weights,
 )
 from edge_memllm.request import check_tokens
+from edge_memllm.text import GENERATION_FILE
 
-GENERATION_FILE = "generation_config.json"
 _LEARNED_GAIN = "model.token_memory.gain"
 # The fields that change what the network computes; the rest may differ between equal models.
 _IDENTITY_FIELDS = (

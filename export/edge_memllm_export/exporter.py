@@ -35,7 +35,7 @@ from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.modeling.training import keep_to_quota
 from edge_memllm.options import called_with
 from edge_memllm.progress import Progress
-from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
+from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE
 from edge_memllm_export.architectures.memoryllm import (
     EXTERNAL_FILE,
     GRAPH_FILE,
@@ -68,7 +68,7 @@ from edge_memllm_export.table import (
     mixed,
     write_table,
 )
-from edge_memllm_export.text_files import TEXT_FILES, check_text_files
+from edge_memllm_export.text_files import check_text_files
 from edge_memllm_export.texts import (
     TableText,
     check_separate,
@@ -382,7 +382,7 @@ class _Export:
             return tuple(rungs), self._quality(judged, text, accept_quality_loss)
 
     def _quality(self, judged: JudgedArtifact, text: str, accept_loss: bool) -> Quality | None:
-        if "tokenizer.json" not in self._files:
+        if TOKENIZER_FILE not in self._files:
             if accept_loss:
                 return None
             raise ExportError(

@@ -29,6 +29,7 @@ from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.table import Table
+from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.texts import judging_text
 from edge_memllm_runtimes import open_runtime
@@ -257,7 +258,7 @@ def _sequence(judged: JudgedArtifact) -> list[int]:
     """The start of a text; without a tokenizer, tokens spread over the vocabulary."""
     artifact = judged.artifact
     length = min(_SEQUENCE, artifact.manifest.model.max_position_embeddings)
-    if "tokenizer.json" in artifact.manifest.files:
+    if TOKENIZER_FILE in artifact.manifest.files:
         return text_tokens(judged, judging_text(), length)
     return _spread(judged)[:length].tolist()
 

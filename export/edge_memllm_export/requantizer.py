@@ -32,7 +32,7 @@ from edge_memllm.mixed_precision import ExactModel, Target
 from edge_memllm.options import called_with
 from edge_memllm.progress import Progress
 from edge_memllm.table.table import Table
-from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
+from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm_export.graph.ops import GraphTape
 from edge_memllm_export.graph.tokens import MemoryShape, memory_rows
 from edge_memllm_export.staging import Staging

@@ -15,12 +15,15 @@ from edge_memllm.artifact.strict_json import parse_json_object
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.modeling.stored_weights import UnusableCheckpointError, refuse_pointer
 from edge_memllm.sampling import Sampling
-from edge_memllm.text.chat import TEMPLATE_FILE
+from edge_memllm.text import (
+    CONFIG_FILE,
+    GENERATION_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+)
 from edge_memllm.text.tokenization import MAX_CONFIG_BYTES, Tokenizer
-from edge_memllm.text.tokenizer_file import CONFIG_FILE, TOKENIZER_FILE, TOKENS_FILE
-from edge_memllm_export.checkpoint import GENERATION_FILE, Checkpoint
+from edge_memllm_export.checkpoint import Checkpoint
 
-TEXT_FILES = (TOKENIZER_FILE, CONFIG_FILE, TOKENS_FILE, TEMPLATE_FILE, GENERATION_FILE)
 # Files of chat templates that have no place in an artifact.
 _OTHER_TEMPLATES = ("chat_template.json", "additional_chat_templates")
 # What a generation configuration may say that an artifact follows, or that changes no text.

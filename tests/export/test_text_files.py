@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 
 from edge_memllm.errors import ExportError
-from edge_memllm.text.tokenizer_file import TOKENIZER_FILE
+from edge_memllm.text import GENERATION_FILE, TOKENIZER_FILE
 from edge_memllm_export import export_model
-from edge_memllm_export.checkpoint import GENERATION_FILE, Checkpoint
+from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.text_files import check_text_files
 from support.checkpoints import BOS, EOS, PAD, VOCABULARY, change_config
 

@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from edge_memllm.errors import ExportError
+from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import KVScales
@@ -62,7 +63,7 @@ def text_tokens(source: Checkpoint, text: str | None, otherwise: str, most: int)
     With a `text` that is an ExportError, and so is a text without tokens.
     """
     vocabulary = source.config.vocab_size
-    file = source.path / "tokenizer.json"
+    file = source.path / TOKENIZER_FILE
     ids: list[int] = []
     if file.is_file():
         ids = Tokenizer(file.read_bytes()).encode(otherwise if text is None else text)[:most]
