@@ -49,6 +49,14 @@ def test_every_command_is_there_and_explains_itself(capsys: pytest.CaptureFixtur
         assert "--json" in shown
 
 
+def test_help_fits_a_terminal_of_80_columns(capsys: pytest.CaptureFixture[str]) -> None:
+    for name in NAMES:
+        main([name, "--help"])
+        wide = [line for line in capsys.readouterr().out.splitlines() if len(line) > 80]
+        # argparse breaks nothing inside a group of which one may be given.
+        assert [line for line in wide if " | " not in line] == []
+
+
 def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["--version"]) == 0
     assert capsys.readouterr().out == f"edge-memllm {__version__}\n"
