@@ -21,7 +21,7 @@ from edge_memllm.feeding import PREFILL_CHUNKS, Feeder, StepCosts
 from edge_memllm.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
 from edge_memllm.memory_plan import MemoryPlan
 from edge_memllm.overlays import Overlay, open_overlay
-from edge_memllm.overlays.loaded import OverlayShelf, Selection
+from edge_memllm.overlays.loaded import OverlaySet, Selection
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.request import (
     CANCELLED_BY_TASK,
@@ -78,7 +78,7 @@ class Model:
         self.sampling = artifact_sampling(artifact)
         self.prefill_chunk = prefill_chunk or PREFILL_CHUNKS[runtime.device]
         self._table = table
-        self._shelf = OverlayShelf(table, artifact.manifest)
+        self._overlays = OverlaySet(table, artifact.manifest)
         self._memory = memory
         self._artifact = artifact
         self._sessions: WeakSet[Session] = WeakSet()
@@ -102,7 +102,7 @@ class Model:
     @property
     def source(self) -> RecordSource:
         """The records that generations get: the table's, under the overlays that are loaded."""
-        return self._shelf.select(None).source
+        return self._overlays.select(None).source
 
     def records(
         self, overlays: Sequence[str] | None = None, *, without_memory: bool = False
@@ -112,14 +112,14 @@ class Model:
         Raises `RequestError` for a name that is not loaded.
         """
         if not without_memory:
-            return self._shelf.select(overlays)
+            return self._overlays.select(overlays)
         silent = (0.0,) * self.manifest.model.num_hidden_layers
-        return self._shelf.select(())._replace(memory_gain=silent)
+        return self._overlays.select(())._replace(memory_gain=silent)
 
     @property
     def overlays(self) -> tuple[str, ...]:
         """The names of the loaded overlays, in the order in which they act."""
-        return self._shelf.names
+        return self._overlays.names
 
     def add_overlay(self, overlay: str | os.PathLike[str] | Overlay) -> str:
         """Load an overlay from a file, or take one; return its name. It acts after the others.
@@ -129,11 +129,11 @@ class Model:
         be used.
         """
         found = overlay if isinstance(overlay, Overlay) else open_overlay(overlay)
-        return self._shelf.add(found)
+        return self._overlays.add(found)
 
     def remove_overlay(self, name: str) -> None:
         """Let go of an overlay; generations under way keep it. Raises `RequestError`."""
-        self._shelf.remove(name)
+        self._overlays.remove(name)
 
     @asked_by(Request)
     def stream(self, request: Request) -> Generator[Piece, None, None]:

@@ -19,7 +19,8 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64
 
 from edge_memllm.arrays import Bytes, Floats, Ids
-from edge_memllm.codecs.codec import Codec, Fit, TokenClass
+from edge_memllm.codecs.codec import Codec, Fit
+from edge_memllm.codecs.layered import TokenClass
 from edge_memllm.codecs.wire import CodecSizes, Wire, decode_wire, wire_sizes
 from edge_memllm.readers import Region
 

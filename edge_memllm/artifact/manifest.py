@@ -23,7 +23,8 @@ from edge_memllm.artifact.model_spec import (
 )
 from edge_memllm.artifact.sections import named_layout
 from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
-from edge_memllm.codecs.codec import MOST_CLASSES, TokenClass, Wire
+from edge_memllm.codecs.layered import MOST_CLASSES, TokenClass
+from edge_memllm.codecs.wire import Wire
 from edge_memllm.errors import ArtifactError, CorruptionError
 
 MANIFEST_NAME = "manifest.json"

@@ -16,7 +16,8 @@ from numpy.typing import NDArray
 from edge_memllm.arrays import Floats, Ids
 from edge_memllm.artifact.layout import Offsets, RecordLayout, TableLayout
 from edge_memllm.codecs import MIXED, get_codec, layered_codec
-from edge_memllm.codecs.codec import Allocation, Fit, TokenClass, check_classes, smallest_group
+from edge_memllm.codecs.codec import Fit
+from edge_memllm.codecs.layered import Allocation, TokenClass, check_classes, smallest_group
 
 _OFFSET_BYTES = 9  # for each token: where its record begins, and its section
 

@@ -21,11 +21,10 @@ from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder
 from edge_memllm.options import Group, Option, layer_list
 from edge_memllm.overlays import SUFFIX, Overlay, OverlaySpec, Written, open_overlay, write_overlay
+from edge_memllm.overlays.compatibility import check_same_but_rows, check_same_shape
 from edge_memllm.overlays.making import (
     Alteration,
     Difference,
-    check_same_but_rows,
-    check_same_shape,
     checked_layers,
     edits_of,
     read_edits,

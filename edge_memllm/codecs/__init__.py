@@ -5,14 +5,7 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from edge_memllm.codecs.codec import (
-    PART_GROUPS,
-    Codec,
-    CodecSizes,
-    Fit,
-    NoneCodec,
-    UnencodableRowError,
-)
+from edge_memllm.codecs.codec import Codec, Fit, NoneCodec, UnencodableRowError
 from edge_memllm.codecs.floats import BFloat16Codec, Float8Codec, Float16Codec, Float32Codec
 from edge_memllm.codecs.grouped import (
     AsymmetricInt4Codec,
@@ -21,10 +14,11 @@ from edge_memllm.codecs.grouped import (
     Int6Codec,
     Int8Codec,
 )
-from edge_memllm.codecs.layered import layered_codec
+from edge_memllm.codecs.layered import PART_GROUPS, layered_codec
 from edge_memllm.codecs.levels import CodebookCodec, Int2Codec, Int3Codec, NormalFloat4Codec
 from edge_memllm.codecs.lowrank import LowRankCodec
 from edge_memllm.codecs.nested8 import Nested8Codec
+from edge_memllm.codecs.wire import CodecSizes
 from edge_memllm.errors import ArtifactError
 
 __all__ = [

@@ -1,4 +1,4 @@
-"""f32: every value exactly as the network computed it. The reference for all other codecs."""
+"""Floats of 32, 16 and 8 bits. f32 has every value exactly as the network computed it."""
 
 from __future__ import annotations
 
@@ -7,9 +7,9 @@ from typing import Any
 import numpy as np
 
 from edge_memllm.arrays import Bytes, Floats
-from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
+from edge_memllm.codecs.codec import Codec
 from edge_memllm.codecs.grouped import SMALLEST_SCALE, extremes, in_steps, round_away_from_zero
-from edge_memllm.codecs.wire import wire_sizes
+from edge_memllm.codecs.wire import CodecSizes, Wire, wire_sizes
 from edge_memllm.errors import missing_extra
 
 E4M3_LARGEST = 448.0

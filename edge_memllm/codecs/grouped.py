@@ -12,8 +12,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
-from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
-from edge_memllm.codecs.wire import pack, pack_nibbles, unpack, unpack_nibbles
+from edge_memllm.codecs.codec import Codec
+from edge_memllm.codecs.wire import CodecSizes, Wire, pack, pack_nibbles, unpack, unpack_nibbles
 
 FLOAT16_MAX = 65504.0
 SMALLEST_SCALE = 2.0**-24  # the smallest positive float16

@@ -12,9 +12,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
-from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
+from edge_memllm.codecs.codec import Codec
 from edge_memllm.codecs.grouped import FLOAT16_MAX, GroupedCodec, Halves, extremes, in_steps
-from edge_memllm.codecs.wire import pack, unpack
+from edge_memllm.codecs.wire import CodecSizes, Wire, pack, unpack
 
 _ZERO = 128  # of the wire form
 _FACTORS = (0.85, 0.88, 0.91, 0.94, 0.97)  # a search tries scales that much smaller

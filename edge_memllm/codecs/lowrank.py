@@ -11,7 +11,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
-from edge_memllm.codecs.codec import Codec, CodecSizes, UnencodableRowError, Wire
+from edge_memllm.codecs.codec import Codec, UnencodableRowError
+from edge_memllm.codecs.wire import CodecSizes, Wire
 
 
 class LowRankCodec(Codec):

@@ -9,9 +9,9 @@ from __future__ import annotations
 import numpy as np
 
 from edge_memllm.arrays import Bytes, Floats
-from edge_memllm.codecs.codec import Codec, CodecSizes, Wire
+from edge_memllm.codecs.codec import Codec
 from edge_memllm.codecs.grouped import GroupedCodec, Halves, in_steps, steps_around
-from edge_memllm.codecs.wire import pack_nibbles, unpack_nibbles
+from edge_memllm.codecs.wire import CodecSizes, Wire, pack_nibbles, unpack_nibbles
 
 _LONG, _SHORT = 128, 119  # codes reach from -128 to 119 = 16 * 7 + 7
 _ZERO = 128  # of the wire form

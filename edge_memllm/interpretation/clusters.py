@@ -99,18 +99,18 @@ class Labeller:
         Where that says little, the first of the `typical` tokens are named before it.
         """
         shares = np.array([each.mask[members].mean() for each in self._properties])
-        told = _information(shares, self._shares)
-        told[(shares < _LEAST_SHARE) | (shares < _LEAST_LIFT * self._shares)] = 0
+        information = _information(shares, self._shares)
+        information[(shares < _LEAST_SHARE) | (shares < _LEAST_LIFT * self._shares)] = 0
         chosen: list[int] = []
-        for place in np.argsort(-told, kind="stable").tolist():
-            if told[place] < _LEAST_INFORMATION or len(chosen) == _MOST_WORDS:
+        for place in np.argsort(-information, kind="stable").tolist():
+            if information[place] < _LEAST_INFORMATION or len(chosen) == _MOST_WORDS:
                 break
             if not any(self._overlap(members, place, other) > _SAME for other in chosen):
                 chosen.append(place)
         named = ", ".join(
             f"{self._properties[place].words} {shares[place]:.0%}" for place in chosen
         )
-        if named and told[chosen[0]] >= _TELLING:
+        if named and information[chosen[0]] >= _TELLING:
             return named
         like = f"like {', '.join(_shown(each) for each in typical[:_LIKE])}"
         return f"{like}; {named}" if named else like

@@ -206,20 +206,20 @@ def explain(
     Raises `RequestError` for what is not there, and for what the model cannot answer: an artifact
     has no keys, and neither have rows that no FFN-M makes.
     """
-    asked = _Asked(subject, questions, progress)
+    answers = _Answers(subject, questions, progress)
     return Explanation(
         model=subject.facts,
         command=command,
-        tokens=asked.token_cards(),
-        keys=asked.key_cards(),
-        similar=asked.similar(),
-        sentences=tuple(map(asked.sentence, questions.texts)),
-        clusters=asked.clusters(),
-        curves=asked.curves(),
+        tokens=answers.token_cards(),
+        keys=answers.key_cards(),
+        similar=answers.similar(),
+        sentences=tuple(map(answers.sentence, questions.texts)),
+        clusters=answers.clusters(),
+        curves=answers.curves(),
     )
 
 
-class _Asked:
+class _Answers:
     """The questions with all names resolved, so that a wrong one is said before any work."""
 
     def __init__(self, subject: Subject, questions: Questions, progress: Progress) -> None:

@@ -82,7 +82,7 @@ def shares_of(memory: Memory, layer: int, ids: Ids) -> list[Shares]:
 def key_cards(
     memory: Memory,
     head: Head,
-    asked: Iterable[tuple[int, int]],
+    wanted: Iterable[tuple[int, int]],
     texts: TokenTexts,
     *,
     count: int,
@@ -92,7 +92,7 @@ def key_cards(
 
     Raises `RequestError` for a layer or key that the network does not have.
     """
-    names = list(dict.fromkeys(asked))
+    names = list(dict.fromkeys(wanted))
     by_layer: dict[int, list[int]] = {}
     for layer, key in names:
         _check(memory, layer, key)

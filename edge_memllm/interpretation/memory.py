@@ -1,7 +1,8 @@
 """What analyses may ask of a memory, wherever its weights or rows lie.
 
-`network_memory` answers from a checkpoint's weights, `features.TableMemory` from an artifact's
-table, which has rows and no keys.
+`edge_memllm.interpretation.network` answers from a checkpoint's weights, `TableMemory` from an
+artifact's table, which has rows and no keys. `Features` are what tokens are compared by: rows, or
+the coefficients of keys.
 """
 
 from __future__ import annotations

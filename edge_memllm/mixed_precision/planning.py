@@ -15,12 +15,12 @@ from edge_memllm.arrays import Doubles, Ids
 from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.artifact.tensor_header import build_header
-from edge_memllm.codecs.codec import Allocation
+from edge_memllm.codecs.layered import Allocation
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision.sensitivity import (
     Candidates,
+    RowProbe,
     Sample,
-    Subject,
     candidate_ids,
     energies,
     measure_candidates,
@@ -182,18 +182,18 @@ class MixedPlan:
     allocation: Allocation
     shares: Doubles  # [V], how often each token will come
     predicted_kl: float  # nats per token
-    subject: Subject
+    probe: RowProbe
 
     def measured_kl(self, layout: TableLayout, search: bool) -> float:
         """Return the divergence on the sample by a table's layout, its levels learned."""
-        sample = self.subject.sample
+        sample = self.probe.sample
         rows = np.empty_like(sample.rows)
         section_of = layout.sections_of(sample.ids)
         for number, kind in enumerate(layout.kinds):
             true, codec = sample.rows[section_of == number], kind.codec
             stored = codec.encode(true, search=search and codec.searches)
             rows[section_of == number] = codec.decode(*stored, *true.shape[1:])
-        return float(self.subject.divergences(rows, [slice(None)])[0])
+        return float(self.probe.divergences(rows, [slice(None)])[0])
 
 
 def plan_allocation(
@@ -216,19 +216,20 @@ def plan_allocation(
     windows = sample_windows(tokens, sizing.vocab_size, sizing.layout, model.context)
     ids = np.unique(np.concatenate(windows))
     sample = Sample(windows, ids, model.rows.embeddings(ids), model.rows.rows(ids))
-    subject = Subject(model.runtime, model.layout, sample)
-    candidates = measure_candidates(subject.sample.rows, search)
-    sensitivity = sensitivities(subject, lambda *done: progress("sensitivity", *done))
+    probe = RowProbe(model.runtime, model.layout, sample)
+    candidates = measure_candidates(probe.sample.rows, search)
+    sensitivity = sensitivities(probe, lambda *done: progress("sensitivity", *done))
     shares = token_shares(tokens, sizing.vocab_size)
     weights = shares[:, None] * sensitivity * _all_energies(model.rows, sizing.vocab_size, progress)
     allocation, predicted = sizing.fill(weights, candidates)
-    return MixedPlan(allocation, shares, predicted, subject)
+    return MixedPlan(allocation, shares, predicted, probe)
 
 
 def _all_energies(source: Rows, vocab_size: int, progress: Progress) -> Doubles:
-    chunks = source.chunks(np.arange(vocab_size))
-    told = counted(chunks, vocab_size, lambda *done: progress("energy", *done))
-    found = np.concatenate([energies(rows) for _, rows in told])
+    chunks = counted(
+        source.chunks(np.arange(vocab_size)), vocab_size, lambda *done: progress("energy", *done)
+    )
+    found = np.concatenate([energies(rows) for _, rows in chunks])
     if not np.isfinite(found).all():
         token, layer = np.argwhere(~np.isfinite(found))[0].tolist()
         raise ExportError(

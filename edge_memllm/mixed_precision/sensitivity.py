@@ -1,4 +1,4 @@
-"""How much a model minds errors in each layer's rows: the divergence they cause, measured.
+"""How sensitive a model is to errors in each layer's rows: the divergence they cause, measured.
 
 One layer at a time is fed coarsely stored and all others as they are. The divergence is close to
 a number of the layer's own times the squared error, and the layers' divergences add up, so that
@@ -17,7 +17,7 @@ from numpy.typing import NDArray
 from edge_memllm.arrays import Doubles, Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, TableLayout
 from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.codec import PART_GROUPS
+from edge_memllm.codecs.layered import PART_GROUPS
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.progress import Counted
 from edge_memllm.runtime_protocol import Runtime
@@ -26,7 +26,7 @@ from edge_memllm.runtime_protocol import Runtime
 _NAMES = ("codebook2", "codebook3", "codebook4", "int5", "int6", "int8")
 
 
-_PROBE = "int3-g32"
+_COARSE = "int3-g32"
 _WINDOW = 256
 _CHUNK = 64  # positions whose logits are alive at once
 _MOST_TOKENS, _FEWEST_TOKENS = 2048, 512
@@ -88,7 +88,7 @@ class Sample:
     rows: Floats  # [U, L, D]
 
 
-class Subject:
+class RowProbe:
     """A model that is fed rows of our own: a runtime, and how its buffers are laid out."""
 
     def __init__(self, runtime: Runtime, layout: TableLayout, sample: Sample) -> None:
@@ -135,11 +135,11 @@ class Subject:
         return buffer
 
 
-def sensitivities(subject: Subject, progress: Counted) -> Doubles:
+def sensitivities(probe: RowProbe, progress: Counted) -> Doubles:
     """Return for each layer [L] the divergence in nats per squared error of a token's row."""
-    sample = subject.sample
-    coarse = coarse_rows(get_codec(_PROBE), sample.rows)
-    found = subject.divergences(coarse, _each_layer(sample.rows.shape[1]), progress)
+    sample = probe.sample
+    coarse = coarse_rows(get_codec(_COARSE), sample.rows)
+    found = probe.divergences(coarse, _each_layer(sample.rows.shape[1]), progress)
     occurring = np.searchsorted(sample.ids, np.concatenate(sample.windows))
     errors = energies(coarse - sample.rows)[occurring].mean(axis=0)
     return np.asarray(np.divide(found, errors, out=np.zeros_like(found), where=errors > 0))

@@ -1,6 +1,7 @@
-"""The header of an overlay file: safetensors JSON that the spec and three numbers determine.
+"""An overlay as a file, read and written: a safetensors header, the rows, then the entries.
 
-Writing builds it, reading builds it again and compares: nothing else is accepted.
+The spec and three numbers determine the header: writing builds it, reading builds it again and
+compares, and nothing else is accepted.
 """
 
 from __future__ import annotations

@@ -29,7 +29,7 @@ class Selection(NamedTuple):
     memory_gain: tuple[float, ...] | None = None  # one per layer, None for the model's own
 
 
-class OverlayShelf:
+class OverlaySet:
     """Holds the overlays over one table, in the order in which they came."""
 
     def __init__(self, table: RecordSource, manifest: Manifest) -> None:

@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.codecs import Codec, UnencodableRowError, get_codec
-from edge_memllm.codecs.codec import CodecSizes
+from edge_memllm.codecs.wire import CodecSizes
 from edge_memllm.errors import RequestError
 
 Operation = Literal["replace", "add", "scale", "blank"]

@@ -306,7 +306,7 @@ def _complete_table(
     exact = ExactModel(
         rows=rows,
         runtime=TorchReference(source.network()),
-        layout=RecordLayout(layout.layers, layout.width, fed, "float32"),
+        layout=replace(layout.with_codec(fed), embedding_dtype="float32"),
         context=source.config.max_position_embeddings,
     )
     return mixed(form, target, exact, _table_text(source, text), progress)

@@ -95,7 +95,7 @@ def mixed(
         taken=sizing.described(sizing.taken(plan.allocation)),
         predicted_kl=plan.predicted_kl,
         measured_kl=plan.measured_kl(found.layout, form.search),
-        compared_tokens=sum(map(len, plan.subject.sample.windows)),
+        compared_tokens=sum(map(len, plan.probe.sample.windows)),
         text=text.name,
     )
     return replace(found, figures=figures)
@@ -107,7 +107,7 @@ def write_table(
     """Write a table whose codec has its parameters. Raises ExportError as `TableWriter` does."""
     order = form.layout.stored_order(form.vocab_size)
     with TableWriter(path, form.layout, form.vocab_size, identity, search=form.search) as writer:
-        for embedding, rows in _told(source, order, "table", progress):
+        for embedding, rows in _counted(source, order, "table", progress):
             writer.append(embedding, rows)
         return writer.finish()
 
@@ -120,7 +120,7 @@ def _learned(
         return form
     fit = layout.fit()
     order, seen = layout.stored_order(form.vocab_size), 0
-    for _, rows in _told(source, order, "learning", progress):
+    for _, rows in _counted(source, order, "learning", progress):
         tokens = order[seen : seen + len(rows)]
         _check_finite(rows, tokens)
         fit.add(rows, None if weights is None else weights[tokens].astype(np.float32))
@@ -128,7 +128,7 @@ def _learned(
     return replace(form, layout=layout.with_parameters(fit.parameters()))
 
 
-def _told(
+def _counted(
     source: Rows, order: np.ndarray, stage: str, progress: Progress
 ) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     """Yield embeddings [N, D] and rows [N, L, D] of tokens, and say how far it is."""

@@ -16,7 +16,7 @@ from test_codecs import check_codec, rows_of
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.artifact.sections import MixedLayout, named_layout
 from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.codec import PARTS, Allocation, TokenClass
+from edge_memllm.codecs.layered import PARTS, Allocation, TokenClass
 from support.ready_codecs import MIXED, mixed, ready_mixed
 
 WIDTH = 128

@@ -20,7 +20,7 @@ from edge_memllm.cli.main import main
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.mixed_precision import Target
-from edge_memllm.mixed_precision.sensitivity import Sample, Subject, sample_windows, sensitivities
+from edge_memllm.mixed_precision.sensitivity import RowProbe, Sample, sample_windows, sensitivities
 from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.sweep import SweepRequest, run_sweep
 from edge_memllm.table.table import Table
@@ -142,7 +142,7 @@ def test_a_text_that_counts_changes_what_is_learned(
     assert tables[0] != tables[1]
 
 
-def subject(path: Path) -> Subject:
+def probe(path: Path) -> RowProbe:
     source = Checkpoint.open(path)
     network = source.network()
     config = source.config
@@ -155,13 +155,13 @@ def subject(path: Path) -> Subject:
     )
     windows = sample_windows(np.arange(100) % 40, config.vocab_size, like, 256)
     ids = np.unique(np.concatenate(windows))
-    return Subject(
+    return RowProbe(
         TorchReference(network), fed, Sample(windows, ids, rows.embeddings(ids), rows.rows(ids))
     )
 
 
 def test_sensitivity_is_of_each_layer_alone(checkpoint: Path) -> None:
-    found = subject(checkpoint)
+    found = probe(checkpoint)
     true = found.sample.rows
     assert found.divergences(true, [slice(None)])[0] == pytest.approx(0, abs=1e-9)
     doubled = true.copy()

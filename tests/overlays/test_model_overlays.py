@@ -127,7 +127,7 @@ def test_threads_choose_for_themselves(model: Model) -> None:
     expected = [run(job) for job in jobs]
     with ThreadPoolExecutor(4) as pool:
         assert list(pool.map(run, jobs)) == expected
-    assert len(model._shelf._sources) <= MOST_CHOICES
+    assert len(model._overlays._sources) <= MOST_CHOICES
 
 
 @pytest.mark.parametrize(

@@ -11,10 +11,9 @@ import pytest
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import RequestError
 from edge_memllm.overlays import open_overlay, overlay_of
+from edge_memllm.overlays.compatibility import check_same_but_rows, check_same_shape
 from edge_memllm.overlays.making import (
     Alteration,
-    check_same_but_rows,
-    check_same_shape,
     checked_layers,
     edits_of,
     read_edits,

@@ -13,7 +13,7 @@ from safetensors.numpy import load_file, save_file
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError
 from edge_memllm.overlays import open_overlay
-from edge_memllm.overlays.making import check_same_but_rows
+from edge_memllm.overlays.compatibility import check_same_but_rows
 from edge_memllm.overlays.table import OverlaidTable
 from edge_memllm.table.table import Table
 from edge_memllm_export import checkpoint_difference, export_model

@@ -21,7 +21,7 @@ from tokenizers import Tokenizer, models
 from edge_memllm import Model, Sampling, load
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.sections import MixedLayout
-from edge_memllm.codecs.codec import Allocation
+from edge_memllm.codecs.layered import Allocation
 from edge_memllm.feeding import Feeder
 from edge_memllm.table.table import Table
 from edge_memllm.table.writer import TableWriter

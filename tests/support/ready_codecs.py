@@ -9,7 +9,7 @@ import numpy as np
 from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.codecs import Codec, codec_ids, get_codec
-from edge_memllm.codecs.codec import Allocation
+from edge_memllm.codecs.layered import Allocation
 
 LOW_RANK = ("lowrank-r64-f16", "lowrank-r128-int8-g32", "lowrank-r32-int4-g32")
 IDS = (*codec_ids(), *LOW_RANK)
