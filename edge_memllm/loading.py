@@ -1,6 +1,7 @@
 """`load`: from the path of an artifact to a model, everything checked on the way.
 
-A composition root: it may name the outer layer, and imports it only when called.
+First the memory is planned for a device, then everything is opened. A composition root: it may name
+the outer layer, and imports it only when called.
 """
 
 from __future__ import annotations
@@ -10,13 +11,13 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass, field
+from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.checked_values import is_integer, wrong_value
-from edge_memllm.errors import RequestError
+from edge_memllm.errors import RequestError, RuntimeUnavailableError
 from edge_memllm.feeding import PREFILL_CHUNKS
 from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
@@ -27,12 +28,10 @@ from edge_memllm.overlays.table import CACHE_BYTES
 from edge_memllm.progress import Progress
 from edge_memllm.readers import reader_names
 from edge_memllm.request import check_positive
+from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import give_back, process_memory
 from edge_memllm.table.table import QUALITIES, Table
 from edge_memllm.text.tokenization import Tokenizer
-
-if TYPE_CHECKING:
-    from edge_memllm_runtimes.options import RuntimeOptions
 
 _log = logging.getLogger(__name__)
 
@@ -164,61 +163,145 @@ def load(options: LoadOptions) -> Model:
     that cannot be used, `RuntimeUnavailableError` for a device or package that is not there,
     `RequestError` for an option that does not exist or cannot be met; nothing is left open then.
     """
-    from edge_memllm_runtimes import open_runtime
-
-    if options.prefill_chunk is not None:
-        check_positive("prefill_chunk", options.prefill_chunk)
-    if options.reader not in reader_names():
-        raise RequestError(
-            f"Unknown reader '{options.reader}', expected one of {', '.join(reader_names())}."
-        )
-    limits = _Limits(options.memory_limit, options.vram_limit, process_memory().anon_bytes)
-    _check_cache(options.record_cache, options.hot_text)
+    _check(options)
+    before = process_memory().anon_bytes
     laid_over = _open_overlays(options.overlays)
-    cache = None if options.packed_cache is None else Path(options.packed_cache)
-    progress = options.progress
     with ExitStack() as opened:
         # The runtime reads the graph and checks what it read: once is enough.
         folder = artifact_folder(options.path)
-        artifact = opened.enter_context(Artifact.open(folder, progress, check_graph=False))
+        artifact = opened.enter_context(Artifact.open(folder, options.progress, check_graph=False))
         for overlay in laid_over:
             overlay.check_fits(artifact.manifest)  # before the graph is loaded for nothing
-
-        def runtime_options(found: str) -> RuntimeOptions:
-            chunk = options.prefill_chunk or PREFILL_CHUNKS[found]
-            room = CACHE_BYTES if laid_over else 0
-            choices = Choices(chunk, options.record_cache, options.reader, cache is not None, room)
-            return limits.options(artifact, found, choices, options.cuda_graph, cache)
-
-        with _stage(progress, "graph"):
-            runtime = open_runtime(artifact, options.device, options.threads, runtime_options)
+        with _stage(options.progress, "graph"):
+            plan, runtime = _planned_runtime(options, artifact, before)
             opened.callback(runtime.close)
         tokenizer = Tokenizer.from_artifact(artifact)
-        text = options.hot_text
-        hot_tokens = () if text is None else frequent_tokens(tokenizer, text)
-        with _stage(progress, "table"):
-            table = Table.open(
-                artifact,
-                options.reader,
-                record_cache_bytes=options.record_cache,
-                hot_tokens=hot_tokens,
-                quality=options.table_quality,
-            )
+        with _stage(options.progress, "table"):
+            table = _open_table(options, artifact, tokenizer)
             opened.callback(table.close)
         model = Model(
-            artifact,
-            table,
-            runtime,
-            tokenizer,
-            prefill_chunk=options.prefill_chunk,
-            memory=limits.plan,
+            artifact, table, runtime, tokenizer, prefill_chunk=options.prefill_chunk, memory=plan
         )
         for overlay in laid_over:
             model.add_overlay(overlay)
         opened.pop_all()
     _log.info("%s: %s on %s, reader %s", options.path, runtime.name, model.device, model.reader)
-    limits.compare()
+    _compare(plan, before)
     return model
+
+
+def _check(options: LoadOptions) -> None:
+    """Raise `RequestError` for what can be seen to be wrong before anything is opened."""
+    for name in ("prefill_chunk", "memory_limit", "vram_limit"):
+        if (value := getattr(options, name)) is not None:
+            check_positive(name, value)
+    if options.reader not in reader_names():
+        raise RequestError(
+            f"Unknown reader '{options.reader}', expected one of {', '.join(reader_names())}."
+        )
+    cache = options.record_cache
+    if not is_integer(cache) or cache < 0:
+        raise wrong_value("record_cache", cache, "bytes, 0 for none")
+    if options.hot_text is not None and not cache:
+        raise RequestError(
+            "hot_text says what to keep in the record cache, and there is none. Give record_cache."
+        )
+
+
+def _open_overlays(overlays: Sequence[str | os.PathLike[str] | Overlay]) -> list[Overlay]:
+    if isinstance(overlays, str | os.PathLike):
+        raise RequestError(f"overlays is {overlays!r}, expected a list of files.")
+    return [each if isinstance(each, Overlay) else open_overlay(each) for each in overlays]
+
+
+def _planned_runtime(
+    options: LoadOptions, artifact: Artifact, before: int | None
+) -> tuple[MemoryPlan, Runtime]:
+    """Plan the memory for a device and open the graph on it; the first device that works."""
+    from edge_memllm_runtimes import usable_devices
+
+    *first, last = usable_devices(artifact, options.device)
+    for device in first:
+        try:
+            return _runtime_on(device, options, artifact, before)
+        except RuntimeUnavailableError as error:
+            _log.info("device auto: %s, because %s is not usable. %s", last, device, error)
+    return _runtime_on(last, options, artifact, before)
+
+
+def _runtime_on(
+    device: str, options: LoadOptions, artifact: Artifact, before: int | None
+) -> tuple[MemoryPlan, Runtime]:
+    from edge_memllm_runtimes import open_runtime
+    from edge_memllm_runtimes.options import RuntimeOptions
+
+    plan = _plan(device, options, artifact, before)
+    wanted = RuntimeOptions(
+        threads=options.threads,
+        kv_bytes=plan.kv_bytes,
+        score_bytes=plan.score_bytes,
+        packed_cache=None if options.packed_cache is None else Path(options.packed_cache),
+        arena_bytes=plan.arena_bytes,
+        cuda_graph=options.cuda_graph,
+    )
+    return plan, open_runtime(artifact, device, wanted)
+
+
+def _plan(device: str, options: LoadOptions, artifact: Artifact, before: int | None) -> MemoryPlan:
+    """Plan what a model takes on a device; `before` is the anonymous memory that is in use now."""
+    if device == "cpu" and options.vram_limit is not None:
+        raise RequestError(
+            "vram_limit is for CUDA, the device is 'cpu'. Leave it out or use device 'cuda'."
+        )
+    choices = Choices(
+        options.prefill_chunk or PREFILL_CHUNKS[device],
+        options.record_cache,
+        options.reader,
+        options.packed_cache is not None,
+        CACHE_BYTES if options.overlays else 0,
+    )
+    return plan_memory(
+        artifact.manifest,
+        device,
+        choices,
+        memory_limit=options.memory_limit,
+        vram_limit=options.vram_limit,
+        base_bytes=before,
+    )
+
+
+def _open_table(options: LoadOptions, artifact: Artifact, tokenizer: Tokenizer) -> Table:
+    text = options.hot_text
+    return Table.open(
+        artifact,
+        options.reader,
+        record_cache_bytes=options.record_cache,
+        hot_tokens=() if text is None else frequent_tokens(tokenizer, text),
+        quality=options.table_quality,
+    )
+
+
+def frequent_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
+    """Return the distinct token ids of a text, the most frequent first."""
+    return [token for token, _ in Counter(tokenizer.encode(text)).most_common()]
+
+
+def _compare(plan: MemoryPlan, before: int | None) -> None:
+    """Warn if more is resident now than was planned: a limit would be broken by as much."""
+    give_back()  # what loading has freed is not in use
+    now = process_memory().anon_bytes
+    if before is None or now is None or plan.device_items:
+        return
+    found, estimate = now - before, plan.loaded_bytes
+    _log.info("memory: loading took %s bytes, estimated %s", f"{found:,}", f"{estimate:,}")
+    base = plan.items[0].bytes - before  # libraries may have come in as well
+    if found > (estimate + max(0, base)) * _ESTIMATE_SHARE + _ESTIMATE_BYTES:
+        _log.warning(
+            "memory: loading took %s bytes, more than the %s estimated. A memory limit is "
+            "exceeded by as much.",
+            f"{found:,}",
+            f"{estimate:,}",
+        )
 
 
 @contextmanager
@@ -228,86 +311,3 @@ def _stage(progress: Progress | None, name: str) -> Iterator[None]:
     tell(name, 0, 1)
     yield
     tell(name, 1, 1)
-
-
-def _open_overlays(overlays: Sequence[str | os.PathLike[str] | Overlay]) -> list[Overlay]:
-    if isinstance(overlays, str | os.PathLike):
-        raise RequestError(f"overlays is {overlays!r}, expected a list of files.")
-    return [each if isinstance(each, Overlay) else open_overlay(each) for each in overlays]
-
-
-def frequent_tokens(tokenizer: Tokenizer, text: str) -> list[int]:
-    """Return the distinct token ids of a text, the most frequent first."""
-    return [token for token, _ in Counter(tokenizer.encode(text)).most_common()]
-
-
-@dataclass(slots=True)
-class _Limits:
-    """The limits of one load, and the plan that was made from them."""
-
-    memory: int | None
-    vram: int | None
-    before: int | None  # anonymous memory before anything was loaded
-    plan: MemoryPlan | None = field(default=None)
-
-    def __post_init__(self) -> None:
-        for name, value in (("memory_limit", self.memory), ("vram_limit", self.vram)):
-            if value is not None:
-                check_positive(name, value)
-
-    def options(
-        self,
-        artifact: Artifact,
-        device: str,
-        choices: Choices,
-        cuda_graph: bool,
-        packed_cache: Path | None,
-    ) -> RuntimeOptions:
-        """Plan for a device, and return what its runtime has to keep to."""
-        from edge_memllm_runtimes.options import RuntimeOptions
-
-        if device == "cpu" and self.vram is not None:
-            raise RequestError(
-                "vram_limit is for CUDA, the device is 'cpu'. Leave it out or use device 'cuda'."
-            )
-        self.plan = plan_memory(
-            artifact.manifest,
-            device,
-            choices,
-            memory_limit=self.memory,
-            vram_limit=self.vram,
-            base_bytes=self.before,
-        )
-        return RuntimeOptions(
-            kv_bytes=self.plan.kv_bytes,
-            score_bytes=self.plan.score_bytes,
-            packed_cache=packed_cache,
-            arena_bytes=self.plan.arena_bytes,
-            cuda_graph=cuda_graph,
-        )
-
-    def compare(self) -> None:
-        """Warn if more is resident now than was estimated: a limit would be broken by as much."""
-        give_back()  # what loading has freed is not in use
-        now = process_memory().anon_bytes
-        if self.plan is None or self.before is None or now is None or self.plan.device_items:
-            return
-        found, estimate = now - self.before, self.plan.loaded_bytes
-        _log.info("memory: loading took %s bytes, estimated %s", f"{found:,}", f"{estimate:,}")
-        base = self.plan.items[0].bytes - self.before  # libraries may have come in as well
-        if found > (estimate + max(0, base)) * _ESTIMATE_SHARE + _ESTIMATE_BYTES:
-            _log.warning(
-                "memory: loading took %s bytes, more than the %s estimated. A memory limit is "
-                "exceeded by as much.",
-                f"{found:,}",
-                f"{estimate:,}",
-            )
-
-
-def _check_cache(record_cache: object, hot_text: str | None) -> None:
-    if not is_integer(record_cache) or record_cache < 0:
-        raise wrong_value("record_cache", record_cache, "bytes, 0 for none")
-    if hot_text is not None and not record_cache:
-        raise RequestError(
-            "hot_text says what to keep in the record cache, and there is none. Give record_cache."
-        )

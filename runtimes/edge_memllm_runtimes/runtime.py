@@ -6,8 +6,6 @@ The contract itself is `edge_memllm.runtime_protocol`. Knows no library that com
 from __future__ import annotations
 
 import logging
-from collections.abc import Callable
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
@@ -23,35 +21,38 @@ if TYPE_CHECKING:
 _log = logging.getLogger(__name__)
 
 
-def open_runtime(
-    artifact: Artifact,
-    device: str = "auto",
-    threads: int | None = None,
-    options: Callable[[str], RuntimeOptions] | None = None,
-) -> Runtime:
-    """Open ONNX Runtime on the device asked for; `auto` takes CUDA where it really works.
+def usable_devices(artifact: Artifact, device: str = "auto") -> tuple[str, ...]:
+    """Return what may compute an artifact, the best first: all for `auto`, else the one named.
 
-    `threads` is for the CPU: None takes one per physical core. `options` gives the rest for the
-    device that is tried, "cpu" or "cuda"; it may refuse. The runtime's `device` says what was
-    chosen. Raises `RuntimeUnavailableError` when the device is not there, never falls back from
-    one that was named, and `RequestError` for an option the device does not have.
+    A device may turn out not to work only when the graph is opened on it. Raises
+    `RuntimeUnavailableError` when the one named is not there, `RequestError` for another word.
     """
     if device not in DEVICES:
         raise RequestError(f"device is {device!r}, expected one of {', '.join(DEVICES)}.")
-    if threads is not None:
-        check_positive("threads", threads)
-    from edge_memllm_runtimes.ort import OrtRuntime
     from edge_memllm_runtimes.ort_session import require_device
 
-    def opened(name: str) -> Runtime:
-        require_device(artifact, name)
-        chosen = RuntimeOptions() if options is None else options(name)
-        return OrtRuntime(artifact, name, replace(chosen, threads=threads))
-
     if device != "auto":
-        return opened(device)
+        require_device(artifact, device)
+        return (device,)
     try:
-        return opened("cuda")
+        require_device(artifact, "cuda")
     except RuntimeUnavailableError as error:
         _log.info("device auto: cpu, because cuda is not usable. %s", error)
-    return opened("cpu")
+        return ("cpu",)
+    return ("cuda", "cpu")
+
+
+def open_runtime(
+    artifact: Artifact, device: str = "cpu", options: RuntimeOptions | None = None
+) -> Runtime:
+    """Open ONNX Runtime on "cpu" or "cuda", and nowhere else.
+
+    Raises `RuntimeUnavailableError` when the device is not there, and `RequestError` for an option
+    it does not have.
+    """
+    options = options or RuntimeOptions()
+    if options.threads is not None:
+        check_positive("threads", options.threads)
+    from edge_memllm_runtimes.ort import OrtRuntime
+
+    return OrtRuntime(artifact, device, options)

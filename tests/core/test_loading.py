@@ -79,8 +79,8 @@ def fake(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Stands for ONNX Runtime on a CPU; notes the options it was opened with."""
     opened: list[Any] = []
 
-    def open_runtime(artifact: Any, device: str, threads: Any, options: Any) -> FakeRuntime:
-        opened.append(options("cpu"))
+    def open_runtime(artifact: Any, device: str, options: Any) -> FakeRuntime:
+        opened.append(options)
         return FakeRuntime(VOCABULARY)
 
     monkeypatch.setattr("edge_memllm_runtimes.open_runtime", open_runtime)

@@ -21,6 +21,7 @@ from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of, write_o
 from edge_memllm.overlays.loaded import MOST_CHOICES
 from edge_memllm.table.source import RecordSource
 from edge_memllm_runtimes import open_runtime
+from edge_memllm_runtimes.options import RuntimeOptions
 from support.checkpoints import HIDDEN, LAYERS, MakeArtifact
 from support.overlays import row
 from support.small_model import open_small_model
@@ -170,7 +171,7 @@ FORMS = [("fp32", "f32"), ("fp32", "int8"), ("int4", "int4"), ("int8", "f16"), (
 
 def logits(path: Path, source: RecordSource, ids: list[int]) -> np.ndarray:
     with Artifact.open(path) as artifact:
-        runtime = open_runtime(artifact, "cpu", 1)
+        runtime = open_runtime(artifact, "cpu", RuntimeOptions(threads=1))
         try:
             with Feeder(runtime, source, 1, 8) as feeder:
                 return np.array(feeder.score(0, ids))

@@ -15,6 +15,7 @@ from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.fake import FakeRuntime
+from edge_memllm_runtimes.options import RuntimeOptions
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.runtimes import ARTIFACTS, TEXT, torch_reference
 
@@ -36,7 +37,7 @@ def parts(
         elif name == "torch":
             yield torch_reference(make_checkpoint()), table
         else:
-            with closing(open_runtime(artifact, "cpu", 1)) as runtime:
+            with closing(open_runtime(artifact, "cpu", RuntimeOptions(threads=1))) as runtime:
                 yield runtime, table
 
 

@@ -145,7 +145,7 @@ def asked(artifact: Artifact, patch: pytest.MonkeyPatch, options: RuntimeOptions
     patch.setattr(onnxruntime, "InferenceSession", session)
     patch.setattr(onnxruntime, "set_default_logger_severity", lambda _: None)
     with pytest.raises(RuntimeUnavailableError) as caught:
-        open_runtime(artifact, "cuda", None, lambda _: options)
+        open_runtime(artifact, "cuda", options)
     assert isinstance(caught.value.__cause__, AskedError)
     return caught.value.__cause__.args
 
@@ -233,7 +233,7 @@ def test_options_of_cuda_are_refused_elsewhere(
 def test_the_runtime_itself_refuses_what_a_device_does_not_have(opened: Artifact) -> None:
     for options in (RuntimeOptions(cuda_graph=True), RuntimeOptions(arena_bytes=1)):
         with pytest.raises(RequestError, match="is for CUDA, the device is 'cpu'"):
-            open_runtime(opened, "cpu", 1, lambda _, options=options: options)
+            open_runtime(opened, "cpu", options)
 
 
 def test_the_packed_cache_is_for_a_cpu(half: Path, tmp_path: Path, cuda: list[str]) -> None:

@@ -16,9 +16,9 @@ from edge_memllm import load
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import EdgeMemLLMError, RuntimeUnavailableError
-from edge_memllm_runtimes import open_runtime
+from edge_memllm_runtimes import open_runtime, usable_devices
 from edge_memllm_runtimes.kv_cache import grown_capacity
-from edge_memllm_runtimes.options import physical_cores
+from edge_memllm_runtimes.options import RuntimeOptions, physical_cores
 from support.checkpoints import MakeArtifact
 from support.runtimes import ARTIFACTS
 
@@ -47,10 +47,8 @@ def test_auto_takes_the_cpu_and_says_why(
 ) -> None:
     monkeypatch.setattr("onnxruntime.get_available_providers", lambda: ["CPUExecutionProvider"])
     with caplog.at_level(logging.INFO):
-        runtime = open_runtime(artifact, "auto", 1)
-    assert runtime.device == "cpu"
+        assert usable_devices(artifact) == ("cpu",)
     assert "device auto: cpu, because cuda is not usable. device 'cuda' needs" in caplog.text
-    runtime.close()
 
 
 def test_cuda_needs_half_precision(artifact: Artifact, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -102,14 +100,13 @@ def test_a_device_that_does_not_work_is_refused_and_auto_goes_on(
     monkeypatch.setattr(onnxruntime, "get_available_providers", lambda: both)
     monkeypatch.setattr(onnxruntime, "InferenceSession", pick)
     monkeypatch.setattr(onnxruntime, "set_default_logger_severity", lambda _: None)
-    with Artifact.open(make_artifact(**ARTIFACTS["int4"])) as half:
-        with pytest.raises(
-            RuntimeUnavailableError, match=f"cannot use the device 'cuda': {reason}"
-        ):
-            open_runtime(half, "cuda")
-        runtime = open_runtime(half, "auto", 1)
-        assert runtime.device == "cpu"
-        runtime.close()
+    with (
+        Artifact.open(make_artifact(**ARTIFACTS["int4"])) as half,
+        pytest.raises(RuntimeUnavailableError, match=f"cannot use the device 'cuda': {reason}"),
+    ):
+        open_runtime(half, "cuda")
+    with load(half.path, device="auto", threads=1) as model:
+        assert model.device == "cpu"
 
 
 def test_only_float_weights_are_left_unpacked(make_artifact: MakeArtifact) -> None:
@@ -170,7 +167,7 @@ def test_without_memory_for_the_cache_the_generation_ends_and_the_model_stays(
 
 
 def test_a_closed_runtime_says_so(artifact: Artifact) -> None:
-    runtime = open_runtime(artifact, "cpu", 1)
+    runtime = open_runtime(artifact, "cpu", RuntimeOptions(threads=1))
     runtime.close()
     runtime.close()
     with pytest.raises(EdgeMemLLMError, match=r"the runtime is closed\. Load the model again"):

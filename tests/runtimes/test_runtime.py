@@ -21,6 +21,7 @@ from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.fake import FakeRuntime
 from edge_memllm_runtimes.kv_cache import FIRST_CAPACITY
+from edge_memllm_runtimes.options import RuntimeOptions
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.runtimes import (
     ARTIFACTS,
@@ -49,7 +50,7 @@ def case(
         elif name == "torch":
             yield Case(torch_reference(make_checkpoint()), table, closely)
         else:
-            with closing(open_runtime(artifact, "cpu", 1)) as runtime:
+            with closing(open_runtime(artifact, "cpu", RuntimeOptions(threads=1))) as runtime:
                 yield Case(runtime, table, closely if name.startswith("fp32") else in_effect)
 
 
@@ -318,7 +319,10 @@ def test_cuda_keeps_the_contract(form: str, make_artifact: MakeArtifact) -> None
             runtime = open_runtime(artifact, "cuda")
         except RuntimeUnavailableError as error:
             pytest.skip(str(error))
-        with closing(runtime), closing(open_runtime(artifact, "cpu", 1)) as judge:
+        with (
+            closing(runtime),
+            closing(open_runtime(artifact, "cpu", RuntimeOptions(threads=1))) as judge,
+        ):
             case = Case(runtime, table, in_effect)
             assert runtime.device == "cuda"
             for check in CONTRACT:
