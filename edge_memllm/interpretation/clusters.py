@@ -7,9 +7,7 @@ controls. docs/explain.md defines every figure. Needs scikit-learn.
 
 from __future__ import annotations
 
-import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from importlib import import_module
 from typing import Any
@@ -18,15 +16,15 @@ import numpy as np
 from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
-from edge_memllm.arrays import Floats, Ids, Mask
+from edge_memllm.arrays import Floats, Ids
 from edge_memllm.errors import RequestError, missing_extra
+from edge_memllm.interpretation.cluster_labels import Labeller
 from edge_memllm.interpretation.findings import (
     Agreement,
     Choice,
     Cluster,
     LayerClusters,
     MapPoint,
-    Token,
 )
 from edge_memllm.interpretation.memory import (
     EMBEDDING,
@@ -41,146 +39,130 @@ from edge_memllm.interpretation.tokens import Labelling, labellings, token_of
 from edge_memllm.progress import Counted, Progress
 from edge_memllm.text.token_texts import TokenTexts
 
-_MOST_WORDS = 3  # properties in a label
-_LIKE = 3  # typical tokens
-_LEAST_SHARE = 0.25  # of a cluster, for a property to be named
-_LEAST_LIFT = 1.5  # times its share of the vocabulary
-_LEAST_INFORMATION = 0.05  # nats per token of the cluster, for a property to be named
-_TELLING = 1.0  # the same, for it to say enough
-_SAME = 0.8  # of the tokens of two properties: one says it all
-_ENDING_LETTERS = (1, 2, 3, 4)
-_RARE = 0.002  # of the vocabulary: endings and scripts that fewer tokens have are left out
-
-
 CANDIDATES = (8, 16, 32, 64)
 SAMPLE, JUDGED = 8192, 2000  # tokens that centres are found on, and that a silhouette is taken of
 _LEAST_PER_CLUSTER = 4  # distinct vectors
 _STARTS, _ROUNDS = 3, 100  # of K-means: the best of so many, each at most so long
-
 SHUFFLES = 20
 _NOTHING = 1e-9  # nats
-
 _FEWEST = 100  # points for t-SNE, which has little to go by with fewer
 _PERPLEXITY = 30
 _COMPONENTS = 50  # that t-SNE is given, as its authors advise for long vectors
 _START = 1e-4  # standard deviation of where t-SNE starts, as in scikit-learn
 _LEAST = 1e-12
-
 _TYPICAL = 12  # tokens shown of a cluster
 _MAP_POINTS = 600
 
 
-@dataclass(frozen=True, slots=True)
-class Property:
-    """Something that tokens have or have not, [V]."""
+def cluster_layers(
+    source: Memory,
+    *,
+    texts: TokenTexts,
+    layers: Sequence[int],
+    progress: Progress = lambda *_: None,
+    clusters: int | None = None,
+    corpus: str | None = None,
+    seed: int = 0,
+) -> tuple[LayerClusters, ...]:
+    """Cluster all tokens by the vectors of `features_of`, in each layer by itself.
 
-    words: str
-    mask: Mask
-
-
-class Labeller:
-    """Names clusters of one vocabulary."""
-
-    def __init__(self, texts: TokenTexts, labellings: Iterable[Labelling]) -> None:
-        """Look at every token once; `labellings` are properties as well."""
-        words = [texts.text(token) for token in range(len(texts))]
-        self._properties = [
-            *_of_labellings(labellings),
-            *_of_groups(_endings(words), len(words)),
-            *_of_groups(_scripts(words), len(words)),
-            Property("leading space", np.array([word[:1].isspace() for word in words])),
-            Property("no leading space", np.array([not word[:1].isspace() for word in words])),
-        ]
-        self._shares = np.array([each.mask.mean() for each in self._properties])
-
-    def label(self, members: Mask, typical: Sequence[Token]) -> str:
-        """Return what sets the tokens of `members` [V] apart, with their share in per cent.
-
-        Where that says little, the first of the `typical` tokens are named before it.
-        """
-        shares = np.array([each.mask[members].mean() for each in self._properties])
-        information = _information(shares, self._shares)
-        information[(shares < _LEAST_SHARE) | (shares < _LEAST_LIFT * self._shares)] = 0
-        chosen: list[int] = []
-        for place in np.argsort(-information, kind="stable").tolist():
-            if information[place] < _LEAST_INFORMATION or len(chosen) == _MOST_WORDS:
-                break
-            if not any(self._overlap(members, place, other) > _SAME for other in chosen):
-                chosen.append(place)
-        named = ", ".join(
-            f"{self._properties[place].words} {shares[place]:.0%}" for place in chosen
-        )
-        if named and information[chosen[0]] >= _TELLING:
-            return named
-        like = f"like {', '.join(_shown(each) for each in typical[:_LIKE])}"
-        return f"{like}; {named}" if named else like
-
-    def _overlap(self, members: Mask, first: int, second: int) -> float:
-        """How much of what either property has in a cluster both have."""
-        one, other = (self._properties[place].mask[members] for place in (first, second))
-        return float((one & other).sum() / max(1, (one | other).sum()))
-
-
-def _shown(token: Token) -> str:
-    """A token's text without its spaces; what would not be seen is written out."""
-    text = token.text.strip()
-    return text if text and text.isprintable() else repr(token.text)[1:-1]
-
-
-def _information(share: NDArray[np.float64], usual: NDArray[np.float64]) -> NDArray[np.float64]:
-    """Kullback-Leibler divergence of a property's share in a cluster from that elsewhere, nats."""
-    share, usual = (np.clip(each, 1e-9, 1 - 1e-9) for each in (share, usual))
-    having = share * np.log(share / usual)
-    return np.asarray(having + (1 - share) * np.log((1 - share) / (1 - usual)))
-
-
-def _of_labellings(labellings: Iterable[Labelling]) -> list[Property]:
-    return [
-        Property(name, each.classes == number)
-        for each in labellings
-        for number, name in enumerate(each.names)
-    ]
-
-
-def _of_groups(groups: Mapping[str, list[int]], vocabulary: int) -> list[Property]:
-    """Properties of groups of tokens that are large enough, that of the most words first.
-
-    Of endings that say the same, the longest is named.
+    `clusters` None chooses their number layer by layer. With `corpus`, how often tokens are in
+    that text is a labelling too. The same seed gives the same clusters. Raises `RequestError` for
+    layers that are not there and more clusters than can be, `RuntimeUnavailableError` without
+    scikit-learn.
     """
-    found = []
-    for words, tokens in sorted(groups.items(), key=lambda each: (-len(each[0]), each[0])):
-        if len(tokens) >= max(3, _RARE * vocabulary):
-            mask = np.zeros(vocabulary, np.bool_)
-            mask[tokens] = True
-            found.append(Property(words, mask))
-    return found
-
-
-def _endings(words: list[str]) -> dict[str, list[int]]:
-    """Tokens by the last letters that lower-case ones end in; not those that are all of it."""
-    found: dict[str, list[int]] = {}
-    for token, word in enumerate(words):
-        letters = word.strip()
-        if letters.isalpha() and letters.islower():
-            for count in _ENDING_LETTERS:
-                if count < len(letters):
-                    found.setdefault(f"ends in -{letters[-count:]}", []).append(token)
-    return found
-
-
-def _scripts(words: list[str]) -> dict[str, list[int]]:
-    """Tokens by the script of most of their letters; Latin, which is the usual, is no script."""
-    found: dict[str, list[int]] = {}
-    for token, word in enumerate(words):
-        names = Counter(
-            unicodedata.name(letter, "?").split()[0] for letter in word if letter.isalpha()
+    learning("cluster")  # said before any work
+    features = features_of(source)
+    check_layers(layers, features.layers)
+    partitions = _partitions(features, layers, clusters, seed, progress)
+    baselines = {
+        count: partition(features, EMBEDDING, count, seed)
+        for count in sorted({len(each.centres) for each in partitions})
+    }
+    found = assign(
+        features, [*partitions, *baselines.values()], lambda *at: progress("assign", *at)
+    )
+    embedded = dict(zip(baselines, found[len(partitions) :], strict=True))
+    judges = labellings(texts, None if corpus is None else texts.counts(corpus))
+    labeller = Labeller(texts, judges)
+    reports = []
+    for number, (each, own) in enumerate(zip(partitions, found, strict=False), 1):
+        others = embedded[len(each.centres)]
+        points, method = _map(features, each, own, texts, seed)
+        reports.append(
+            LayerClusters(
+                layer=each.layer,
+                features=features.kind,
+                tokens=features.vocabulary,
+                rule=rule(each.choices),
+                choices=each.choices,
+                clusters=_described(own, texts, labeller),
+                agreements=tuple(_agreement(own, others, judge, seed) for judge in judges),
+                map_method=method,
+                points=points,
+            )
         )
-        script = names.most_common(1)[0][0] if names else "LATIN"
-        if script != "LATIN":
-            found.setdefault(f"{script.capitalize()} script", []).append(token)
-        elif not word.isascii() and names:
-            found.setdefault("accented letters", []).append(token)
+        progress("describe", number, len(layers))
+    return tuple(reports)
+
+
+def _partitions(
+    features: Features,
+    layers: Sequence[int],
+    clusters: int | None,
+    seed: int,
+    progress: Progress,
+) -> list[Partition]:
+    found = []
+    progress("cluster", 0, len(layers))
+    for number, layer in enumerate(layers, 1):
+        found.append(partition(features, layer, clusters, seed))
+        progress("cluster", number, len(layers))
     return found
+
+
+def _described(own: Assignment, texts: TokenTexts, labeller: Labeller) -> tuple[Cluster, ...]:
+    found = []
+    for number in range(own.count):
+        members = own.clusters == number
+        tokens = np.flatnonzero(members)
+        nearest = tokens[np.argsort(own.distances[tokens], kind="stable")[:_TYPICAL]]
+        typical = tuple(token_of(texts, token) for token in nearest.tolist())
+        found.append(Cluster(labeller.label(members, typical), len(tokens), typical))
+    return tuple(found)
+
+
+def _agreement(own: Assignment, others: Assignment, judge: Labelling, seed: int) -> Agreement:
+    tokens = judge.labelled
+    classes = judge.classes[tokens]
+    table, other = (contingency(each.clusters[tokens], classes) for each in (own, others))
+    shuffled = shuffled_tables(own.clusters[tokens], classes, seed)
+    purities = [purity(each) for each in shuffled]
+    return Agreement(
+        labelling=judge.name,
+        classes=len(judge.names),
+        purity=purity(table),
+        shuffled_purity=float(np.mean(purities)),
+        purity_z=distance(purity(table), purities, 1 / len(tokens)),
+        mutual_information=mutual_information(table),
+        shuffled_mutual_information=float(np.mean([mutual_information(each) for each in shuffled])),
+        embedding_purity=purity(other),
+        embedding_mutual_information=mutual_information(other),
+        tokens=len(tokens),
+    )
+
+
+def _map(
+    features: Features, each: Partition, own: Assignment, texts: TokenTexts, seed: int
+) -> tuple[tuple[MapPoint, ...], str]:
+    """Places in the plane for a sample of the tokens, and how they were found."""
+    ids = sample_tokens(features, _MAP_POINTS, seed)
+    places, method = plane(each.points(features.vectors(each.layer, ids)), seed)
+    points = tuple(
+        MapPoint(token_of(texts, token), x, y, int(own.clusters[token]))
+        for token, (x, y) in zip(ids.tolist(), places.tolist(), strict=True)
+    )
+    return points, method
 
 
 def learning(part: str) -> Any:
@@ -396,114 +378,3 @@ def _principal(points: Floats) -> Floats:
     left, sizes, _ = np.linalg.svd(points - points.mean(axis=0), full_matrices=False)
     components: Floats = (left * sizes)[:, :_COMPONENTS]
     return components
-
-
-def cluster_layers(
-    source: Memory,
-    *,
-    texts: TokenTexts,
-    layers: Sequence[int],
-    progress: Progress = lambda *_: None,
-    clusters: int | None = None,
-    corpus: str | None = None,
-    seed: int = 0,
-) -> tuple[LayerClusters, ...]:
-    """Cluster all tokens by the vectors of `features_of`, in each layer by itself.
-
-    `clusters` None chooses their number layer by layer. With `corpus`, how often tokens are in
-    that text is a labelling too. The same seed gives the same clusters. Raises `RequestError` for
-    layers that are not there and more clusters than can be, `RuntimeUnavailableError` without
-    scikit-learn.
-    """
-    learning("cluster")  # said before any work
-    features = features_of(source)
-    check_layers(layers, features.layers)
-    partitions = _partitions(features, layers, clusters, seed, progress)
-    baselines = {
-        count: partition(features, EMBEDDING, count, seed)
-        for count in sorted({len(each.centres) for each in partitions})
-    }
-    found = assign(
-        features, [*partitions, *baselines.values()], lambda *at: progress("assign", *at)
-    )
-    embedded = dict(zip(baselines, found[len(partitions) :], strict=True))
-    judges = labellings(texts, None if corpus is None else texts.counts(corpus))
-    labeller = Labeller(texts, judges)
-    reports = []
-    for number, (each, own) in enumerate(zip(partitions, found, strict=False), 1):
-        others = embedded[len(each.centres)]
-        points, method = _map(features, each, own, texts, seed)
-        reports.append(
-            LayerClusters(
-                layer=each.layer,
-                features=features.kind,
-                tokens=features.vocabulary,
-                rule=rule(each.choices),
-                choices=each.choices,
-                clusters=_described(own, texts, labeller),
-                agreements=tuple(_agreement(own, others, judge, seed) for judge in judges),
-                map_method=method,
-                points=points,
-            )
-        )
-        progress("describe", number, len(layers))
-    return tuple(reports)
-
-
-def _partitions(
-    features: Features,
-    layers: Sequence[int],
-    clusters: int | None,
-    seed: int,
-    progress: Progress,
-) -> list[Partition]:
-    found = []
-    progress("cluster", 0, len(layers))
-    for number, layer in enumerate(layers, 1):
-        found.append(partition(features, layer, clusters, seed))
-        progress("cluster", number, len(layers))
-    return found
-
-
-def _described(own: Assignment, texts: TokenTexts, labeller: Labeller) -> tuple[Cluster, ...]:
-    found = []
-    for number in range(own.count):
-        members = own.clusters == number
-        tokens = np.flatnonzero(members)
-        nearest = tokens[np.argsort(own.distances[tokens], kind="stable")[:_TYPICAL]]
-        typical = tuple(token_of(texts, token) for token in nearest.tolist())
-        found.append(Cluster(labeller.label(members, typical), len(tokens), typical))
-    return tuple(found)
-
-
-def _agreement(own: Assignment, others: Assignment, judge: Labelling, seed: int) -> Agreement:
-    tokens = judge.labelled
-    classes = judge.classes[tokens]
-    table, other = (contingency(each.clusters[tokens], classes) for each in (own, others))
-    shuffled = shuffled_tables(own.clusters[tokens], classes, seed)
-    purities = [purity(each) for each in shuffled]
-    return Agreement(
-        labelling=judge.name,
-        classes=len(judge.names),
-        purity=purity(table),
-        shuffled_purity=float(np.mean(purities)),
-        purity_z=distance(purity(table), purities, 1 / len(tokens)),
-        mutual_information=mutual_information(table),
-        shuffled_mutual_information=float(np.mean([mutual_information(each) for each in shuffled])),
-        embedding_purity=purity(other),
-        embedding_mutual_information=mutual_information(other),
-        tokens=len(tokens),
-    )
-
-
-def _map(
-    features: Features, each: Partition, own: Assignment, texts: TokenTexts, seed: int
-) -> tuple[tuple[MapPoint, ...], str]:
-    """Places in the plane for a sample of the tokens, and how they were found."""
-    ids = sample_tokens(features, _MAP_POINTS, seed)
-    places, method = plane(each.points(features.vectors(each.layer, ids)), seed)
-    points = tuple(
-        MapPoint(token_of(texts, token), x, y, int(own.clusters[token]))
-        for token, (x, y) in zip(ids.tolist(), places.tolist(), strict=True)
-    )
-    return points, method

@@ -7,7 +7,7 @@ import re
 import numpy as np
 import pytest
 
-from edge_memllm.interpretation.clusters import Labeller
+from edge_memllm.interpretation.cluster_labels import Labeller
 from edge_memllm.interpretation.findings import Token
 from edge_memllm.interpretation.tokens import (
     UNLABELLED,
