@@ -103,7 +103,7 @@ def _memory(statistics: GenerationStatistics) -> str:
     )
 
 
-class Session:
+class Conversation:
     """Reads lines and answers them until the user leaves.
 
     With a chat template the conversation is kept and read again as a whole for each answer;

@@ -11,8 +11,8 @@ from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import StageBars, read_standard_input, write_json
 from edge_memllm.cli.prompt import (
     Answer,
+    Conversation,
     SamplingOptions,
-    Session,
     chat_prompt,
     has_template,
     statistics_line,
@@ -78,7 +78,7 @@ def execute(options: RunOptions) -> int:
     with model:
         request = options.request_to(model)
         if prompt is None:
-            Session(model, request, raw=options.raw, statistics=not options.no_stats).run()
+            Conversation(model, request, raw=options.raw, statistics=not options.no_stats).run()
         else:
             _answer_once(model, prompt, request, options)
     return 0

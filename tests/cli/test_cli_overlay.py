@@ -15,7 +15,7 @@ from safetensors.numpy import load_file, save_file
 import edge_memllm
 from edge_memllm import Model
 from edge_memllm.cli.main import main
-from edge_memllm.cli.prompt import Session
+from edge_memllm.cli.prompt import Conversation
 from edge_memllm.overlays import Edit, OverlaySpec, open_overlay, overlay_of
 from edge_memllm.request import Request
 from edge_memllm.sampling import Sampling
@@ -231,7 +231,7 @@ def test_a_session_lists_and_switches_overlays(
             raise EOFError
         return line
 
-    Session(model, Request((), sampling=Sampling(), max_new_tokens=6), read_line=read).run()
+    Conversation(model, Request((), sampling=Sampling(), max_new_tokens=6), read_line=read).run()
     shown = capsys.readouterr()
 
     def said(*overlays: str) -> str:

@@ -16,7 +16,7 @@ from typing import Any
 
 import pytest
 
-from edge_memllm.cli.prompt import Session, changed
+from edge_memllm.cli.prompt import Conversation, changed
 from edge_memllm.errors import RequestError
 from edge_memllm.model import Model
 from edge_memllm.request import Request
@@ -64,8 +64,8 @@ def typed(*lines: Line) -> Callable[[str], str]:
     return read
 
 
-def say(model: Model, *lines: Line, **options: Any) -> Session:
-    session = Session(model, SETTINGS, read_line=typed(*lines), **options)
+def say(model: Model, *lines: Line, **options: Any) -> Conversation:
+    session = Conversation(model, SETTINGS, read_line=typed(*lines), **options)
     session.run()
     return session
 

@@ -97,6 +97,14 @@ def test_prompts_come_first_and_then_all_texts_in_one_step(table: Table) -> None
     assert runtime.steps[3:] == [(2, distinct[0]), (2, distinct[1])]
 
 
+def test_a_beginning_that_prompts_share_is_computed_once(table: Table) -> None:
+    runtime, shared = StepsRuntime(), [*range(3, 30)]
+    texts = [text(table, n, [*shared, n], 2) for n in range(3)]
+    expected = [alone(table, text(table, n, [*shared, n], 2)) for n in range(3)]
+    assert together(table, texts, runtime) == expected
+    assert sum(size for size, _ in runtime.steps) == len(shared) + 3 + 3
+
+
 def test_equal_tokens_of_a_step_are_read_once(table: Table) -> None:
     runtime = StepsRuntime()
     together(table, [text(table, 0, [5], 3), text(table, 0, [5], 3)], runtime)
