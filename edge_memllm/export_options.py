@@ -111,7 +111,7 @@ class ExportOptions:
         Mapping[str, str] | None,
         Option(
             "store some matrices of an int4 or int8 graph in the other form, such as lm_head=int8: "
-            "qkv_proj, o_proj, gate_up_proj, down_proj, projections, lm_head",
+            "qkv_proj, o_proj, gate_up_proj, down_proj, lm_head",
             metavar="NAME=FORM,...",
             parse=matrix_forms,
             several="list",

@@ -34,7 +34,7 @@ def make_artifact(folder: Path) -> None:
 
     from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM
     from edge_memllm_export import export_model
-    from edge_memllm_export.architectures.memoryllm import EXTERNAL_FILE, save_graph
+    from edge_memllm_export.graph.model import EXTERNAL_FILE, save_graph
 
     torch.manual_seed(0)
     checkpoint = folder.with_name(f"{folder.name}.checkpoint")

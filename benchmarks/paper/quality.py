@@ -25,7 +25,7 @@ from benchmarks.paper.layout import (
     image,
     table,
 )
-from benchmarks.paper.store import CHANGES, WANTED
+from benchmarks.paper.store import CHANGES, FORMER, FORMER_COMMIT, WANTED
 from edge_memllm.svg import Box, Line, beside, dot, frame, line_chart, picture, spanning
 
 _ERRORS = 2.0  # standard errors that count as beyond noise
@@ -362,7 +362,9 @@ def _ablation_row(run: Mapping[str, Any], entries: Entries, noise: float | None)
     words = "; ".join(run["model"]["changes"]) or run["variant"].removeprefix(_ABLATION)
     start = [words, VARIANTS[plain], str(run["seed"]), f"{_together(run)['perplexity']:.2f}"]
     size = [f"{run['model']['total'] / 1e6:.2f} M", str(run["model"]["memory_rows"])]
-    size.append(f"`{_ablation_command(run, plain)}`")
+    former = set(FORMER).intersection(run["model"]["changes"])
+    where = f", with commit {FORMER_COMMIT}" if former else ""
+    size.append(f"`{_ablation_command(run, plain)}`{where}")
     other = entries.get(f"{plain}-s{run['seed']}")
     if other is None:
         return [*start, MISSING, "-", "-", *size]

@@ -116,17 +116,14 @@ def scaled_compute(checkpoint: Path, factors: Sequence[float]) -> Iterator[Path]
         for name in _COPIED:
             if (checkpoint / name).exists():
                 shutil.copy(checkpoint / name, out)
-        config = MemoryLLMConfig.from_pretrained(out)
         weights = load_file(checkpoint / "model.safetensors")
         for layer, factor in enumerate(factors):
-            name = _last_matrix(config, layer)
+            name = _last_matrix(layer)
             weights[name] = weights[name] * factor
         save_file(weights, out / "model.safetensors", metadata={"format": "pt"})
         yield out
 
 
-def _last_matrix(config: MemoryLLMConfig, layer: int) -> str:
+def _last_matrix(layer: int) -> str:
     """The weight that the output of a layer's FFN-C is linear in, and no other layer's."""
-    last = f"projections.{min(config.beta, 2) - 1}"
-    part = "down_proj" if config.compute_form == "swiglu" else last
-    return f"model.layers.{layer}.mlp.{part}.weight"
+    return f"model.layers.{layer}.mlp.down_proj.weight"

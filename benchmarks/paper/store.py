@@ -22,6 +22,9 @@ CHANGES = {
     ("compute_placement", "parallel"): "FFN-C parallel to attention",
     ("compute_form", "linear"): "FFN-C linear",
 }
+# Those that are computed no more, and the last commit that does.
+FORMER = ("FFN-C parallel to attention", "FFN-C linear")
+FORMER_COMMIT = "628331b"
 
 
 def wider(factor: float) -> str:

@@ -455,8 +455,8 @@ def open_checkpoint(path: Path) -> CheckpointModel:
     import torch
 
     from edge_memllm.interpretation.network import NetworkMemory
+    from edge_memllm.modeling import MemoryLLMForCausalLM
     from edge_memllm_export.checkpoint import Checkpoint
-    from edge_memllm_export.exporter import model_spec
     from edge_memllm_runtimes.torch_reference import TorchReference
 
     source = Checkpoint.open(path)
@@ -464,11 +464,16 @@ def open_checkpoint(path: Path) -> CheckpointModel:
         raise ArtifactError(
             f"{path}: no {TOKENIZER_FILE}, so tokens have no text. Put the tokenizer there."
         )
-    network = source.network()
+    network = source.architecture.reference().network
+    if not isinstance(network, MemoryLLMForCausalLM):
+        raise ArtifactError(
+            f"{path}: a network of {source.spec.architecture}. What memory is made of is known of "
+            "memoryllm alone; give its artifact, or a checkpoint of that family."
+        )
     memory = NetworkMemory(network)
     records = NetworkRecords(memory)
     return CheckpointModel(
-        manifest=_manifest(model_spec(source, source.identity()), records),
+        manifest=_manifest(replace(source.spec, identity=source.identity()), records),
         runtime=TorchReference(network, torch.float32),
         source=records,
         tokenizer=Tokenizer((path / TOKENIZER_FILE).read_bytes()),

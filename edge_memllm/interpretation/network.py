@@ -164,7 +164,7 @@ def _streams(memory: NetworkMemory, ids: Ids) -> tuple[Doubles, dict[str, Double
     with ExitStack() as hooks, torch.inference_mode():
         for layer in model.layers:
             _record(hooks, layer.self_attn, lambda out: found["attention"].append(out[0]))
-            if hasattr(layer, "mlp"):
+            if layer.mlp is not None:
                 _record(hooks, layer.mlp, lambda out: found["compute"].append(out))
         handle = model.norm.register_forward_pre_hook(lambda _, fed: streams.append(fed[0]))
         hooks.callback(handle.remove)

@@ -26,12 +26,13 @@ C = TypeVar("C")
 
 DENSE_BETA = 8
 CHOICES = {
-    "compute_form": ("swiglu", "linear"),
-    "compute_placement": ("sequential", "parallel"),
     "memory_norm": ("per_layer", "shared"),
     "memory_source": ("ffn", "table", "both"),
     "memory_sharing": ("per_layer", "all_layers"),
 }
+# Other readings of the Flex block were measured once (docs/results/paper.md). Files of networks say
+# which they are of; this one is left.
+FORMER_CHOICES = {"compute_form": "swiglu", "compute_placement": "sequential"}
 # Frequencies that do not change with the length of the text: the graph holds them as tables.
 ROPE_TYPES = ("default", "linear", "llama3")
 
@@ -57,14 +58,11 @@ def one_cache(cache: C | None, past_key_values: C | None) -> C | None:
     return past_key_values if cache is None else cache
 
 
-def compute_width(hidden_size: int, beta: int, form: str = "swiglu") -> int:
+def compute_width(hidden_size: int, beta: int) -> int:
     """Width of FFN-C, so that it holds ``beta * hidden_size**2`` parameters.
 
-    A SwiGLU has three matrices, hence ``beta * h / 3``, rounded up. The linear form with two
-    matrices has ``beta * h / 2``; with ``beta = 1`` it is one ``h x h`` matrix.
+    A SwiGLU has three matrices, hence ``beta * h / 3``, rounded up.
     """
-    if form == "linear":
-        return hidden_size if beta == 1 else math.ceil(beta * hidden_size / 2)
     return math.ceil(beta * hidden_size / 3)
 
 
@@ -79,8 +77,8 @@ class MemoryLLMConfig(PreTrainedConfig):
 
     ``intermediate_size`` is the width of FFN-C (on the residual stream) and
     ``memory_intermediate_size`` that of FFN-M (on the token embedding); both follow from
-    ``beta`` when left out. ``compute_form`` and ``compute_placement`` choose between the two
-    readings of the paper, which draws the Flex block but never prints its equation.
+    ``beta`` when left out. The paper draws the Flex block but never prints its equation: FFN-C is a
+    SwiGLU behind its own norm, after attention.
     ``memory_gain`` multiplies each layer's memory (one number per layer, all ones when None):
     the alpha of the paper's Table 1. ``attention_bias`` gives query, key and value a bias, and
     ``qk_norm`` norms query and key by head: what converted networks bring along.
@@ -103,8 +101,6 @@ class MemoryLLMConfig(PreTrainedConfig):
     beta: int = 0
     intermediate_size: int | None = None
     memory_intermediate_size: int | None = None
-    compute_form: str = "swiglu"
-    compute_placement: str = "sequential"
     memory_gain: list[float] | None = None
     memory_norm: str = "per_layer"
     memory_source: str = "ffn"
@@ -130,12 +126,15 @@ class MemoryLLMConfig(PreTrainedConfig):
         if self.head_dim is None:
             self.head_dim = self.hidden_size // self.num_attention_heads
         if self.intermediate_size is None:
-            self.intermediate_size = compute_width(self.hidden_size, self.beta, self.compute_form)
+            self.intermediate_size = compute_width(self.hidden_size, self.beta)
         if self.memory_intermediate_size is None:
             self.memory_intermediate_size = memory_width(self.hidden_size, self.beta)
         if self.rope_parameters is None:
             theta = kwargs.pop("rope_theta", 10_000.0)
             self.rope_parameters = {"rope_type": "default", "rope_theta": theta}
+        for name, left in FORMER_CHOICES.items():
+            if (found := kwargs.pop(name, left)) != left:
+                raise ValueError(f"{name} is {found!r}; {left!r} is the only one that is computed.")
         super().__post_init__(**kwargs)
 
     def validate_architecture(self) -> None:
@@ -294,8 +293,7 @@ def parameter_counts(config: MemoryLLMConfig) -> dict[str, int]:
     query = config.num_attention_heads * config.head_dim
     key_value = config.num_key_value_heads * config.head_dim
     attention = 2 * width * query + 2 * width * key_value
-    matrices = 3 if config.compute_form == "swiglu" else min(config.beta, 2)
-    compute = matrices * width * config.intermediate_size if config.has_compute else 0
+    compute = 3 * width * config.intermediate_size if config.has_compute else 0
     memory = 3 * width * config.memory_intermediate_size if config.has_memory_network else 0
     memory += config.vocab_size * width if config.has_trained_rows else 0
     layers = config.num_hidden_layers

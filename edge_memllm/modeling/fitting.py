@@ -144,7 +144,7 @@ def _fit(
         for _ in range(steps):
             drawn = torch.multinomial(weights, batch, replacement=True, generator=generator)
             drawn = drawn.to(rows.device)
-            missed = layer.recall(source[drawn], None) - rows[drawn]
+            missed = layer.memory_rows(source[drawn], None) - rows[drawn]
             loss = missed.square().mean() / scale
             optimizer.zero_grad()
             loss.backward()

@@ -60,28 +60,6 @@ class SwiGLU(nn.Module):
         return self.down_proj(functional.silu(self.gate_proj(x)) * self.up_proj(x))
 
 
-class LinearCompute(nn.Module):
-    """FFN-C read literally as "a linear dense module": one ``h x h`` matrix, or two."""
-
-    def __init__(self, hidden_size: int, width: int, beta: int) -> None:
-        super().__init__()
-        shapes = [(hidden_size, width), (width, hidden_size)][: min(beta, 2)]
-        self.projections = nn.ModuleList(nn.Linear(i, o, bias=False) for i, o in shapes)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """[..., D] -> [..., D]."""
-        for projection in self.projections:
-            x = projection(x)
-        return x
-
-
-def build_compute(config: MemoryLLMConfig) -> SwiGLU | LinearCompute:
-    """The FFN-C of one layer, in the form the configuration names."""
-    if config.compute_form == "linear":
-        return LinearCompute(config.hidden_size, config.intermediate_size, config.beta)
-    return SwiGLU(config.hidden_size, config.intermediate_size)
-
-
 class TrainedRows(nn.Embedding):
     """Memory rows that are parameters, one line [M * D] per token.
 
@@ -154,14 +132,14 @@ class DecoderLayer(nn.Module):
 
     def __init__(self, config: MemoryLLMConfig, layer: int) -> None:
         super().__init__()
-        self.parallel = config.compute_placement == "parallel"
+        self.mlp: nn.Module | None = None
         self.input_layernorm = LlamaRMSNorm(config.hidden_size, eps=config.rms_norm_eps)
         self.self_attn = build_attention(config, layer)
         if config.has_compute:
             self.post_attention_layernorm = LlamaRMSNorm(
                 config.hidden_size, eps=config.rms_norm_eps
             )
-            self.mlp = build_compute(config)
+            self.mlp = SwiGLU(config.hidden_size, config.intermediate_size)
         self.memory: nn.Module | None = None
         if config.has_memory_network and config.memory_sharing == "per_layer":
             shared = config.memory_norm == "shared"
@@ -169,7 +147,9 @@ class DecoderLayer(nn.Module):
             self.memory_layernorm = nn.Identity() if shared else norm
             self.memory = SwiGLU(config.hidden_size, config.memory_intermediate_size)
 
-    def recall(self, source: torch.Tensor | None, rows: torch.Tensor | None) -> torch.Tensor | None:
+    def memory_rows(
+        self, source: torch.Tensor | None, rows: torch.Tensor | None
+    ) -> torch.Tensor | None:
         """This layer's memory rows [U, D] without gain; None for the dense baseline.
 
         Its FFN-M of ``source`` [U, D], unless that is None, and ready ``rows`` [U, D].
@@ -188,13 +168,12 @@ class DecoderLayer(nn.Module):
         gain: torch.Tensor | float,
         **attention: Any,
     ) -> torch.Tensor:
-        """``x`` [B, T, D]; ``index`` [B, T] points into what ``recall`` makes of the others."""
+        """``x`` [B, T, D]; ``index`` [B, T] points into the ``memory_rows`` of the others."""
         attended = x + self.self_attn(self.input_layernorm(x), **attention)[0]
         out = attended
-        if hasattr(self, "mlp"):
-            stream = x if self.parallel else attended
-            out = out + self.mlp(self.post_attention_layernorm(stream))
-        memory = self.recall(source, rows)
+        if self.mlp is not None:
+            out = out + self.mlp(self.post_attention_layernorm(attended))
+        memory = self.memory_rows(source, rows)
         if memory is None:
             return out
         # In the stream's dtype: a frequent token's gradient is summed over many positions.
@@ -252,7 +231,9 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         embedding = self.embed_tokens(token_ids)
         source, rows = self.token_memory(token_ids, embedding)
         layers = self.layers[: self.config.memory_layers]
-        memory = [layer.recall(source, rows_of_layer(rows, n)) for n, layer in enumerate(layers)]
+        memory = [
+            layer.memory_rows(source, rows_of_layer(rows, n)) for n, layer in enumerate(layers)
+        ]
         if not memory:
             return embedding.new_empty(len(token_ids), 0, 0).float()
         return torch.stack([part.float() for part in memory], dim=1)
@@ -310,8 +291,8 @@ class MemoryLLMModel(MemoryLLMPreTrainedModel):
         }
         for number, layer in enumerate(self.layers):
             gain = self.memory_gain(number) if memory_gain is None else memory_gain[number]
-            recalled = source, rows_of_layer(rows, number), gain
-            x = layer(x, index, *recalled, **attention, **kwargs)
+            made_of = source, rows_of_layer(rows, number), gain
+            x = layer(x, index, *made_of, **attention, **kwargs)
         return BaseModelOutputWithPast(last_hidden_state=self.norm(x), **{CACHE: cache})
 
     def _distinct(self, input_ids: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -104,19 +104,22 @@ def refuse_pointer(where: Path) -> None:
         )
 
 
-def read_weights(path: Path, config: MemoryLLMConfig) -> Weights:
-    """The folder's weights by the names of the network that ``config`` describes, mapped.
+def read_weights(
+    path: Path, expected: Mapping[str, torch.Tensor], *, tied: bool, described: str
+) -> Weights:
+    """The folder's weights, mapped, which are those that ``expected`` names, in their shapes.
 
-    UnusableCheckpointError names the first that is missing, foreign, misshapen, quantised or not
-    finite, and what else keeps them from being read. A tied head is not among them.
+    ``tied`` says that the head is the embedding; it is not among them. UnusableCheckpointError
+    names the first that is missing, foreign, misshapen, quantised or not finite, and what else
+    keeps them from being read; in it the network is the one that is ``described``.
     """
     found = _mapped(path)
     for name, weight in found.items():
         if weight.dtype not in _DTYPES:
             raise _quantised(f"{path}: {name} is {weight.dtype}")
-    expected = expected_weights(config)
-    weights = _tied(path, _renamed(found, expected), config)
-    _check_names(path, config, weights, expected)
+    weights = _renamed(found, expected)
+    weights = _without_head(path, weights) if tied else weights
+    _check_names(path, weights, expected, described)
     for name, weight in weights.items():
         if weight.shape != expected[name].shape:
             raise UnusableCheckpointError(
@@ -129,6 +132,21 @@ def read_weights(path: Path, config: MemoryLLMConfig) -> Weights:
                 "failed; take an earlier one."
             )
     return weights
+
+
+def read_network_weights(path: Path, config: MemoryLLMConfig) -> Weights:
+    """The folder's weights for the network of ``config``; see `read_weights`."""
+    return read_weights(
+        path,
+        expected_weights(config),
+        tied=config.tie_word_embeddings,
+        described=network_described(config),
+    )
+
+
+def network_described(config: MemoryLLMConfig) -> str:
+    """What errors call the network of a configuration."""
+    return f"beta {config.beta}, {config.num_hidden_layers} layers"
 
 
 def expected_weights(config: MemoryLLMConfig) -> Weights:
@@ -210,7 +228,7 @@ def _mapped_file(where: Path) -> Weights:
         ) from error
 
 
-def _renamed(found: Weights, expected: Weights) -> Weights:
+def _renamed(found: Weights, expected: Mapping[str, torch.Tensor]) -> Weights:
     """Weights of a network that was saved without its head are called as if they were its own."""
     return {
         _BASE + name if name not in expected and _BASE + name in expected else name: weight
@@ -218,9 +236,9 @@ def _renamed(found: Weights, expected: Weights) -> Weights:
     }
 
 
-def _tied(path: Path, weights: Weights, config: MemoryLLMConfig) -> Weights:
-    """Without the head where it is the embedding: one that was saved as well has to be equal."""
-    if not config.tie_word_embeddings or _HEAD not in weights:
+def _without_head(path: Path, weights: Weights) -> Weights:
+    """Without a head that is the embedding: one that was saved as well has to be equal."""
+    if _HEAD not in weights:
         return weights
     weights = dict(weights)
     head = weights.pop(_HEAD)
@@ -242,7 +260,9 @@ def _finite(weight: torch.Tensor) -> bool:
     return not weight.numel() or bool(torch.stack(torch.aminmax(weight)).isfinite().all())
 
 
-def _check_names(path: Path, config: MemoryLLMConfig, weights: Weights, expected: Weights) -> None:
+def _check_names(
+    path: Path, weights: Weights, expected: Mapping[str, torch.Tensor], described: str
+) -> None:
     missing = sorted(expected.keys() - weights.keys())
     foreign = sorted(weights.keys() - expected.keys())
     if not (missing or foreign):
@@ -251,8 +271,7 @@ def _check_names(path: Path, config: MemoryLLMConfig, weights: Weights, expected
     wrapped = next((n for n in foreign if any(n.endswith(f".{m}") for m in missing)), None)
     found = "" if wrapped is None else f" It was saved from inside a wrapper: it has {wrapped}."
     raise UnusableCheckpointError(
-        f"{path}: the checkpoint {what}, which does not fit its {CONFIG_FILE} "
-        f"(beta {config.beta}, {config.num_hidden_layers} layers).{found}"
+        f"{path}: the checkpoint {what}, which does not fit its {CONFIG_FILE} ({described}).{found}"
     )
 
 

@@ -57,7 +57,7 @@ _CHECKPOINTS = "checkpoints"
 _SHAPE = (
     *("beta", "vocab_size", "hidden_size", "num_hidden_layers", "num_attention_heads"),
     *("num_key_value_heads", "head_dim", "intermediate_size", "memory_intermediate_size"),
-    *("memory_norm", "memory_source", "memory_sharing", "compute_form", "compute_placement"),
+    *("memory_norm", "memory_source", "memory_sharing"),
     *("tie_word_embeddings", "attention_bias", "qk_norm"),
 )
 

@@ -10,43 +10,32 @@ from __future__ import annotations
 import gc
 import logging
 import os
-import shutil
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
 
 import torch
 
-import edge_memllm
-from edge_memllm.artifact.atomic import seal
 from edge_memllm.artifact.layout import RecordLayout
-from edge_memllm.artifact.manifest import (
-    MANIFEST_NAME,
-    FileSpec,
-    GraphSpec,
-    Manifest,
-)
-from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
+from edge_memllm.artifact.manifest import GraphSpec, Manifest
 from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableError
 from edge_memllm.export_options import COMPUTE_DTYPES, EXPORT_DEVICES, ExportOptions
 from edge_memllm.mixed_precision import ExactModel, Target
-from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.modeling.training import keep_to_quota
 from edge_memllm.options import called_with
 from edge_memllm.progress import Progress
+from edge_memllm.table.source import Rows
 from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE
-from edge_memllm_export.architectures.memoryllm import (
+from edge_memllm_export.artifact_writer import ArtifactWriter, writing_artifact
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.model import (
     EXTERNAL_FILE,
     GRAPH_FILE,
     OPSET,
     GraphForm,
-    Rotary,
     build_graph,
     save_graph,
 )
-from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.graph.blocks import AttentionShape
 from edge_memllm_export.judgement import (
     LEAST_TOKENS,
     MAX_MEAN_KL,
@@ -59,14 +48,12 @@ from edge_memllm_export.judgement import (
     text_tokens,
     token_budget,
 )
-from edge_memllm_export.staging import Staging
 from edge_memllm_export.table import (
     MixedFigures,
     TableForm,
     check_table_options,
     learned,
     mixed,
-    write_table,
 )
 from edge_memllm_export.text_files import check_text_files
 from edge_memllm_export.texts import (
@@ -84,10 +71,8 @@ from edge_memllm_export.weights.quantizer import (
     check_matrix_forms,
     quantisation_method,
 )
-from edge_memllm_runtimes.torch_reference import TorchReference
 
 TABLE_FILE = "table.safetensors"
-
 
 _log = logging.getLogger(__name__)
 
@@ -100,10 +85,11 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
             f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
         )
     try:
-        chosen = codec_id(options.table_codec or "int8", source.config.hidden_size)
+        width = source.spec.memory.width or source.spec.hidden_size
+        chosen = codec_id(options.table_codec or "int8", width)
     except ValueError as error:
         raise ExportError(str(error)) from error
-    if not source.config.has_memory:
+    if not source.spec.memory.layers:
         chosen = "none"
     elif chosen == "none":
         raise ExportError(
@@ -114,7 +100,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     _check_block(graph_weights, bits, options.graph_block)
     _check_kv_dtype(graph_weights, dtype, kv_dtype)
     matrices = dict(options.matrix_weights or {})
-    check_matrix_forms(matrices, graph_weights, source.config)
+    check_matrix_forms(matrices, graph_weights, source.architecture.kinds)
     return GraphForm(
         graph_weights,
         get_codec(chosen),
@@ -164,15 +150,15 @@ def _check_kv_dtype(graph_weights: str, dtype: str, kv_dtype: str | None) -> Non
 
 def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> RecordLayout:
     """The table's record layout; ExportError where width, codec and alignment do not fit."""
-    config = source.config
+    memory = source.spec.memory
     try:
         return RecordLayout(
-            layers=config.memory_layers,
-            width=config.hidden_size if config.has_memory else 0,
+            layers=memory.layers,
+            width=memory.width,
             codec=form.codec,
             embedding_dtype=form.embedding_dtype,
             alignment=alignment,
-            embedding_width=config.hidden_size,
+            embedding_width=source.spec.hidden_size,
         )
     except ValueError as error:
         raise ExportError(f"{source.path}: {error}") from error
@@ -187,7 +173,7 @@ def check_target(source: Checkpoint, table_codec: str | None, target: Target | N
             f"table codec {table_codec}, target {target}: expected one of the two. Name a codec, "
             "or a target in bits or bytes."
         )
-    if not source.config.has_memory:
+    if not source.spec.memory.layers:
         raise ExportError(
             f"target {target}: {source.path} is a model without token memory (dense), which has no "
             "rows. Leave the target out."
@@ -262,34 +248,27 @@ def export_model(options: ExportOptions) -> ExportReport:
     notes = check_text_files(source)
     report = options.progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(options.out))
-    try:
-        with Staging(out, overwrite=options.overwrite) as staging:
-            network = source.network(options.device, getattr(torch, options.compute_dtype))
-            rows = NetworkRows(network, options.chunk)
-            table = TableForm(layout, source.config.vocab_size, options.table_search)
-            target, text_of_table = options.table_target, options.table_text
-            table = _complete_table(source, table, rows, target, text_of_table, report)
-            form = replace(form, codec=table.layout.kinds[0].codec)  # all sections are fed alike
-            export = _Export(source, form, table, rows, staging.path, report)
-            manifest = export.write(options.calibration_text)
-            rungs: tuple[Rung, ...] = ()
-            quality = None
-            if options.verify:
-                rungs, quality = export.judge(
-                    options.compute_dtype, text, options.accept_quality_loss
-                )
-            staging.publish()
-    except OSError as error:
-        raise ExportError(
-            f"{out}: writing failed ({error.strerror or error}). Check free space and permissions."
-        ) from error
+    with writing_artifact(out, overwrite=options.overwrite) as writer:
+        dtype = getattr(torch, options.compute_dtype)
+        rows = source.architecture.reference(options.device, dtype).rows(options.chunk)
+        table = TableForm(layout, source.spec.vocab_size, options.table_search)
+        target, text_of_table = options.table_target, options.table_text
+        table = _complete_table(source, table, rows, target, text_of_table, report)
+        form = replace(form, codec=table.layout.kinds[0].codec)  # all sections are fed alike
+        export = _Export(source, form, table, writer, report)
+        manifest = export.write(rows, options.calibration_text)
+        rungs: tuple[Rung, ...] = ()
+        quality = None
+        if options.verify:
+            rungs, quality = export.judge(options.compute_dtype, text, options.accept_quality_loss)
+        writer.publish()
     return ExportReport(out, manifest, rungs, quality, table.figures, notes)
 
 
 def _complete_table(
     source: Checkpoint,
     form: TableForm,
-    rows: NetworkRows,
+    rows: Rows,
     target: Target | None,
     text: str | None,
     progress: Progress,
@@ -301,13 +280,11 @@ def _complete_table(
     """
     if target is None:
         return learned(form, rows, None if text is None else _table_text(source, text), progress)
-    layout = form.layout
-    fed = get_codec("f32" if layout.layers else "none")
     exact = ExactModel(
         rows=rows,
-        runtime=TorchReference(source.network()),
-        layout=replace(layout.with_codec(fed), embedding_dtype="float32"),
-        context=source.config.max_position_embeddings,
+        runtime=source.architecture.reference().runtime(),
+        layout=replace(form.layout.with_codec(get_codec("f32")), embedding_dtype="float32"),
+        context=source.spec.max_position_embeddings,
     )
     return mixed(form, target, exact, _table_text(source, text), progress)
 
@@ -315,60 +292,50 @@ def _complete_table(
 def _table_text(source: Checkpoint, text: str | None) -> TableText:
     file = source.path / TOKENIZER_FILE
     known = file.read_bytes() if file.is_file() else None
-    return table_text(known, text, source.config.vocab_size, str(source.path))
+    return table_text(known, text, source.spec.vocab_size, str(source.path))
 
 
 class _Export:
-    """One export under way in the folder `path`."""
+    """One export under way."""
 
     def __init__(
         self,
         source: Checkpoint,
         form: GraphForm,
         table: TableForm,
-        rows: NetworkRows,
-        path: Path,
+        writer: ArtifactWriter,
         progress: Progress,
     ) -> None:
         self._source = source
         self._form = form
         self._table = table
-        self._rows = rows
-        self._path = path
+        self._writer = writer
         self._progress = progress
-        self._files: dict[str, FileSpec] = {}
 
-    def write(self, calibration_text: str | None) -> Manifest:
+    def write(self, rows: Rows, calibration_text: str | None) -> Manifest:
         """Write all files, the manifest last, and force them to the disk."""
         self._progress("identity", 0, 1)
         identity = self._source.identity()
         self._progress("identity", 1, 1)
-        self._copy_tokenizer()
+        for name in TEXT_FILES:
+            if (self._source.path / name).is_file():
+                with (self._source.path / name).open("rb") as file:
+                    self._writer.copy(name, file)
         graph = self._write_graph(identity, calibration_text)
-        table, self._files[TABLE_FILE] = write_table(
-            self._table, self._rows, self._path / TABLE_FILE, identity, self._progress
-        )
-        manifest = Manifest(
-            model=model_spec(self._source, identity),
-            table=table,
-            graph=graph,
-            files=self._files,
-            producer=f"edge-memllm {edge_memllm.__version__}",
-        )
+        table = self._writer.write_table(self._table, rows, TABLE_FILE, identity, self._progress)
+        model = replace(self._source.spec, identity=identity)
         try:
-            content = manifest.to_json()
+            return self._writer.write_manifest(model, table, graph)
         except ArtifactError as error:
             raise ExportError(f"{self._source.path}: {error}") from error
-        (self._path / MANIFEST_NAME).write_bytes(content)
-        seal(self._path / MANIFEST_NAME)
-        return manifest
 
     def judge(
         self, rows_dtype: str, text: str, accept_quality_loss: bool
     ) -> tuple[tuple[Rung, ...], Quality | None]:
         """Reopen what was written, climb the ladder and measure quality; refuse what fails."""
         rungs: list[Rung] = []
-        with JudgedArtifact(self._path, self._source.network()) as judged:
+        reference = self._source.architecture.reference()
+        with JudgedArtifact(self._writer.path, reference) as judged:
             for rung in climb(judged, rows_dtype):
                 _log.info("rung %d %s: %g of %g", rung.number, rung.name, rung.measured, rung.bound)
                 if not rung.ok:
@@ -382,7 +349,7 @@ class _Export:
             return tuple(rungs), self._quality(judged, text, accept_quality_loss)
 
     def _quality(self, judged: JudgedArtifact, text: str, accept_loss: bool) -> Quality | None:
-        if TOKENIZER_FILE not in self._files:
+        if TOKENIZER_FILE not in self._writer.files:
             if accept_loss:
                 return None
             raise ExportError(
@@ -412,16 +379,9 @@ class _Export:
             )
         return quality
 
-    def _copy_tokenizer(self) -> None:
-        for name in TEXT_FILES:
-            if (self._source.path / name).is_file():
-                shutil.copyfile(self._source.path / name, self._path / name)
-                self._files[name] = seal(self._path / name)
-
     def _write_graph(self, identity: str, calibration_text: str | None) -> GraphSpec:
-        steps = self._source.config.num_hidden_layers + 1
+        steps = self._source.spec.num_hidden_layers + 1
         self._progress("graph", 0, steps)
-        rotary = rotary_tables(self._source)
         scales = kv_scales(self._source, calibration_text) if self._form.int8_cache else None
         quantize = matrix_quantizer(
             self._source,
@@ -429,14 +389,14 @@ class _Export:
             calibration_text,
             lambda layers: self._progress("graph", layers, steps),
         )
-        config, read = self._source.config, self._source.array
-        model = build_graph(config, read, rotary, self._form, identity, scales, quantize)
-        names = save_graph(model, self._path)
+        spec, build = self._source.spec, self._source.architecture.build
+        model = build_graph(spec, build, self._form, identity, scales, quantize)
+        names = save_graph(model, self._writer.path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.
         del model
         gc.collect()
         for name in names:
-            self._files[name] = seal(self._path / name)
+            self._writer.seal(name)
         self._progress("graph", steps, steps)
         compute_dtype = WEIGHT_FORMS[self._form.weights][0]
         return GraphSpec(
@@ -448,37 +408,3 @@ class _Export:
             wire=self._form.codec.wire,
             opset=OPSET,
         )
-
-
-def rotary_tables(source: Checkpoint) -> Rotary:
-    """The network's own rotary embedding at every position: half of it, for it repeats."""
-    config: Any = source.config
-    embedding = source.network().model.rotary_emb
-    positions = torch.arange(config.max_position_embeddings).unsqueeze(0)
-    cosine, sine = embedding(torch.zeros(1), positions)  # [1, P, head_dim]
-    half = config.head_dim // 2
-    return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
-
-
-def model_spec(source: Checkpoint, identity: str) -> ModelSpec:
-    """What a manifest says of the model of a checkpoint."""
-    config: Any = source.config
-    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    layers, width, rows = config.num_hidden_layers, config.hidden_size, config.memory_layers
-    computed = layers * 3 * width * config.intermediate_size if config.has_compute else 0
-    return ModelSpec(
-        identity=identity,
-        architecture="memoryllm",
-        hidden_size=config.hidden_size,
-        num_hidden_layers=config.num_hidden_layers,
-        num_attention_heads=config.num_attention_heads,
-        vocab_size=config.vocab_size,
-        max_position_embeddings=config.max_position_embeddings,
-        bos_token_id=config.bos_token_id,
-        eos_token_ids=source.eos_token_ids(),
-        memory=MemorySpec(rows, width, "added", source.memory_gain) if rows else MemorySpec(),
-        caches=tuple(
-            CacheSpec(layer, shape.kv_heads, shape.graph_head_dim) for layer in range(layers)
-        ),
-        details={"beta": config.beta, "feed_forward_parameters": computed},
-    )

@@ -35,7 +35,7 @@ from edge_memllm_export.texts import judging_text
 from edge_memllm_runtimes import open_runtime
 
 if TYPE_CHECKING:
-    from edge_memllm.modeling import MemoryLLMForCausalLM
+    from edge_memllm_export.architectures.architecture import Reference
 
 # An export beyond either bound is refused unless the loss is accepted. 8-bit forms stay far
 # below both; the paper's 4-bit table costs 0.4 % of perplexity (Table 7), and careful 4-bit
@@ -67,10 +67,10 @@ _SAME_GRAPH_KL_BOUND = 1e-3
 
 
 class JudgedArtifact:
-    """The artifact's graph on the CPU, its table, and the network; use it in a with-statement."""
+    """The artifact's graph on the CPU, its table, and the judge; use it in a with-statement."""
 
-    def __init__(self, path: Path, network: MemoryLLMForCausalLM) -> None:
-        self.network = network
+    def __init__(self, path: Path, reference: Reference) -> None:
+        self.reference = reference
         self.artifact = Artifact.open(path)
         try:
             self.table = Table.open(self.artifact, "pread")
@@ -97,36 +97,6 @@ class JudgedArtifact:
         with Feeder(self._runtime, self.table, 1, chunk) as feeder:
             for start in range(0, len(ids), chunk):
                 yield np.array(feeder.score(0, ids[start : start + chunk]), np.float32)
-
-    def network_logits(self, ids: Sequence[int], chunk: int) -> Iterator[np.ndarray]:
-        """Logits float32 [<= chunk, V] of the network, which computes the memory by itself.
-
-        The layers see all ids at once; only the head, whose output is large, goes by chunks.
-        """
-        import torch
-
-        tokens = torch.tensor([ids], device=self.network.device)
-        with torch.inference_mode():
-            hidden = self.network.model(tokens, use_cache=False).last_hidden_state[0]
-        for start in range(0, len(ids), chunk):
-            with torch.inference_mode():
-                logits = self.network.lm_head(hidden[start : start + chunk])
-            yield logits.float().cpu().numpy()
-
-    def fed_logits(self, ids: Sequence[int], embedding: np.ndarray, rows: np.ndarray) -> np.ndarray:
-        """Logits [T, V] of the network fed with the rows of the distinct ids, in their order.
-
-        `embedding` is [U, D] and `rows` [U, L, D] without gain.
-        """
-        import torch
-
-        from edge_memllm.modeling import TokenRows
-
-        index = np.unique(np.asarray(ids), return_inverse=True)[1].reshape(1, -1)
-        arrays = (index, embedding, rows)
-        fed = TokenRows(*(torch.from_numpy(array).to(self.network.device) for array in arrays))
-        with torch.inference_mode():
-            return self.network(token_rows=fed).logits[0].float().cpu().numpy()
 
 
 @dataclass(frozen=True)
@@ -192,7 +162,7 @@ def measure_quality(
 
 def _window_figures(judged: JudgedArtifact, ids: list[int]) -> Iterator[np.ndarray]:
     """Yield [3, n]: divergence, loss of the checkpoint and of the artifact, at each position."""
-    both = zip(judged.network_logits(ids, _CHUNK), judged.graph_logits(ids, _CHUNK), strict=True)
+    both = zip(judged.reference.logits(ids, _CHUNK), judged.graph_logits(ids, _CHUNK), strict=True)
     for start, (truth, found) in zip(range(1, len(ids), _CHUNK), both, strict=False):
         targets = ids[start : start + _CHUNK]  # the last position has none
         truth, found = truth[: len(targets)], found[: len(targets)]
@@ -224,7 +194,7 @@ def verify_against(artifact: Path, checkpoint: Path) -> list[Rung]:
     from edge_memllm_export.checkpoint import Checkpoint
 
     source = Checkpoint.open(checkpoint)
-    with JudgedArtifact(artifact, source.network()) as judged:
+    with JudgedArtifact(artifact, source.architecture.reference()) as judged:
         found, expected = judged.artifact.manifest.model.identity, source.identity()
         if found != expected:
             raise ArtifactError(
@@ -237,11 +207,9 @@ def verify_against(artifact: Path, checkpoint: Path) -> list[Rung]:
 
 def climb(judged: JudgedArtifact, rows_dtype: str) -> Iterator[Rung]:
     """Yield the rungs in order. `rows_dtype` is what the table's rows were computed in."""
-    from edge_memllm.modeling.rows import NetworkRows
-
     sequence = _sequence(judged)
     ids = np.union1d(sequence, _spread(judged))
-    live = NetworkRows(judged.network)
+    live = judged.reference.rows()
     embedding, rows = live.embeddings(ids), live.rows(ids)
     yield _codec(judged, ids, rows)
     yield _table(judged, ids, embedding, rows, _ROW_SLACK[rows_dtype])
@@ -309,8 +277,8 @@ def _table(
 def _feeding(
     judged: JudgedArtifact, sequence: list[int], embedding: np.ndarray, rows: np.ndarray
 ) -> Rung:
-    computed = next(judged.network_logits(sequence, len(sequence)))
-    fed = judged.fed_logits(sequence, embedding, rows)
+    computed = next(judged.reference.logits(sequence, len(sequence)))
+    fed = judged.reference.fed_logits(sequence, embedding, rows)
     measured = float(np.abs(computed - fed).max())
     return Rung(3, "feeding", measured, _LOGIT_BOUND, "largest logit difference")
 
@@ -318,7 +286,9 @@ def _feeding(
 def _graph(judged: JudgedArtifact, sequence: list[int]) -> Rung:
     distinct = np.unique(sequence)
     table = judged.table
-    network = judged.fed_logits(sequence, table.embeddings(distinct), table.rows(distinct))
+    network = judged.reference.fed_logits(
+        sequence, table.embeddings(distinct), table.rows(distinct)
+    )
     graph = _graph_logits(judged, sequence, len(sequence))
     weights = judged.artifact.manifest.graph.weights
     return _compared(judged, 4, "graph", network, graph, _GRAPH_KL_BOUNDS.get(weights, 0.0))

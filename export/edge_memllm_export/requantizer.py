@@ -8,7 +8,6 @@ Everything is built in OUT.partial, compared with the source, and published in o
 from __future__ import annotations
 
 import os
-import shutil
 from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
@@ -17,12 +16,11 @@ from pathlib import Path
 import numpy as np
 import onnx_ir as ir
 
-import edge_memllm
 from edge_memllm.arrays import Logits
-from edge_memllm.artifact.atomic import seal
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import TableLayout
-from edge_memllm.artifact.manifest import MANIFEST_NAME, FileSpec, GraphSpec, Manifest
+from edge_memllm.artifact.manifest import GraphSpec, Manifest
+from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.codecs import FAITHFUL, Codec, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.evaluation.perplexity import divergences
@@ -33,16 +31,15 @@ from edge_memllm.options import called_with
 from edge_memllm.progress import Progress
 from edge_memllm.table.table import Table
 from edge_memllm.text import TOKENIZER_FILE
-from edge_memllm_export.graph.ops import GraphTape
-from edge_memllm_export.graph.tokens import MemoryShape, memory_rows
-from edge_memllm_export.staging import Staging
+from edge_memllm_export.artifact_writer import ArtifactWriter, writing_artifact
+from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.tokens import memory_rows
 from edge_memllm_export.table import (
     MixedFigures,
     TableForm,
     check_table_options,
     learned,
     mixed,
-    write_table,
 )
 from edge_memllm_export.texts import TableText, table_text
 from edge_memllm_export.weights.quantizer import quantize
@@ -54,13 +51,11 @@ _INITIALISERS = "model.memory."
 _WIRE_INPUTS = ("memory_rows", "memory_codes", "memory_scales")
 
 _TOKENS = 64
-
-
 # Beyond this the graph does not compute what it did, whatever the codec: a wrong wire costs nats.
 _MAX_MEAN_KL = 1.0
 
 
-def rewire_graph(source: Path, out: Path, weights: str, shape: MemoryShape, codec: Codec) -> None:
+def rewire_graph(source: Path, out: Path, weights: str, memory: MemorySpec, codec: Codec) -> None:
     """Write the graph at `source` to `out`, fed in the wire form of `codec`.
 
     `weights` is the manifest's word for the graph's matrices. Weights outside of the file stay
@@ -75,12 +70,13 @@ def rewire_graph(source: Path, out: Path, weights: str, shape: MemoryShape, code
             f"{source}: the part that takes in the table's rows was not found. Only graphs made "
             "by 'edge-memllm export' can be changed; export the model again."
         )
-    tape = GraphTape(weights, {}, None, quantize, 0.0)
-    wire, memory = memory_rows(tape, shape, codec, inputs["memory_gain"], inputs["token_index"])
-    nodes, initialisers = tape.recorded()
+    builder = GraphBuilder(weights, {}, None, quantize)
+    gain, index = inputs["memory_gain"], inputs["token_index"]
+    wire, rows = memory_rows(builder, memory, codec, gain, index)
+    nodes, initialisers = builder.recorded()
     graph.insert_before(old[0], nodes)
-    for node, index in list(old[-1].outputs[0].uses()):
-        node.replace_input_with(index, memory)
+    for node, place in list(old[-1].outputs[0].uses()):
+        node.replace_input_with(place, rows)
     graph.remove(old, safe=True)
     _replace_inputs(graph, wire)
     for name in [name for name in graph.initializers if name.startswith(_INITIALISERS)]:
@@ -157,25 +153,19 @@ def requantize(options: RequantizeOptions) -> RequantizeReport:
         form = _first_form(source.manifest, options.table_codec, target, options.table_search)
         if target is None:
             check_table_options(form.layout, search=options.table_search, text=text)
-        try:
-            with Staging(out, overwrite=options.overwrite) as staging:
-                form = _complete(form, source, table, target, text, report)
-                manifest = _Requantizing(source, table, form, staging.path).write(report)
-                report("comparing", 0, 1)
-                mean_kl, tokens = compare_artifacts(source.path, staging.path)
-                report("comparing", 1, 1)
-                if not mean_kl <= _MAX_MEAN_KL:
-                    raise ExportError(
-                        f"{out}: the new artifact does not compute what {artifact} computes: mean "
-                        f"KL divergence {mean_kl:.3g} nats over {tokens} tokens, at most "
-                        f"{_MAX_MEAN_KL:g} was expected. Choose a codec with more bits."
-                    )
-                staging.publish()
-        except OSError as error:
-            raise ExportError(
-                f"{out}: writing failed ({error.strerror or error}). Check free space and "
-                "permissions."
-            ) from error
+        with writing_artifact(out, overwrite=options.overwrite) as writer:
+            form = _complete(form, source, table, target, text, report)
+            manifest = _Requantizing(source, writer).write(form, table, report)
+            report("comparing", 0, 1)
+            mean_kl, tokens = compare_artifacts(source.path, writer.path)
+            report("comparing", 1, 1)
+            if not mean_kl <= _MAX_MEAN_KL:
+                raise ExportError(
+                    f"{out}: the new artifact does not compute what {artifact} computes: mean "
+                    f"KL divergence {mean_kl:.3g} nats over {tokens} tokens, at most "
+                    f"{_MAX_MEAN_KL:g} was expected. Choose a codec with more bits."
+                )
+            writer.publish()
     old = source.manifest
     return RequantizeReport(
         path=out,
@@ -218,7 +208,7 @@ def _first_form(
             )
         return TableForm(old, model.vocab_size, search)
     try:
-        layout: TableLayout = old.with_codec(get_codec(codec_id(word, model.hidden_size)))
+        layout: TableLayout = old.with_codec(get_codec(codec_id(word, model.memory.width)))
     except ValueError as error:
         raise ExportError(str(error)) from error
     return TableForm(layout, model.vocab_size, search)
@@ -252,61 +242,41 @@ def _text(source: Artifact, text: str | None) -> TableText:
 
 
 class _Requantizing:
-    """One run: a source that is open, and the folder `path` that is filled."""
+    """One run: a source that is open, and the artifact that is made of it."""
 
-    def __init__(self, source: Artifact, rows: Table, form: TableForm, path: Path) -> None:
+    def __init__(self, source: Artifact, writer: ArtifactWriter) -> None:
         self._source = source
         self._manifest = source.manifest
-        self._rows = rows
-        self._form = form
-        self._path = path
-        self._files: dict[str, FileSpec] = {}
+        self._writer = writer
 
-    def write(self, progress: Progress) -> Manifest:
+    def write(self, form: TableForm, table: Table, progress: Progress) -> Manifest:
         """Write all files, the manifest last, and force them to the disk."""
         old = self._manifest
-        name = old.table.file
-        for each in sorted(set(old.files) - {name, old.graph.file}):
-            self._copy(each)
-        graph = self._write_graph()
-        table, self._files[name] = write_table(
-            self._form, self._rows, self._path / name, old.model.identity, progress
-        )
-        manifest = replace(
-            old,
-            graph=graph,
-            table=table,
-            files=self._files,
-            producer=f"edge-memllm {edge_memllm.__version__}",
-        )
-        (self._path / MANIFEST_NAME).write_bytes(manifest.to_json())
-        seal(self._path / MANIFEST_NAME)
-        return manifest
+        for name in sorted(set(old.files) - {old.table.file, old.graph.file}):
+            self._copy(name)
+        graph = self._write_graph(form.layout)
+        identity = old.model.identity
+        spec = self._writer.write_table(form, table, old.table.file, identity, progress)
+        return self._writer.write_manifest(old.model, spec, graph)
 
     def _copy(self, name: str) -> None:
-        with (
-            os.fdopen(self._source.open_file(name), "rb") as source,
-            (self._path / name).open("xb") as copy,
-        ):
-            shutil.copyfileobj(source, copy, 4 << 20)
-        self._files[name] = seal(self._path / name)
-        if self._files[name] != self._manifest.files[name]:  # or the new manifest vouches for it
+        with os.fdopen(self._source.open_file(name), "rb") as source:
+            copied = self._writer.copy(name, source)
+        if copied != self._manifest.files[name]:  # or the new manifest vouches for it
             raise CorruptionError(
                 f"{self._source.path / name}: changed while it was copied. Copy the folder again."
             )
 
-    def _write_graph(self) -> GraphSpec:
-        spec, layout = self._manifest.graph, self._form.layout
+    def _write_graph(self, layout: TableLayout) -> GraphSpec:
+        spec = self._manifest.graph
         codec = layout.kinds[0].codec  # all sections are fed alike
         self._copy(spec.file)
         if not _needs_rewiring(self._manifest.layout, layout):
             return spec
         check_artifact_graph(self._source)  # before a library reads it
-        file = self._path / spec.file
+        file = self._writer.path / spec.file
         rewired = file.with_name(f"{file.name}.new")
-        layers = self._manifest.model.num_hidden_layers
-        shape = MemoryShape(layers, layout.layers, layout.width)
-        rewire_graph(file, rewired, spec.weights, shape, codec)
+        rewire_graph(file, rewired, spec.weights, self._manifest.model.memory, codec)
         os.replace(rewired, file)
-        self._files[spec.file] = seal(file)
+        self._writer.seal(spec.file)
         return replace(spec, wire=codec.wire)

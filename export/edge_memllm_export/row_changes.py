@@ -7,23 +7,16 @@ networks in chunks and compared; only those that differ are stored.
 from __future__ import annotations
 
 import os
-import re
 from pathlib import Path
 
 import numpy as np
 
 from edge_memllm.errors import ExportError
-from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.overlays import OverlaySpec, OverlayWriter
 from edge_memllm.overlays.making import Difference, differs
 from edge_memllm.progress import Progress
 from edge_memllm_export.checkpoint import Checkpoint
 
-# What rows are made of, besides the embedding: FFN-M, its norms, and rows that were trained.
-_MAKES_ROWS = re.compile(
-    r"model\.layers\.\d+\.(memory|memory_layernorm)\..+"
-    r"|model\.token_memory\.(network|norm|rows)\..+"
-)
 _DIFFER_AT_WILL = ("_name_or_path", "architectures", "dtype", "transformers_version", "use_cache")
 
 
@@ -47,23 +40,22 @@ def checkpoint_difference(
     """
     ours, theirs = Checkpoint.open(base), Checkpoint.open(changed)
     _check_same_but_rows(ours, theirs)
-    config = ours.config
-    if not config.memory_layers:
+    model = ours.spec
+    memory = model.memory
+    if not memory.layers:
         raise ExportError(f"{base}: a model without token memory (dense) has no rows to compare.")
-    spec = OverlaySpec(
-        name, ours.identity(), config.memory_layers, config.hidden_size, codec, description
-    )
+    spec = OverlaySpec(name, ours.identity(), memory.layers, memory.width, codec, description)
     start = 0
     with OverlayWriter(out, spec, overwrite=overwrite) as writer:
-        every = np.arange(config.vocab_size)
-        parts = (NetworkRows(each.network()).chunks(every) for each in (ours, theirs))
+        every = np.arange(model.vocab_size)
+        parts = (each.architecture.reference().rows().chunks(every) for each in (ours, theirs))
         for (_, before), (_, after) in zip(*parts, strict=True):
             at, layers = np.nonzero(differs(before, after, tolerance))
             writer.replace(start + at, layers, after[at, layers])
             start += len(after)
             if progress is not None:
-                progress("comparing", start, config.vocab_size)
-        return Difference(writer.finish(), config.vocab_size * config.memory_layers)
+                progress("comparing", start, model.vocab_size)
+        return Difference(writer.finish(), model.vocab_size * memory.layers)
 
 
 def _check_same_but_rows(base: Checkpoint, changed: Checkpoint) -> None:
@@ -75,7 +67,7 @@ def _check_same_but_rows(base: Checkpoint, changed: Checkpoint) -> None:
                 f"{ours.get(key)}. Overlays change memory rows only."
             )
     for weight in base.weight_names:
-        if not _MAKES_ROWS.fullmatch(weight) and not _equal(base, changed, weight):
+        if not base.architecture.makes_rows(weight) and not _equal(base, changed, weight):
             raise ExportError(
                 f"{changed.path}: {weight} is not that of {base.path}, and overlays change memory "
                 "rows only. Train FFN-M, or trained rows, and freeze the rest."
@@ -83,7 +75,7 @@ def _check_same_but_rows(base: Checkpoint, changed: Checkpoint) -> None:
 
 
 def _fields(checkpoint: Checkpoint) -> dict[str, object]:
-    fields: dict[str, object] = checkpoint.config.to_dict()
+    fields = checkpoint.architecture.fields
     return {key: value for key, value in fields.items() if key not in _DIFFER_AT_WILL}
 
 

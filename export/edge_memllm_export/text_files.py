@@ -56,7 +56,6 @@ def check_text_files(source: Checkpoint) -> tuple[str, ...]:
 
 
 def _checked(source: Checkpoint) -> tuple[str, ...]:
-    source.eos_token_ids()
     generation = _generation(source.path)
     tokenizer = None
     try:
@@ -126,7 +125,7 @@ def _not_carried(folder: Path) -> Iterator[str]:
 
 def _unknown_ends(source: Checkpoint, tokenizer: Tokenizer) -> Iterator[str]:
     """What ends a text to the tokenizer or the template, but not to the model's configuration."""
-    ends, vocabulary = source.eos_token_ids(), source.config.vocab_size
+    ends, vocabulary = source.spec.eos_token_ids, source.spec.vocab_size
     named = tokenizer.named_tokens.get("eos_token")
     template = tokenizer.chat_template
     text = "" if template is None else template.source or ""

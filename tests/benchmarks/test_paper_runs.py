@@ -122,21 +122,11 @@ def test_factors_of_one_change_nothing_and_zero_takes_a_layer_out(
     assert not changed.exists()
 
 
-@pytest.mark.parametrize(("beta", "last"), [(1, 0), (3, 1)])
-def test_a_linear_ffn_is_scaled_once(beta: int, last: int, make_checkpoint: MakeCheckpoint) -> None:
-    checkpoint = make_checkpoint(beta=beta, compute_form="linear")
-    plain = load_file(checkpoint / "model.safetensors")
-    with scaled_compute(checkpoint, [0.5, 0.5]) as changed:
-        weights = load_file(changed / "model.safetensors")
-    differing = {each for each in plain if not np.array_equal(plain[each], weights[each])}
-    assert differing == {f"model.layers.{i}.mlp.projections.{last}.weight" for i in (0, 1)}
-
-
 def test_changes_are_told_by_the_configuration() -> None:
     assert changes(MemoryLLMConfig(beta=3)) == []
     wide = 2 * MemoryLLMConfig(beta=0).memory_intermediate_size
     assert changes(MemoryLLMConfig(beta=0, memory_intermediate_size=wide)) == [
         "FFN-M 2 times as wide"
     ]
-    both = MemoryLLMConfig(beta=3, compute_form="linear", compute_placement="parallel")
-    assert changes(both) == ["FFN-C parallel to attention", "FFN-C linear"]
+    both = MemoryLLMConfig(beta=3, memory_norm="shared", memory_source="both")
+    assert changes(both) == ["one memory norm for all layers", "FFN(x_0) and a free table, summed"]

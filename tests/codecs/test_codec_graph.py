@@ -10,9 +10,10 @@ import onnxruntime
 import pytest
 
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.codecs import Codec
-from edge_memllm_export.graph.ops import GraphTape
-from edge_memllm_export.graph.tokens import MemoryShape, token_inputs
+from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.tokens import token_inputs
 from support.ready_codecs import WITH_ROWS, ready
 
 LAYERS, WIDTH, TOKENS = 2, 128, 5
@@ -24,12 +25,13 @@ def no_matrix(*_: object) -> NoReturn:
 
 def rows_graph(codec: Codec) -> onnxruntime.InferenceSession:
     """A graph that gives the memory rows [1, T, L, D] of the tokens it is fed, in float32."""
-    tape = GraphTape("fp32", {}, None, no_matrix, 1e-6)
-    tokens = token_inputs(tape, MemoryShape(LAYERS, LAYERS, WIDTH), codec, "float32")
+    builder = GraphBuilder("fp32", {}, None, no_matrix)
+    memory = MemorySpec(LAYERS, WIDTH, "added", (1.0,) * LAYERS)
+    tokens = token_inputs(builder, WIDTH, memory, codec, "float32")
     assert tokens.memory is not None
     tokens.memory.shape = ir.Shape(["B", "T", LAYERS, WIDTH])
     tokens.embedding.shape = ir.Shape(["B", "T", WIDTH])
-    graph = tape.graph(tokens.inputs, [tokens.memory, tokens.embedding], 23)
+    graph = builder.graph(tokens.inputs, [tokens.memory, tokens.embedding], 23)
     model = ir.to_proto(ir.Model(graph, ir_version=11)).SerializeToString()
     return onnxruntime.InferenceSession(model, providers=["CPUExecutionProvider"])
 

@@ -144,8 +144,8 @@ def test_a_text_that_counts_changes_what_is_learned(
 
 def probe(path: Path) -> RowProbe:
     source = Checkpoint.open(path)
-    network = source.network()
-    config = source.config
+    network = source.architecture.reference().network
+    config = network.config
     like = RecordLayout(
         config.num_hidden_layers, config.hidden_size, get_codec("int8-g32"), "float16"
     )

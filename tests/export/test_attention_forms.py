@@ -75,7 +75,11 @@ def test_identity_tells_attention_forms_apart(make_checkpoint: MakeCheckpoint) -
 
 
 def test_the_output_projection_has_no_bias(make_checkpoint: MakeCheckpoint) -> None:
-    network = Checkpoint.open(make_checkpoint(beta=0, attention_bias=True)).network()
+    network = (
+        Checkpoint.open(make_checkpoint(beta=0, attention_bias=True))
+        .architecture.reference()
+        .network
+    )
     attention = network.model.layers[0].self_attn
     assert attention.q_proj.bias is not None
     assert attention.o_proj.bias is None

@@ -48,8 +48,10 @@ def test_rows_are_computed_in_float32_whatever_the_weights_are(
     dtype: str, make_checkpoint: MakeCheckpoint
 ) -> None:
     source = Checkpoint.open(make_checkpoint(beta=2, dtype=dtype))
-    wide = source.network().float()
-    for embedding, rows in NetworkRows(source.network(), 128).chunks(np.arange(300)):
+    wide = source.architecture.reference().network.float()
+    for embedding, rows in NetworkRows(source.architecture.reference().network, 128).chunks(
+        np.arange(300)
+    ):
         assert embedding.dtype == rows.dtype == np.float32
     with torch.inference_mode():
         expected = wide.model.memory_rows(torch.arange(256, 300)).numpy()
@@ -58,7 +60,7 @@ def test_rows_are_computed_in_float32_whatever_the_weights_are(
 
 def test_chunks_cover_the_vocabulary_and_report_progress(make_checkpoint: MakeCheckpoint) -> None:
     done: list[tuple[int, int]] = []
-    network = Checkpoint.open(make_checkpoint()).network()
+    network = Checkpoint.open(make_checkpoint()).architecture.reference().network
     chunks = NetworkRows(network, 128).chunks(np.arange(300))
     sizes = [len(rows) for _, rows in counted(chunks, 300, lambda *at: done.append(at))]
     assert sizes == [128, 128, 44]
@@ -92,7 +94,10 @@ def test_identity_is_that_of_the_model(checkpoint: Path) -> None:
 def test_rows_computed_on_cuda_are_those_of_the_cpu(make_checkpoint: MakeCheckpoint) -> None:
     source = Checkpoint.open(make_checkpoint())
     ids = np.arange(300)
-    here, there = (NetworkRows(source.network(device)).rows(ids) for device in ("cpu", "cuda"))
+    here, there = (
+        NetworkRows(source.architecture.reference(device).network).rows(ids)
+        for device in ("cpu", "cuda")
+    )
     assert np.abs(here - there).max() < 1e-5
 
 

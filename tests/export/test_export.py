@@ -137,7 +137,9 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         table = Table.open(artifact, "pread")
         rows = table.rows(np.arange(300))
         table.close()
-    exact = NetworkRows(Checkpoint.open(make_checkpoint()).network()).rows(np.arange(300))
+    exact = NetworkRows(Checkpoint.open(make_checkpoint()).architecture.reference().network).rows(
+        np.arange(300)
+    )
     assert 0.005 < np.abs(rows - exact).max() < 0.03 * np.abs(exact).max()
 
 

@@ -70,7 +70,9 @@ def test_search_makes_the_table_more_exact(
     export_model(
         make_checkpoint(), tmp_path / "out", table_codec="int4", table_search=True, verify=False
     )
-    exact = NetworkRows(Checkpoint.open(make_checkpoint()).network()).rows(np.arange(300))
+    exact = NetworkRows(Checkpoint.open(make_checkpoint()).architecture.reference().network).rows(
+        np.arange(300)
+    )
     plain = make_artifact(table_codec="int4")
     errors = [np.square(rows_of(path) - exact).mean() for path in (tmp_path / "out", plain)]
     assert errors[0] < 0.99 * errors[1]
@@ -79,7 +81,9 @@ def test_search_makes_the_table_more_exact(
 def test_tokens_of_the_text_count(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     """With one token repeated, that one is stored better than with all tokens equal."""
     checkpoint = make_checkpoint()
-    exact = NetworkRows(Checkpoint.open(checkpoint).network()).rows(np.arange(300))
+    exact = NetworkRows(Checkpoint.open(checkpoint).architecture.reference().network).rows(
+        np.arange(300)
+    )
     token = Tokenizer((checkpoint / "tokenizer.json").read_bytes()).encode("e")[0]
     errors = []
     for name, text in (("even", None), ("uneven", "e" * 100_000)):

@@ -14,15 +14,14 @@ import torch
 
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
-from edge_memllm_export.architectures.memoryllm import (
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.model import (
     EXTERNAL_FILE,
     GRAPH_FILE,
     GraphForm,
     build_graph,
     save_graph,
 )
-from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.exporter import rotary_tables
 from edge_memllm_export.weights.quantizer import block_for, dequantize, quantize
 from support.checkpoints import MakeCheckpoint
 from support.graphs import IDENTITY, GraphSession
@@ -33,11 +32,11 @@ SHAPES: list[dict[str, Any]] = [
     {"beta": 0, "memory_gain": [0.5, -1.5]},
     {"beta": 0, "head_dim": 12},
     {"beta": 1},
-    {"beta": 1, "compute_form": "linear", "num_key_value_heads": 1},
-    {"beta": 2, "compute_placement": "parallel", "tie_word_embeddings": True},
+    {"beta": 1, "num_key_value_heads": 1},
+    {"beta": 2, "tie_word_embeddings": True},
     {"beta": 3, "num_key_value_heads": 2},
-    {"beta": 3, "compute_form": "linear", "compute_placement": "parallel"},
-    {"beta": 3, "compute_form": "linear", "head_dim": 60, "num_attention_heads": 2},
+    {"beta": 3, "memory_norm": "shared"},
+    {"beta": 3, "head_dim": 60, "num_attention_heads": 2},
     {"beta": 0, "memory_norm": "shared"},
     {"beta": 0, "memory_source": "table"},
     {"beta": 3, "memory_source": "both", "memory_sharing": "all_layers"},
@@ -218,7 +217,7 @@ def test_large_graph_puts_weights_into_one_file_beside_it(
     source = Checkpoint.open(checkpoint)
     form = GraphForm(weights, graph.layout.codec, graph.layout.embedding_dtype)
     for folder in (outside, again):
-        model = build_graph(source.config, source.array, rotary_tables(source), form, IDENTITY)
+        model = build_graph(source.spec, source.architecture.build, form, IDENTITY)
         assert save_graph(model, folder, self_contained_bytes=1000) == [GRAPH_FILE, EXTERNAL_FILE]
         assert sorted(file.name for file in folder.iterdir()) == [GRAPH_FILE, EXTERNAL_FILE]
     for name in (GRAPH_FILE, EXTERNAL_FILE):
@@ -242,18 +241,13 @@ def test_weights_that_do_not_fit_are_refused(
     weights: str, value: float, message: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
     source = Checkpoint.open(make_checkpoint())
-
-    def read(name: str) -> np.ndarray:
-        array = source.array(name).copy()
-        if name.endswith("layers.1.self_attn.o_proj.weight"):
-            array[5, 7] = value
-        return array
-
+    weights_of = source.architecture.weights
+    spoilt = weights_of["model.layers.1.self_attn.o_proj.weight"].clone()
+    spoilt[5, 7] = value
+    weights_of["model.layers.1.self_attn.o_proj.weight"] = spoilt
     form = GraphForm(weights, get_codec("f16"), "float16")
     with pytest.raises(ExportError, match=message):
-        save_graph(
-            build_graph(source.config, read, rotary_tables(source), form, IDENTITY), tmp_path
-        )
+        save_graph(build_graph(source.spec, source.architecture.build, form, IDENTITY), tmp_path)
 
 
 def test_session_has_nothing_to_warn_about(

@@ -14,15 +14,13 @@ from safetensors.torch import load_file, save_file
 from edge_memllm.errors import ExportError
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.weights.gptq import InputMoments
-from edge_memllm_export.weights.quantizer import matrix_kinds
 from support.checkpoints import MakeCheckpoint
 
 SHAPES: list[dict[str, Any]] = [
     {"beta": 0, "memory_gain": [0.5, -1.5]},
-    {"beta": 1, "compute_form": "linear"},
-    {"beta": 2, "compute_placement": "parallel", "tie_word_embeddings": True},
+    {"beta": 1},
+    {"beta": 2, "tie_word_embeddings": True},
     {"beta": 3, "num_key_value_heads": 2},
-    {"beta": 3, "compute_form": "linear", "compute_placement": "parallel"},
     {"beta": 1, "memory_source": "both", "memory_norm": "shared"},
     {"beta": 2, "memory_sharing": "all_layers", "memory_source": "both"},
     {"beta": 8},
@@ -33,13 +31,10 @@ TOKENS = [(7 * i * i + 3 * i) % 300 for i in range(10 * 256 + 9)]
 def names(source: Checkpoint) -> list[str]:
     """The graph's matrices in its order."""
     found = []
-    config = source.config
-    for layer in range(config.num_hidden_layers):
-        for kind in matrix_kinds(config)[:-1]:
+    for layer in range(source.spec.num_hidden_layers):
+        for kind in source.architecture.kinds[:-1]:
             part = "self_attn" if kind in ("qkv_proj", "o_proj") else "mlp"
-            count = 1 if config.beta == 1 else 2
-            each = [f"{kind}.{i}" for i in range(count)] if kind == "projections" else [kind]
-            found += [f"model.layers.{layer}.{part}.{name}.weight" for name in each]
+            found.append(f"model.layers.{layer}.{part}.{kind}.weight")
     return [*found, "lm_head.weight"]
 
 
@@ -54,9 +49,9 @@ def test_moments_are_those_of_the_whole_network(
 ) -> None:
     source = Checkpoint.open(make_checkpoint(**shape))
     done: list[int] = []
-    moments = InputMoments(source.network(), TOKENS, done.append)
+    moments = InputMoments(source.architecture.reference(), TOKENS, 256, done.append)
     found = {name: moments.of(name) for name in names(source)}
-    network, heard = source.network(), {}
+    network, heard = source.architecture.reference().network, {}
     for name in found:
         network.get_submodule(read_by(name)).register_forward_pre_hook(
             lambda _, args, name=name: heard.update({name: args[0].flatten(0, 1).double()})
@@ -72,7 +67,7 @@ def test_moments_are_those_of_the_whole_network(
 
 def test_widened_heads_have_idle_inputs(make_checkpoint: MakeCheckpoint) -> None:
     source = Checkpoint.open(make_checkpoint(beta=0, head_dim=12))
-    moments = InputMoments(source.network(), TOKENS[:512], lambda layers: None)
+    moments = InputMoments(source.architecture.reference(), TOKENS[:512], 256, lambda layers: None)
     moments.of("model.layers.0.self_attn.qkv_proj.weight")
     moment = moments.of("model.layers.0.self_attn.o_proj.weight")
     assert moment.shape == (64, 64)
@@ -83,7 +78,7 @@ def test_widened_heads_have_idle_inputs(make_checkpoint: MakeCheckpoint) -> None
 
 def test_few_tokens_make_one_short_window(make_checkpoint: MakeCheckpoint) -> None:
     source = Checkpoint.open(make_checkpoint(beta=0))
-    moment = InputMoments(source.network(), [1, 2, 3], lambda layers: None).of(
+    moment = InputMoments(source.architecture.reference(), [1, 2, 3], 256, lambda layers: None).of(
         "model.layers.0.self_attn.qkv_proj.weight"
     )
     assert 1 <= np.linalg.matrix_rank(moment, tol=1e-5) <= 3
@@ -96,7 +91,8 @@ def test_a_network_that_overflows_is_refused(
     weights = load_file(broken / "model.safetensors")
     weights["model.layers.0.memory.down_proj.weight"][0] = 3e38  # finite; what it makes is not
     save_file(weights, broken / "model.safetensors")
-    moments = InputMoments(Checkpoint.open(broken).network(), TOKENS[:256], lambda layers: None)
+    reference = Checkpoint.open(broken).architecture.reference()
+    moments = InputMoments(reference, TOKENS[:256], 256, lambda layers: None)
     moments.of("model.layers.0.self_attn.o_proj.weight")
     with pytest.raises(ExportError, match=r"layers\.1.*qkv_proj.*calibration text is not\s+finite"):
         moments.of("model.layers.1.self_attn.qkv_proj.weight")

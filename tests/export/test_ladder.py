@@ -30,10 +30,10 @@ from support.checkpoints import MakeArtifact, MakeCheckpoint
 FORMS = [
     ("fp32", "f32", {"beta": 0}),
     ("fp32", "int4", {"beta": 3, "num_key_value_heads": 2, "tie_word_embeddings": True}),
-    ("fp16", "f16", {"beta": 1, "compute_placement": "parallel"}),
+    ("fp16", "f16", {"beta": 1}),
     ("int8", "int8", {"beta": 2, "dtype": "bfloat16"}),
     ("int4", "int8", {"beta": 0, "dtype": "float16"}),
-    ("int4", "int4-g64", {"beta": 3, "compute_form": "linear", "head_dim": 12}),
+    ("int4", "int4-g64", {"beta": 3, "head_dim": 12}),
     ("int4", "int8", {"beta": 8}),
     ("int4", "int8", {"beta": 2, "memory_source": "both", "memory_norm": "shared"}),
     ("fp32", "int4", {"beta": 0, "memory_source": "table", "memory_sharing": "all_layers"}),
@@ -47,7 +47,9 @@ def judged(
 ) -> Iterator[JudgedArtifact]:
     """An int8 table under an fp32 graph, beta 3."""
     artifact = make_artifact(graph_weights="fp32", table_codec="int8", beta=3)
-    with JudgedArtifact(artifact, Checkpoint.open(make_checkpoint(beta=3)).network()) as judged:
+    with JudgedArtifact(
+        artifact, Checkpoint.open(make_checkpoint(beta=3)).architecture.reference()
+    ) as judged:
         yield judged
 
 
@@ -82,7 +84,7 @@ def test_rung_1_sees_a_codec_beyond_its_bound(
 
 def test_rung_2_sees_one_wrong_row(judged: JudgedArtifact) -> None:
     with torch.no_grad():
-        judged.network.model.layers[1].memory.down_proj.weight[3] += 0.1
+        judged.reference.network.model.layers[1].memory.down_proj.weight[3] += 0.1
     assert red_rungs(judged)[0] == "table"
 
 
@@ -96,7 +98,9 @@ def test_rung_3_sees_a_network_that_ignores_what_it_is_fed(
     judged: JudgedArtifact, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(
-        judged, "fed_logits", lambda ids, *_: next(judged.network_logits([*ids[1:], 0], len(ids)))
+        judged.reference,
+        "fed_logits",
+        lambda ids, *_: next(judged.reference.logits([*ids[1:], 0], len(ids))),
     )
     assert red_rungs(judged)[0] == "feeding"
 
@@ -113,7 +117,7 @@ def test_rung_4_sees_a_graph_of_other_weights(
     judged: JudgedArtifact, spoil: Callable[[Any], Any]
 ) -> None:
     with torch.no_grad():
-        spoil(judged.network.model.layers[0])
+        spoil(judged.reference.network.model.layers[0])
     assert red_rungs(judged) == ["graph"]
 
 
@@ -122,8 +126,8 @@ def test_rung_4_sees_a_wrong_wire_in_narrow_graphs(
     weights: str, make_artifact: MakeArtifact, make_checkpoint: MakeCheckpoint
 ) -> None:
     """The memory of the two layers swapped: quantisation never costs that much."""
-    network = Checkpoint.open(make_checkpoint()).network()
-    with JudgedArtifact(make_artifact(graph_weights=weights), network) as judged:
+    reference = Checkpoint.open(make_checkpoint()).architecture.reference()
+    with JudgedArtifact(make_artifact(graph_weights=weights), reference) as judged:
         rows = judged.table.rows
         judged.table.rows = lambda ids: rows(ids)[:, ::-1].copy()
         assert red_rungs(judged) == ["table", "graph"]
@@ -177,13 +181,13 @@ def test_mean_kl_of_known_distributions() -> None:
 def test_quality_is_that_of_a_plain_computation(
     make_artifact: MakeArtifact, make_checkpoint: MakeCheckpoint
 ) -> None:
-    network = Checkpoint.open(make_checkpoint()).network()
-    with JudgedArtifact(make_artifact(), network) as judged:
+    reference = Checkpoint.open(make_checkpoint()).architecture.reference()
+    with JudgedArtifact(make_artifact(), reference) as judged:
         ids = text_tokens(judged, judging_text(), 300)  # a whole window and a part
         quality = measure_quality(judged, ids)
         logits = {"network": [], "graph": []}
         for part in (ids[:256], ids[256:]):
-            logits["network"].append(next(judged.network_logits(part, 256))[:-1])
+            logits["network"].append(next(judged.reference.logits(part, 256))[:-1])
             logits["graph"].append(next(judged.graph_logits(part, 256))[:-1])
     targets = torch.tensor(ids[1:256] + ids[257:])
     truth, found = (torch.from_numpy(np.concatenate(x)).double() for x in logits.values())
@@ -204,9 +208,9 @@ def test_quality_is_that_of_a_plain_computation(
 def test_quality_of_the_exact_form_is_lossless(
     make_artifact: MakeArtifact, make_checkpoint: MakeCheckpoint
 ) -> None:
-    network = Checkpoint.open(make_checkpoint()).network()
+    reference = Checkpoint.open(make_checkpoint()).architecture.reference()
     artifact = make_artifact(graph_weights="fp32", table_codec="f32")
-    with JudgedArtifact(artifact, network) as judged:
+    with JudgedArtifact(artifact, reference) as judged:
         quality = measure_quality(judged, text_tokens(judged, judging_text(), 64))
     assert quality.mean_kl < 1e-9
     assert abs(quality.perplexity_increase) < 1e-5

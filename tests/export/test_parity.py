@@ -25,8 +25,8 @@ GREEDY = edge_memllm.Sampling(temperature=0.0)
 PROMPTS = [[72, 101, 108, 108, 111], [84, 104, 101, 32, 114, 105, 118, 101, 114], [65]]
 FAMILY: list[dict[str, Any]] = [
     {"beta": 0},
-    {"beta": 1, "compute_form": "linear"},
-    {"beta": 2, "compute_placement": "parallel", "tie_word_embeddings": True},
+    {"beta": 1},
+    {"beta": 2, "tie_word_embeddings": True},
     {"beta": 3, "num_key_value_heads": 2},
     {"beta": 3, "memory_source": "both", "memory_norm": "shared"},
     {"beta": 0, "memory_sharing": "all_layers"},

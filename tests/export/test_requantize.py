@@ -16,17 +16,19 @@ import pytest
 import edge_memllm
 import edge_memllm.codecs
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.cli.main import main
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.feeding import Feeder
 from edge_memllm_export import requantize
 from edge_memllm_export import requantizer as module
-from edge_memllm_export.graph.tokens import MemoryShape
 from edge_memllm_export.requantizer import rewire_graph
 from support.checkpoints import MakeArtifact, files_of
 from support.graphs import change_graph
 
 IDS = [1, 5, 9, 200, 5, 77, 42]
+
+MEMORY = MemorySpec(2, 64, "added", (1.0, 1.0))
 
 
 def logits(path: Path) -> np.ndarray:
@@ -85,9 +87,7 @@ def test_weights_beside_the_graph_stay_as_they_are(
     ir.save(model, tmp_path / "graph.onnx", external_data="graph.onnx.data")
     before = (tmp_path / "graph.onnx.data").read_bytes()
     codec = edge_memllm.codecs.get_codec("int8-g64")
-    rewire_graph(
-        tmp_path / "graph.onnx", tmp_path / "new.onnx", "fp32", MemoryShape(2, 2, 64), codec
-    )
+    rewire_graph(tmp_path / "graph.onnx", tmp_path / "new.onnx", "fp32", MEMORY, codec)
     assert (tmp_path / "graph.onnx.data").read_bytes() == before
     assert (tmp_path / "new.onnx").stat().st_size < len(before) / 4
     names = {value.name for value in ir.load(tmp_path / "new.onnx").graph.inputs}
@@ -164,7 +164,7 @@ def test_a_foreign_graph_is_refused(tmp_path: Path, make_artifact: MakeArtifact)
     dense = make_artifact(beta=8) / "graph.onnx"
     codec = edge_memllm.codecs.get_codec("int8-g64")
     with pytest.raises(ArtifactError, match="the part that takes in the table's rows was not"):
-        rewire_graph(dense, tmp_path / "new.onnx", "int4", MemoryShape(2, 2, 64), codec)
+        rewire_graph(dense, tmp_path / "new.onnx", "int4", MEMORY, codec)
 
 
 def test_a_hostile_graph_is_refused_before_a_library_reads_it(

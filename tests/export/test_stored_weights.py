@@ -136,7 +136,11 @@ def test_what_is_taken_is_what_transformers_takes(
         folder = Path(shutil.copytree(made / kind, tmp_path / kind))
         change(folder)
         theirs = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
-        ours = dense_network(folder) if kind == "llama" else Checkpoint.open(folder).network()
+        ours = (
+            dense_network(folder)
+            if kind == "llama"
+            else Checkpoint.open(folder).architecture.reference().network
+        )
         with torch.no_grad():
             expected, found = theirs(ids).logits, ours(ids).logits
         assert expected.std() > 0.1

@@ -39,10 +39,10 @@ TABLE_4_MEMORY_PER_LAYER = {1: 29.360e6, 2: 25.165e6, 3: 20.971e6, 0: 33.554e6}
 
 FAMILY: list[dict[str, Any]] = [
     {"beta": 0},
-    {"beta": 1, "compute_form": "linear"},
-    {"beta": 2, "compute_placement": "parallel", "num_key_value_heads": 2},
+    {"beta": 1},
+    {"beta": 2, "num_key_value_heads": 2},
     {"beta": 3, "tie_word_embeddings": True},
-    {"beta": 3, "compute_form": "linear"},
+    {"beta": 3},
     {"beta": 8, "num_key_value_heads": 1},
     {"beta": 0, "memory_norm": "shared"},
     {"beta": 0, "memory_source": "table"},
@@ -240,8 +240,8 @@ def test_tied_embeddings_share_one_tensor(make_checkpoint: MakeCheckpoint) -> No
     ("fields", "message"),
     [
         ({"beta": 9}, "beta is 9"),
-        ({"compute_form": "conv"}, "compute_form is 'conv'"),
-        ({"compute_placement": "late"}, "compute_placement is 'late'"),
+        ({"compute_form": "linear"}, "compute_form is 'linear'; 'swiglu' is the only one"),
+        ({"compute_placement": "parallel"}, "compute_placement is 'parallel'"),
         ({"memory_norm": "none"}, "memory_norm is 'none'; use one of per_layer, shared"),
         ({"memory_source": "file"}, "memory_source is 'file'; use one of ffn, table, both"),
         ({"memory_sharing": "some"}, "memory_sharing is 'some'; use one of per_layer, all_"),

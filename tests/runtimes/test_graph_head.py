@@ -14,7 +14,7 @@ import pytest
 
 from edge_memllm import ArtifactError, StorageError
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm_export.architectures.memoryllm import save_graph
+from edge_memllm_export.graph.model import save_graph
 from edge_memllm_runtimes.graph_head import GraphHead
 from support.checkpoints import HIDDEN, VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.graphs import manifest_of, seal

@@ -35,7 +35,7 @@ def test_steps_cover_the_cached_keys_and_values(
     scales = kv_scales(source, TEXT)
     ids = torch.tensor([Tokenizer((source.path / "tokenizer.json").read_bytes()).encode(TEXT)])
     with torch.inference_mode():
-        cache = source.network()(ids, use_cache=True)[CACHE]
+        cache = source.architecture.reference().network(ids, use_cache=True)[CACHE]
     for layer, steps in zip(cache.layers, scales, strict=True):
         for cached, step in ((layer.keys, steps.key), (layer.values, steps.value)):
             largest = cached[0].abs().amax(1).numpy()  # [Hk, d]

@@ -20,14 +20,8 @@ from edge_memllm.artifact.manifest import FileSpec, Manifest
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ArtifactError
 from edge_memllm.modeling import TokenRows
-from edge_memllm_export.architectures.memoryllm import (
-    GRAPH_FILE,
-    GraphForm,
-    build_graph,
-    save_graph,
-)
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.exporter import rotary_tables
+from edge_memllm_export.graph.model import GRAPH_FILE, GraphForm, build_graph, save_graph
 
 IDENTITY = "sha256:" + "0" * 64
 CAPACITY = 40
@@ -38,24 +32,27 @@ class GraphSession:
 
     def __init__(self, checkpoint: Path, weights: str, codec: str, folder: Path) -> None:
         source = Checkpoint.open(checkpoint)
-        self.config = config = source.config
-        self.network = source.network()
+        reference = source.architecture.reference()
+        self.config = reference.network.config
+        memory = source.spec.memory
+        self.network = reference.network
         embedding_dtype = "float32" if weights == "fp32" else "float16"
         self.dtype = np.dtype(embedding_dtype)
         self.layout = RecordLayout(
-            config.memory_layers,
-            config.hidden_size,
+            memory.layers,
+            memory.width,
             get_codec(codec),
             embedding_dtype,
+            embedding_width=source.spec.hidden_size,
         )
         self.table = self._encode_table()
         form = GraphForm(weights, self.layout.codec, embedding_dtype)
-        model = build_graph(config, source.array, rotary_tables(source), form, IDENTITY)
+        model = build_graph(source.spec, source.architecture.build, form, IDENTITY)
         save_graph(model, folder)
         self.session = onnxruntime.InferenceSession(
             folder / GRAPH_FILE, providers=["CPUExecutionProvider"]
         )
-        self.gain = np.array(source.memory_gain, self.dtype)
+        self.gain = np.array(memory.gain, self.dtype)
 
     def empty_cache(self, batch: int = 1) -> dict[str, np.ndarray]:
         shapes = {value.name: value.shape for value in self.session.get_inputs()}

@@ -35,8 +35,7 @@ from edge_memllm.interpretation.network import NetworkMemory
 WITH_KEYS: dict[str, dict[str, Any]] = {
     "memoryllm": {},
     **{f"beta {beta}": {"beta": beta} for beta in (1, 2, 3, 7)},
-    "linear compute": {"beta": 2, "compute_form": "linear"},
-    "parallel compute": {"beta": 3, "compute_placement": "parallel"},
+    "more compute": {"beta": 3},
     "shared norm": {"memory_norm": "shared"},
     "one memory": {"memory_sharing": "all_layers", "beta": 1},
     "rows beside FFN-M": {"memory_source": "both"},
@@ -59,7 +58,7 @@ WITH_MEMORY = {**WITH_KEYS, **WITHOUT_KEYS}
 def network_memory(checkpoint: Path) -> NetworkMemory:
     from edge_memllm_export.checkpoint import Checkpoint
 
-    return NetworkMemory(Checkpoint.open(checkpoint).network())
+    return NetworkMemory(Checkpoint.open(checkpoint).architecture.reference().network)
 
 
 # What would end a script or an element, run, reorder a line, or not be seen.

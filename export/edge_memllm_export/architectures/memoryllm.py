@@ -1,7 +1,7 @@
-"""The graph of a network without its table: distinct tokens' rows in, logits out.
+"""MemoryLLM (https://arxiv.org/abs/2602.00398): beta 0, Flex (1 to 7), and dense (8).
 
-One block, beta between 1 and 7, sequential placement (`+norm` is SkipSimplifiedLayerNormalization:
-it adds, normalises, and gives both; so a sum always waits for the norm that follows it):
+One block with FFN-C; `+norm` is SkipSimplifiedLayerNormalization, which adds, normalises, and gives
+both: so a sum always waits for the norm that follows it.
 
     x_l --------+norm--> input_layernorm --> attention --+
     pending ----'  |                                     |
@@ -11,243 +11,348 @@ it adds, normalises, and gives both; so a sum always waits for the norm that fol
                                                   |                                           |
                                              x_{l+1}                                    pending
 
-Beta 0 has no FFN-C: the attention output itself is pending. Beta 8 has no M_l. In the parallel
-placement FFN-C reads ``x``, its output joins ``x`` with M_l, and the attention output is pending.
-Nothing here knows files of checkpoints or torch: weights arrive as arrays.
+Beta 0 has no FFN-C: the attention output itself is pending. Beta 8 has no M_l.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+import operator
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
+import torch
+from torch.nn import functional
+from transformers.masking_utils import create_causal_mask
+from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
-from edge_memllm.codecs import Codec
+from edge_memllm.arrays import Floats
+from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
+from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM, TokenRows
+from edge_memllm.modeling.configuration import CACHE, FORMER_CHOICES
+from edge_memllm.modeling.network import rows_of_layer
+from edge_memllm.modeling.rows import NetworkRows
+from edge_memllm.modeling.stored_weights import (
+    describing,
+    expected_weights,
+    network_described,
+    network_over,
+)
+from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.table.source import Rows
+from edge_memllm_export.architectures.architecture import Matrix, Source, Stage, StoredKV
+from edge_memllm_export.architectures.mapped_weights import converting, weight_array
 from edge_memllm_export.graph.blocks import (
-    AttentionInputs,
+    Attention,
     AttentionShape,
     AttentionWeights,
-    KVScales,
-    attention,
-    linear_compute,
-    rotary_inputs,
+    Rotary,
     swiglu,
+    wanted_positions,
+    widen_heads,
 )
-from edge_memllm_export.graph.ops import DATA_TYPES, GraphTape
-from edge_memllm_export.graph.tokens import (
-    MemoryShape,
-    TokenInputs,
-    layer_memory,
-    token_inputs,
+from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.tokens import layer_memory
+from edge_memllm_runtimes.torch_reference import TorchReference
+
+MODEL_TYPE = MemoryLLMConfig.model_type
+_LEARNED_GAIN = "model.token_memory.gain"
+_QUERIES = ("q_proj", "k_proj", "v_proj")
+_FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+# What rows are made of, besides the embedding: FFN-M, its norms, and rows that were trained.
+_MAKES_ROWS = re.compile(
+    r"model\.layers\.\d+\.(memory|memory_layernorm)\..+"
+    r"|model\.token_memory\.(network|norm|rows)\..+"
 )
-from edge_memllm_export.weights.quantizer import QuantizeMatrix
-from edge_memllm_export.weights.quantizer import quantize as round_to_nearest
-
-OPSET = 23
-GRAPH_FILE = "graph.onnx"
-EXTERNAL_FILE = "graph.onnx.data"
-_IR_VERSION = 11  # the version that came with opset 23
-# Weights in a file of their own are mapped into memory, so that the copy the runtime packs for
-# itself is the only one: 0.3 GB less for a graph of that size. Small graphs stay in one file.
-_SELF_CONTAINED_BYTES = 16 << 20
-
-ReadWeight = Callable[[str], np.ndarray]
+# The fields that change what the network computes; the rest may differ between equal models.
+_FACTS = (
+    "beta",
+    "head_dim",
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "memory_intermediate_size",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_theta",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+_BATCH = 8  # windows in a layer at once
+_ROWS = 1024  # tokens whose memory is computed at once
 
 
 @dataclass(frozen=True)
-class GraphForm:
-    """How numbers are stored and computed: the export's choices, not the network's."""
+class Shape:
+    """The sizes and switches of a network that its graph is recorded from."""
 
-    weights: str  # a key of matrix_forms.WEIGHT_FORMS
-    codec: Codec
-    embedding_dtype: str  # "float16" | "float32", that of the table's records
-    block: int | None = None  # weights to a scale in a matrix; None chooses by its size
-    int8_cache: bool = False  # keys and values; else they are in the compute dtype
-    matrices: Mapping[str, str] = field(default_factory=dict)  # kinds in another form than weights
-    method: str | None = None  # one of matrix_forms.METHODS; None where nothing is quantised
-
-
-@dataclass(frozen=True)
-class Rotary:
-    """cos and sin of every position, float32 [P, head_dim/2]."""
-
-    cosine: np.ndarray
-    sine: np.ndarray
+    layers: int
+    heads: AttentionShape
+    epsilon: float  # of all norms
+    has_compute: bool  # an FFN-C
+    attention_bias: bool
+    qk_norm: bool
+    tied_head: bool
 
 
-@dataclass
-class _Stream:
-    """The residual stream between two blocks: ``x + pending``, not yet added."""
+class MemoryLLM:
+    """A network of the family; see `Architecture`."""
 
-    x: ir.Value
-    pending: ir.Value | None
-
-
-def build_graph(
-    config: Any,
-    read: ReadWeight,
-    rotary: Rotary,
-    form: GraphForm,
-    identity: str,
-    kv_scales: Sequence[KVScales] | None = None,
-    quantize: QuantizeMatrix = round_to_nearest,
-) -> ir.Model:
-    """The graph of the network that ``config`` (a MemoryLLMConfig) describes.
-
-    ``read`` gives a weight by its name in the checkpoint. ``kv_scales``, one per layer, are for
-    keys and values in int8; ``quantize`` is called layer by layer, the head last. Inputs and
-    outputs are listed in docs/format.md. Raises ExportError for weights that the form cannot hold.
-    """
-    tape = GraphTape(form.weights, form.matrices, form.block, quantize, config.rms_norm_eps)
-    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    memory = MemoryShape(config.num_hidden_layers, config.memory_layers, config.hidden_size)
-    tokens = token_inputs(tape, memory, form.codec, form.embedding_dtype)
-    logits_index = ir.val("logits_index", dtype=DATA_TYPES["int64"], shape=["B", "K"])
-    seqlens_k = ir.val("seqlens_k", dtype=DATA_TYPES["int32"], shape=["B"])
-    total = ir.val("total_sequence_length", dtype=DATA_TYPES["int32"], shape=[])
-    caches = rotary_inputs(tape, shape, rotary.cosine, rotary.sine)
-    shared = AttentionInputs(seqlens_k, total, *caches)
-    inputs = [*tokens.inputs, logits_index, seqlens_k, total]
-    outputs: list[ir.Value] = []
-    stream = _Stream(tokens.embedding, None)
-    for layer in range(config.num_hidden_layers):
-        past = _cache_inputs("int8" if form.int8_cache else tape.compute_dtype, layer, shape)
-        scales = kv_scales[layer] if kv_scales else None
-        block = _Block(tape, config, read, layer)
-        stream, present = block.record(stream, tokens, shape, shared, past, scales)
-        inputs += past
-        outputs += present
-    logits = _head(tape, read, config, stream, logits_index)
-    graph = tape.graph(inputs, [logits, *outputs], OPSET)
-    model = ir.Model(graph, ir_version=_IR_VERSION, producer_name="edge-memllm")
-    model.metadata_props["edge_memllm.format_version"] = "1"
-    model.metadata_props["edge_memllm.identity"] = identity
-    return model
-
-
-def save_graph(
-    model: ir.Model, folder: Path, self_contained_bytes: int = _SELF_CONTAINED_BYTES
-) -> list[str]:
-    """Write ``graph.onnx`` into the folder; weights beyond 16 MB go to one file beside it.
-
-    Returns the names of the files written.
-    """
-    size = sum(value.const_value.nbytes for value in model.graph.initializers.values())
-    if size <= self_contained_bytes:
-        ir.save(model, folder / GRAPH_FILE)
-        return [GRAPH_FILE]
-    ir.save(model, folder / GRAPH_FILE, external_data=EXTERNAL_FILE, alignment=4096)
-    return [GRAPH_FILE, EXTERNAL_FILE]
-
-
-class _Block:
-    """Recording of one layer; the drawing at the top of this file."""
-
-    def __init__(self, tape: GraphTape, config: Any, read: ReadWeight, layer: int) -> None:
-        self._tape = tape
-        self._config = config
-        self._read = read
-        self._layer = layer
-        self._path = f"/model/layers.{layer}"
-
-    def record(
-        self,
-        stream: _Stream,
-        tokens: TokenInputs,
-        shape: AttentionShape,
-        shared: AttentionInputs,
-        past: tuple[ir.Value, ir.Value],
-        kv_scales: KVScales | None,
-    ) -> tuple[_Stream, list[ir.Value]]:
-        normed, x = self._norm("input_layernorm", stream.x, stream.pending)
-        attended, present = attention(
-            self._tape,
-            f"{self._path}/self_attn",
-            normed,
-            self._attention_weights(),
-            shape,
-            shared,
-            past,
-            (f"present.{self._layer}.key", f"present.{self._layer}.value"),
-            kv_scales,
+    def __init__(self, source: Source) -> None:
+        """Read the source; UnusableCheckpointError says what no network of the family has."""
+        with describing(source.where, "describes no network"):
+            self.config = MemoryLLMConfig.from_dict(dict(source.fields))
+            expected = expected_weights(self.config)
+        config: Any = self.config
+        self.weights = source.weights(
+            expected,
+            tied=config.tie_word_embeddings,
+            described=network_described(config),
         )
-        out = self._feed_forward(x, attended)
-        if tokens.memory is not None:
-            memory = layer_memory(self._tape, tokens.memory, self._layer)
-            out.x = self._tape.op(f"{self._path}/memory/Add", "Add", [out.x, memory])
-        return out, present
+        self.shape = Shape(
+            layers=config.num_hidden_layers,
+            heads=AttentionShape(
+                config.num_attention_heads, config.num_key_value_heads, config.head_dim
+            ),
+            epsilon=config.rms_norm_eps,
+            has_compute=config.has_compute,
+            attention_bias=config.attention_bias,
+            qk_norm=config.qk_norm,
+            tied_head=config.tie_word_embeddings,
+        )
 
-    def _feed_forward(self, x: ir.Value, attended: ir.Value) -> _Stream:
-        if self._config.beta == 0:
-            return _Stream(x, attended)
-        if self._config.compute_placement == "parallel":
-            normed, _ = self._norm("post_attention_layernorm", x, None)
-            joined = self._tape.op(f"{self._path}/mlp/Add", "Add", [x, self._compute(normed)])
-            return _Stream(joined, attended)
-        normed, h = self._norm("post_attention_layernorm", x, attended)
-        return _Stream(h, self._compute(normed))
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The configuration, complete."""
+        fields: dict[str, Any] = self.config.to_dict()
+        return fields
 
-    def _compute(self, x: ir.Value) -> ir.Value:
-        path = f"{self._path}/mlp"
-        if self._config.compute_form == "linear":
-            count = 1 if self._config.beta == 1 else 2
-            matrices = [self._weight(f"mlp.projections.{i}") for i in range(count)]
-            return linear_compute(self._tape, path, x, matrices)
-        names = ("gate_proj", "up_proj", "down_proj")
-        return swiglu(self._tape, path, x, {name: self._weight(f"mlp.{name}") for name in names})
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What changes a logit besides the weights; biases show in the weights' names."""
+        config: Any = self.config
+        facts = {name: getattr(config, name) for name in _FACTS} | FORMER_CHOICES
+        facts["memory_gain"] = self._gain()
+        if config.qk_norm:
+            facts["qk_norm"] = True
+        if config.rope_parameters.get("rope_type", "default") != "default":
+            facts["rope_parameters"] = config.rope_parameters
+        return facts
 
-    def _norm(self, name: str, x: ir.Value, pending: ir.Value | None) -> tuple[ir.Value, ir.Value]:
-        """RMSNorm of ``x + pending``, and that sum."""
-        weight = self._weight(name)
-        if pending is None:
-            return self._tape.norm(f"{self._path}/{name}", x, weight), x
-        return self._tape.add_norm(f"{self._path}/{name}", x, pending, weight)
+    @property
+    def spec(self) -> ModelSpec:
+        """What a manifest says of it."""
+        config, shape = self.config, self.shape
+        rows, width = config.memory_layers, config.hidden_size
+        memory = MemorySpec(rows, width, "added", self._gain()) if rows else MemorySpec()
+        computed = 3 * width * config.intermediate_size if shape.has_compute else 0
+        return ModelSpec(
+            identity="",
+            architecture="memoryllm",
+            hidden_size=width,
+            num_hidden_layers=shape.layers,
+            num_attention_heads=shape.heads.heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=(),
+            memory=memory,
+            caches=tuple(
+                CacheSpec(layer, shape.heads.kv_heads, shape.heads.graph_head_dim)
+                for layer in range(shape.layers)
+            ),
+            details={"beta": config.beta, "feed_forward_parameters": shape.layers * computed},
+        )
 
-    def _attention_weights(self) -> AttentionWeights:
-        def read(names: Sequence[str], part: str = "weight") -> dict[str, np.ndarray]:
-            return {name: self._weight(f"self_attn.{name}", part) for name in names}
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names that the graph gives its matrices, as they lie in it."""
+        compute = ("gate_up_proj", "down_proj") if self.shape.has_compute else ()
+        return ("qkv_proj", "o_proj", *compute, "lm_head")
 
-        queries = ("q_proj", "k_proj", "v_proj")
+    def makes_rows(self, weight: str) -> bool:
+        """Whether a weight does nothing but make memory rows."""
+        return _MAKES_ROWS.fullmatch(weight) is not None
+
+    def build(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
+        """Record the graph: the drawing at the top of this file, layer by layer."""
+        shape = self.shape
+        attention = Attention(graph, step, shape.heads, self._rotary())
+        x, pending = step.tokens.embedding, None
+        for layer in range(shape.layers):
+            path = f"/model/layers.{layer}"
+            normed, x = self._add_norm(graph, f"{path}/input_layernorm", x, pending)
+            weights = self._attention_weights(f"model.layers.{layer}.self_attn")
+            pending = attention(layer, f"{path}/self_attn", normed, weights)
+            if shape.has_compute:
+                normed, x = self._add_norm(graph, f"{path}/post_attention_layernorm", x, pending)
+                matrices = self._arrays(f"model.layers.{layer}.mlp", _FEED_FORWARD)
+                pending = swiglu(graph, f"{path}/mlp", normed, matrices)
+            if step.tokens.memory is not None:
+                memory = layer_memory(graph, step.tokens.memory, layer)
+                x = graph.op(f"{path}/memory/Add", "Add", [x, memory])
+        assert pending is not None  # there are layers
+        x, pending = wanted_positions(graph, step, x=x, pending=pending)
+        normed, _ = self._add_norm(graph, "/model/norm", x, pending)
+        head = "model.embed_tokens" if shape.tied_head else "lm_head"
+        return graph.linear("/lm_head", normed, self._array(f"{head}.weight"))
+
+    def reference(
+        self, device: str = "cpu", compute_dtype: torch.dtype = torch.float32
+    ) -> MemoryLLMReference:
+        """The network over the mapped weights; its matrices compute in `compute_dtype`."""
+        network = network_over(self.config, self.weights).to(device)
+        return MemoryLLMReference(converting(network, compute_dtype), self.shape)
+
+    def _gain(self) -> tuple[float, ...]:
+        """One factor per layer: the configuration's, all ones if none, times the learned one."""
+        layers = self.shape.layers
+        gain = self.config.memory_gain or (1.0,) * layers
+        learned = self.weights.get(_LEARNED_GAIN, torch.ones(layers))
+        return tuple(map(operator.mul, gain, learned.tolist()))
+
+    def _rotary(self) -> Rotary:
+        """The network's own rotary embedding at every position: half of it, for it repeats."""
+        positions = torch.arange(self.config.max_position_embeddings).unsqueeze(0)
+        cosine, sine = LlamaRotaryEmbedding(self.config)(torch.zeros(1), positions)
+        half = self.shape.heads.head_dim // 2  # of [1, P, head_dim]
+        return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
+
+    def _add_norm(
+        self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        weight = self._array(f"{path[1:].replace('/', '.')}.weight")
+        return graph.add_norm(path, x, pending, weight, self.shape.epsilon)
+
+    def _attention_weights(self, path: str) -> AttentionWeights:
+        shape = self.shape
         return AttentionWeights(
-            read((*queries, "o_proj")),
-            read(queries, "bias") if self._config.attention_bias else None,
-            read(("q_norm", "k_norm")) if self._config.qk_norm else None,
+            self._arrays(path, (*_QUERIES, "o_proj")),
+            self._arrays(path, _QUERIES, "bias") if shape.attention_bias else None,
+            self._arrays(path, ("q_norm", "k_norm")) if shape.qk_norm else None,
+            shape.epsilon,
         )
 
-    def _weight(self, name: str, part: str = "weight") -> np.ndarray:
-        return self._read(f"model.layers.{self._layer}.{name}.{part}")
+    def _arrays(
+        self, path: str, names: Sequence[str], part: str = "weight"
+    ) -> dict[str, np.ndarray]:
+        return {name: self._array(f"{path}.{name}.{part}") for name in names}
+
+    def _array(self, name: str) -> np.ndarray:
+        return weight_array(self.weights[name])
 
 
-def _cache_inputs(dtype: str, layer: int, shape: AttentionShape) -> tuple[ir.Value, ir.Value]:
-    dims: list[str | int] = ["B", shape.kv_heads, "C", shape.graph_head_dim]
-    key, value = (
-        ir.val(f"past_key_values.{layer}.{part}", dtype=DATA_TYPES[dtype], shape=dims)
-        for part in ("key", "value")
-    )
-    return key, value
+class MemoryLLMReference:
+    """The network of the family as a judge; see `Reference`."""
 
+    def __init__(self, network: MemoryLLMForCausalLM, shape: Shape) -> None:
+        self.network = network
+        self._shape = shape
 
-def _head(
-    tape: GraphTape, read: ReadWeight, config: Any, stream: _Stream, logits_index: ir.Value
-) -> ir.Value:
-    """Logits [B,K,V]; only the positions asked for reach the last norm and the head."""
-    axis = tape.constant("model.positions.axis", np.array([-1]))
-    positions = tape.op(
-        "/model/positions/Unsqueeze", "Unsqueeze", [logits_index, axis], dtype="int64"
-    )
-    x, pending = (
-        tape.op(
-            f"/model/positions/{name}/GatherND", "GatherND", [value, positions], {"batch_dims": 1}
+    def rows(self, chunk: int | None = None) -> Rows:
+        """Embeddings and memory rows of tokens, without gain, computed a chunk at a time."""
+        return NetworkRows(self.network, chunk)
+
+    def logits(self, ids: Sequence[int], chunk: int) -> Iterator[Floats]:
+        """Logits [<= chunk, V] of a text; the network computes its memory by itself.
+
+        The layers see all ids at once; only the head, whose output is large, goes by chunks.
+        """
+        tokens = torch.tensor([ids], device=self.network.device)
+        with torch.inference_mode():
+            hidden = self.network.model(tokens, use_cache=False).last_hidden_state[0]
+        for start in range(0, len(ids), chunk):
+            with torch.inference_mode():
+                logits = self.network.lm_head(hidden[start : start + chunk])
+            yield logits.float().cpu().numpy()
+
+    def fed_logits(self, ids: Sequence[int], embedding: Floats, rows: Floats) -> Floats:
+        """Logits [T, V] out of embeddings [U, D] and rows [U, L, D] of the distinct ids, sorted."""
+        index = np.unique(np.asarray(ids), return_inverse=True)[1].reshape(1, -1)
+        arrays = (index, embedding, rows)
+        fed = TokenRows(*(torch.from_numpy(array).to(self.network.device) for array in arrays))
+        with torch.inference_mode():
+            logits: Floats = self.network(token_rows=fed).logits[0].float().cpu().numpy()
+        return logits
+
+    def runtime(self) -> Runtime:
+        """The network behind the contract of runtimes."""
+        return TorchReference(self.network)
+
+    def run(self, ids: torch.Tensor) -> None:
+        """Compute a text [1, T], for what listens."""
+        with torch.inference_mode():
+            self.network.model(ids, use_cache=False)
+
+    def stored(self) -> Sequence[StoredKV]:
+        """What each cache stores, in the order of the layers."""
+        attentions = [layer.self_attn for layer in self.network.model.layers]
+        return [
+            StoredKV(
+                each.k_norm if self._shape.qk_norm else each.k_proj,
+                each.v_proj,
+                self._shape.heads.kv_heads,
+            )
+            for each in attentions
+        ]
+
+    @torch.no_grad()
+    def stages(self, windows: torch.Tensor) -> Iterator[Stage]:
+        """Yield every layer, and at last the head, before it is run over texts [N, T]."""
+        model = self.network.model
+        distinct, index = torch.unique(windows, return_inverse=True)
+        embedding = model.embed_tokens(distinct)
+        parts = index.split(_BATCH)
+        stream = [functional.embedding(part, embedding) for part in parts]
+        source, shared = model.token_memory(distinct, embedding)
+        for number, layer in enumerate(model.layers):
+            yield Stage(f"model.layers.{number}", self._matrices(layer))
+            rows = self._memory(layer, source, rows_of_layer(shared, number))
+            for place, (x, part) in enumerate(zip(stream, parts, strict=True)):
+                fed = part, None, rows, model.memory_gain(number)
+                stream[place] = layer(x, *fed, **self._attention(x))
+        yield Stage("", {"lm_head": Matrix(self.network.lm_head)})
+        for x in stream:
+            self.network.lm_head(model.norm(x))
+
+    def _attention(self, x: torch.Tensor) -> dict[str, Any]:
+        """What the network gives the attention of a layer, for texts [N, T, D] from the start."""
+        positions = torch.arange(x.shape[1]).unsqueeze(0)
+        mask = create_causal_mask(
+            config=self.network.config,
+            inputs_embeds=x,
+            attention_mask=None,
+            position_ids=positions,
+            **{CACHE: None},
         )
-        for name, value in (("x", stream.x), ("pending", stream.pending))
-    )
-    normed, _ = tape.add_norm("/model/norm", x, pending, read("model.norm.weight"))
-    tied = config.tie_word_embeddings
-    head = read("model.embed_tokens.weight" if tied else "lm_head.weight")
-    logits = tape.linear("/lm_head", normed, head)
-    logits.name = "logits"
-    return logits
+        rotary = self.network.model.rotary_emb(x, position_ids=positions)
+        return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
+
+    def _matrices(self, layer: Any) -> dict[str, Matrix]:
+        widen = partial(widen_heads, shape=self._shape.heads)
+        matrices = {
+            "self_attn.qkv_proj": Matrix(layer.self_attn.q_proj),
+            "self_attn.o_proj": Matrix(layer.self_attn.o_proj, widen),
+        }
+        if self._shape.has_compute:
+            matrices["mlp.gate_up_proj"] = Matrix(layer.mlp.gate_proj)
+            matrices["mlp.down_proj"] = Matrix(layer.mlp.down_proj)
+        return matrices
+
+    def _memory(
+        self, layer: Any, source: torch.Tensor, rows: torch.Tensor | None
+    ) -> torch.Tensor | None:
+        """The layer's memory rows [U, D] from what ``TokenMemory`` gives for the tokens."""
+        if not self.network.config.has_memory:
+            return None
+        parts = source.split(_ROWS)
+        ready = [None] * len(parts) if rows is None else rows.split(_ROWS)
+        found = [layer.memory_rows(part, own) for part, own in zip(parts, ready, strict=True)]
+        return torch.cat([memory.float() for memory in found])

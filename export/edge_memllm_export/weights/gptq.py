@@ -6,27 +6,22 @@ matrix's inputs X, the error of a row w is (w - v) M (w - v)^T, v being the row 
 scales stand for. Frantar et al., GPTQ (ICLR 2023), round the columns one by one, the largest inputs
 first, each after the errors so far have been carried over to it. The carrying is written here as
 feedback through a factor of M, which is the same (Chee et al., QuIP, 2023, theorem 6) and needs
-no inverse. Scales are those of rounding to nearest. It knows numpy, no networks and no graphs.
+no inverse. Scales are those of rounding to nearest. M is summed up layer by layer, while the
+reference is run over a text.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
 from torch import nn
-from torch.nn import functional
-from transformers.masking_utils import create_causal_mask
 
 from edge_memllm.errors import ExportError
-from edge_memllm.modeling import MemoryLLMForCausalLM
-from edge_memllm.modeling.configuration import CACHE
-from edge_memllm.modeling.network import rows_of_layer
+from edge_memllm_export.architectures.architecture import Reference, Stage
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
 from edge_memllm_export.texts import fitting_text
 from edge_memllm_export.weights.kv_steps import text_tokens
 from edge_memllm_export.weights.quantizer import QuantizeMatrix, quantize
@@ -36,21 +31,9 @@ _DAMPING = 0.01
 _STRIDE = 64  # columns whose errors are carried among themselves before they are to all others
 
 _WINDOW = 256
-_BATCH = 8  # windows in a layer at once
-_ROWS = 1024  # tokens whose memory is computed at once
-# Matrix of the graph -> the module whose input it reads. `projections` are themselves.
-_READERS = {
-    "self_attn.qkv_proj": "self_attn.q_proj",
-    "self_attn.o_proj": "self_attn.o_proj",
-    "mlp.gate_up_proj": "mlp.gate_proj",
-    "mlp.down_proj": "mlp.down_proj",
-    "mlp.projections.0": "mlp.projections.0",
-    "mlp.projections.1": "mlp.projections.1",
-}
+_TOKENS = 8192  # half or twice as many change nothing measurable
 
 LayersDone = Callable[[int], None]
-
-_TOKENS = 8192  # half or twice as many change nothing measurable
 
 
 class Feedback:
@@ -127,9 +110,10 @@ class InputMoments:
     """Second moments by the names of the graph's matrices, asked for in the graph's order."""
 
     def __init__(
-        self, network: MemoryLLMForCausalLM, tokens: list[int], progress: LayersDone
+        self, reference: Reference, tokens: Sequence[int], window: int, progress: LayersDone
     ) -> None:
-        self._walk = _moments(network, tokens, progress)
+        """Take a text and how many tokens of it go together at most."""
+        self._walk = _moments(reference, tokens, min(window, _WINDOW), progress)
         self._found: dict[str, np.ndarray] = {}
 
     def of(self, name: str) -> np.ndarray:
@@ -149,89 +133,51 @@ class InputMoments:
         return moment
 
 
-@torch.no_grad()
 def _moments(
-    network: MemoryLLMForCausalLM, tokens: list[int], progress: LayersDone
+    reference: Reference, tokens: Sequence[int], window: int, progress: LayersDone
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the moments of every layer's matrices, then that of the head."""
-    model, config = network.model, network.config
-    window = min(_WINDOW, len(tokens), config.max_position_embeddings)
-    ids = torch.tensor(tokens[: len(tokens) // window * window]).view(-1, window)
-    distinct, index = torch.unique(ids, return_inverse=True)
-    embedding = model.embed_tokens(distinct)
-    parts = index.split(_BATCH)
-    stream = [functional.embedding(part, embedding) for part in parts]
-    source, shared = model.token_memory(distinct, embedding)
-    for number, layer in enumerate(model.layers):
-        rows = _memory(layer, source, rows_of_layer(shared, number)) if config.has_memory else None
-        found, hooks = _listen(layer)
-        for place, (x, part) in enumerate(zip(stream, parts, strict=True)):
-            fed = part, None, rows, model.memory_gain(number)
-            stream[place] = layer(x, *fed, **_attention(model, config, x))
-        for hook in hooks:
+    window = min(window, len(tokens))
+    windows = torch.tensor(tokens[: len(tokens) // window * window]).view(-1, window)
+    heard: _Listening | None = None
+    for number, stage in enumerate(reference.stages(windows)):
+        if heard is not None:
+            yield heard.moments(windows.numel())
+            progress(number)
+        heard = _Listening(stage)
+    assert heard is not None  # the head at least
+    yield heard.moments(windows.numel())
+
+
+class _Listening:
+    """Sums of ``x x^T`` of one stage, growing while it is run, until they are asked for."""
+
+    def __init__(self, stage: Stage) -> None:
+        self._stage = stage
+        self._sums: dict[str, torch.Tensor] = {}
+        self._hooks = [
+            matrix.module.register_forward_pre_hook(partial(self._add, name))
+            for name, matrix in stage.matrices.items()
+        ]
+
+    def moments(self, count: int) -> dict[str, np.ndarray]:
+        """Moments by the names of the graph's initialisers, in its columns; ends the listening."""
+        for hook in self._hooks:
             hook.remove()
-        yield _named(found, f"model.layers.{number}", ids.numel(), config)
-        progress(number + 1)
-    found = {}
-    for x in stream:
-        _add_moment(found, "lm_head", network.lm_head, (model.norm(x),))
-    yield _named(found, "", ids.numel(), config)
+        named = {}
+        for name, total in self._sums.items():
+            moment = total.div_(count).numpy()
+            arrange = self._stage.matrices[name].arrange
+            if arrange is not None:
+                moment = arrange(arrange(moment).T)
+            named[f"{self._stage.path}.{name}.weight".lstrip(".")] = moment
+        return named
 
-
-def _attention(model: Any, config: Any, x: torch.Tensor) -> dict[str, Any]:
-    """What the network gives the attention of each layer, for a batch [B, T, D] from the start."""
-    positions = torch.arange(x.shape[1]).unsqueeze(0)
-    mask = create_causal_mask(
-        config=config,
-        inputs_embeds=x,
-        attention_mask=None,
-        position_ids=positions,
-        **{CACHE: None},
-    )
-    rotary = model.rotary_emb(x, position_ids=positions)
-    return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
-
-
-def _memory(layer: Any, source: torch.Tensor, rows: torch.Tensor | None) -> torch.Tensor:
-    """The layer's memory rows [U, D] from what ``TokenMemory`` gives for the tokens."""
-    parts = source.split(_ROWS)
-    ready = [None] * len(parts) if rows is None else rows.split(_ROWS)
-    found = [layer.recall(part, own) for part, own in zip(parts, ready, strict=True)]
-    return torch.cat([memory.float() for memory in found])
-
-
-def _listen(layer: nn.Module) -> tuple[dict[str, torch.Tensor], list[Any]]:
-    """Sums of ``x x^T`` by matrix, growing as the layer is run, until the hooks are removed."""
-    sums: dict[str, torch.Tensor] = {}
-    modules = dict(layer.named_modules())
-    present = [(name, modules[path]) for name, path in _READERS.items() if path in modules]
-    return sums, [
-        module.register_forward_pre_hook(partial(_add_moment, sums, name))
-        for name, module in present
-    ]
-
-
-def _add_moment(
-    sums: dict[str, torch.Tensor], name: str, _: nn.Module, inputs: tuple[torch.Tensor]
-) -> None:
-    x = inputs[0].float().flatten(0, 1)
-    if name not in sums:
-        sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-    sums[name].addmm_(x.T, x)
-
-
-def _named(
-    sums: dict[str, torch.Tensor], path: str, count: int, config: Any
-) -> dict[str, np.ndarray]:
-    """Moments by the names of the graph's initialisers, in its columns."""
-    shape = AttentionShape(config.num_attention_heads, config.num_key_value_heads, config.head_dim)
-    named = {}
-    for name, total in sums.items():
-        moment = total.div_(count).numpy()
-        if name == "self_attn.o_proj":
-            moment = widen_heads(widen_heads(moment, shape).T, shape)
-        named[f"{path}.{name}.weight".lstrip(".")] = moment
-    return named
+    def _add(self, name: str, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
+        x = inputs[0].float().flatten(0, 1)
+        if name not in self._sums:
+            self._sums[name] = x.new_zeros(x.shape[1], x.shape[1])
+        self._sums[name].addmm_(x.T, x)
 
 
 def matrix_quantizer(
@@ -245,7 +191,8 @@ def matrix_quantizer(
     if method != "gptq":
         return quantize
     tokens = text_tokens(source, text, fitting_text(), _TOKENS)
-    moments = InputMoments(source.network(), tokens, progress)
+    window = source.spec.max_position_embeddings
+    moments = InputMoments(source.architecture.reference(), tokens, window, progress)
 
     def with_feedback(
         weight: np.ndarray, bits: int, block: int, scale_dtype: np.dtype, name: str

@@ -10,7 +10,6 @@ is measured; values are measured as they are.
 from __future__ import annotations
 
 from functools import partial
-from typing import Any
 
 import numpy as np
 import torch
@@ -19,7 +18,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.graph.blocks import KVScales
+from edge_memllm_export.graph.step import KVScales
 from edge_memllm_export.texts import fitting_text
 
 _TOKENS, _WINDOW = 8192, 1024
@@ -30,29 +29,25 @@ _SMALLEST_STEP = 1e-6  # of a channel that is zero on all of the text
 
 
 def kv_scales(source: Checkpoint, text: str | None) -> list[KVScales]:
-    """Steps for every layer, from the network's keys and values on the first tokens of a text.
+    """Steps for every cache, from the network's keys and values on the first tokens of a text.
 
     None takes the text that comes along, or random tokens where there is no tokenizer.
     """
-    network = source.network()
+    reference = source.architecture.reference()
     keys: dict[int, torch.Tensor] = {}
     values: dict[int, torch.Tensor] = {}
-    config: Any = source.config
-    heads = config.num_key_value_heads
-    for number, layer in enumerate(network.model.layers):
-        keep_key = partial(_keep_largest_pair, keys, number, heads)
-        attention = layer.self_attn
-        keys_from = attention.k_norm if config.qk_norm else attention.k_proj
-        keys_from.register_forward_hook(keep_key)
-        attention.v_proj.register_forward_hook(partial(_keep_largest, values, number))
-    with torch.inference_mode():
-        window = min(_WINDOW, source.config.max_position_embeddings)
-        tokens = text_tokens(source, text, fitting_text(), _TOKENS)
-        for part in torch.tensor([tokens]).split(window, dim=1):
-            network.model(part, use_cache=False)
+    stored = reference.stored()
+    for number, each in enumerate(stored):
+        keep_key = partial(_keep_largest_pair, keys, number, each.kv_heads)
+        each.keys.register_forward_hook(keep_key)
+        each.values.register_forward_hook(partial(_keep_largest, values, number))
+    window = min(_WINDOW, source.spec.max_position_embeddings)
+    tokens = text_tokens(source, text, fitting_text(), _TOKENS)
+    for part in torch.tensor([tokens]).split(window, dim=1):
+        reference.run(part)
     return [
-        KVScales(*(_steps(largest[number], heads) for largest in (keys, values)))
-        for number in range(len(keys))
+        KVScales(*(_steps(largest[number], each.kv_heads) for largest in (keys, values)))
+        for number, each in enumerate(stored)
     ]
 
 
@@ -62,7 +57,7 @@ def text_tokens(source: Checkpoint, text: str | None, otherwise: str, most: int)
     Random tokens take the place of `otherwise` where the model has no tokenizer or not its own.
     With a `text` that is an ExportError, and so is a text without tokens.
     """
-    vocabulary = source.config.vocab_size
+    vocabulary = source.spec.vocab_size
     file = source.path / TOKENIZER_FILE
     ids: list[int] = []
     if file.is_file():

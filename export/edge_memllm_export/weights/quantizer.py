@@ -9,13 +9,11 @@ It knows numpy and nothing of graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from typing import Any
+from collections.abc import Callable, Collection, Mapping
 
 import numpy as np
 
 from edge_memllm.errors import ExportError
-from edge_memllm.export_options import GRAPH_METHODS
 
 BLOCKS = (32, 64, 128, 256)
 # Large blocks are read faster and keep less of the weights. Matrices that fit a cache gain little.
@@ -38,6 +36,7 @@ WEIGHT_FORMS: dict[str, tuple[str, int | None]] = {
     "fp16": ("float16", None),
     "fp32": ("float32", None),
 }
+METHODS = ("rtn", "gptq")
 # Rounding to 8 bits costs hundredths of a per cent as it is.
 _DEFAULT_METHODS = {"int4": "gptq", "int8": "rtn"}
 
@@ -132,30 +131,20 @@ def _pack(signed: np.ndarray, bits: int) -> np.ndarray:
     return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
 
 
-def matrix_kinds(config: Any) -> tuple[str, ...]:
-    """Names that a graph of this network gives its matrices, as they lie in it."""
-    if not config.has_compute:
-        compute: tuple[str, ...] = ()
-    elif config.compute_form == "linear":
-        compute = ("projections",)
-    else:
-        compute = ("gate_up_proj", "down_proj")
-    return ("qkv_proj", "o_proj", *compute, "lm_head")
-
-
 def kind_of(path: str) -> str:
-    """The kind of the matrix at a path of the graph: /model/layers.3/mlp/projections.1."""
-    return path.rsplit("/", 1)[-1].split(".")[0]
+    """The kind of the matrix at a path of the graph: /model/layers.3/mlp/down_proj."""
+    return path.rsplit("/", 1)[-1]
 
 
-def check_matrix_forms(forms: Mapping[str, str], graph_weights: str, config: Any) -> None:
-    """Refuse kinds that this network's graph lacks, and forms that do not go with the main one."""
+def check_matrix_forms(
+    forms: Mapping[str, str], graph_weights: str, kinds: Collection[str]
+) -> None:
+    """Refuse kinds that are not the graph's, and forms that do not go with the main one."""
     if forms and WEIGHT_FORMS[graph_weights][1] is None:
         raise ExportError(
             f"matrix weights are for int4 and int8 graphs, the graph weights are {graph_weights}. "
             "Leave them out, or choose int4 or int8."
         )
-    kinds = matrix_kinds(config)
     quantised = [form for form, (_, bits) in WEIGHT_FORMS.items() if bits is not None]
     for kind, form in forms.items():
         if kind not in kinds:
@@ -173,8 +162,8 @@ def quantisation_method(method: str | None, graph_weights: str) -> str | None:
     default = _DEFAULT_METHODS.get(graph_weights)
     if method is None:
         return default
-    if method not in GRAPH_METHODS:
-        raise ExportError(f"graph method {method!r}, expected one of {', '.join(GRAPH_METHODS)}.")
+    if method not in METHODS:
+        raise ExportError(f"graph method {method!r}, expected one of {', '.join(METHODS)}.")
     if default is None:
         raise ExportError(
             f"graph method {method} is for quantised matrices, the graph weights are "

@@ -1,4 +1,4 @@
-"""Recording of the graph: onnx-ir nodes named after the module paths of the network.
+"""Nodes and weights of a graph, recorded by onnx-ir and named after the network's module paths.
 
 It knows operators and number formats; which operators make an attention or a feed-forward block
 is the business of the modules that call it.
@@ -34,7 +34,7 @@ DATA_TYPES = {
 _ACCURACY_LEVEL = 4
 
 
-class GraphTape:
+class GraphBuilder:
     """Nodes and initialisers of one graph, in the order they are made.
 
     ``weights`` is the form of its matrices but for those kinds that ``matrices`` gives another;
@@ -47,14 +47,12 @@ class GraphTape:
         matrices: Mapping[str, str],
         block: int | None,
         quantize: QuantizeMatrix,
-        epsilon: float,
     ) -> None:
         self.compute_dtype, _ = WEIGHT_FORMS[weights]
         self._weights = weights
         self._matrices = matrices
         self._block = block
         self._quantize = quantize
-        self._epsilon = epsilon
         self._tape = ir.tape.Tape()
 
     def op(
@@ -135,24 +133,28 @@ class GraphTape:
             domain=CONTRIB,
         )
 
-    def norm(self, path: str, x: ir.Value, weight: np.ndarray, filled: float = 1.0) -> ir.Value:
+    def norm(
+        self, path: str, x: ir.Value, weight: np.ndarray, epsilon: float, filled: float = 1.0
+    ) -> ir.Value:
         """RMSNorm of ``x``, over the part ``filled`` of its last axis; the rest of it is zero."""
         name = f"{path[1:].replace('/', '.')}.weight"
         scale = self.vector(name, weight if filled == 1 else weight * filled**0.5)
-        attributes = {"axis": -1, "epsilon": self._epsilon * filled}
+        attributes = {"axis": -1, "epsilon": epsilon * filled}
         return self.op(f"{path}/RMSNormalization", "RMSNormalization", [x, scale], attributes)
 
     def add_norm(
-        self, path: str, x: ir.Value, skip: ir.Value, weight: np.ndarray
+        self, path: str, x: ir.Value, skip: ir.Value | None, weight: np.ndarray, epsilon: float
     ) -> tuple[ir.Value, ir.Value]:
-        """RMSNorm of ``x + skip``, and the sum itself."""
+        """RMSNorm of ``x + skip``, and the sum itself; without ``skip``, of ``x``, and ``x``."""
+        if skip is None:
+            return self.norm(path, x, weight, epsilon), x
         name = f"{path}/SkipSimplifiedLayerNormalization"
         normed, _, _, total = self.op_outputs(
             name,
             "SkipSimplifiedLayerNormalization",
             [x, skip, self.vector(f"{path[1:].replace('/', '.')}.weight", weight)],
             [f"{name}/output_0", "", "", f"{name}/output_3"],
-            {"epsilon": self._epsilon},
+            {"epsilon": epsilon},
         )
         return normed, total
 
@@ -168,6 +170,11 @@ class GraphTape:
             name=name,
         )
         return self.op(f"{path}/MatMul", "MatMul", [x, self._tape.initializer(tensor)])
+
+
+def graph_input(name: str, dtype: str, shape: list[str | int]) -> ir.Value:
+    """An input of a graph; sizes that are only known in a step are letters."""
+    return ir.val(name, dtype=DATA_TYPES[dtype], shape=shape)
 
 
 def _require_finite(name: str, weight: np.ndarray, dtype: str) -> None:

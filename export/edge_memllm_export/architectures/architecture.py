@@ -1,0 +1,137 @@
+"""The contract of a family: everything about a model that only its architecture knows.
+
+A family is one file beside this one. The exporter asks it what the manifest says, for the graph,
+and for the network that judges both; which family it is, it never asks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any, NamedTuple, Protocol
+
+import numpy as np
+import onnx_ir as ir
+import torch
+from torch import nn
+
+from edge_memllm.arrays import Floats
+from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.runtime_protocol import Runtime
+from edge_memllm.table.source import Rows
+from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.step import StepInputs
+
+Weights = Mapping[str, torch.Tensor]
+Arrange = Callable[[np.ndarray], np.ndarray]
+
+
+class Source(Protocol):
+    """Configuration and weights by name, of files or of a network in memory."""
+
+    @property
+    def where(self) -> Path:
+        """What errors point to: where the configuration is from."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The configuration, as it was given."""
+
+    def weights(self, expected: Weights, *, tied: bool, described: str) -> Weights:
+        """The weights, which are those that `expected` names, in the dtype they are stored in.
+
+        `tied` says that the head is the embedding. Raises UnusableCheckpointError for others than
+        the network that is `described` has.
+        """
+
+
+class Matrix(NamedTuple):
+    """Where the reference multiplies what a matrix of the graph does."""
+
+    module: nn.Module  # its first input is the matrix's
+    arrange: Arrange | None = None  # rows [K, n] of its inputs -> the graph's rows, if they differ
+
+
+class Stage(NamedTuple):
+    """A part of the reference that is about to be run over a text."""
+
+    path: str  # of its matrices in the graph: "model.layers.3"
+    matrices: Mapping[str, Matrix]  # by their names behind the path
+
+
+class StoredKV(NamedTuple):
+    """Modules of the reference whose outputs are what one cache stores.
+
+    Keys are taken before the rotary embedding: [B, T, Hk * d] or [B, T, Hk, d].
+    """
+
+    keys: nn.Module
+    values: nn.Module
+    kv_heads: int
+
+
+class Reference(Protocol):
+    """The network in torch: the judge of table and graph, and what calibration listens to."""
+
+    @property
+    def network(self) -> Any:
+        """The network itself, frozen."""
+
+    def rows(self, chunk: int | None = None) -> Rows:
+        """Embeddings and memory rows of tokens, without gain, computed a chunk at a time."""
+
+    def logits(self, ids: Sequence[int], chunk: int) -> Iterator[Floats]:
+        """Logits [<= chunk, V] of a text; the network computes its memory by itself."""
+
+    def fed_logits(self, ids: Sequence[int], embedding: Floats, rows: Floats) -> Floats:
+        """Logits [T, V] out of embeddings [U, D] and rows [U, L, W] of the distinct ids, sorted."""
+
+    def runtime(self) -> Runtime:
+        """The network behind the contract of runtimes."""
+
+    def run(self, ids: torch.Tensor) -> None:
+        """Compute a text [1, T], for what listens."""
+
+    def stored(self) -> Sequence[StoredKV]:
+        """What each cache stores, in the order of the manifest's."""
+
+    def stages(self, windows: torch.Tensor) -> Iterator[Stage]:
+        """Yield every layer, and at last the head, before it is run over texts [N, T].
+
+        When the next one is asked for, it has been.
+        """
+
+
+class Architecture(Protocol):
+    """One model of a family."""
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What a manifest says of it; its identity and the tokens that end a text are left open."""
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The configuration, complete."""
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What changes a logit besides the weights: part of the model's identity."""
+
+    @property
+    def weights(self) -> Weights:
+        """All weights by name; a tied head is not among them."""
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names that the graph gives its matrices, as they lie in it."""
+
+    def makes_rows(self, weight: str) -> bool:
+        """Whether a weight does nothing but make memory rows."""
+
+    def build(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
+        """Record the graph; returns its logits [B, K, V]."""
+
+    def reference(
+        self, device: str = "cpu", compute_dtype: torch.dtype = torch.float32
+    ) -> Reference:
+        """The network over the weights where they are; its matrices compute in `compute_dtype`."""

@@ -1,0 +1,76 @@
+"""What a step brings to the graph, as values to build on: records, caches, positions."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+
+import numpy as np
+import onnx_ir as ir
+
+from edge_memllm.artifact.model_spec import CacheSpec, ModelSpec
+from edge_memllm.codecs import Codec
+from edge_memllm_export.graph.builder import GraphBuilder, graph_input
+from edge_memllm_export.graph.tokens import TokenInputs, token_inputs
+
+KeyValue = tuple[ir.Value, ir.Value]
+
+
+@dataclass(frozen=True)
+class KVScales:
+    """Steps of int8 keys and values in one layer, float32 [Hk, head_dim]: value = code * step."""
+
+    key: np.ndarray
+    value: np.ndarray
+
+
+@dataclass
+class StepInputs:
+    """The graph's inputs; `present` fills with its outputs, layer by layer."""
+
+    tokens: TokenInputs
+    logits_index: ir.Value  # int64 [B, K]
+    seqlens_k: ir.Value  # int32 [B], valid positions of each sequence - 1
+    total_sequence_length: ir.Value  # int32 scalar
+    past: dict[int, KeyValue]  # [B, Hk, C, d] by layer
+    kv_scales: Mapping[int, KVScales] | None  # by layer, where keys and values are int8
+    present: dict[int, KeyValue] = field(default_factory=dict)
+
+    @property
+    def inputs(self) -> list[ir.Value]:
+        """All of them, in the graph's order."""
+        positions = [self.logits_index, self.seqlens_k, self.total_sequence_length]
+        return [*self.tokens.inputs, *positions, *(v for pair in self.past.values() for v in pair)]
+
+    @property
+    def outputs(self) -> list[ir.Value]:
+        """Keys and values as the step leaves them."""
+        return [value for pair in self.present.values() for value in pair]
+
+
+def step_inputs(
+    graph: GraphBuilder,
+    spec: ModelSpec,
+    codec: Codec,
+    embedding_dtype: str,
+    kv_scales: Mapping[int, KVScales] | None,
+) -> StepInputs:
+    """Declare everything that docs/format.md feeds a graph of this model."""
+    kv_dtype = graph.compute_dtype if kv_scales is None else "int8"
+    return StepInputs(
+        tokens=token_inputs(graph, spec.hidden_size, spec.memory, codec, embedding_dtype),
+        logits_index=graph_input("logits_index", "int64", ["B", "K"]),
+        seqlens_k=graph_input("seqlens_k", "int32", ["B"]),
+        total_sequence_length=graph_input("total_sequence_length", "int32", []),
+        past={cache.layer: _cache_inputs(kv_dtype, cache) for cache in spec.caches},
+        kv_scales=kv_scales,
+    )
+
+
+def _cache_inputs(dtype: str, cache: CacheSpec) -> KeyValue:
+    dims: list[str | int] = ["B", cache.kv_heads, "C", cache.head_dim]
+    key, value = (
+        graph_input(f"past_key_values.{cache.layer}.{part}", dtype, dims)
+        for part in ("key", "value")
+    )
+    return key, value
