@@ -176,7 +176,7 @@ def _streams(memory: NetworkMemory, ids: Ids) -> tuple[Doubles, dict[str, Double
         "embedding": embedding.astype(np.float64),
         "attention": attention,
         "compute": np.stack(compute) if compute else np.zeros_like(attention),
-        "memory": _added(rows, memory.gain),
+        "memory": _added(rows, memory.gain) if memory.layers else np.zeros_like(attention),
     }
     return _values(streams[0]), parts
 
@@ -194,9 +194,7 @@ def _values(tensor: torch.Tensor) -> Doubles:
 
 def _added(rows: NDArray[np.float32], gain: NDArray[np.float32]) -> Doubles:
     """What each layer's memory adds to the stream: rows [T, M, D] -> [L, T, D]."""
-    tokens, memories, width = rows.shape
-    if not memories:
-        return np.zeros((len(gain), tokens, width))
+    tokens, _, width = rows.shape
     each = np.broadcast_to(rows, (tokens, len(gain), width)).astype(np.float64)
     added: Doubles = (each * gain[:, None]).swapaxes(0, 1)
     return added
