@@ -16,8 +16,8 @@ from edge_memllm.artifact.layout import RecordBuffer
 
 StepLogits: TypeAlias = NDArray[np.float32] | NDArray[np.float16]
 # What one sequence holds, by name; and of which dtype and shape that is.
-Held: TypeAlias = Mapping[str, NDArray[Any]]
-HeldLayout: TypeAlias = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
+KVState: TypeAlias = Mapping[str, NDArray[Any]]
+KVStateLayout: TypeAlias = dict[str, tuple[np.dtype[Any], tuple[int, ...]]]
 
 
 class KVCache(Protocol):
@@ -62,14 +62,14 @@ class KVCache(Protocol):
     def swap(self, first: int, second: int) -> None:
         """Exchange the places of two sequences."""
 
-    def layout(self, length: int) -> HeldLayout:
-        """Return what `held` gives for a sequence of `length` positions: dtypes and shapes."""
+    def state_layout(self, length: int) -> KVStateLayout:
+        """Return what `state` gives for a sequence of `length` positions: dtypes and shapes."""
 
-    def held(self, sequence: int) -> Held:
+    def state(self, sequence: int) -> KVState:
         """Return the keys and values of one sequence, exactly; read them before the next step."""
 
-    def hold(self, sequence: int, length: int, held: Held) -> None:
-        """Let a sequence hold `length` positions that `held` gave, here or in another cache.
+    def load_state(self, sequence: int, length: int, state: KVState) -> None:
+        """Let a sequence hold `length` positions that `state` gave, here or in another cache.
 
         Raises `RequestError` when that is more than the model's context.
         """

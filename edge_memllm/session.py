@@ -75,7 +75,7 @@ class Session:
         self._free = finalize(self, self._feeder.close)
         self._turn = SessionTurn(self._feeder.cache, model.in_use)
         if state.computed:
-            self._feeder.cache.hold(0, state.computed, state.held)
+            self._feeder.cache.load_state(0, state.computed, state.kv)
         model.adopt(self)
 
     @property
@@ -205,7 +205,7 @@ class Session:
             records = model.records(file.origin.overlays)
             file.origin.check_overlays(Origin.of(model.manifest, records), str(path))
             with closing(model.runtime.new_cache(1)) as empty:
-                state = file.state(empty.layout, model.manifest.model)
+                state = file.state(empty.state_layout, model.manifest.model)
             return cls(model, records, state)
 
     def close(self) -> None:
@@ -290,7 +290,7 @@ class Session:
             seed=self.seed,
             draws=self._draws,
             computed=self.computed,
-            held=self._feeder.cache.held(0),
+            kv=self._feeder.cache.state(0),
         )
 
 

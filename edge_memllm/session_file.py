@@ -40,7 +40,7 @@ from edge_memllm.checked_values import Fields
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.overlays.loaded import Selection
 from edge_memllm.request import check_tokens
-from edge_memllm.runtime_protocol import HeldLayout
+from edge_memllm.runtime_protocol import KVStateLayout
 from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
 
 _KIND = FileKind(
@@ -71,7 +71,7 @@ class SessionState:
     tokens: tuple[int, ...] = ()
     computed: int = 0  # of the tokens, from the front
     logits: NDArray[np.float32] | None = None  # [V]
-    held: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what `KVCache.held` gives
+    kv: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what `KVCache.state` gives
 
 
 @dataclass(frozen=True, slots=True)
@@ -136,7 +136,7 @@ class SessionHeader:
     draws: tuple[str, str]  # state and increment of PCG64
     sha256: str = UNSEALED  # of the header with these zeros, then of what stands behind it
 
-    def arrays(self, layout: HeldLayout) -> Tensors:
+    def arrays(self, layout: KVStateLayout) -> Tensors:
         """Return what stands behind the header, in order: the widest first, so all is aligned."""
         every = layout | {
             "logits": (np.dtype(np.float32), (self.logits,)),
@@ -144,7 +144,7 @@ class SessionHeader:
         }
         return dict(sorted(every.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
-    def to_bytes(self, layout: HeldLayout) -> bytes:
+    def to_bytes(self, layout: KVStateLayout) -> bytes:
         """Return length and JSON, padded to whole words."""
         metadata = {
             "format": _KIND.format,
@@ -154,7 +154,7 @@ class SessionHeader:
         }
         return header_bytes(metadata, self.arrays(layout), LENGTH.size)
 
-    def digest(self, layout: HeldLayout) -> Any:
+    def digest(self, layout: KVStateLayout) -> Any:
         """Return a sha256 that has seen the header; what stands behind it is to follow."""
         return hashlib.sha256(replace(self, sha256=UNSEALED).to_bytes(layout))
 
@@ -183,7 +183,7 @@ def write_session(path: Path, origin: Origin, state: SessionState, *, overwrite:
     existing file unless `overwrite`, `StorageError` when writing fails.
     """
     header = _header_of(origin, state)
-    layout = {name: (array.dtype, array.shape) for name, array in state.held.items()}
+    layout = {name: (array.dtype, array.shape) for name, array in state.kv.items()}
     with WholeFile(path, mode=0o600, overwrite=overwrite) as file:
         size = file.write(header.to_bytes(layout))
         digest = header.digest(layout)
@@ -215,7 +215,7 @@ class SessionFile:
             raise
         self.origin = self._header.origin
 
-    def state(self, layout: Callable[[int], HeldLayout], model: ModelSpec) -> SessionState:
+    def state(self, layout: Callable[[int], KVStateLayout], model: ModelSpec) -> SessionState:
         """Return the session, checked; its keys and values are mapped, to be copied.
 
         `layout` says what the model's keys and values of so many positions look like.
@@ -234,7 +234,7 @@ class SessionFile:
             tokens=tuple(tokens),
             computed=header.computed,
             logits=logits if logits.size else None,
-            held=arrays,
+            kv=arrays,
         )
 
     def __enter__(self) -> Self:
@@ -251,7 +251,7 @@ class SessionFile:
         file, self._size = open_regular(path, "a session")
         return os.fdopen(file, "rb")
 
-    def _arrays(self, layout: HeldLayout) -> dict[str, NDArray[Any]]:
+    def _arrays(self, layout: KVStateLayout) -> dict[str, NDArray[Any]]:
         """Return views of the mapped file, after all of it was checked."""
         header = self._header
         _KIND.check_same(self._head, header.to_bytes(layout), self._where)
@@ -311,10 +311,10 @@ def _parsed(said: Fields, digest: str, where: str) -> SessionHeader:
     )
 
 
-def _contents(header: SessionHeader, layout: HeldLayout, state: SessionState) -> Iterator[Any]:
+def _contents(header: SessionHeader, layout: KVStateLayout, state: SessionState) -> Iterator[Any]:
     """Yield the bytes behind the header, an array at a time."""
     every: Mapping[str, NDArray[Any]] = {
-        **state.held,
+        **state.kv,
         "logits": np.empty(0, np.float32) if state.logits is None else state.logits,
         "tokens": np.array(state.tokens, np.uint32),
     }

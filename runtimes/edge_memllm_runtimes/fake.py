@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64_intdigest
 
 from edge_memllm.artifact.layout import RecordBuffer
-from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
+from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
 from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
 
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
@@ -49,15 +49,15 @@ class FakeCache(GrowingCache):
         states = self.states
         states[first], states[second] = states[second], states[first]
 
-    def layout(self, length: int) -> HeldLayout:
+    def state_layout(self, length: int) -> KVStateLayout:
         """Return the hashes, [T]."""
         return {"states": (np.dtype(np.uint64), (length,))}
 
-    def _held(self, sequence: int, length: int) -> Held:
+    def _state(self, sequence: int, length: int) -> KVState:
         return {"states": np.array(self.states[sequence][:length], np.uint64)}
 
-    def _hold(self, sequence: int, held: Held) -> None:
-        self.states[sequence] = held["states"].tolist()
+    def _load_state(self, sequence: int, state: KVState) -> None:
+        self.states[sequence] = state["states"].tolist()
 
     def _free(self) -> None:
         self.states.clear()

@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.process.forking import ProcessLock
-from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
+from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
 
 FIRST_CAPACITY = 256
 
@@ -97,16 +97,16 @@ class GrowingCache(ABC):
         """Exchange what two sequences hold; `lengths` are still the old ones."""
 
     @abstractmethod
-    def layout(self, length: int) -> HeldLayout:
-        """Return what `held` gives for a sequence of `length` positions: dtypes and shapes."""
+    def state_layout(self, length: int) -> KVStateLayout:
+        """Return what `state` gives for a sequence of `length` positions: dtypes and shapes."""
 
     @abstractmethod
-    def _held(self, sequence: int, length: int) -> Held:
+    def _state(self, sequence: int, length: int) -> KVState:
         """Return what a sequence holds at its first `length` positions, which are all of it."""
 
     @abstractmethod
-    def _hold(self, sequence: int, held: Held) -> None:
-        """Write what `held` gave, for which there is room; `lengths` is still the old one."""
+    def _load_state(self, sequence: int, state: KVState) -> None:
+        """Write what `state` gave, for which there is room; `lengths` is still the old one."""
 
     @abstractmethod
     def _free(self) -> None:
@@ -166,19 +166,21 @@ class GrowingCache(ABC):
             self._swap(first, second)
             self.lengths[[first, second]] = self.lengths[[second, first]]
 
-    def held(self, sequence: int) -> Held:
+    def state(self, sequence: int) -> KVState:
         """Return the keys and values of one sequence, exactly; read them before the next step."""
-        return self._held(sequence, int(self.lengths[sequence]))
+        return self._state(sequence, int(self.lengths[sequence]))
 
-    def hold(self, sequence: int, length: int, held: Held) -> None:
-        """Let a sequence hold `length` positions that `held` gave."""
-        found = {name: (array.dtype, array.shape) for name, array in held.items()}
-        if found != self.layout(length):
-            raise ValueError(f"{length} positions of another cache, expected {self.layout(length)}")
+    def load_state(self, sequence: int, length: int, state: KVState) -> None:
+        """Let a sequence hold `length` positions that `state` gave."""
+        found = {name: (array.dtype, array.shape) for name, array in state.items()}
+        if found != self.state_layout(length):
+            raise ValueError(
+                f"{length} positions of another cache, expected {self.state_layout(length)}"
+            )
         self.ensure(length)
         self.truncate(sequence, 0)
         if length:
-            self._hold(sequence, held)
+            self._load_state(sequence, state)
         self.lengths[sequence] = length
 
     def active(self, sequence: int | range | None) -> slice:

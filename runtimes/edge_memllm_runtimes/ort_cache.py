@@ -16,7 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import RecordBuffer
-from edge_memllm.runtime_protocol import Held, HeldLayout
+from edge_memllm.runtime_protocol import KVState, KVStateLayout
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
 from edge_memllm_runtimes.ort_graph import GraphShape
 from edge_memllm_runtimes.ort_library import import_library
@@ -274,33 +274,35 @@ class OrtCache(GrowingCache):
             self._tensors[name] = self._grown(self._tensors.get(name), shape)
 
     def _copy(self, sequence: int, source: int, length: int) -> None:
-        for held in self._on_host():
-            held[sequence, :, :length] = held[source, :, :length]
+        for values in self._on_host():
+            values[sequence, :, :length] = values[source, :, :length]
 
     def _swap(self, first: int, second: int) -> None:
         length = int(max(self.lengths[first], self.lengths[second]))
-        for held in self._on_host():
-            both = held[[second, first], :, :length]  # a copy
-            held[first, :, :length], held[second, :, :length] = both
+        for values in self._on_host():
+            both = values[[second, first], :, :length]  # a copy
+            values[first, :, :length], values[second, :, :length] = both
 
-    def layout(self, length: int) -> HeldLayout:
+    def state_layout(self, length: int) -> KVStateLayout:
         """Return [Hk, T, d] for all keys and values."""
         shapes = self._shape.cache_shapes(1, length)
         return {name: (self._shape.kv_dtype, shape[1:]) for name, shape in shapes.items()}
 
-    def _held(self, sequence: int, length: int) -> Held:
+    def _state(self, sequence: int, length: int) -> KVState:
         if not self._tensors:
-            return {name: np.empty(shape, kind) for name, (kind, shape) in self.layout(0).items()}
+            return {
+                name: np.empty(shape, kind) for name, (kind, shape) in self.state_layout(0).items()
+            }
         names = self._tensors.keys()
         return {
             name: array[sequence, :, :length]
             for name, array in zip(names, self._on_host(), strict=True)
         }
 
-    def _hold(self, sequence: int, held: Held) -> None:
+    def _load_state(self, sequence: int, state: KVState) -> None:
         for name, tensor in self._tensors.items():
             array = tensor.numpy()  # on a CPU where it lies, else a copy
-            array[sequence, :, : held[name].shape[1]] = held[name]
+            array[sequence, :, : state[name].shape[1]] = state[name]
             if self._device != "cpu":
                 tensor.update_inplace(array)
 

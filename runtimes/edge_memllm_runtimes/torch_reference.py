@@ -17,7 +17,7 @@ from transformers import DynamicCache
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.modeling import TokenRows
-from edge_memllm.runtime_protocol import Held, HeldLayout, KVCache
+from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
 from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
 
 _PARTS = ("key", "value")
@@ -86,10 +86,10 @@ class TorchCache(GrowingCache):
         self.sequences[sequence] = copied
 
     def _swap(self, first: int, second: int) -> None:
-        held = self.sequences
-        held[first], held[second] = held[second], held[first]
+        own = self.sequences
+        own[first], own[second] = own[second], own[first]
 
-    def layout(self, length: int) -> HeldLayout:
+    def state_layout(self, length: int) -> KVStateLayout:
         """Return [Hk, T, d] for every layer's keys and values; numpy has no bfloat16."""
         kind = torch.empty(0, dtype=self._dtype).numpy().dtype
         return {
@@ -98,9 +98,11 @@ class TorchCache(GrowingCache):
             for part in _PARTS
         }
 
-    def _held(self, sequence: int, length: int) -> Held:
+    def _state(self, sequence: int, length: int) -> KVState:
         if not length:
-            return {name: np.empty(shape, kind) for name, (kind, shape) in self.layout(0).items()}
+            return {
+                name: np.empty(shape, kind) for name, (kind, shape) in self.state_layout(0).items()
+            }
         layers = enumerate(self.sequences[sequence].layers)
         return {
             f"{number}.{part}": tensor[0].numpy()
@@ -108,9 +110,9 @@ class TorchCache(GrowingCache):
             for part, tensor in zip(_PARTS, (layer.keys, layer.values), strict=True)
         }
 
-    def _hold(self, sequence: int, held: Held) -> None:
+    def _load_state(self, sequence: int, state: KVState) -> None:
         for layer in range(len(self._network.cache_shapes)):
-            keys, values = (torch.tensor(held[f"{layer}.{part}"])[None] for part in _PARTS)
+            keys, values = (torch.tensor(state[f"{layer}.{part}"])[None] for part in _PARTS)
             self.sequences[sequence].update(keys, values, layer)
 
     def _free(self) -> None:

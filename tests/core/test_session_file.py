@@ -256,7 +256,7 @@ def test_any_change_is_refused(model: Model, saved: Path, data: st.DataObject) -
 
 def test_arrays_come_back_exactly(model: Model) -> None:
     made = session(model)
-    held = made._feeder.cache.held(0)
+    held = made._feeder.cache.state(0)
     fork = made.fork()
-    for name, array in fork._feeder.cache.held(0).items():
+    for name, array in fork._feeder.cache.state(0).items():
         np.testing.assert_array_equal(array, held[name])

@@ -54,13 +54,13 @@ def test_what_is_held_goes_on_elsewhere_bit_for_bit(parts: tuple[Runtime, Table]
         first.skip(0, TEXT)
         second.skip(0, TEXT[:7])
         second.skip(1, TEXT[::-1])
-        held = first.cache.held(0)
-        assert {name: (a.dtype, a.shape) for name, a in held.items()} == first.cache.layout(
+        held = first.cache.state(0)
+        assert {name: (a.dtype, a.shape) for name, a in held.items()} == first.cache.state_layout(
             len(TEXT)
         )
-        second.cache.hold(1, len(TEXT), held)
+        second.cache.load_state(1, len(TEXT), held)
         assert second.cache.lengths.tolist() == [7, len(TEXT)]
-        for name, array in second.cache.held(1).items():
+        for name, array in second.cache.state(1).items():
             np.testing.assert_array_equal(array, held[name])
         expected = logits_after(first, 0, [65, 66])
         np.testing.assert_array_equal(logits_after(second, 1, [65, 66]), expected)
@@ -69,33 +69,33 @@ def test_what_is_held_goes_on_elsewhere_bit_for_bit(parts: tuple[Runtime, Table]
         expected = logits_after(again, 0, [65])
     with feeder(parts, 2) as second:
         second.skip(0, TEXT[:7])
-        second.cache.hold(1, 0, second.cache.held(1))
+        second.cache.load_state(1, 0, second.cache.state(1))
         np.testing.assert_array_equal(logits_after(second, 0, [65]), expected)
 
 
 def test_an_empty_sequence_holds_nothing(parts: tuple[Runtime, Table]) -> None:
     with feeder(parts) as one:
-        held = one.cache.held(0)
-        assert {name: (a.dtype, a.shape) for name, a in held.items()} == one.cache.layout(0)
+        held = one.cache.state(0)
+        assert {name: (a.dtype, a.shape) for name, a in held.items()} == one.cache.state_layout(0)
         assert all(array.size == 0 for array in held.values())
 
 
 def test_what_does_not_fit_is_refused(parts: tuple[Runtime, Table]) -> None:
     with feeder(parts) as one:
         one.skip(0, TEXT)
-        held = one.cache.held(0)
+        held = one.cache.state(0)
         for wrong in ({}, {**held, "more": np.zeros(3)}):
             with pytest.raises(ValueError, match="positions of another cache, expected"):
-                one.cache.hold(0, len(TEXT), wrong)
+                one.cache.load_state(0, len(TEXT), wrong)
         with pytest.raises(ValueError, match="3 positions of another cache"):
-            one.cache.hold(0, 3, held)
+            one.cache.load_state(0, 3, held)
         assert one.cache.lengths.tolist() == [len(TEXT)]
         one.cache.close()
         with pytest.raises(ValueError, match="the cache is closed"):
-            one.cache.hold(0, len(TEXT), held)
+            one.cache.load_state(0, len(TEXT), held)
 
 
 def test_more_than_the_context_is_refused() -> None:
     cache = FakeRuntime(VOCABULARY, 8).new_cache(1)
     with pytest.raises(RequestError, match="9 positions are needed and the model's context has 8"):
-        cache.hold(0, 9, {"states": np.zeros(9, np.uint64)})
+        cache.load_state(0, 9, {"states": np.zeros(9, np.uint64)})
