@@ -20,7 +20,7 @@ from edge_memllm.mixed_precision import Target
 from edge_memllm.options import Group, Option, byte_size, keywords, positive_number
 
 if TYPE_CHECKING:
-    from edge_memllm_export import ExportReport, Quality, RequantizeReport, Rung
+    from edge_memllm_export import ExportReport, ParityCheck, Quality, RequantizeReport
     from edge_memllm_export.table import MixedFigures
 
 _EXPORT = """\
@@ -214,7 +214,7 @@ def _mixed_line(mixed: MixedFigures) -> str:
     )
 
 
-def rung_table(rungs: Sequence[Rung]) -> str:
+def rung_table(rungs: Sequence[ParityCheck]) -> str:
     """One line per rung of the parity ladder."""
     rows = [("", "rung", "measured", "bound", "")]
     for rung in rungs:

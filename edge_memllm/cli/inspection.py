@@ -27,7 +27,7 @@ from edge_memllm.memory_plan import Footprint, footprint
 from edge_memllm.options import Option, positive_int
 
 if TYPE_CHECKING:
-    from edge_memllm_export import Rung
+    from edge_memllm_export import ParityCheck
 
 _INSPECT = """\
 Show what is in an artifact and what it will need: memory while running, disk, and bytes read
@@ -232,7 +232,7 @@ def _check(artifact: Artifact) -> None:
     open_runtime(artifact, "cpu").close()
 
 
-def _ladder(artifact: Path, checkpoint: Path) -> list[Rung]:
+def _ladder(artifact: Path, checkpoint: Path) -> list[ParityCheck]:
     try:
         from edge_memllm_export import verify_against
     except ModuleNotFoundError as error:
@@ -250,7 +250,7 @@ def _facts(artifact: Artifact) -> dict[str, Any]:
     }
 
 
-def _verdict(facts: dict[str, Any], rungs: list[Rung]) -> str:
+def _verdict(facts: dict[str, Any], rungs: list[ParityCheck]) -> str:
     whole = (
         f"ok: {facts['files']} files, {number(facts['bytes'])} bytes, {number(facts['records'])} "
         f"records; graph and table belong to {facts['identity']}"

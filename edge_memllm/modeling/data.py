@@ -1,4 +1,8 @@
-"""Text files to one memory-mapped array of token ids, and windows of it to train on."""
+"""Text files to what is trained on: a tokenizer, one mapped array of token ids, windows of it.
+
+Arrays of ids are kept and shared by what they were made of; a tokenizer is learned, given, or one
+of bytes.
+"""
 
 from __future__ import annotations
 

@@ -1,5 +1,8 @@
 """A student's first weights: the dense network's own where there are such, else fitted to it.
 
+Three steps: neurons are split between FFN-C and what a token alone decides; FFN-M is fitted to
+that by regression; and both go layer by layer.
+
 The layers are walked from the first to the last, with a text and with every token alone behind the
 token that begins a text. Each is fitted on what the student's layers before it make of both, to
 bring its stream back to that of the dense network. Of a token that the text lacks, what it does

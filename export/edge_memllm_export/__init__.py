@@ -11,15 +11,15 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_memllm_export.exporter import ExportReport, export_model
-    from edge_memllm_export.judgement import Quality, Rung, verify_against
+    from edge_memllm_export.judgement import ParityCheck, Quality, verify_against
     from edge_memllm_export.requantizer import RequantizeReport, requantize
     from edge_memllm_export.row_changes import checkpoint_difference
 
 __all__ = [
     "ExportReport",
+    "ParityCheck",
     "Quality",
     "RequantizeReport",
-    "Rung",
     "checkpoint_difference",
     "export_model",
     "requantize",
@@ -30,7 +30,7 @@ _HOMES = {
     "ExportReport": "exporter",
     "Quality": "judgement",
     "RequantizeReport": "requantizer",
-    "Rung": "judgement",
+    "ParityCheck": "judgement",
     "checkpoint_difference": "row_changes",
     "export_model": "exporter",
     "requantize": "requantizer",

@@ -41,10 +41,10 @@ from edge_memllm_export.judgement import (
     MAX_MEAN_KL,
     MAX_PERPLEXITY_INCREASE,
     JudgedArtifact,
+    ParityCheck,
     Quality,
-    Rung,
-    climb,
     measure_quality,
+    parity_checks,
     text_tokens,
     token_budget,
 )
@@ -203,7 +203,7 @@ class ExportReport:
 
     path: Path
     manifest: Manifest
-    rungs: tuple[Rung, ...]
+    rungs: tuple[ParityCheck, ...]
     quality: Quality | None
     mixed: MixedFigures | None = None
     notes: tuple[str, ...] = ()  # what to know of the files for text
@@ -257,7 +257,7 @@ def export_model(options: ExportOptions) -> ExportReport:
         form = replace(form, codec=table.layout.kinds[0].codec)  # all sections are fed alike
         export = _Export(source, form, table, writer, report)
         manifest = export.write(rows, options.calibration_text)
-        rungs: tuple[Rung, ...] = ()
+        rungs: tuple[ParityCheck, ...] = ()
         quality = None
         if options.verify:
             rungs, quality = export.judge(options.compute_dtype, text, options.accept_quality_loss)
@@ -331,12 +331,12 @@ class _Export:
 
     def judge(
         self, rows_dtype: str, text: str, accept_quality_loss: bool
-    ) -> tuple[tuple[Rung, ...], Quality | None]:
+    ) -> tuple[tuple[ParityCheck, ...], Quality | None]:
         """Reopen what was written, climb the ladder and measure quality; refuse what fails."""
-        rungs: list[Rung] = []
+        rungs: list[ParityCheck] = []
         reference = self._source.architecture.reference()
         with JudgedArtifact(self._writer.path, reference) as judged:
-            for rung in climb(judged, rows_dtype):
+            for rung in parity_checks(judged, rows_dtype):
                 _log.info("rung %d %s: %g of %g", rung.number, rung.name, rung.measured, rung.bound)
                 if not rung.ok:
                     raise ExportError(

@@ -1,4 +1,6 @@
-"""The parity ladder: an artifact against its checkpoint, rung by rung.
+"""An artifact against its checkpoint: first whether it computes the same, then what it lost.
+
+The first is the parity ladder:
 
     1  codec        rows -> bytes -> rows stays within the codec's bound
     2  table        rows and embeddings of the table are the network's
@@ -7,7 +9,8 @@
     5  cache        one token at a time gives what the whole sequence gives
     6  chunks       prefill in chunks gives what prefill in one go gives
 
-The first red rung names the fault: each relies only on those before it.
+The first red rung names the fault: each relies only on those before it. What codes of few bits
+lose is measured on a text, as divergence and perplexity.
 """
 
 from __future__ import annotations
@@ -37,6 +40,17 @@ from edge_memllm_runtimes import open_runtime
 if TYPE_CHECKING:
     from edge_memllm_export.architectures.architecture import Reference
 
+_SPREAD_TOKENS = 64
+_SEQUENCE = 48
+_ODD_CHUNK = 7
+_LOGIT_BOUND = 1e-4  # two float32 computations of the same logits, summed in different orders
+# Rows computed in other chunks than here, as a part of the largest value of their layer.
+_ROW_SLACK = {"float32": 1e-5, "bfloat16": 0.03}
+# Mean KL, nats. What quantisation costs is measured on a text; here a wrong wire must
+# show, which costs whole nats, also on networks with random weights.
+_GRAPH_KL_BOUNDS = {"int4": 0.5, "int8": 0.02, "fp16": 1e-3}
+_SAME_GRAPH_KL_BOUND = 1e-3
+
 # An export beyond either bound is refused unless the loss is accepted. 8-bit forms stay far
 # below both; the paper's 4-bit table costs 0.4 % of perplexity (Table 7), and careful 4-bit
 # matrices a few per cent. More than 5 % (0.05 nat) is what going down a model size costs.
@@ -52,18 +66,6 @@ _FEWEST_TOKENS = 512
 LEAST_TOKENS = 128
 # Tokens times parameters: about two minutes of one modern core, in both models together.
 _TOKEN_PARAMETERS = 1 << 40
-
-
-_SPREAD_TOKENS = 64
-_SEQUENCE = 48
-_ODD_CHUNK = 7
-_LOGIT_BOUND = 1e-4  # two float32 computations of the same logits, summed in different orders
-# Rows computed in other chunks than here, as a part of the largest value of their layer.
-_ROW_SLACK = {"float32": 1e-5, "bfloat16": 0.03}
-# Mean KL, nats. What quantisation costs on text is judged by quality.py; here a wrong wire must
-# show, which costs whole nats, also on networks with random weights.
-_GRAPH_KL_BOUNDS = {"int4": 0.5, "int8": 0.02, "fp16": 1e-3}
-_SAME_GRAPH_KL_BOUND = 1e-3
 
 
 class JudgedArtifact:
@@ -99,32 +101,6 @@ class JudgedArtifact:
                 yield np.array(feeder.score(0, ids[start : start + chunk]), np.float32)
 
 
-@dataclass(frozen=True)
-class Quality:
-    """How far the artifact is from its checkpoint on `tokens` predicted tokens of a text."""
-
-    tokens: int
-    mean_kl: float  # nats, checkpoint to artifact
-    max_kl: float
-    checkpoint_perplexity: float
-    artifact_perplexity: float
-
-    @property
-    def perplexity_increase(self) -> float:
-        """Relative change of perplexity; 0.01 is one per cent worse."""
-        return self.artifact_perplexity / self.checkpoint_perplexity - 1
-
-    @property
-    def acceptable(self) -> bool:
-        """Whether both bounds hold. A figure that is not a number does not."""
-        return self.mean_kl <= MAX_MEAN_KL and self.perplexity_increase <= MAX_PERPLEXITY_INCREASE
-
-
-def token_budget(parameters: int) -> int:
-    """How many tokens a model of this size is compared on."""
-    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, _TOKEN_PARAMETERS // parameters))
-
-
 def text_tokens(judged: JudgedArtifact, text: str, most: int) -> list[int]:
     """The first tokens of a text, at most `most`, by the artifact's own tokenizer.
 
@@ -140,38 +116,8 @@ def text_tokens(judged: JudgedArtifact, text: str, most: int) -> list[int]:
     return ids
 
 
-def measure_quality(
-    judged: JudgedArtifact, ids: list[int], progress: Counted | None = None
-) -> Quality:
-    """Compare the artifact with its checkpoint on the tokens `ids`, in windows of their own."""
-    window = min(_WINDOW, judged.artifact.manifest.model.max_position_embeddings)
-    parts: list[np.ndarray] = []
-    for start in range(0, len(ids), window):
-        parts += _window_figures(judged, ids[start : start + window])
-        if progress is not None:
-            progress(min(start + window, len(ids)), len(ids))
-    divergence, truth_loss, found_loss = np.concatenate(parts, axis=1)
-    return Quality(
-        tokens=len(divergence),
-        mean_kl=float(divergence.mean()),
-        max_kl=float(divergence.max()),
-        checkpoint_perplexity=exponential(float(truth_loss.mean())),
-        artifact_perplexity=exponential(float(found_loss.mean())),
-    )
-
-
-def _window_figures(judged: JudgedArtifact, ids: list[int]) -> Iterator[np.ndarray]:
-    """Yield [3, n]: divergence, loss of the checkpoint and of the artifact, at each position."""
-    both = zip(judged.reference.logits(ids, _CHUNK), judged.graph_logits(ids, _CHUNK), strict=True)
-    for start, (truth, found) in zip(range(1, len(ids), _CHUNK), both, strict=False):
-        targets = ids[start : start + _CHUNK]  # the last position has none
-        truth, found = truth[: len(targets)], found[: len(targets)]
-        losses = (next_token_losses(logits, targets) for logits in (truth, found))
-        yield np.stack([divergences(truth, found), *losses])
-
-
 @dataclass(frozen=True)
-class Rung:
+class ParityCheck:
     """One step of the ladder. It holds when `measured` is at most `bound`."""
 
     number: int
@@ -186,8 +132,8 @@ class Rung:
         return self.measured <= self.bound
 
 
-def verify_against(artifact: Path, checkpoint: Path) -> list[Rung]:
-    """Climb the ladder for an exported artifact.
+def verify_against(artifact: Path, checkpoint: Path) -> list[ParityCheck]:
+    """Climb the parity ladder for an exported artifact.
 
     Raises ArtifactError when it was exported from another checkpoint.
     """
@@ -202,10 +148,10 @@ def verify_against(artifact: Path, checkpoint: Path) -> list[Rung]:
                 "Compare it with the checkpoint it came from."
             )
         # How its rows were computed is not on record, so the wider slack has to do.
-        return list(climb(judged, "bfloat16"))
+        return list(parity_checks(judged, "bfloat16"))
 
 
-def climb(judged: JudgedArtifact, rows_dtype: str) -> Iterator[Rung]:
+def parity_checks(judged: JudgedArtifact, rows_dtype: str) -> Iterator[ParityCheck]:
     """Yield the rungs in order. `rows_dtype` is what the table's rows were computed in."""
     sequence = _sequence(judged)
     ids = np.union1d(sequence, _spread(judged))
@@ -237,7 +183,7 @@ def _spread(judged: JudgedArtifact) -> np.ndarray:
     return np.unique(np.linspace(0, last, _SPREAD_TOKENS).astype(np.int64))
 
 
-def _codec(judged: JudgedArtifact, ids: np.ndarray, rows: np.ndarray) -> Rung:
+def _codec(judged: JudgedArtifact, ids: np.ndarray, rows: np.ndarray) -> ParityCheck:
     layout = judged.table.layout
     decoded, bound = np.empty_like(rows), np.empty_like(rows)
     for codec, part in _codecs(layout, ids):
@@ -245,7 +191,7 @@ def _codec(judged: JudgedArtifact, ids: np.ndarray, rows: np.ndarray) -> Rung:
         bound[part] = codec.bound(rows[part])
     measured = _share(np.abs(decoded - rows), bound)
     note = f"largest error of {layout.codec_id}, as a share of its bound"
-    return Rung(1, "codec", measured, 1.0, note)
+    return ParityCheck(1, "codec", measured, 1.0, note)
 
 
 def _codecs(layout: TableLayout, ids: np.ndarray) -> Iterator[tuple[Codec, np.ndarray]]:
@@ -258,7 +204,7 @@ def _codecs(layout: TableLayout, ids: np.ndarray) -> Iterator[tuple[Codec, np.nd
 
 def _table(
     judged: JudgedArtifact, ids: np.ndarray, embedding: np.ndarray, rows: np.ndarray, slack: float
-) -> Rung:
+) -> ParityCheck:
     layout = judged.table.layout
     largest = np.abs(rows).max(axis=2, keepdims=True, initial=0.0)
     bound = slack * largest + np.zeros_like(rows)
@@ -271,19 +217,19 @@ def _table(
         _share(np.abs(judged.table.embeddings(ids) - embedding), embedding_bound),
     )
     note = f"largest difference over {len(ids)} tokens, as a share of the bound"
-    return Rung(2, "table", measured, 1.0, note)
+    return ParityCheck(2, "table", measured, 1.0, note)
 
 
 def _feeding(
     judged: JudgedArtifact, sequence: list[int], embedding: np.ndarray, rows: np.ndarray
-) -> Rung:
+) -> ParityCheck:
     computed = next(judged.reference.logits(sequence, len(sequence)))
     fed = judged.reference.fed_logits(sequence, embedding, rows)
     measured = float(np.abs(computed - fed).max())
-    return Rung(3, "feeding", measured, _LOGIT_BOUND, "largest logit difference")
+    return ParityCheck(3, "feeding", measured, _LOGIT_BOUND, "largest logit difference")
 
 
-def _graph(judged: JudgedArtifact, sequence: list[int]) -> Rung:
+def _graph(judged: JudgedArtifact, sequence: list[int]) -> ParityCheck:
     distinct = np.unique(sequence)
     table = judged.table
     network = judged.reference.fed_logits(
@@ -301,13 +247,13 @@ def _compared(
     truth: np.ndarray,
     found: np.ndarray,
     kl_bound: float,
-) -> Rung:
+) -> ParityCheck:
     """Logits of float32 graphs by their largest difference, of all others by KL divergence."""
     if judged.artifact.manifest.graph.weights == "fp32":
         measured = float(np.abs(truth - found).max())
-        return Rung(number, name, measured, _LOGIT_BOUND, "largest logit difference")
+        return ParityCheck(number, name, measured, _LOGIT_BOUND, "largest logit difference")
     note = f"mean KL divergence over {len(truth)} positions, nats"
-    return Rung(number, name, float(divergences(truth, found).mean()), kl_bound, note)
+    return ParityCheck(number, name, float(divergences(truth, found).mean()), kl_bound, note)
 
 
 def _graph_logits(judged: JudgedArtifact, sequence: list[int], chunk: int) -> np.ndarray:
@@ -319,3 +265,59 @@ def _share(error: np.ndarray, bound: np.ndarray) -> float:
     with np.errstate(divide="ignore", invalid="ignore"):
         shares = np.where(error == 0, 0.0, error / bound)
     return float(shares.max(initial=0.0))
+
+
+@dataclass(frozen=True)
+class Quality:
+    """How far the artifact is from its checkpoint on `tokens` predicted tokens of a text."""
+
+    tokens: int
+    mean_kl: float  # nats, checkpoint to artifact
+    max_kl: float
+    checkpoint_perplexity: float
+    artifact_perplexity: float
+
+    @property
+    def perplexity_increase(self) -> float:
+        """Relative change of perplexity; 0.01 is one per cent worse."""
+        return self.artifact_perplexity / self.checkpoint_perplexity - 1
+
+    @property
+    def acceptable(self) -> bool:
+        """Whether both bounds hold. A figure that is not a number does not."""
+        return self.mean_kl <= MAX_MEAN_KL and self.perplexity_increase <= MAX_PERPLEXITY_INCREASE
+
+
+def token_budget(parameters: int) -> int:
+    """How many tokens a model of this size is compared on."""
+    return max(_FEWEST_TOKENS, min(_MOST_TOKENS, _TOKEN_PARAMETERS // parameters))
+
+
+def measure_quality(
+    judged: JudgedArtifact, ids: list[int], progress: Counted | None = None
+) -> Quality:
+    """Compare the artifact with its checkpoint on the tokens `ids`, in windows of their own."""
+    window = min(_WINDOW, judged.artifact.manifest.model.max_position_embeddings)
+    parts: list[np.ndarray] = []
+    for start in range(0, len(ids), window):
+        parts += _window_figures(judged, ids[start : start + window])
+        if progress is not None:
+            progress(min(start + window, len(ids)), len(ids))
+    divergence, truth_loss, found_loss = np.concatenate(parts, axis=1)
+    return Quality(
+        tokens=len(divergence),
+        mean_kl=float(divergence.mean()),
+        max_kl=float(divergence.max()),
+        checkpoint_perplexity=exponential(float(truth_loss.mean())),
+        artifact_perplexity=exponential(float(found_loss.mean())),
+    )
+
+
+def _window_figures(judged: JudgedArtifact, ids: list[int]) -> Iterator[np.ndarray]:
+    """Yield [3, n]: divergence, loss of the checkpoint and of the artifact, at each position."""
+    both = zip(judged.reference.logits(ids, _CHUNK), judged.graph_logits(ids, _CHUNK), strict=True)
+    for start, (truth, found) in zip(range(1, len(ids), _CHUNK), both, strict=False):
+        targets = ids[start : start + _CHUNK]  # the last position has none
+        truth, found = truth[: len(targets)], found[: len(targets)]
+        losses = (next_token_losses(logits, targets) for logits in (truth, found))
+        yield np.stack([divergences(truth, found), *losses])

@@ -1,6 +1,8 @@
 """Sessions of ONNX Runtime: the library, its devices, its options, and its errors in our words.
 
-Knows no graph inputs and no generation.
+Repacking weights for a processor takes longer than reading them, so packed weights may be kept in a
+folder between loads: made on first use, whole or not at all, and checked each time. Knows no graph
+inputs and no generation.
 """
 
 from __future__ import annotations

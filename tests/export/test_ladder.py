@@ -18,9 +18,9 @@ from edge_memllm_export import judgement as ladder
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.judgement import (
     JudgedArtifact,
-    Rung,
-    climb,
+    ParityCheck,
     measure_quality,
+    parity_checks,
     text_tokens,
     token_budget,
 )
@@ -70,7 +70,7 @@ def test_every_form_of_the_family_climbs_the_ladder(
 
 
 def red_rungs(judged: JudgedArtifact) -> list[str]:
-    return [rung.name for rung in climb(judged, "float32") if not rung.ok]
+    return [rung.name for rung in parity_checks(judged, "float32") if not rung.ok]
 
 
 def test_rung_1_sees_a_codec_beyond_its_bound(
@@ -150,8 +150,8 @@ def test_rungs_5_and_6_see_a_graph_that_forgets(
 
 
 def test_a_measurement_that_is_no_number_is_red() -> None:
-    assert Rung(4, "graph", 0.1, 0.1, "").ok
-    assert not Rung(4, "graph", float("nan"), 0.1, "").ok
+    assert ParityCheck(4, "graph", 0.1, 0.1, "").ok
+    assert not ParityCheck(4, "graph", float("nan"), 0.1, "").ok
 
 
 def test_red_rung_ends_the_export(
