@@ -21,8 +21,8 @@ import numpy as np
 
 import edge_memllm
 from edge_memllm.cli.output import read_text
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.evaluation.perplexity import divergences, text_tokens
-from edge_memllm.feeding import Feeder
 from edge_memllm.overlays import open_overlay
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import RecordSource

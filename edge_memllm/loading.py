@@ -17,8 +17,9 @@ from typing import Annotated
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.checked_values import is_integer, wrong_value
+from edge_memllm.engine.feeding import PREFILL_CHUNKS
+from edge_memllm.engine.request import check_positive
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
-from edge_memllm.feeding import PREFILL_CHUNKS
 from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
 from edge_memllm.model import Model
@@ -27,7 +28,6 @@ from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.table import CACHE_BYTES
 from edge_memllm.progress import Progress
 from edge_memllm.readers import reader_names
-from edge_memllm.request import check_positive
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import give_back, process_memory
 from edge_memllm.table.table import QUALITIES, Table

@@ -19,8 +19,8 @@ import numpy as np
 from edge_memllm.artifact.layout import CHECKSUM_BYTES, EMBEDDING_DTYPES
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.model_spec import cache_values
+from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.errors import RequestError
-from edge_memllm.feeding import PREFILL_CHUNKS
 from edge_memllm.text import TOKENIZER_FILE
 
 # Measured with ONNX Runtime 1.31 on a CPU; docs/results/speed.md has the figures.

@@ -15,15 +15,9 @@ from typing import Any, Self, overload
 from weakref import WeakSet
 
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.engine.scheduler import complete_texts
-from edge_memllm.errors import ArtifactError, Cancellation, RequestError
-from edge_memllm.feeding import PREFILL_CHUNKS, Feeder, StepCosts
-from edge_memllm.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
-from edge_memllm.memory_plan import MemoryPlan
-from edge_memllm.overlays import Overlay, open_overlay
-from edge_memllm.overlays.loaded import OverlaySet, Selection
-from edge_memllm.process.forking import ProcessLock
-from edge_memllm.request import (
+from edge_memllm.engine.feeding import PREFILL_CHUNKS, Feeder, StepCosts
+from edge_memllm.engine.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
+from edge_memllm.engine.request import (
     CANCELLED_BY_TASK,
     ENGINE_ONLY,
     CheckedRequest,
@@ -35,6 +29,12 @@ from edge_memllm.request import (
     prompt_tokens,
     refuse_fields,
 )
+from edge_memllm.engine.scheduler import complete_texts
+from edge_memllm.errors import ArtifactError, Cancellation, RequestError
+from edge_memllm.memory_plan import MemoryPlan
+from edge_memllm.overlays import Overlay, open_overlay
+from edge_memllm.overlays.loaded import OverlaySet, Selection
+from edge_memllm.process.forking import ProcessLock
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import Sampling, check_seed, draw_seed, random_draws
 from edge_memllm.session import Session

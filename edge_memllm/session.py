@@ -13,18 +13,22 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import TYPE_CHECKING, Self
+from typing import Protocol, Self
 from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.errors import Cancellation, RequestError
-from edge_memllm.feeding import Feeder, StepCosts
-from edge_memllm.generation import Piece, TextAssembly, TokenSequence, generate_tokens, in_thread
-from edge_memllm.overlays.loaded import Selection
-from edge_memllm.process.forking import ProcessLock
-from edge_memllm.request import (
+from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.engine.feeding import Feeder, StepCosts
+from edge_memllm.engine.generation import (
+    Piece,
+    TextAssembly,
+    TokenSequence,
+    generate_tokens,
+    in_thread,
+)
+from edge_memllm.engine.request import (
     CANCELLED_BY_TASK,
     ENGINE_ONLY,
     CheckedRequest,
@@ -38,15 +42,37 @@ from edge_memllm.request import (
     refuse_fields,
     text_tokens,
 )
-from edge_memllm.runtime_protocol import KVCache
+from edge_memllm.errors import Cancellation, RequestError
+from edge_memllm.overlays.loaded import Selection
+from edge_memllm.process.forking import ProcessLock
+from edge_memllm.runtime_protocol import KVCache, Runtime
 from edge_memllm.session_file import Origin, SessionFile, SessionState, write_session
 from edge_memllm.statistics import Meter
-
-if TYPE_CHECKING:
-    from edge_memllm.model import Model
+from edge_memllm.text.tokenization import Tokenizer
 
 _CHOSEN = ": a session keeps what it was made with. Give it to Model.session."
 _OF_THE_SESSION = dict.fromkeys(("seed", "overlays", "without_memory"), _CHOSEN)
+
+
+class SessionModel(Protocol):
+    """What a session asks of the model it is of; see `edge_memllm.model.Model`."""
+
+    tokenizer: Tokenizer
+    runtime: Runtime
+    prefill_chunk: int
+
+    @property
+    def manifest(self) -> Manifest:
+        """What the artifact says of itself."""
+
+    def records(self, overlays: Sequence[str] | None = None) -> Selection:
+        """Return the records a text with these overlays gets."""
+
+    def in_use(self) -> AbstractContextManager[None]:
+        """Keep the model open while the context lasts."""
+
+    def adopt(self, session: Session) -> None:
+        """Close a session when the model is closed."""
 
 
 class Session:
@@ -59,7 +85,7 @@ class Session:
 
     def __init__(
         self,
-        model: Model,
+        model: SessionModel,
         records: Selection,
         state: SessionState,
     ) -> None:
@@ -198,7 +224,7 @@ class Session:
             return write_session(Path(path), origin, self._state(), overwrite=overwrite)
 
     @classmethod
-    def restore(cls, model: Model, path: str | os.PathLike[str]) -> Self:
+    def restore(cls, model: SessionModel, path: str | os.PathLike[str]) -> Self:
         """Read a saved session; see `Model.restore_session`."""
         with SessionFile(Path(path)) as file:
             file.origin.check(Origin.of(model.manifest, model.records(())), str(path))

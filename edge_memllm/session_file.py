@@ -37,9 +37,9 @@ from edge_memllm.artifact.tensor_header import (
     tensor_views,
 )
 from edge_memllm.checked_values import Fields
+from edge_memllm.engine.request import check_tokens
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.overlays.loaded import Selection
-from edge_memllm.request import check_tokens
 from edge_memllm.runtime_protocol import KVStateLayout
 from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
 

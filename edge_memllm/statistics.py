@@ -12,7 +12,7 @@ from pathlib import Path
 from time import perf_counter
 from typing import Any
 
-from edge_memllm.feeding import StepCosts
+from edge_memllm.engine.feeding import StepCosts
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import RecordSource
 

@@ -24,8 +24,8 @@ import edge_memllm
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.benchmark.machine import cached_share, evictor
 from edge_memllm.benchmark.plan import Plan, Variant, check_room, distinct_prompt, text_prompt
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.feeding import Feeder
 from edge_memllm.model import Model, Piece
 from edge_memllm.process.interrupts import taking_one
 from edge_memllm.sampling import Sampling

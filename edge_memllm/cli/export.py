@@ -13,11 +13,11 @@ from edge_memllm.artifact.manifest import TableSpec
 from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
 from edge_memllm.errors import missing_extra
-from edge_memllm.export_options import ExportOptions, RequantizeOptions
 from edge_memllm.hub import artifact_folder, checkpoint_folder
 from edge_memllm.memory_plan import graph_file_bytes
 from edge_memllm.mixed_precision import Target
 from edge_memllm.options import Group, Option, byte_size, keywords, positive_number
+from edge_memllm.options.export import ExportOptions, RequantizeOptions
 
 if TYPE_CHECKING:
     from edge_memllm_export import ExportReport, ParityCheck, Quality, RequantizeReport

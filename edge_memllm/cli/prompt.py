@@ -13,10 +13,10 @@ from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_memllm.cli.output import byte_count
+from edge_memllm.engine.request import Request, check_speculate
 from edge_memllm.errors import RequestError
 from edge_memllm.options import Option
 from edge_memllm.process.interrupts import go_on
-from edge_memllm.request import Request, check_speculate
 from edge_memllm.sampling import Sampling, check_seed
 from edge_memllm.text.tokenization import check_stops
 

@@ -17,11 +17,11 @@ from edge_memllm.cli.prompt import (
     has_template,
     statistics_line,
 )
+from edge_memllm.engine.request import Request, check_speculate
 from edge_memllm.errors import RequestError
 from edge_memllm.loading import LoadOptions
 from edge_memllm.model import Model
 from edge_memllm.options import Group, Option, keywords
-from edge_memllm.request import Request, check_speculate
 from edge_memllm.sampling import check_seed
 from edge_memllm.text.tokenization import check_stops
 

@@ -17,14 +17,14 @@ from typing import TYPE_CHECKING, Annotated
 import edge_memllm
 from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import read_text, write_json
+from edge_memllm.engine.feeding import SERVING_CHUNK
+from edge_memllm.engine.request import start_token
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.feeding import SERVING_CHUNK
 from edge_memllm.hub.names import HubModel
 from edge_memllm.loading import LoadOptions
 from edge_memllm.model import Model
 from edge_memllm.options import Group, Option, keywords, positive_int
 from edge_memllm.process.interrupts import leave
-from edge_memllm.request import start_token
 from edge_memllm.server.settings import KEY_VARIABLE, Settings
 from edge_memllm.text.chat import ChatTemplate
 

@@ -1,13 +1,26 @@
-"""Many requests on one model: queueing, batching, and keys and values used again. No HTTP.
+"""How text comes to be: requests checked, tokens fed and chosen, one text alone or many together.
 
-Light: numpy and the standard library. A server, a desktop program or a test submits requests to
-an `Engine` and reads replies, from threads or from asyncio.
+An `Engine` serves many at once: queueing, batching, keys and values used again; it is submitted to
+from threads or from asyncio. Light: numpy and the standard library. No HTTP. Names are imported
+when they are used, for the model stands on some of these modules and the engine on the model.
 """
 
-from edge_memllm.engine.engine import Engine
-from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece, TokenScore
-from edge_memllm.engine.scheduler import EngineStatistics
-from edge_memllm.request import Request
+from __future__ import annotations
+
+from importlib import import_module
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from edge_memllm.engine.engine import Engine
+    from edge_memllm.engine.reply import (
+        ChoiceStatistics,
+        RecordUse,
+        Reply,
+        ReplyPiece,
+        TokenScore,
+    )
+    from edge_memllm.engine.request import Request
+    from edge_memllm.engine.scheduler import EngineStatistics
 
 __all__ = [
     "ChoiceStatistics",
@@ -19,3 +32,20 @@ __all__ = [
     "Request",
     "TokenScore",
 ]
+
+_HOMES = {
+    "ChoiceStatistics": "reply",
+    "Engine": "engine",
+    "EngineStatistics": "scheduler",
+    "RecordUse": "reply",
+    "Reply": "reply",
+    "ReplyPiece": "reply",
+    "Request": "request",
+    "TokenScore": "reply",
+}
+
+
+def __getattr__(name: str) -> Any:
+    if name not in _HOMES:
+        raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+    return getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)

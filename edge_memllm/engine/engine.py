@@ -15,12 +15,12 @@ from threading import Condition, Thread
 from time import monotonic
 from typing import TYPE_CHECKING, Generic, Self, TypeVar
 
+from edge_memllm.engine.feeding import SERVING_CHUNK, Feeder, StepCosts
 from edge_memllm.engine.reply import Deadline, Generation, Reply
+from edge_memllm.engine.request import CheckedRequest, Request, check_positive, refuse_fields
 from edge_memllm.engine.scheduler import EngineStatistics, Scheduler
 from edge_memllm.errors import DrainingError, QueueFullError, RequestError
-from edge_memllm.feeding import SERVING_CHUNK, Feeder, StepCosts
 from edge_memllm.process.forking import ProcessLock
-from edge_memllm.request import CheckedRequest, Request, check_positive, refuse_fields
 
 if TYPE_CHECKING:
     from edge_memllm.model import Model

@@ -19,11 +19,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import TableLayout
+from edge_memllm.engine.generation import FinishReason, TextAssembly, TokenSequence
+from edge_memllm.engine.request import CheckedRequest
 from edge_memllm.engine.slots import Beginning
 from edge_memllm.errors import DeadlineError, ServiceError
-from edge_memllm.generation import FinishReason, TextAssembly, TokenSequence
 from edge_memllm.overlays.loaded import Selection
-from edge_memllm.request import CheckedRequest
 from edge_memllm.runtime_protocol import StepLogits
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import Fetched

@@ -12,12 +12,12 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from typing import Any
 
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.engine.reply import CollectedText, Generation
+from edge_memllm.engine.request import CheckedRequest
 from edge_memllm.engine.slots import Slot, Slots
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.feeding import Feeder
 from edge_memllm.overlays.loaded import Selection
-from edge_memllm.request import CheckedRequest
 from edge_memllm.runtime_protocol import StepLogits
 from edge_memllm.text.tokenization import Tokenizer
 

@@ -10,8 +10,8 @@ from collections.abc import Sequence
 from itertools import count
 from typing import NamedTuple
 
+from edge_memllm.engine.request import common_length
 from edge_memllm.overlays.loaded import Selection
-from edge_memllm.request import common_length
 from edge_memllm.runtime_protocol import KVCache
 
 # Moving fewer positions than this from another place is not worth the calls.

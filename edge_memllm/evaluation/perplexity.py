@@ -20,10 +20,10 @@ import numpy as np
 
 from edge_memllm.arrays import Doubles, Logits
 from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.engine.feeding import Feeder
+from edge_memllm.engine.request import start_token
 from edge_memllm.errors import RequestError
-from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
-from edge_memllm.request import start_token
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import RecordSource

@@ -18,12 +18,12 @@ import numpy as np
 
 from edge_memllm.arrays import Logits
 from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.engine.feeding import Feeder
+from edge_memllm.engine.request import check_tokens, start_token
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor, exponential
 from edge_memllm.evaluation.task_files import Item, Kind, Task
-from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
-from edge_memllm.request import check_tokens, start_token
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.text.tokenization import Tokenizer
 

@@ -20,8 +20,8 @@ from transformers import GenerationMixin
 from transformers.generation.configuration_utils import GenerationConfig, GenerationMode
 
 from edge_memllm.arrays import Logits
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import RequestError
-from edge_memllm.feeding import Feeder
 from edge_memllm.model import Model
 from edge_memllm.modeling.configuration import CACHE, one_cache
 from edge_memllm.runtime_protocol import KVCache

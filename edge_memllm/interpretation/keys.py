@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from edge_memllm.arrays import Floats, Ids
+from edge_memllm.engine.request import check_positive, check_tokens
 from edge_memllm.errors import RequestError
 from edge_memllm.interpretation.findings import (
     KeyCard,
@@ -31,7 +32,6 @@ from edge_memllm.interpretation.memory import (
 )
 from edge_memllm.interpretation.tokens import token_of
 from edge_memllm.progress import Counted, Progress
-from edge_memllm.request import check_positive, check_tokens
 from edge_memllm.text.token_texts import TokenTexts
 
 _CHUNK_BYTES = 32 << 20

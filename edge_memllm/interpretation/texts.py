@@ -13,9 +13,9 @@ import numpy as np
 
 from edge_memllm.arrays import Doubles, Floats
 from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import token_losses
-from edge_memllm.feeding import Feeder
 from edge_memllm.interpretation.findings import Sentence
 from edge_memllm.interpretation.tokens import token_of
 from edge_memllm.progress import Progress

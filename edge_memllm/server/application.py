@@ -23,8 +23,8 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
+from edge_memllm.engine.request import check_tokens, start_token
 from edge_memllm.errors import EdgeMemLLMError
-from edge_memllm.request import check_tokens, start_token
 from edge_memllm.server.calls import read_chat, read_completion
 from edge_memllm.server.fields import (
     ApiError,

@@ -12,9 +12,9 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from edge_memllm.engine.grammar import MakeConstraint
+from edge_memllm.engine.request import Request, check_tokens
 from edge_memllm.errors import RequestError
 from edge_memllm.model import Model
-from edge_memllm.request import Request, check_tokens
 from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
 from edge_memllm.server.fields import (
     ApiError,

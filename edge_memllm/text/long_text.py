@@ -10,7 +10,7 @@ from array import array
 from collections.abc import Iterator
 from itertools import islice
 
-from edge_memllm.request import check_tokens
+from edge_memllm.engine.request import check_tokens
 from edge_memllm.text.tokenization import Tokenizer
 
 BLOCK = 1 << 18  # characters; a tokenizer takes up to some 200 bytes for each

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 
 from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.engine.request import check_tokens
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.modeling.stored_weights import (
     CONFIG_FILE,
@@ -26,7 +27,6 @@ from edge_memllm.modeling.stored_weights import (
     read_json,
     read_weights,
 )
-from edge_memllm.request import check_tokens
 from edge_memllm.text import GENERATION_FILE
 from edge_memllm_export.architectures import open_architecture
 from edge_memllm_export.architectures.architecture import Architecture, Weights

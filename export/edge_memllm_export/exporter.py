@@ -19,10 +19,10 @@ from edge_memllm.artifact.layout import RecordLayout
 from edge_memllm.artifact.manifest import GraphSpec, Manifest
 from edge_memllm.codecs import codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableError
-from edge_memllm.export_options import COMPUTE_DTYPES, EXPORT_DEVICES, ExportOptions
 from edge_memllm.mixed_precision import ExactModel, Target
 from edge_memllm.modeling.training import keep_to_quota
 from edge_memllm.options import called_with
+from edge_memllm.options.export import COMPUTE_DTYPES, EXPORT_DEVICES, ExportOptions
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import Rows
 from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE

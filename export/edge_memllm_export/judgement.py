@@ -26,9 +26,9 @@ import numpy as np
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.codecs import Codec
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError, ExportError
 from edge_memllm.evaluation.perplexity import divergences, exponential
-from edge_memllm.feeding import Feeder
 from edge_memllm.progress import Counted
 from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.table import Table

@@ -22,12 +22,12 @@ from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.artifact.manifest import GraphSpec, Manifest
 from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.codecs import FAITHFUL, Codec, codec_id, get_codec
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
 from edge_memllm.evaluation.perplexity import divergences
-from edge_memllm.export_options import RequantizeOptions
-from edge_memllm.feeding import Feeder
 from edge_memllm.mixed_precision import ExactModel, Target
 from edge_memllm.options import called_with
+from edge_memllm.options.export import RequantizeOptions
 from edge_memllm.progress import Progress
 from edge_memllm.table.table import Table
 from edge_memllm.text import TOKENIZER_FILE

@@ -8,9 +8,9 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING
 
+from edge_memllm.engine.request import check_positive
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
 from edge_memllm.options import DEVICES
-from edge_memllm.request import check_positive
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm_runtimes.options import RuntimeOptions
 

@@ -21,8 +21,8 @@ from edge_memllm.cli.options import (
     argument_fields,
     options_of,
 )
+from edge_memllm.engine.feeding import PREFILL_CHUNKS, SERVING_CHUNK
 from edge_memllm.errors import RequestError
-from edge_memllm.feeding import PREFILL_CHUNKS, SERVING_CHUNK
 from edge_memllm.interpretation.explaining import key_of_layer
 from edge_memllm.loading import LoadOptions
 from edge_memllm.modeling.recipe import ConversionRecipe

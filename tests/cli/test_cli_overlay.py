@@ -16,8 +16,8 @@ import edge_memllm
 from edge_memllm import Model
 from edge_memllm.cli.main import main
 from edge_memllm.cli.prompt import Conversation
+from edge_memllm.engine.request import Request
 from edge_memllm.overlays import Edit, OverlaySpec, open_overlay, overlay_of
-from edge_memllm.request import Request
 from edge_memllm.sampling import Sampling
 from support.checkpoints import LAYERS, MakeArtifact, MakeCheckpoint
 from support.small_model import open_small_model, write_small_artifact

@@ -17,9 +17,9 @@ from typing import Any
 import pytest
 
 from edge_memllm.cli.prompt import Conversation, changed
+from edge_memllm.engine.request import Request
 from edge_memllm.errors import RequestError
 from edge_memllm.model import Model
-from edge_memllm.request import Request
 from edge_memllm.sampling import Sampling
 from edge_memllm_runtimes.fake import FakeRuntime
 from support import TESTS

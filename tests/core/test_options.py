@@ -89,3 +89,14 @@ def test_a_function_takes_the_fields_of_its_options() -> None:
     assert inspect.signature(call).parameters["size"].annotation is int
     with pytest.raises(TypeError, match="unexpected keyword argument 'colour'"):
         call(Path("x"), colour=1)
+
+
+def test_a_wrong_call_is_told_in_the_name_of_the_function() -> None:
+    @called_with(Inner)
+    def measure(options: Inner) -> Inner:
+        return options
+
+    with pytest.raises(
+        TypeError, match=r"^measure\(\) got an unexpected keyword argument 'nonsense'"
+    ):
+        measure(nonsense=1)  # type: ignore[call-arg]

@@ -14,9 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.feeding import ChunkReader, Feeder, StepCosts, number_distinct
+from edge_memllm.engine.generation import TokenSequence
 from edge_memllm.errors import CorruptionError, StorageError
-from edge_memllm.feeding import ChunkReader, Feeder, StepCosts, number_distinct
-from edge_memllm.generation import TokenSequence
 from edge_memllm.sampling import Sampler, Sampling
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime

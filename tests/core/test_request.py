@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import edge_memllm
 from edge_memllm import Model, RequestError
 from edge_memllm.engine import Engine
+from edge_memllm.engine.request import Request, check_tokens, prompt_tokens, token_limit
 from edge_memllm.errors import ArtifactError, Cancellation
-from edge_memllm.request import Request, check_tokens, prompt_tokens, token_limit
 from edge_memllm.sampling import Penalties
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, EOS, VOCABULARY

@@ -14,8 +14,8 @@ from hypothesis import strategies as st
 import edge_memllm
 from edge_memllm import Model, Sampling
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.feeding import StepCosts
-from edge_memllm.generation import (
+from edge_memllm.engine.feeding import StepCosts
+from edge_memllm.engine.generation import (
     ENDINGS,
     FIRST_DRAFTS,
     FIRST_REST,

@@ -10,11 +10,11 @@ import pytest
 
 from edge_memllm import CorruptionError
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.engine.reply import CollectedText, Generation
+from edge_memllm.engine.request import CheckedRequest, Request
 from edge_memllm.engine.scheduler import EngineStatistics, Scheduler
-from edge_memllm.feeding import Feeder
 from edge_memllm.overlays.loaded import Selection
-from edge_memllm.request import CheckedRequest, Request
 from edge_memllm.sampling import Sampling
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes.fake import FakeRuntime

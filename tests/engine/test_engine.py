@@ -132,7 +132,7 @@ def test_a_scored_prompt_is_computed_whole(model: Model) -> None:
 
 
 def test_scores_are_log_probabilities_of_the_model_itself(model: Model) -> None:
-    from edge_memllm.feeding import Feeder
+    from edge_memllm.engine.feeding import Feeder
 
     prompt = [5, 6, 7, 8]
     request = Request(

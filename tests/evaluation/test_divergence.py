@@ -105,7 +105,7 @@ def test_the_figures_of_a_known_difference(model: Model, bolder: Model) -> None:
 
 
 def plain_logits(model: Model, ids: list[int]) -> Any:
-    from edge_memllm.feeding import Feeder
+    from edge_memllm.engine.feeding import Feeder
 
     with Feeder(model.runtime, model.table, 1, 512) as feeder:
         return feeder.score(0, ids).copy()

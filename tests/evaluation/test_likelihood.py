@@ -11,8 +11,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm import Model, RequestError
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.evaluation.tasks import PairEncoder, Scorer
-from edge_memllm.feeding import Feeder
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, VOCABULARY, raw_byte_tokenizer

@@ -12,9 +12,9 @@ from hypothesis import strategies as st
 
 import edge_memllm
 from edge_memllm import Model, RequestError
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.evaluation.perplexity import Perplexity, combine, measure_perplexity, token_losses
-from edge_memllm.feeding import Feeder
 from edge_memllm.sampling import next_token_losses
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import BOS, VOCABULARY, MakeArtifact, MakeCheckpoint

@@ -16,8 +16,8 @@ from edge_memllm import Sampling
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec
 from edge_memllm.cli.main import main
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError
-from edge_memllm.feeding import Feeder
 from edge_memllm.memory_plan import position_bytes
 from edge_memllm_export import export_model, requantize, verify_against
 from edge_memllm_export.architectures import ARCHITECTURES

@@ -15,7 +15,7 @@ from edge_memllm.cli.main import build_parser, main
 from edge_memllm.cli.options import options_of
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.evaluation.perplexity import divergences
-from edge_memllm.export_options import GRAPH_METHODS
+from edge_memllm.options.export import GRAPH_METHODS
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import AttentionShape, widen_heads

@@ -16,7 +16,7 @@ from transformers import AutoModelForCausalLM
 
 import edge_memllm
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.feeding import Feeder
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.readers import reader_names
 from edge_memllm.table.table import Table
 from support.checkpoints import MakeArtifact, MakeCheckpoint

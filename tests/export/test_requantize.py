@@ -18,8 +18,8 @@ import edge_memllm.codecs
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.cli.main import main
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError, CorruptionError, ExportError
-from edge_memllm.feeding import Feeder
 from edge_memllm_export import requantize
 from edge_memllm_export import requantizer as module
 from edge_memllm_export.requantizer import rewire_graph

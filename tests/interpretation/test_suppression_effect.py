@@ -8,8 +8,8 @@ import numpy as np
 import pytest
 
 from edge_memllm import RequestError
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError
-from edge_memllm.feeding import Feeder
 from edge_memllm.interpretation.explaining import Subject, open_subject
 from edge_memllm.interpretation.suppression import Wish, effects, suppress, words_of
 from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression

@@ -14,9 +14,9 @@ import pytest
 import edge_memllm
 from edge_memllm import Model, RequestError, Sampling
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError
 from edge_memllm.evaluation import measure_divergence, measure_perplexity
-from edge_memllm.feeding import Feeder
 from edge_memllm.overlays import Edit, Overlay, OverlaySpec, overlay_of, write_overlay
 from edge_memllm.overlays.loaded import MOST_CHOICES
 from edge_memllm.table.source import RecordSource

@@ -8,8 +8,8 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
+from edge_memllm.engine.request import Request
 from edge_memllm.options import signature_of
-from edge_memllm.request import Request
 
 PUBLIC = {
     "ArtifactError",

@@ -10,7 +10,7 @@ import pytest
 
 from edge_memllm import RequestError
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.feeding import Feeder
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime

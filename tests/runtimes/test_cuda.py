@@ -14,8 +14,8 @@ import pytest
 
 import edge_memllm
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import EdgeMemLLMError, RequestError, RuntimeUnavailableError
-from edge_memllm.feeding import Feeder
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.options import RuntimeOptions
 from support.checkpoints import MakeArtifact

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 import edge_memllm
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
-from edge_memllm.feeding import Feeder
 from support.checkpoints import MakeArtifact
 from support.runtimes import ARTIFACTS, LONG, TEXT, in_effect
 

@@ -20,8 +20,8 @@ import pytest
 import edge_memllm
 from edge_memllm.artifact.atomic import FolderLock
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RequestError
-from edge_memllm.feeding import Feeder
 from edge_memllm_runtimes import ort_session as packed_cache
 from edge_memllm_runtimes.ort_session import packed_graph, processor_kind
 from support.checkpoints import MakeArtifact, files_of

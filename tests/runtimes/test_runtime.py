@@ -15,8 +15,8 @@ from hypothesis import strategies as st
 from edge_memllm import RequestError
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordBuffer
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import RuntimeUnavailableError
-from edge_memllm.feeding import Feeder
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.fake import FakeRuntime

@@ -9,7 +9,7 @@ import pytest
 
 from edge_memllm import load
 from edge_memllm.artifact.layout import RecordBuffer
-from edge_memllm.feeding import Feeder
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import LAYERS, VOCABULARY, MakeArtifact, MakeCheckpoint

@@ -124,7 +124,7 @@ def test_likelihoods_of_prompt_and_reply(client: OpenAI, model: Model) -> None:
     assert found.text_offset[:9] == list(range(9))
     assert found.token_logprobs[0] is None
     ids = model.tokenize(PROMPT)
-    from edge_memllm.feeding import Feeder
+    from edge_memllm.engine.feeding import Feeder
 
     with Feeder(model.runtime, model.table, 1, 128) as feeder:
         losses = next_token_losses(feeder.score(0, ids)[:-1].astype(np.float32), ids[1:])

@@ -11,7 +11,7 @@ import pytest
 
 from edge_memllm import RequestError, load
 from edge_memllm.engine import Engine, Request
-from edge_memllm.feeding import Feeder
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
 from edge_memllm.overlays.table import OverlaidTable
 from edge_memllm.table.source import RecordSource

@@ -5,8 +5,8 @@ from __future__ import annotations
 from collections.abc import Generator
 from typing import Any
 
-from edge_memllm.feeding import Feeder
-from edge_memllm.generation import TokenSequence, generate_tokens
+from edge_memllm.engine.feeding import Feeder
+from edge_memllm.engine.generation import TokenSequence, generate_tokens
 
 
 def tokens_of(

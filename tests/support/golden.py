@@ -22,7 +22,7 @@ from edge_memllm import Model, Sampling, load
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.sections import MixedLayout
 from edge_memllm.codecs.layered import Allocation
-from edge_memllm.feeding import Feeder
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.table.table import Table
 from edge_memllm.table.writer import TableWriter
 from edge_memllm_export import export_model

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from edge_memllm.feeding import Feeder
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.table import Table
 from support.checkpoints import CONTEXT

@@ -16,8 +16,8 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.benchmark.machine import DeviceProbe
 from edge_memllm.cli.inspection import _page
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import EdgeMemLLMError, ExportError, RequestError
-from edge_memllm.feeding import Feeder
 from edge_memllm.memory_plan import Choices, footprint, memory_items
 from edge_memllm.readers import reader_names
 from edge_memllm.statistics import Meter

@@ -16,9 +16,9 @@ from typing import Literal
 
 import numpy as np
 
+from edge_memllm.engine.feeding import Feeder
+from edge_memllm.engine.request import CheckedRequest
 from edge_memllm.errors import Cancellation
-from edge_memllm.feeding import Feeder
-from edge_memllm.request import CheckedRequest
 from edge_memllm.runtime_protocol import StepLogits
 from edge_memllm.sampling import Sampler
 from edge_memllm.statistics import GenerationStatistics, Meter

@@ -90,7 +90,12 @@ def called_with(
     def decorate(function: Callable[[Options], Result]) -> Callable[Parameters, Result]:
         @functools.wraps(function)
         def call(*values: Parameters.args, **named: Parameters.kwargs) -> Result:
-            return function(options(*values, **named))
+            try:
+                asked = options(*values, **named)
+            except TypeError as error:  # in the name of what was called, as Python would say it
+                made = f"{options.__name__}.__init__"
+                raise TypeError(str(error).replace(made, function.__name__)) from None
+            return function(asked)
 
         returned = inspect.signature(function).return_annotation
         signature = signature_of(options).replace(return_annotation=returned)
