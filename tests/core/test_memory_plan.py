@@ -158,8 +158,8 @@ class Positions(GrowingCache):
     def _nothing(self, *_: object) -> dict[str, Any]:
         return {}
 
-    _copy = _swap = _hold = _free = _nothing
-    layout = _held = _nothing
+    _copy = _swap = _load_state = _free = _nothing
+    state_layout = _state = _nothing
 
 
 def test_a_cache_grows_to_what_the_limit_leaves_and_no_further() -> None:

@@ -17,6 +17,7 @@ from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export import export_model
+from edge_memllm_export.architectures import memoryllm
 from edge_memllm_export.checkpoint import Checkpoint
 from support.checkpoints import MakeArtifact, MakeCheckpoint, files_of
 
@@ -140,15 +141,15 @@ def test_a_text_needs_the_right_tokenizer(
 def test_nothing_is_learned_from_what_is_not_finite(
     checkpoint: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    real = Checkpoint.network
+    real = memoryllm.network_over
 
-    def broken(self: Checkpoint, *arguments: Any) -> Any:
-        network = real(self, *arguments)
+    def broken(*arguments: Any) -> Any:
+        network = real(*arguments)
         with torch.no_grad():
             network.model.layers[1].memory.down_proj.weight[0, 0] = float("nan")
         return network
 
-    monkeypatch.setattr(Checkpoint, "network", broken)
+    monkeypatch.setattr(memoryllm, "network_over", broken)
     with pytest.raises(ExportError, match="token 0, memory row of layer 1: not all values are fin"):
         export_model(
             checkpoint,
