@@ -268,6 +268,13 @@ def try_lock(file: int) -> bool | None:
     return True
 
 
+def share_lock(file: int) -> None:
+    """Say that an open file or folder is in use: `try_lock` of anybody else is False meanwhile."""
+    if fcntl is not None:
+        with suppress(OSError):  # no locks there, or somebody writes into it
+            fcntl.flock(file, fcntl.LOCK_SH | fcntl.LOCK_NB)
+
+
 def clear_leftovers(folder: Path) -> None:
     """Remove what killed processes have left in a folder. Never fails: it is not what was asked."""
     with suppress(OSError):

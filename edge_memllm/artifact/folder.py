@@ -19,6 +19,7 @@ from types import TracebackType
 from typing import Self
 from weakref import finalize
 
+from edge_memllm.artifact.atomic import share_lock
 from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
 from edge_memllm.artifact.open_files import READ_FLAGS, close_file, reading
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
@@ -51,6 +52,7 @@ class Directory:
                 folder = os.open(path, os.O_RDONLY | os.O_DIRECTORY | os.O_CLOEXEC)
             except OSError as error:
                 raise ArtifactError(f"{path}: cannot be opened ({error.strerror}).") from error
+            share_lock(folder)  # nobody removes what is in use
             self._descriptor = folder
             self._free = finalize(self, close_file, folder)  # also if nobody calls `close`
 
@@ -137,7 +139,7 @@ class Artifact:
         """
         directory = Directory(Path(path))
         try:
-            artifact = cls(directory.path, directory, _read_manifest(directory))
+            artifact = cls(directory.path, directory, read_manifest(directory))
             manifest = artifact.manifest
             for name in manifest.files:
                 close_file(artifact.open_file(name))
@@ -228,8 +230,14 @@ class Artifact:
             )
 
 
-def _read_manifest(directory: Directory) -> Manifest:
+def read_manifest(directory: Directory) -> Manifest:
+    """Read what describes a folder. Raises `ArtifactError` where nothing does."""
     where = directory.path / MANIFEST_NAME
+    if not os.path.lexists(where) and os.path.lexists(directory.path / "config.json"):
+        raise ArtifactError(
+            f"{directory.path}: is a checkpoint, expected the folder of an exported model. Make "
+            f"one of it: edge-memllm export {directory.path} OUT"
+        )
     # One byte more than allowed: the parser refuses it, whatever size the file claims to have.
     with reading(directory.open_file(MANIFEST_NAME), where) as file:
         data = file.read(MAX_JSON_BYTES + 1)

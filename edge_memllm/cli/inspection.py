@@ -5,18 +5,16 @@ The first reads the manifest alone, the second every byte.
 
 from __future__ import annotations
 
-import os
 from collections.abc import Sequence
 from dataclasses import KW_ONLY, asdict, dataclass
 from itertools import groupby
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Any
 
-from edge_memllm.artifact.folder import Artifact, Directory
+from edge_memllm.artifact.folder import Artifact, Directory, read_manifest
 from edge_memllm.artifact.layout import TableLayout
-from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
+from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.model_spec import ModelSpec
-from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
 from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.cli.export import rung_table
 from edge_memllm.cli.options import Command, Json
@@ -101,8 +99,7 @@ def _read_manifest(path: Path) -> Manifest:
     """The manifest alone: opening the artifact would read the whole graph for its digest."""
     directory = Directory(path)
     try:
-        with os.fdopen(directory.open_file(MANIFEST_NAME), "rb") as file:
-            return Manifest.from_json(file.read(MAX_JSON_BYTES + 1), str(path / MANIFEST_NAME))
+        return read_manifest(directory)
     finally:
         directory.close()
 
