@@ -10,6 +10,7 @@ from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from edge_memllm.artifact.producer import __version__
     from edge_memllm.errors import (
         ArtifactError,
         Cancellation,
@@ -25,8 +26,6 @@ if TYPE_CHECKING:
     from edge_memllm.sampling import Sampling
     from edge_memllm.session import Session
     from edge_memllm.statistics import GenerationStatistics
-
-__version__ = "0.1.0"
 
 __all__ = [
     "ArtifactError",
@@ -60,6 +59,7 @@ _HOMES = {
     "Sampling": "sampling",
     "Session": "session",
     "StorageError": "errors",
+    "__version__": "artifact.producer",
     "load": "loading",
 }
 

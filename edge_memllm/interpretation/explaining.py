@@ -14,10 +14,10 @@ from typing import TYPE_CHECKING, Annotated
 
 import numpy as np
 
-from edge_memllm import __version__
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME, GraphSpec, Manifest, TableSpec
 from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.artifact.producer import PRODUCER
 from edge_memllm.errors import ArtifactError, RequestError, missing_extra
 from edge_memllm.evaluation import Task
 from edge_memllm.evaluation.perplexity import Predictor, text_tokens
@@ -498,4 +498,4 @@ def _manifest(model: ModelSpec, records: NetworkRecords) -> Manifest:
     )
     wire = layout.wire
     graph = GraphSpec("", None, "fp32", "float32", "float32", wire, _OPSET)
-    return Manifest(model, table, graph, {}, f"edge-memllm {__version__}")
+    return Manifest(model, table, graph, {}, PRODUCER)

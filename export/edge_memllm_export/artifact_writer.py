@@ -11,7 +11,6 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import BinaryIO
 
-import edge_memllm
 from edge_memllm.artifact.atomic import seal
 from edge_memllm.artifact.manifest import (
     MANIFEST_NAME,
@@ -21,6 +20,7 @@ from edge_memllm.artifact.manifest import (
     TableSpec,
 )
 from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.artifact.producer import PRODUCER
 from edge_memllm.errors import ExportError
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import Rows
@@ -58,8 +58,7 @@ class ArtifactWriter:
 
     def write_manifest(self, model: ModelSpec, table: TableSpec, graph: GraphSpec) -> Manifest:
         """Write the manifest, last. Raises ArtifactError for one that no reader would take."""
-        producer = f"edge-memllm {edge_memllm.__version__}"
-        manifest = Manifest(model, table, graph, self.files, producer)
+        manifest = Manifest(model, table, graph, self.files, PRODUCER)
         (self.path / MANIFEST_NAME).write_bytes(manifest.to_json())
         seal(self.path / MANIFEST_NAME)
         return manifest

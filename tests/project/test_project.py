@@ -89,7 +89,9 @@ def test_the_wheel_holds_every_module_and_its_data(tmp_path: Path) -> None:
         f"{package}/py.typed"
         for package in ("edge_memllm", "edge_memllm_export", "edge_memllm_runtimes")
     }
-    version = re.search(r'__version__ = "(.+)"', (PACKAGES[0] / "__init__.py").read_text("utf-8"))
+    version = re.search(
+        r'__version__ = "(.+)"', (PACKAGES[0] / "artifact" / "producer.py").read_text("utf-8")
+    )
     assert version is not None
     assert wheel.name.startswith(f"edge_memllm-{version[1]}-")
 
