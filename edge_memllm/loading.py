@@ -9,18 +9,17 @@ from __future__ import annotations
 import logging
 import os
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.engine.request import check_positive
 from edge_memllm.errors import RequestError, RuntimeUnavailableError
-from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
 from edge_memllm.model import Model
 from edge_memllm.options import DEVICES, Option, byte_size, called_with, positive_int
@@ -30,6 +29,7 @@ from edge_memllm.progress import Progress
 from edge_memllm.readers import reader_names
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import give_back, process_memory
+from edge_memllm.store import ExportPlan, artifact_of, refuse
 from edge_memllm.table.table import QUALITIES, Table
 from edge_memllm.text.tokenization import Tokenizer
 
@@ -44,7 +44,13 @@ class LoadOptions:
     """What may be asked of `load`, which says what each of them does."""
 
     path: Annotated[
-        str | os.PathLike[str], Option("an exported model", metavar="ARTIFACT", parse=Path)
+        str | os.PathLike[str],
+        Option(
+            "an exported model, or what to export one of first: the folder of a checkpoint, a "
+            ".gguf file, org/name of the Hugging Face Hub; or a name that 'list' shows",
+            metavar="MODEL",
+            parse=Path,
+        ),
     ]
     _: KW_ONLY
     device: Annotated[
@@ -129,6 +135,8 @@ class LoadOptions:
             several="repeated",
         ),
     ] = ()
+    export: bool = False
+    export_options: Mapping[str, Any] | None = None
     progress: Progress | None = None
 
 
@@ -138,6 +146,11 @@ def load(options: LoadOptions) -> Model:
 
     `path` may also name a model of the Hugging Face Hub, as `org/name` or
     `hf://org/name@revision`: its files are downloaded once, see docs/embedding.md.
+
+    What is no artifact but the folder of a checkpoint, a GGUF file, or a model of the Hub that is
+    one of these, is exported into the user's cache if `export` is true, with `export_options` of
+    `edge_memllm_export.export_model` such as `{"graph_weights": "int8"}`; what is there already,
+    and has not changed, is loaded in any case.
 
     `device` is "cpu", "cuda" or "auto" (CUDA where it really works); `reader` is one of
     `edge_memllm.readers.reader_names()`, of which "auto" takes the one that suits the storage.
@@ -156,19 +169,20 @@ def load(options: LoadOptions) -> Model:
     generation may choose among them. The table itself stays as it is.
 
     `progress(stage, done, total)` is called on the way, from this thread: the stages are "files"
-    (bytes checked, but for graph and table), "graph" and "table" (0 of 1, then 1 of 1). What it
-    raises ends the loading.
+    (bytes checked, but for graph and table), "graph" and "table" (0 of 1, then 1 of 1), before
+    them those of an export. What it raises ends the loading.
 
     What was chosen is in `Model.describe()` and is logged. Raises `ArtifactError` for a folder
     that cannot be used, `RuntimeUnavailableError` for a device or package that is not there,
-    `RequestError` for an option that does not exist or cannot be met; nothing is left open then.
+    `RequestError` for an option that does not exist or cannot be met, `ExportError` for an export
+    that is refused; nothing is left open then.
     """
     _check(options)
-    before = process_memory().anon_bytes
     laid_over = _open_overlays(options.overlays)
+    folder = _artifact_folder(options)
+    before = process_memory().anon_bytes  # an export has used some that the model does not take
     with ExitStack() as opened:
         # The runtime reads the graph and checks what it read: once is enough.
-        folder = artifact_folder(options.path)
         artifact = opened.enter_context(Artifact.open(folder, options.progress, check_graph=False))
         for overlay in laid_over:
             overlay.check_fits(artifact.manifest)  # before the graph is loaded for nothing
@@ -202,10 +216,21 @@ def _check(options: LoadOptions) -> None:
     cache = options.record_cache
     if not is_integer(cache) or cache < 0:
         raise wrong_value("record_cache", cache, "bytes, 0 for none")
+    if options.export_options is not None and not options.export:
+        raise RequestError("export_options are given, and export is not. Give export=True.")
     if options.hot_text is not None and not cache:
         raise RequestError(
             "hot_text says what to keep in the record cache, and there is none. Give record_cache."
         )
+
+
+def _artifact_folder(options: LoadOptions) -> Path:
+    permit = _allow_export if options.export else refuse
+    return artifact_of(options.path, options.export_options or {}, permit, options.progress)
+
+
+def _allow_export(_: ExportPlan) -> None:
+    """Let it be exported: that was asked for."""
 
 
 def _open_overlays(overlays: Sequence[str | os.PathLike[str] | Overlay]) -> list[Overlay]:

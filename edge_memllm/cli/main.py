@@ -32,6 +32,8 @@ COMMANDS = (
     ("run", "run", "generate text, once or in conversation"),
     ("serve", "serve", "serve a model over HTTP, as OpenAI's API does"),
     ("overlay", "overlay", "change rows of chosen tokens on top of an artifact"),
+    ("list", "models", "list the models that were exported into the cache"),
+    ("remove", "models", "remove models from the cache"),
     ("inspect", "inspection", "show what an artifact holds and needs"),
     ("eval", "analysis.evaluation", "measure perplexity on text, and scores on tasks"),
     ("explain", "analysis.explain", "look into the memory of a model"),

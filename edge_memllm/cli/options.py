@@ -272,7 +272,10 @@ class ArgumentField:
             return found | {"action": "store_false" if default else "store_true", "default": None}
         found |= {"type": self._parse, "choices": option.choices, "metavar": self._metavar()}
         if _by_place(self.field, self.option):
-            return found | ({} if default is MISSING else {"nargs": "?"})
+            several = option.several == "words"
+            if default is MISSING:
+                return found | ({"nargs": "+"} if several else {})
+            return found | {"nargs": "*" if several else "?"}
         match option.several:
             case "repeated":
                 found["action"] = "append"

@@ -73,6 +73,22 @@ def read_standard_input() -> str:
     return text
 
 
+def confirmed(question: str) -> bool | None:
+    """Ask at the terminal, where the answer is yes unless it says no; None without a terminal."""
+    if not (sys.stdin.isatty() and sys.stderr.isatty()):
+        return None
+    while True:
+        print(f"{question} [Y/n] ", end="", file=sys.stderr, flush=True)
+        answer = sys.stdin.readline()
+        match answer.strip().lower():
+            case "y" | "yes":
+                return True
+            case "n" | "no":
+                return False
+            case "":
+                return bool(answer)  # nothing at all is the end of the input
+
+
 class StageBars:
     """Callable as ``bars(stage, done, total)``: starts a bar for each new stage."""
 
@@ -96,12 +112,18 @@ class StageBars:
         error: BaseException | None,
         traceback: TracebackType | None,
     ) -> None:
-        self._close()
+        self.end_stage()
+
+    def end_stage(self) -> None:
+        """Let the terminal have other lines: the bar, if there is one, is done with."""
+        if self._bar is not None:
+            self._bar.close()
+            self._bar = None
 
     def _start(self, stage: str, total: int) -> None:
         from tqdm import tqdm
 
-        self._close()
+        self.end_stage()
         self._stage = stage
         # Work that is done at once shows no bar.
         self._bar = tqdm(
@@ -112,11 +134,6 @@ class StageBars:
             delay=0.5,
             disable=None,  # nothing but a terminal shows a bar
         )
-
-    def _close(self) -> None:
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
 
 
 def prepare_streams() -> None:

@@ -6,9 +6,9 @@ import sys
 from dataclasses import dataclass, replace
 from typing import Annotated
 
-import edge_memllm
+from edge_memllm.cli.models import Yes, load_model
 from edge_memllm.cli.options import Command, Json
-from edge_memllm.cli.output import StageBars, read_standard_input, write_json
+from edge_memllm.cli.output import read_standard_input, write_json
 from edge_memllm.cli.prompt import (
     Answer,
     Conversation,
@@ -21,13 +21,15 @@ from edge_memllm.engine.request import Request, check_speculate
 from edge_memllm.errors import RequestError
 from edge_memllm.loading import LoadOptions
 from edge_memllm.model import Model
-from edge_memllm.options import Group, Option, keywords
+from edge_memllm.options import Group, Option
 from edge_memllm.sampling import check_seed
 from edge_memllm.text.tokenization import check_stops
 
 _DESCRIPTION = """\
-Generate text. The prompt comes from --prompt, from standard input when that is a pipe or a file,
-or from you: at a terminal a conversation starts (/help lists what you can say there).
+Generate text. The model is an exported one, or a checkpoint, a GGUF file or a name of the Hugging
+Face Hub: that is exported once, into the cache ('edge-memllm list' shows what is there). The prompt
+comes from --prompt, from standard input when that is a pipe or a file, or from you: at a terminal a
+conversation starts (/help lists what you can say there).
 
 With a chat template in the artifact the prompt is a message and the model answers; without one,
 or with --raw, the model continues the text. The text goes to stdout as it is made, one line of
@@ -35,6 +37,7 @@ statistics follows on stderr."""
 
 _EXAMPLES = """\
   edge-memllm run artifact
+  edge-memllm run checkpoint --yes --prompt "It was a dark and"
   edge-memllm run artifact --prompt "It was a dark and" --max-new-tokens 60
   edge-memllm run artifact --prompt "Dear Sir," --temperature 0.7 --top-p 0.9 --seed 7
   edge-memllm run artifact --stop "." --json < prompt.txt
@@ -49,6 +52,7 @@ class RunOptions:
     request: Annotated[Request, Group(without={"prompt": ()})]
     raw: Annotated[bool, Option("do not use the chat template")] = False
     no_stats: Annotated[bool, Option("no line of statistics")] = False
+    yes: Yes = False
     json: Json = False
     sampling: Annotated[
         SamplingOptions,
@@ -73,9 +77,7 @@ def execute(options: RunOptions) -> int:
         prompt = read_standard_input()
     if prompt is None and options.json:
         raise RequestError("--json answers one prompt. Give it with --prompt or on stdin.")
-    with StageBars() as bars:
-        model = edge_memllm.load(**keywords(replace(options.loading, progress=bars)))
-    with model:
+    with load_model(options.loading, yes=options.yes) as model:
         request = options.request_to(model)
         if prompt is None:
             Conversation(model, request, raw=options.raw, statistics=not options.no_stats).run()

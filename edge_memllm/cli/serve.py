@@ -14,18 +14,18 @@ from pathlib import Path
 from time import monotonic, sleep
 from typing import TYPE_CHECKING, Annotated
 
-import edge_memllm
+from edge_memllm.cli.models import Yes, load_model
 from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import read_text, write_json
 from edge_memllm.engine.feeding import SERVING_CHUNK
 from edge_memllm.engine.request import start_token
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.hub.names import HubModel
 from edge_memllm.loading import LoadOptions
 from edge_memllm.model import Model
-from edge_memllm.options import Group, Option, keywords, positive_int
+from edge_memllm.options import Group, Option, positive_int
 from edge_memllm.process.interrupts import leave
 from edge_memllm.server.settings import KEY_VARIABLE, Settings
+from edge_memllm.store.source import hub_source
 from edge_memllm.text.chat import ChatTemplate
 
 if TYPE_CHECKING:
@@ -72,6 +72,7 @@ class ServeOptions:
         Option("a Jinja template that makes a prompt of chat messages", unset="the artifact's"),
     ] = None
     json: Json = False
+    yes: Yes = False
     settings: Annotated[Settings, Group(without={"model_id": ""})]
     port: Annotated[
         int,
@@ -143,8 +144,9 @@ def settings_of(options: ServeOptions) -> Settings:
 
 def _model_id(options: ServeOptions) -> str:
     path = Path(options.loading.path)
-    hub = HubModel.parse(path)
-    name = options.name or (path.resolve().name if hub is None else hub.repository)
+    hub = hub_source(path)
+    local = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
+    name = options.name or (local if hub is None else hub.model.repository)
     if not name.isprintable() or not name.strip():
         raise RequestError(f"the model's name is {name!r}, which nobody can type. Give --name.")
     return name
@@ -181,7 +183,7 @@ def execute(options: ServeOptions) -> int:
     with (
         _logging_to_stderr(settings),
         bound_socket(settings.host, options.port) as bound,
-        edge_memllm.load(**keywords(options.loading)) as model,
+        load_model(options.loading, yes=options.yes) as model,
     ):
         path = options.chat_template
         template = None if path is None else _template(path, model)

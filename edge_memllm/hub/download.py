@@ -32,7 +32,7 @@ _LIBRARY = "edge-memllm"  # the folder's name in the assets of the cache
 _NO_ARTIFACT = " It is no exported artifact: 'edge-memllm export' makes one of a checkpoint."
 
 # The weights, their index and configuration, and all that an export copies. No pickles, no code.
-_FILES = (
+CHECKPOINT_FILES = (
     "config.json",
     "model*.safetensors",
     "model.safetensors.index.json",
@@ -339,6 +339,29 @@ def checkpoint_folder(
             token=token,
             local_files_only=local_files_only,
             force_download=force_download,
-            allow_patterns=list(_FILES),
+            allow_patterns=list(CHECKPOINT_FILES),
         )
     return Path(folder)
+
+
+def published_files(model: HubModel) -> dict[str, int]:
+    """Return the files of a model of the Hub, each with its bytes.
+
+    Raises `ArtifactError` for a model that is not there or cannot be asked for.
+    """
+    hub = import_hub()
+    with explained(model, "list of files"):
+        found = hub.HfApi().list_repo_tree(
+            model.repository, revision=model.revision, recursive=True
+        )
+        return {each.path: each.size for each in found if hasattr(each, "size")}
+
+
+def download_file(model: HubModel, name: str) -> Path:
+    """Download one file of a model into the library's cache, and return where it is.
+
+    Raises `ArtifactError` as `published_files`, and `StorageError` when the disk is full.
+    """
+    hub = import_hub()
+    with explained(model, name):
+        return Path(hub.hf_hub_download(model.repository, name, revision=model.revision))

@@ -120,6 +120,15 @@ def explained(model: HubModel, wanted: str, hint: str = "") -> Iterator[None]:
         raise _unreachable(model, error) from error
 
 
+def lacks_the_file(error: ArtifactError) -> bool:
+    """Whether `explained` made it of a model that is there without the file that was wanted."""
+    from huggingface_hub import errors
+
+    cause = error.__cause__
+    here = isinstance(cause, errors.LocalEntryNotFoundError)  # it may be there, nobody was asked
+    return isinstance(cause, errors.EntryNotFoundError) and not here
+
+
 def _explanation(model: HubModel, wanted: str, hint: str, error: Exception) -> EdgeMemLLMError:
     from huggingface_hub import errors
 

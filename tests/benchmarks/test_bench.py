@@ -225,7 +225,7 @@ def test_what_is_not_cold_is_not_called_so(
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        ([], "Give an ARTIFACT, or --synthetic PRESET"),
+        ([], "Give a MODEL, or --synthetic PRESET"),
         (["a", "--out", "b"], "--out and --beta are for --synthetic PRESET"),
         (["a", "--beta", "8"], "--out and --beta are for --synthetic PRESET"),
         (["a", "--seed", "-1"], "--seed is -1, expected 0 or more"),

@@ -26,6 +26,8 @@ NAMES = (
     "run",
     "serve",
     "overlay",
+    "list",
+    "remove",
     "inspect",
     "eval",
     "explain",
@@ -67,7 +69,7 @@ def test_version(capsys: pytest.CaptureFixture[str]) -> None:
     [
         ([], "the following arguments are required: COMMAND"),
         (["sing"], "invalid choice: 'sing'"),
-        (["run"], "the following arguments are required: ARTIFACT"),
+        (["run"], "the following arguments are required: MODEL"),
         (["run", "a", "--max-new-tokens", "0"], "0 is not a positive number"),
         (["run", "a", "--max-new-tokens", "x"], "invalid positive_int value: 'x'"),
         (["run", "a", "--greedy", "--temperature", "1"], "not allowed with argument"),

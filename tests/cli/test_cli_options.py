@@ -94,6 +94,8 @@ def test_every_option_reaches_load(tmp_path: Path) -> None:
         "cuda_graph": True,
         "packed_cache": Path("cache"),
         "overlays": (Path("a"), Path("b")),
+        "export": False,
+        "export_options": None,
         "progress": None,
     }
 

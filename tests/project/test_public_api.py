@@ -55,7 +55,17 @@ def test_the_public_calls_keep_their_parameters() -> None:
     load = list(inspect.signature(edge_memllm.load).parameters)
     limits = ["memory_limit", "vram_limit", "cuda_graph", "packed_cache"]
     chosen = ["device", "reader", "threads", "prefill_chunk", "table_quality"]
-    assert load == ["path", *chosen, "record_cache", "hot_text", *limits, "overlays", "progress"]
+    assert load == [
+        "path",
+        *chosen,
+        "record_cache",
+        "hot_text",
+        *limits,
+        "overlays",
+        "export",
+        "export_options",
+        "progress",
+    ]
     options = ["max_new_tokens", "stop", "stop_token_ids", "sampling", "seed", "ignore_eos"]
     options += ["speculate", "overlays", "cancellation", "penalties", "constraint"]
     options += ["without_memory", "choices", "top", "score_prompt", "trace"]

@@ -57,6 +57,7 @@ NOT_RUN = {
     "edge-memllm demo": "exports the shipped model for a minute; test_cli_commands.py runs it",
     "edge-memllm run org/name": "a model of the Hub; test_hub.py runs a pretended one",
     "edge-memllm verify hf://": "the same",
+    "edge-memllm remove tiny-english": "not in an empty cache; test_cli_models.py removes models",
     "edge-memllm run artifact --overlay examples/": (
         "an overlay of the shipped model; test_overlay_example.py lays it over that"
     ),

@@ -14,6 +14,7 @@ from typing import Annotated, Any, NoReturn
 from edge_memllm.benchmark.benchmark import measure
 from edge_memllm.benchmark.plan import CACHES, Plan, Request, Variant, check_maps, readers_for
 from edge_memllm.cli.analysis.bench_page import page
+from edge_memllm.cli.models import Yes, local_artifact
 from edge_memllm.cli.options import Command, Json, add_options, options_of
 from edge_memllm.cli.output import StageBars, write_json
 from edge_memllm.errors import EdgeMemLLMError, RequestError
@@ -140,7 +141,9 @@ class VariantOptions:
 class BenchOptions:
     """What may be asked of ``edge-memllm bench``."""
 
-    artifact: Annotated[Path | None, Option("an exported model")] = None
+    artifact: Annotated[
+        Path | None, Option("an exported model, or what 'run' makes one of", metavar="MODEL")
+    ] = None
     _: KW_ONLY
     compare: Annotated[
         tuple[str, ...],
@@ -148,6 +151,7 @@ class BenchOptions:
     ] = ()
     plan: Annotated[Plan, Group()]
     json: Json = False
+    yes: Yes = False
     variants: Annotated[VariantOptions, Group()]
     synthetic: Annotated[
         str | None,
@@ -170,7 +174,7 @@ class BenchOptions:
         elif self.out is not None or self.beta is not None:
             raise RequestError("--out and --beta are for --synthetic PRESET.")
         elif self.artifact is None and not self.compare:
-            raise RequestError("Give an ARTIFACT, or --synthetic PRESET with --out ARTIFACT.")
+            raise RequestError("Give a MODEL, or --synthetic PRESET with --out ARTIFACT.")
 
 
 def request(options: BenchOptions) -> Request:
@@ -248,8 +252,9 @@ def execute(options: BenchOptions) -> int:
     if options.synthetic is not None and options.out is not None:
         make_synthetic(options.synthetic, options.beta, options.out)
         options = replace(options, artifact=options.out)
+    asked = request(options)
     with StageBars() as bars:
-        report = measure(request(options), bars)
+        report = measure(_exported(asked, bars, yes=options.yes), bars)
     if options.compare:
         report["compared"] = dict(zip(SIDES, options.compare, strict=True))
     if options.json:
@@ -260,6 +265,16 @@ def execute(options: BenchOptions) -> int:
         print("error: outputs that must be the same differ; see 'identity'.", file=sys.stderr)
         return 1
     return 0
+
+
+def _exported(asked: Request, bars: StageBars, *, yes: bool) -> Request:
+    """The same of artifacts alone, each exported first if need be and allowed."""
+    folders = {
+        source: local_artifact(source, bars, yes=yes)
+        for source in dict.fromkeys(each.artifact for each in asked.variants)
+    }
+    variants = [replace(each, artifact=folders[each.artifact]) for each in asked.variants]
+    return replace(asked, variants=variants)
 
 
 def make_synthetic(preset: str, beta: int | None, out: Path) -> None:

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
-import edge_memllm
+from edge_memllm.cli.models import Yes, load_model
 from edge_memllm.cli.options import Command, Json, TaskOptions, TextOptions
 from edge_memllm.cli.output import StageBars, number, read_text, table, write_json
 from edge_memllm.errors import RequestError
@@ -29,7 +29,7 @@ from edge_memllm.evaluation import (
 from edge_memllm.evaluation.perplexity import Windows
 from edge_memllm.loading import LoadOptions
 from edge_memllm.model import Model
-from edge_memllm.options import Group, Option, keywords
+from edge_memllm.options import Group, Option
 
 _DESCRIPTION = """\
 With --text, measure perplexity: the artifact predicts every token of a text from those before it,
@@ -73,6 +73,7 @@ class EvalOptions:
     """What may be asked of ``edge-memllm eval``."""
 
     json: Json = False
+    yes: Yes = False
     texts: Annotated[TextOptions, Group("texts")]
     reference: Annotated[
         Path | None,
@@ -108,11 +109,11 @@ def execute(options: EvalOptions) -> int:
     tasks = read_tasks(options.tasks.task, limit=limit, delimiter=delimiter)
     loading, reference = options.loading, None
     with ExitStack() as opened:
-        model = opened.enter_context(edge_memllm.load(**keywords(loading)))
+        model = opened.enter_context(load_model(loading, yes=options.yes))
         if options.reference is not None:
             # Coarse rows and overlays are what is measured, never what it is measured against.
             loading = replace(loading, path=options.reference, table_quality="full", overlays=())
-            reference = opened.enter_context(edge_memllm.load(**keywords(loading)))
+            reference = opened.enter_context(load_model(loading, yes=options.yes))
         findings = _measure(model, reference, texts, options.texts.windows, tasks)
     if options.json:
         write_json(report(findings))
