@@ -80,14 +80,21 @@ def read_json(where: Path) -> dict[str, Any]:
     """The object in a JSON file of the folder; UnusableCheckpointError where there is none."""
     refuse_pointer(where)
     try:
-        content = json.loads(where.read_text("utf-8"))
+        content = where.read_bytes()
     except OSError as error:
         raise UnusableCheckpointError(f"{where}: cannot be read ({error.strerror}).") from error
+    return json_object(content, where)
+
+
+def json_object(content: bytes, where: Path) -> dict[str, Any]:
+    """The object that JSON says; UnusableCheckpointError names ``where`` if it says none."""
+    try:
+        found = json.loads(content.decode("utf-8"))
     except (ValueError, RecursionError) as error:
         raise UnusableCheckpointError(f"{where}: this is not JSON ({error}).") from error
-    if not isinstance(content, dict):
+    if not isinstance(found, dict):
         raise UnusableCheckpointError(f"{where}: expected a JSON object at the top.")
-    return content
+    return found
 
 
 def refuse_pointer(where: Path) -> None:

@@ -1,18 +1,17 @@
-"""A trained checkpoint on disk: configuration, memory-mapped safetensors weights, identity.
+"""A trained checkpoint on disk, a folder or a GGUF file: configuration, weights, identity.
 
-Weights are never copied as a whole: arrays and the network built on them read the files' pages,
-so that anonymous memory stays small however large the model is. Pickled weights are refused.
+Weights of a folder are never copied as a whole: arrays and the network built on them read the
+files' pages, so that anonymous memory stays small however large the model is. Those of a GGUF file
+are dequantised. Pickled weights are refused.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
-from typing import Any
 
 import numpy as np
 import torch
@@ -21,49 +20,53 @@ from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.engine.request import check_tokens
 from edge_memllm.errors import ExportError, RequestError
 from edge_memllm.modeling.stored_weights import (
-    CONFIG_FILE,
     UnusableCheckpointError,
+    json_object,
     read_fields,
-    read_json,
-    read_weights,
 )
 from edge_memllm.text import GENERATION_FILE
 from edge_memllm_export.architectures import open_architecture
-from edge_memllm_export.architectures.architecture import Architecture, Weights
+from edge_memllm_export.architectures.architecture import Architecture, Source
 from edge_memllm_export.architectures.mapped_weights import weight_array
-
-
-@dataclass(frozen=True)
-class Folder:
-    """A checkpoint folder as a `Source`."""
-
-    path: Path
-    fields: Mapping[str, Any]
-
-    @property
-    def where(self) -> Path:
-        """The file of the configuration."""
-        return self.path / CONFIG_FILE
-
-    def weights(self, expected: Weights, *, tied: bool, described: str) -> Weights:
-        """The folder's weights, mapped, in their dtype; see `Source`."""
-        return read_weights(self.path, expected, tied=tied, described=described)
+from edge_memllm_export.sources.folder import Folder
+from edge_memllm_export.sources.gguf_model import GGUFModel
 
 
 class Checkpoint:
-    """An opened checkpoint folder, its model being one of a family that is known."""
+    """An opened checkpoint, its model being one of a family that is known."""
 
-    def __init__(self, path: Path, architecture: Architecture) -> None:
-        self.path = path
+    def __init__(self, source: Source, architecture: Architecture) -> None:
+        self.path = source.path
         self.architecture = architecture
+        self._source = source
 
     @classmethod
     def open(cls, path: Path) -> Checkpoint:
-        """Open the folder; ExportError names what is missing, foreign, misshapen or pickled."""
+        """Open a folder or a GGUF file.
+
+        Raises:
+            ExportError: It names what is missing, foreign, misshapen or pickled.
+        """
         try:
-            return cls(path, open_architecture(Folder(path, read_fields(path))))
+            source = _open_source(path)
+            return cls(source, open_architecture(source))
         except UnusableCheckpointError as error:
             raise ExportError(str(error)) from error
+
+    def text_file(self, name: str) -> bytes | None:
+        """The content of one of `edge_memllm.text.TEXT_FILES`; None where there is none.
+
+        Raises:
+            ExportError: It cannot be read.
+        """
+        try:
+            return self._source.text_file(name)
+        except UnusableCheckpointError as error:
+            raise ExportError(str(error)) from error
+        except OSError as error:
+            raise ExportError(
+                f"{self.path / name}: cannot be read ({error.strerror}). Check the disk."
+            ) from error
 
     @cached_property
     def spec(self) -> ModelSpec:
@@ -99,10 +102,14 @@ class Checkpoint:
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text: those of generation_config.json, else those of config.json."""
-        where = self.path / GENERATION_FILE
-        found = _read_json(where).get("eos_token_id") if where.is_file() else None
+        where, found = self.path / GENERATION_FILE, None
+        if (content := self.text_file(GENERATION_FILE)) is not None:
+            try:
+                found = json_object(content, where).get("eos_token_id")
+            except UnusableCheckpointError as error:
+                raise ExportError(str(error)) from error
         if found is None:
-            where, found = self.path / CONFIG_FILE, self.architecture.fields.get("eos_token_id")
+            where, found = self._source.where, self.architecture.fields.get("eos_token_id")
         ids = [] if found is None else found if isinstance(found, list) else [found]
         try:
             return tuple(check_tokens(ids, self.architecture.spec.vocab_size))
@@ -110,8 +117,8 @@ class Checkpoint:
             raise ExportError(f"{where}: eos_token_id: {error} Correct it.") from error
 
 
-def _read_json(where: Path) -> dict[str, Any]:
-    try:
-        return read_json(where)
-    except UnusableCheckpointError as error:
-        raise ExportError(str(error)) from error
+def _open_source(path: Path) -> Source:
+    """Whatever is there: a folder, or a file that calls itself GGUF."""
+    if path.is_file():
+        return GGUFModel(path)
+    return Folder(path, read_fields(path))

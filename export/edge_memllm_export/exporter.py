@@ -11,6 +11,7 @@ import gc
 import logging
 import os
 from dataclasses import dataclass, replace
+from io import BytesIO
 from pathlib import Path
 
 import torch
@@ -290,8 +291,7 @@ def _complete_table(
 
 
 def _table_text(source: Checkpoint, text: str | None) -> TableText:
-    file = source.path / TOKENIZER_FILE
-    known = file.read_bytes() if file.is_file() else None
+    known = source.text_file(TOKENIZER_FILE)
     return table_text(known, text, source.spec.vocab_size, str(source.path))
 
 
@@ -318,9 +318,8 @@ class _Export:
         identity = self._source.identity()
         self._progress("identity", 1, 1)
         for name in TEXT_FILES:
-            if (self._source.path / name).is_file():
-                with (self._source.path / name).open("rb") as file:
-                    self._writer.copy(name, file)
+            if (content := self._source.text_file(name)) is not None:
+                self._writer.copy(name, BytesIO(content))
         graph = self._write_graph(identity, calibration_text)
         table = self._writer.write_table(self._table, rows, TABLE_FILE, identity, self._progress)
         model = replace(self._source.spec, identity=identity)

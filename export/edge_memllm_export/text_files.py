@@ -13,7 +13,6 @@ from transformers import GenerationConfig
 
 from edge_memllm.artifact.strict_json import parse_json_object
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
-from edge_memllm.modeling.stored_weights import UnusableCheckpointError, refuse_pointer
 from edge_memllm.sampling import Sampling
 from edge_memllm.text import (
     CONFIG_FILE,
@@ -48,23 +47,13 @@ _TURN_ENDS = {
 
 def check_text_files(source: Checkpoint) -> tuple[str, ...]:
     """Return what is to be known of the files, in sentences; ExportError where they are no good."""
-    try:
-        return _checked(source)
-    except OSError as error:
-        where = source.path if error.filename is None else error.filename
-        raise ExportError(f"{where}: cannot be read ({error.strerror}). Check the disk.") from error
-
-
-def _checked(source: Checkpoint) -> tuple[str, ...]:
-    generation = _generation(source.path)
+    generation = _generation(source)
     tokenizer = None
     try:
-        if (source.path / TOKENIZER_FILE).is_file():
-            tokenizer = Tokenizer.from_files(_reader(source.path), str(source.path))
+        if source.text_file(TOKENIZER_FILE) is not None:
+            tokenizer = Tokenizer.from_files(source.text_file, str(source.path))
         if tokenizer is not None and tokenizer.chat_template is not None:
             tokenizer.chat_template.check()
-    except UnusableCheckpointError as error:
-        raise ExportError(str(error)) from error
     except ArtifactError as error:
         raise ExportError(f"{source.path}: {error}") from error
     found = [*_not_followed(generation), *_not_carried(source.path)]
@@ -73,24 +62,13 @@ def _checked(source: Checkpoint) -> tuple[str, ...]:
     return tuple(found)
 
 
-def _reader(folder: Path) -> Any:
-    def read(name: str) -> bytes | None:
-        path = folder / name
-        if not path.is_file():
-            return None
-        refuse_pointer(path)
-        return path.read_bytes()
-
-    return read
-
-
-def _generation(folder: Path) -> dict[str, Any]:
+def _generation(source: Checkpoint) -> dict[str, Any]:
     """The generation configuration, one that can be loaded; empty if there is none."""
-    path = folder / GENERATION_FILE
-    if not path.is_file():
+    path, content = source.path / GENERATION_FILE, source.text_file(GENERATION_FILE)
+    if content is None:
         return {}
     try:
-        fields: dict[str, Any] = parse_json_object(path.read_bytes(), str(path), MAX_CONFIG_BYTES)
+        fields: dict[str, Any] = parse_json_object(content, str(path), MAX_CONFIG_BYTES)
         Sampling.from_generation_config(fields)
     except RequestError as error:
         raise ExportError(f"{path}: {error} Correct it and export again.") from error

@@ -27,7 +27,11 @@ Arrange = Callable[[np.ndarray], np.ndarray]
 
 
 class Source(Protocol):
-    """Configuration and weights by name, of files or of a network in memory."""
+    """Configuration, weights by name and what is known of text, of a folder or one file."""
+
+    @property
+    def path(self) -> Path:
+        """The folder or the file."""
 
     @property
     def where(self) -> Path:
@@ -42,6 +46,12 @@ class Source(Protocol):
 
         `tied` says that the head is the embedding. Raises UnusableCheckpointError for others than
         the network that is `described` has.
+        """
+
+    def text_file(self, name: str) -> bytes | None:
+        """The content of one of `edge_memllm.text.TEXT_FILES`; None where there is none.
+
+        Raises UnusableCheckpointError or OSError for one that cannot be read.
         """
 
 

@@ -18,16 +18,11 @@ import numpy as np
 from gguf.constants import TokenType
 
 from edge_memllm.errors import ExportError
-from edge_memllm.text.chat import DEFAULT_TEMPLATE, TEMPLATE_FILE
-from edge_memllm.text.tokenizer_file import (
-    CONFIG_FILE,
-    MOST_LETTERS,
-    MOST_TOKENS,
-    TOKENIZER_FILE,
-)
+from edge_memllm.text import CONFIG_FILE, GENERATION_FILE, TEMPLATE_FILE, TOKENIZER_FILE
+from edge_memllm.text.chat import DEFAULT_TEMPLATE
+from edge_memllm.text.tokenizer_file import MOST_LETTERS, MOST_TOKENS
 
 _MOST_LETTERS = 1 << 23  # of all tokens: the largest vocabularies have two million
-_GENERATION_FILE = "generation_config.json"
 _SPACE = "\u2581"  # SentencePiece's mark of a space
 # Ends of a text or a turn, beside those that the metadata names; as llama.cpp takes them.
 _ENDS = {
@@ -165,7 +160,7 @@ class GGUFTokenizer:
         generation = {**ids, **self._sampling()}
         return files | {
             CONFIG_FILE: _json_bytes(config),
-            _GENERATION_FILE: _json_bytes(generation),
+            GENERATION_FILE: _json_bytes(generation),
         }
 
     def _refuse(self, what: str, advice: str = "The file is damaged: get it again.") -> NoReturn:

@@ -58,10 +58,10 @@ def text_tokens(source: Checkpoint, text: str | None, otherwise: str, most: int)
     With a `text` that is an ExportError, and so is a text without tokens.
     """
     vocabulary = source.spec.vocab_size
-    file = source.path / TOKENIZER_FILE
+    file, content = source.path / TOKENIZER_FILE, source.text_file(TOKENIZER_FILE)
     ids: list[int] = []
-    if file.is_file():
-        ids = Tokenizer(file.read_bytes()).encode(otherwise if text is None else text)[:most]
+    if content is not None:
+        ids = Tokenizer(content).encode(otherwise if text is None else text)[:most]
     if ids and max(ids) < vocabulary:
         return ids
     if text is not None:
