@@ -24,14 +24,17 @@ if TYPE_CHECKING:
     from edge_memllm_export.table import MixedFigures
 
 _EXPORT = """\
-Export a checkpoint (a folder with config.json, model.safetensors and tokenizer.json) as an
-artifact: graph, table, tokenizer and manifest. The result is judged before it appears: six rungs
-compare it with the checkpoint, and its loss of quality is measured on real text. A rung that does
-not hold, or a loss beyond the bounds, ends the export, and OUT is not made. Exporting the same
-checkpoint again gives the same bytes."""
+Export a checkpoint as an artifact: graph, table, tokenizer and manifest. It is a folder with
+config.json, model.safetensors and tokenizer.json, a name of the Hugging Face Hub, or a GGUF file;
+its model one of MemoryLLM, or a dense one of the family of Llama (SmolLM, TinyLlama), Mistral,
+Qwen2 and Qwen3. The result is judged before it appears: six rungs compare it with the checkpoint,
+and its loss of quality is measured on real text. A rung that does not hold, or a loss beyond the
+bounds, ends the export, and OUT is not made. Exporting the same checkpoint again gives the same
+bytes."""
 
 _EXPORT_EXAMPLES = """\
   edge-memllm export checkpoint artifact
+  edge-memllm export SmolLM2-135M-Instruct.Q4_1.gguf artifact --graph-weights fp16
   edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
   edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
   edge-memllm export checkpoint smaller --table-codec codebook3 --accept-quality-loss

@@ -34,7 +34,7 @@ from edge_memllm.text.tokenization import Tokenizer
 _CHUNK = 64  # positions whose logits are alive at once
 _LARGEST_EXPONENT = 700.0  # e to this is about the largest float
 
-_BLOCK_VALUES = 1 << 20  # logits turned into float64 at a time
+_BLOCK_VALUES = 1 << 17  # logits turned into float64 at a time: what stays in the cache
 
 
 class Predictor(Protocol):

@@ -101,7 +101,7 @@ class RequantizeOptions:
 class ExportOptions:
     """What may be asked of `export_model`, which says what each of them does."""
 
-    checkpoint: Annotated[Path, Option("a trained model")]
+    checkpoint: Annotated[Path, Option("a trained model: a folder or a GGUF file")]
     out: Annotated[Path, Option("the artifact to make")]
     _: KW_ONLY
     graph_weights: Annotated[

@@ -212,7 +212,7 @@ class ExportReport:
 
 @called_with(ExportOptions)
 def export_model(options: ExportOptions) -> ExportReport:
-    """Export a checkpoint folder as an artifact folder.
+    """Export a checkpoint, a folder or a GGUF file, as an artifact folder.
 
     `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
     dense model has no memory rows and always gets the codec `none`), None takes int8; instead of

@@ -133,7 +133,7 @@ WRONG_CHECKPOINTS: list[tuple[Callable[[Path], Any], str]] = [
     (drop("config.json"), r"config\.json: no such file"),
     (lambda c: (c / "config.json").write_text("{"), r"config\.json: this is not JSON"),
     (lambda c: (c / "config.json").write_text("[]"), r"config\.json: expected a JSON object"),
-    (lambda c: change_config(c, model_type="llama"), r"model_type is 'llama', expected 'edge_mem"),
+    (lambda c: change_config(c, model_type="gpt2"), r"model_type is 'gpt2', expected 'edge_mem"),
     (lambda c: change_config(c, beta=9), r"config\.json: describes no network: beta is 9"),
     (
         lambda c: change_config(c, hidden_size="64"),
