@@ -8,6 +8,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_memllm_export.weights.gptq import Feedback, damped
+from edge_memllm_export.weights.grids import searched_grid
 from edge_memllm_export.weights.quantizer import BLOCKS, dequantize, quantize
 
 FLOAT16 = np.dtype("float16")
@@ -134,3 +135,21 @@ def test_weights_too_small_for_a_step_become_zero() -> None:
     weight = np.full((1, 32), 1.6e-39, np.float32)
     choose = Feedback(np.eye(32, dtype=np.float32), 4, 32)
     assert not dequantize(*quantize(weight, 4, 32, np.dtype("float32"), "w", choose), 4, 32).any()
+
+
+def test_zero_points_leave_less_of_the_error(random: np.random.Generator) -> None:
+    moment = moment_of(inputs(random, 128, 40))
+    weight = (random.standard_normal((32, 128)) + 0.4).astype(np.float32)
+    grid = searched_grid(weight, 4, 32, FLOAT16, moment.diagonal())
+    zeros = grid.zeros.astype(np.float32)
+    shift = np.repeat(zeros, 32, axis=1)
+    nearest = grid.nearest(weight) - shift
+    signed = Feedback(moment, 4, 32)(weight, nearest, grid.scales, zeros)
+    codes = signed + shift
+    assert codes.min() >= 0
+    assert codes.max() <= 15
+    chosen = grid.weights(codes.astype(np.uint8))
+    least = row_errors(weight, grid.weights(grid.nearest(weight)), moment)
+    assert row_errors(weight, chosen, moment).sum() < 0.5 * least.sum()
+    symmetric, _ = both(weight, moment, 4, 32)
+    assert row_errors(weight, chosen, moment).sum() < row_errors(weight, symmetric, moment).sum()

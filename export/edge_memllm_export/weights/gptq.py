@@ -28,6 +28,8 @@ from edge_memllm_export.weights.quantizer import QuantizeMatrix, quantize
 
 # A share of the mean square input is added to all: calibration text does not hold all there is.
 _DAMPING = 0.01
+# Of moments weighted by gradients, which few tokens make up: 0.01 costs a seventh more divergence.
+WEIGHTED_DAMPING = 0.1
 _STRIDE = 64  # columns whose errors are carried among themselves before they are to all others
 
 _WINDOW = 256
@@ -39,13 +41,15 @@ LayersDone = Callable[[int], None]
 class Feedback:
     """Chooses the codes of matrices that read the same inputs; a ``quantizer.ChooseCodes``.
 
-    ``moment`` is M, float32 [K, K], symmetric.
+    ``moment`` is M, float32 [K, K], symmetric; ``damping`` as in `damped`.
     """
 
-    def __init__(self, moment: np.ndarray, bits: int, block: int) -> None:
-        self._limit = 2 ** (bits - 1)
+    def __init__(
+        self, moment: np.ndarray, bits: int, block: int, damping: float = _DAMPING
+    ) -> None:
+        self._bits = bits
         self._block = block
-        wide = _widened(damped(moment), block)
+        wide = _widened(damped(moment, damping), block)
         self._order = np.argsort(-wide.diagonal(), kind="stable")
         # M = U D U^T with U unit upper triangular, out of the lower factor of M turned around.
         # Each of these is as large as M, so none is kept longer than needed.
@@ -59,20 +63,36 @@ class Feedback:
         # U^T: row k takes the errors of the columns before k.
         self._carry = np.ascontiguousarray(factor[::-1, ::-1].T)
 
-    def __call__(self, weight: np.ndarray, nearest: np.ndarray, scales: np.ndarray) -> np.ndarray:
-        """Signed codes [n, K]; a row whose error would not shrink keeps its nearest codes."""
+    def __call__(
+        self,
+        weight: np.ndarray,
+        nearest: np.ndarray,
+        scales: np.ndarray,
+        zeros: np.ndarray | None = None,
+    ) -> np.ndarray:
+        """Signed codes [n, K]; a row whose error would not shrink keeps its nearest codes.
+
+        ``zeros`` [n, blocks] are what signed codes lie below the stored ones, None for the middle.
+        """
         # Transposed: a column of the matrix is worked on as one run of memory.
         columns, rounded = weight.T[self._order], nearest.T[self._order]
         steps = scales.T[self._order // self._block]
-        codes, error = self._round(columns, steps)
+        low = np.full_like(scales, -(2 ** (self._bits - 1))) if zeros is None else -1.0 * zeros
+        codes, error = self._round(columns, steps, low.T[self._order // self._block])
         carried = self._carry @ (columns - rounded * steps)
         before = (self._powers * np.square(carried)).sum(axis=0)
         chosen = np.empty_like(codes)
         chosen[self._order] = np.where(error < before, codes, rounded)
         return chosen.T
 
-    def _round(self, columns: np.ndarray, steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-        """Codes [K, n] of columns [K, n] with their steps, and the error of each row [n]."""
+    def _round(
+        self, columns: np.ndarray, steps: np.ndarray, low: np.ndarray
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Codes [K, n] of columns [K, n] with their steps, and the error of each row [n].
+
+        ``low`` [K, n] are the least codes there are.
+        """
+        high = low + (2**self._bits - 1)
         # The inverse of a subnormal step would be infinite; such a block is zero.
         usable = np.abs(steps) >= np.finfo(np.float32).tiny
         inverse = np.divide(1, steps, out=np.zeros_like(steps), where=usable)
@@ -82,17 +102,20 @@ class Feedback:
             wanted[start:stop] += self._carry[start:stop, :start] @ missed[:start]
             for k in range(start, stop):
                 np.rint(wanted[k] * inverse[k], out=codes[k])
-                np.clip(codes[k], -self._limit, self._limit - 1, out=codes[k])
+                np.clip(codes[k], low[k], high[k], out=codes[k])
                 np.subtract(columns[k], codes[k] * steps[k], out=missed[k])
                 wanted[k + 1 : stop] += self._carry[k + 1 : stop, k, None] * missed[k]
         return codes, (self._powers * np.square(wanted - codes * steps)).sum(axis=0)
 
 
-def damped(moment: np.ndarray) -> np.ndarray:
-    """M as errors are judged by: with a little of every input, and one for those always zero."""
+def damped(moment: np.ndarray, damping: float = _DAMPING) -> np.ndarray:
+    """M as errors are judged by: with a little of every input, and one for those always zero.
+
+    ``damping`` is the share of the mean square input that is added to all.
+    """
     power = moment.diagonal()
     out = moment.copy()
-    np.fill_diagonal(out, power + np.where(power > 0, _DAMPING * power.mean(), np.float32(1)))
+    np.fill_diagonal(out, power + np.where(power > 0, damping * power.mean(), np.float32(1)))
     return out
 
 
