@@ -13,7 +13,8 @@ from safetensors.torch import load_file, save_file
 
 from edge_memllm.errors import ExportError
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.weights.gptq import InputMoments
+from edge_memllm_export.weights.damage import measure_sensitivities
+from edge_memllm_export.weights.gptq import InputMoments, calibration_windows
 from support.checkpoints import MakeCheckpoint
 
 SHAPES: list[dict[str, Any]] = [
@@ -96,3 +97,39 @@ def test_a_network_that_overflows_is_refused(
     moments.of("model.layers.0.self_attn.o_proj.weight")
     with pytest.raises(ExportError, match=r"layers\.1.*qkv_proj.*calibration text is not\s+finite"):
         moments.of("model.layers.1.self_attn.qkv_proj.weight")
+
+
+def modules_of(network: Any, name: str) -> list[torch.nn.Module]:
+    """The modules whose rows a matrix of the graph is made of."""
+    path = name.removesuffix(".weight")
+    for kind, parts in {"qkv_proj": "qkv", "gate_up_proj": ("gate", "up")}.items():
+        if path.endswith(kind):
+            stem = path.removesuffix(kind)
+            return [network.get_submodule(f"{stem}{part}_proj") for part in parts]
+    return [network.get_submodule(path)]
+
+
+def test_tokens_count_by_their_weights(make_checkpoint: MakeCheckpoint) -> None:
+    source = Checkpoint.open(make_checkpoint(beta=2))
+    network = source.architecture.reference().network
+    windows = calibration_windows(TOKENS, 256)
+    matrices = {name: modules_of(network, name) for name in names(source)}
+    found = measure_sensitivities(
+        network, matrices, lambda ids: network(ids, use_cache=False).logits, windows.split(2)
+    )
+    assert all(each.tokens.shape == (windows.numel(),) for each in found.values())
+    weights = {name: each.tokens for name, each in found.items()}
+    reference = source.architecture.reference()
+    moments = InputMoments(reference, TOKENS, 256, lambda done: None, weights)
+    heard: dict[str, torch.Tensor] = {}
+    for name, modules in matrices.items():
+        modules[0].register_forward_pre_hook(
+            lambda _, args, name=name: heard.update({name: args[0].flatten(0, 1)})
+        )
+    with torch.no_grad():
+        network(windows, use_cache=False)
+    for name, x in heard.items():
+        expected = ((x.T * torch.from_numpy(weights[name])) @ x / len(x)).numpy()
+        np.testing.assert_allclose(
+            moments.of(name), expected, atol=1e-4 * np.abs(expected).max(), rtol=1e-3
+        )

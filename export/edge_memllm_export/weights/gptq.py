@@ -12,13 +12,14 @@ reference is run over a text.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from functools import partial
 
 import numpy as np
 import torch
 from torch import nn
 
+from edge_memllm.arrays import Floats
 from edge_memllm.errors import ExportError
 from edge_memllm_export.architectures.architecture import Reference, Stage
 from edge_memllm_export.checkpoint import Checkpoint
@@ -130,17 +131,27 @@ def _widened(moment: np.ndarray, block: int) -> np.ndarray:
 
 
 class InputMoments:
-    """Second moments by the names of the graph's matrices, asked for in the graph's order."""
+    """Second moments by the names of the graph's matrices, asked for in the graph's order.
+
+    ``weights`` say by matrix how much each token counts, as `damage.Sensitivity` does; without
+    them all count alike.
+    """
 
     def __init__(
-        self, reference: Reference, tokens: Sequence[int], window: int, progress: LayersDone
+        self,
+        reference: Reference,
+        tokens: Sequence[int],
+        window: int,
+        progress: LayersDone,
+        weights: Mapping[str, Floats] | None = None,
     ) -> None:
         """Take a text and how many tokens of it go together at most."""
-        self._walk = _moments(reference, tokens, min(window, _WINDOW), progress)
+        windows = calibration_windows(tokens, window)
+        self._walk = _moments(reference, windows, progress, weights or {})
         self._found: dict[str, np.ndarray] = {}
 
     def of(self, name: str) -> np.ndarray:
-        """``X^T X / n`` float32 [K, K] of what the matrix ``name`` reads, in the graph's columns.
+        """``X^T W X / n`` float32 [K, K] of what the matrix ``name`` reads, in the graph's columns.
 
         Goes on to the layer of this matrix and forgets the one before. Raises ExportError when
         an input is not finite.
@@ -157,26 +168,37 @@ class InputMoments:
 
 
 def _moments(
-    reference: Reference, tokens: Sequence[int], window: int, progress: LayersDone
+    reference: Reference,
+    windows: torch.Tensor,
+    progress: LayersDone,
+    weights: Mapping[str, Floats],
 ) -> Iterator[dict[str, np.ndarray]]:
     """Yield the moments of every layer's matrices, then that of the head."""
-    window = min(window, len(tokens))
-    windows = torch.tensor(tokens[: len(tokens) // window * window]).view(-1, window)
     heard: _Listening | None = None
     for number, stage in enumerate(reference.stages(windows)):
         if heard is not None:
             yield heard.moments(windows.numel())
             progress(number)
-        heard = _Listening(stage)
+        heard = _Listening(stage, weights)
     assert heard is not None  # the head at least
     yield heard.moments(windows.numel())
 
 
-class _Listening:
-    """Sums of ``x x^T`` of one stage, growing while it is run, until they are asked for."""
+def calibration_windows(tokens: Sequence[int], window: int) -> torch.Tensor:
+    """Cut tokens into windows [count, length], the rest left out, as moments are measured on.
 
-    def __init__(self, stage: Stage) -> None:
-        self._stage = stage
+    ``window`` is the most tokens that the network takes together.
+    """
+    length = min(window, _WINDOW, len(tokens))
+    return torch.tensor(tokens[: len(tokens) // length * length]).view(-1, length)
+
+
+class _Listening:
+    """Sums of ``w x x^T`` of one stage, growing while it is run, until they are asked for."""
+
+    def __init__(self, stage: Stage, weights: Mapping[str, Floats]) -> None:
+        self._stage, self._weights = stage, weights
+        self._seen: dict[str, int] = {}
         self._sums: dict[str, torch.Tensor] = {}
         self._hooks = [
             matrix.module.register_forward_pre_hook(partial(self._add, name))
@@ -193,14 +215,22 @@ class _Listening:
             arrange = self._stage.matrices[name].arrange
             if arrange is not None:
                 moment = arrange(arrange(moment).T)
-            named[f"{self._stage.path}.{name}.weight".lstrip(".")] = moment
+            named[self._named(name)] = moment
         return named
 
     def _add(self, name: str, _: nn.Module, inputs: tuple[torch.Tensor]) -> None:
         x = inputs[0].float().flatten(0, 1)
-        if name not in self._sums:
-            self._sums[name] = x.new_zeros(x.shape[1], x.shape[1])
-        self._sums[name].addmm_(x.T, x)
+        total = self._sums.setdefault(name, x.new_zeros(x.shape[1], x.shape[1]))
+        start = self._seen.get(name, 0)
+        self._seen[name] = start + len(x)
+        weights = self._weights.get(self._named(name))
+        if weights is None:
+            total.addmm_(x.T, x)
+        else:
+            total.addmm_(x.T, x * torch.from_numpy(weights[start : start + len(x), None]))
+
+    def _named(self, name: str) -> str:
+        return f"{self._stage.path}.{name}.weight".lstrip(".")
 
 
 def matrix_quantizer(
