@@ -46,7 +46,7 @@ def budget_between(options: dict[str, list[Option]], share: float) -> int:
 
 
 @pytest.mark.parametrize(
-    ("bits", "zeros", "expected"), [(4, False, 36), (4, True, 37), (8, True, 70)]
+    ("bits", "zeros", "expected"), [(4, False, 36), (4, True, 37), (8, True, 70), (6, False, 56)]
 )
 def test_bytes_of_a_row_of_two_blocks(bits: int, zeros: bool, expected: int) -> None:
     assert MatrixForm(bits, 32, zeros).stored_bytes(1, 64) == expected

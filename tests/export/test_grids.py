@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm_export.weights.grids import BlockGrid, searched_grid
+from edge_memllm_export.weights.grids import SPLIT_ZERO, BlockGrid, searched_grid, split_codes
 from edge_memllm_export.weights.quantizer import dequantize, quantize
 
 FLOAT16 = np.dtype("float16")
@@ -93,3 +93,24 @@ def test_a_weight_beyond_the_scales_shows(random: np.random.Generator) -> None:
     grid = searched_grid(weight, 4, 32, FLOAT16)
     assert np.isinf(grid.scales[1, 0])
     assert np.isfinite(grid.scales[0]).all()
+
+
+def test_six_bits_are_four_and_two(random: np.random.Generator) -> None:
+    weight = random.standard_normal((16, 128)).astype(np.float32)
+    grid = searched_grid(weight, 6, 64, FLOAT16, zero=SPLIT_ZERO)
+    assert (grid.zeros == SPLIT_ZERO).all()
+    codes = grid.nearest(weight)
+    high, low = split_codes(codes)
+    coarse = BlockGrid(4, 4 * grid.scales, np.full_like(grid.zeros, 8)).weights(high)
+    fine = BlockGrid(2, grid.scales, np.full_like(grid.zeros, 2)).weights(low)
+    np.testing.assert_allclose(coarse + fine, grid.weights(codes), rtol=1e-6, atol=1e-6)
+    error = np.square(grid.weights(codes) - weight).mean()
+    four = searched_grid(weight, 4, 64, FLOAT16, zero=8)
+    assert error < np.square(rounded(weight, four) - weight).mean() / 10
+
+
+def test_one_zero_point_for_all_is_as_good_as_scales_without(random: np.random.Generator) -> None:
+    weight = random.standard_normal((64, 128)).astype(np.float32)
+    found = rounded(weight, searched_grid(weight, 4, 32, FLOAT16, zero=8))
+    symmetric = dequantize(*quantize(weight, 4, 32, FLOAT16, "w"), 4, 128)
+    assert np.square(found - weight).mean() <= np.square(symmetric - weight).mean() * 1.02

@@ -19,6 +19,8 @@ from edge_memllm.arrays import Bytes, Floats
 # Tried widths of a grid, in parts of the distance between a block's extremes.
 _WIDTHS = np.linspace(1.05, 0.65, 9, dtype=np.float32)
 
+SPLIT_ZERO = 34  # of codes of 6 bits that `split_codes` takes
+
 
 @dataclass(frozen=True, slots=True)
 class BlockGrid:
@@ -43,21 +45,36 @@ class BlockGrid:
 
 
 def searched_grid(
-    weight: Floats, bits: int, block: int, scale_dtype: np.dtype, importance: Floats | None = None
+    weight: Floats,
+    bits: int,
+    block: int,
+    scale_dtype: np.dtype,
+    importance: Floats | None = None,
+    zero: int | None = None,
 ) -> BlockGrid:
     """Return the grid of least error for rounding to the nearest code.
 
     ``weight`` is float32 [N, blocks * block] and finite; ``importance`` [blocks * block] says how
     much a squared error in each column counts, the mean square of its inputs for instance. None
-    counts all alike. A scale beyond the range of ``scale_dtype`` is infinite, as in `quantize`.
+    counts all alike. ``zero`` is the zero point of all blocks, None searches for that of each. A
+    scale beyond the range of ``scale_dtype`` is infinite, as in `quantize`.
     """
     blocks = weight.reshape(len(weight), -1, block)
     columns = np.ones(weight.shape[1], np.float32) if importance is None else importance
     search = _Search(blocks, _counted(columns.reshape(1, -1, block)), bits, scale_dtype)
-    for scales, zeros in _starts(blocks, bits):
+    for scales, zeros in _starts(blocks, bits) if zero is None else _around(blocks, bits, zero):
         codes = search.offer(scales, zeros)
         search.offer(search.least_squares(codes, zeros), zeros)
     return BlockGrid(bits, search.scales, search.zeros.astype(np.uint8))
+
+
+def split_codes(codes: Bytes) -> tuple[Bytes, Bytes]:
+    """Split codes of 6 bits into those of 4 and of 2 bits, for two matrices over the same inputs.
+
+    Without zero points of their own these have 8 and 2 in the middle, so
+    ``(code - SPLIT_ZERO) * scale = (high - 8) * (4 * scale) + (low - 2) * scale``.
+    """
+    return codes >> np.uint8(2), codes & np.uint8(3)
 
 
 class _Search:
@@ -109,6 +126,16 @@ def _starts(blocks: Floats, bits: int) -> Iterator[tuple[Floats, Floats]]:
         middle = (high + low) / 2
         zeros = np.rint(top / 2 - middle * _inverse(scales))
         yield scales, np.clip(zeros, 0, top).astype(np.float32)
+
+
+def _around(blocks: Floats, bits: int, zero: int) -> Iterator[tuple[Floats, Floats]]:
+    """Yield scales of either sign, and the one zero point, [N, B]: about what extremes ask for."""
+    low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+    below, above = np.float32(zero), np.float32(2**bits - 1 - zero)
+    zeros = np.full_like(low, zero)
+    for width in _WIDTHS:
+        yield width * np.maximum(-low / below, high / above), zeros
+        yield -width * np.maximum(-low / above, high / below), zeros
 
 
 def _counted(importance: Floats) -> Floats:
