@@ -47,7 +47,7 @@ def read_fields(path: Path) -> dict[str, Any]:
     """
     if not path.is_dir():
         raise UnusableCheckpointError(
-            f"{path}: no such folder. Give the folder of a trained checkpoint."
+            f"{path}: no such folder. Give the folder of a trained checkpoint, or a GGUF file."
         )
     where = path / CONFIG_FILE
     if not where.is_file():
