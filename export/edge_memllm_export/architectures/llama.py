@@ -41,11 +41,10 @@ from edge_memllm_export.architectures.architecture import (
     StoredKV,
     Weights,
 )
-from edge_memllm_export.architectures.mapped_weights import converting, weight_array
+from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
 from edge_memllm_export.graph.blocks import (
     Attention,
     AttentionShape,
-    AttentionWeights,
     Rotary,
     swiglu,
     wanted_positions,
@@ -58,7 +57,6 @@ from edge_memllm_runtimes.torch_reference import TorchReference
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 # Those whose angles depend on nothing but the position.
 _ROPE_TYPES = ("default", "linear", "llama3", "yarn")
-_QUERIES = ("q_proj", "k_proj", "v_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 _FACTS = (
     "hidden_size",
@@ -76,7 +74,7 @@ _FACTS = (
 _BATCH = 8  # windows in a layer at once
 
 
-class Llama:
+class Llama(LayerWeights):
     """A network of the family; see `Architecture`. Biases and norms show in its weights' names."""
 
     def __init__(self, source: Source) -> None:
@@ -96,6 +94,7 @@ class Llama:
             described=f"{self.config.model_type}, {self.config.num_hidden_layers} layers",
         )
         self.shapes = _attention_shapes(self.config)
+        self.epsilon: float = self.config.rms_norm_eps
 
     @property
     def fields(self) -> Mapping[str, Any]:
@@ -148,21 +147,21 @@ class Llama:
         x, pending = step.tokens.embedding, None
         for layer, shape in enumerate(self.shapes):
             path = f"/model/layers.{layer}"
-            normed, x = self._add_norm(graph, f"{path}/input_layernorm", x, pending)
+            normed, x = self.add_norm(graph, f"{path}/input_layernorm", x, pending)
             name = f"model.layers.{layer}.self_attn"
             attention = attentions[shape.window]
-            pending = attention(layer, f"{path}/self_attn", normed, self._attention_weights(name))
+            pending = attention(layer, f"{path}/self_attn", normed, self.attention_weights(name))
             if f"{name}.o_proj.bias" in self.weights:
-                bias = graph.vector(f"{name}.o_proj.bias", self._array(f"{name}.o_proj.bias"))
+                bias = graph.vector(f"{name}.o_proj.bias", self.array(f"{name}.o_proj.bias"))
                 pending = graph.op(f"{path}/self_attn/o_proj/Add", "Add", [pending, bias])
-            normed, x = self._add_norm(graph, f"{path}/post_attention_layernorm", x, pending)
-            matrices = self._arrays(f"model.layers.{layer}.mlp", _FEED_FORWARD)
+            normed, x = self.add_norm(graph, f"{path}/post_attention_layernorm", x, pending)
+            matrices = self.arrays(f"model.layers.{layer}.mlp", _FEED_FORWARD)
             pending = swiglu(graph, f"{path}/mlp", normed, matrices)
         assert pending is not None  # there are layers
         x, pending = wanted_positions(graph, step, x=x, pending=pending)
-        normed, _ = self._add_norm(graph, "/model/norm", x, pending)
+        normed, _ = self.add_norm(graph, "/model/norm", x, pending)
         head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
-        return graph.linear("/lm_head", normed, self._array(f"{head}.weight"))
+        return graph.linear("/lm_head", normed, self.array(f"{head}.weight"))
 
     def reference(
         self, device: str = "cpu", compute_dtype: torch.dtype = torch.float32
@@ -192,29 +191,6 @@ class Llama:
         cosine, sine = rotary(torch.zeros(1), positions)
         half = self.shapes[0].head_dim // 2  # of [1, P, head_dim]
         return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
-
-    def _add_norm(
-        self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None
-    ) -> tuple[ir.Value, ir.Value]:
-        weight = self._array(f"{path[1:].replace('/', '.')}.weight")
-        return graph.add_norm(path, x, pending, weight, self.config.rms_norm_eps)
-
-    def _attention_weights(self, path: str) -> AttentionWeights:
-        biased, normed = f"{path}.q_proj.bias" in self.weights, f"{path}.q_norm.weight"
-        return AttentionWeights(
-            self._arrays(path, (*_QUERIES, "o_proj")),
-            self._arrays(path, _QUERIES, "bias") if biased else None,
-            self._arrays(path, ("q_norm", "k_norm")) if normed in self.weights else None,
-            self.config.rms_norm_eps,
-        )
-
-    def _arrays(
-        self, path: str, names: Sequence[str], part: str = "weight"
-    ) -> dict[str, np.ndarray]:
-        return {name: self._array(f"{path}.{name}.{part}") for name in names}
-
-    def _array(self, name: str) -> np.ndarray:
-        return weight_array(self.weights[name])
 
 
 def _empty_network(config: Any) -> Any:

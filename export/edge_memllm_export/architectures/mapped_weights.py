@@ -1,4 +1,4 @@
-"""Weights that stay in their file: arrays over them, and networks that convert them while used.
+"""Weights that stay in their file: arrays and blocks over them, networks that convert them in use.
 
 A matrix in another dtype than is computed in is converted for one product and forgotten, so that
 memory stays that of the largest one.
@@ -6,13 +6,20 @@ memory stays that of the largest one.
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import ml_dtypes
 import numpy as np
+import onnx_ir as ir
 import torch
 from torch import nn
 from torch.nn import functional
+
+from edge_memllm_export.graph.blocks import AttentionWeights
+from edge_memllm_export.graph.builder import GraphBuilder
+
+_QUERIES = ("q_proj", "k_proj", "v_proj")
 
 
 def weight_array(weight: torch.Tensor) -> np.ndarray:
@@ -20,6 +27,43 @@ def weight_array(weight: torch.Tensor) -> np.ndarray:
     if weight.dtype == torch.bfloat16:
         return weight.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
     return weight.numpy()
+
+
+class LayerWeights:
+    """The weights of layers that are named as Llama's, as the blocks of a graph take them.
+
+    Biases of the projections and norms of queries and keys are there or not, by their names.
+    """
+
+    weights: Mapping[str, torch.Tensor]
+    epsilon: float  # of every norm
+
+    def add_norm(
+        self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None
+    ) -> tuple[ir.Value, ir.Value]:
+        """Return the norm at `path` of x + pending, and that sum; see `GraphBuilder.add_norm`."""
+        weight = self.array(f"{path[1:].replace('/', '.')}.weight")
+        return graph.add_norm(path, x, pending, weight, self.epsilon)
+
+    def attention_weights(self, path: str) -> AttentionWeights:
+        """Return what attention at `path` multiplies by."""
+        biased, normed = f"{path}.q_proj.bias", f"{path}.q_norm.weight"
+        return AttentionWeights(
+            self.arrays(path, (*_QUERIES, "o_proj")),
+            self.arrays(path, _QUERIES, "bias") if biased in self.weights else None,
+            self.arrays(path, ("q_norm", "k_norm")) if normed in self.weights else None,
+            self.epsilon,
+        )
+
+    def arrays(
+        self, path: str, names: Sequence[str], part: str = "weight"
+    ) -> dict[str, np.ndarray]:
+        """Return the weights, or biases, of modules below `path` by the modules' names."""
+        return {name: self.array(f"{path}.{name}.{part}") for name in names}
+
+    def array(self, name: str) -> np.ndarray:
+        """Return a view of one weight."""
+        return weight_array(self.weights[name])
 
 
 def converting(network: Any, compute_dtype: torch.dtype) -> Any:

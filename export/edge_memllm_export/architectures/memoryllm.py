@@ -45,11 +45,10 @@ from edge_memllm.modeling.stored_weights import (
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
 from edge_memllm_export.architectures.architecture import Matrix, Source, Stage, StoredKV
-from edge_memllm_export.architectures.mapped_weights import converting, weight_array
+from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
 from edge_memllm_export.graph.blocks import (
     Attention,
     AttentionShape,
-    AttentionWeights,
     Rotary,
     swiglu,
     wanted_positions,
@@ -62,7 +61,6 @@ from edge_memllm_runtimes.torch_reference import TorchReference
 
 MODEL_TYPE = MemoryLLMConfig.model_type
 _LEARNED_GAIN = "model.token_memory.gain"
-_QUERIES = ("q_proj", "k_proj", "v_proj")
 _FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # What rows are made of, besides the embedding: FFN-M, its norms, and rows that were trained.
 _MAKES_ROWS = re.compile(
@@ -95,14 +93,12 @@ class Shape:
 
     layers: int
     heads: AttentionShape
-    epsilon: float  # of all norms
     has_compute: bool  # an FFN-C
-    attention_bias: bool
     qk_norm: bool
     tied_head: bool
 
 
-class MemoryLLM:
+class MemoryLLM(LayerWeights):
     """A network of the family; see `Architecture`."""
 
     def __init__(self, source: Source) -> None:
@@ -116,14 +112,13 @@ class MemoryLLM:
             tied=config.tie_word_embeddings,
             described=network_described(config),
         )
+        self.epsilon: float = config.rms_norm_eps
         self.shape = Shape(
             layers=config.num_hidden_layers,
             heads=AttentionShape(
                 config.num_attention_heads, config.num_key_value_heads, config.head_dim
             ),
-            epsilon=config.rms_norm_eps,
             has_compute=config.has_compute,
-            attention_bias=config.attention_bias,
             qk_norm=config.qk_norm,
             tied_head=config.tie_word_embeddings,
         )
@@ -188,21 +183,21 @@ class MemoryLLM:
         x, pending = step.tokens.embedding, None
         for layer in range(shape.layers):
             path = f"/model/layers.{layer}"
-            normed, x = self._add_norm(graph, f"{path}/input_layernorm", x, pending)
-            weights = self._attention_weights(f"model.layers.{layer}.self_attn")
+            normed, x = self.add_norm(graph, f"{path}/input_layernorm", x, pending)
+            weights = self.attention_weights(f"model.layers.{layer}.self_attn")
             pending = attention(layer, f"{path}/self_attn", normed, weights)
             if shape.has_compute:
-                normed, x = self._add_norm(graph, f"{path}/post_attention_layernorm", x, pending)
-                matrices = self._arrays(f"model.layers.{layer}.mlp", _FEED_FORWARD)
+                normed, x = self.add_norm(graph, f"{path}/post_attention_layernorm", x, pending)
+                matrices = self.arrays(f"model.layers.{layer}.mlp", _FEED_FORWARD)
                 pending = swiglu(graph, f"{path}/mlp", normed, matrices)
             if step.tokens.memory is not None:
                 memory = layer_memory(graph, step.tokens.memory, layer)
                 x = graph.op(f"{path}/memory/Add", "Add", [x, memory])
         assert pending is not None  # there are layers
         x, pending = wanted_positions(graph, step, x=x, pending=pending)
-        normed, _ = self._add_norm(graph, "/model/norm", x, pending)
+        normed, _ = self.add_norm(graph, "/model/norm", x, pending)
         head = "model.embed_tokens" if shape.tied_head else "lm_head"
-        return graph.linear("/lm_head", normed, self._array(f"{head}.weight"))
+        return graph.linear("/lm_head", normed, self.array(f"{head}.weight"))
 
     def reference(
         self, device: str = "cpu", compute_dtype: torch.dtype = torch.float32
@@ -224,29 +219,6 @@ class MemoryLLM:
         cosine, sine = LlamaRotaryEmbedding(self.config)(torch.zeros(1), positions)
         half = self.shape.heads.head_dim // 2  # of [1, P, head_dim]
         return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
-
-    def _add_norm(
-        self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None
-    ) -> tuple[ir.Value, ir.Value]:
-        weight = self._array(f"{path[1:].replace('/', '.')}.weight")
-        return graph.add_norm(path, x, pending, weight, self.shape.epsilon)
-
-    def _attention_weights(self, path: str) -> AttentionWeights:
-        shape = self.shape
-        return AttentionWeights(
-            self._arrays(path, (*_QUERIES, "o_proj")),
-            self._arrays(path, _QUERIES, "bias") if shape.attention_bias else None,
-            self._arrays(path, ("q_norm", "k_norm")) if shape.qk_norm else None,
-            shape.epsilon,
-        )
-
-    def _arrays(
-        self, path: str, names: Sequence[str], part: str = "weight"
-    ) -> dict[str, np.ndarray]:
-        return {name: self._array(f"{path}.{name}.{part}") for name in names}
-
-    def _array(self, name: str) -> np.ndarray:
-        return weight_array(self.weights[name])
 
 
 class MemoryLLMReference:
