@@ -71,6 +71,7 @@ from edge_memllm_export.weights.quantizer import (
     WEIGHT_FORMS,
     check_matrix_forms,
     quantisation_method,
+    uniform,
 )
 
 TABLE_FILE = "table.safetensors"
@@ -388,8 +389,9 @@ class _Export:
             calibration_text,
             lambda layers: self._progress("graph", layers, steps),
         )
-        spec, build = self._source.spec, self._source.architecture.build
-        model = build_graph(spec, build, self._form, identity, scales, quantize)
+        spec, build, form = self._source.spec, self._source.architecture.build, self._form
+        store = uniform(form.weights, form.block, form.matrices, quantize)
+        model = build_graph(spec, build, form, identity, scales, store)
         names = save_graph(model, self._writer.path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.
         del model

@@ -35,8 +35,8 @@ _WIRE_BITS = {"q8": 8, "q4": 4}
 _VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C")]
 # The most of its other sizes, in widths, where neither all layers nor the vocabulary are more.
 _WIDTHS = 64
-# The widest layer takes some twenty nodes, the rest of a graph some ten.
-_NODES = 48
+# A layer takes some twenty nodes, and where all its matrices are sums, some eighty.
+_NODES = 128
 # Integers that shapes are made from.
 _MOST_NUMBERS = 8
 
@@ -445,11 +445,11 @@ def _matrix(step: _Step) -> Results:
 
 
 def _matrix_bits(step: _Step) -> Results:
-    data, codes, scales = step.given("xww")
+    data, codes, scales, *zeros = step.given("xwww" if len(step.inputs) == 4 else "xww")
     width, rows = (step.integer(name, 1, 1 << 31) for name in ("K", "N"))
-    bits, block = step.integer("bits", 4, 8), step.integer("block_size", 16, 256)
-    step.integer("accuracy_level", 4, 4)
-    step.expect("4 or 8 bits", bits in (4, 8), True)
+    bits, block = step.integer("bits", 2, 8), step.integer("block_size", 16, 256)
+    step.expect("accuracy_level 0 or 4", step.integer("accuracy_level", 0, 4) in (0, 4), True)
+    step.expect("2, 4 or 8 bits", bits in (2, 4, 8), True)
     step.expect("blocks of a power of two", block & (block - 1), 0)
     step.expect_float(data, scales)
     blocks = -(-width // block)
@@ -457,7 +457,30 @@ def _matrix_bits(step: _Step) -> Results:
     expected = (_CODES["uint8"], (rows, blocks, block * bits // 8))
     step.expect("codes of", (codes.data_type, codes.dims), expected)
     step.expect("scales of", scales.dims, (rows, blocks))
+    for each in zeros:
+        step.expect("zero points of", each.dims, (rows, -(-blocks * bits // 8)))
+        step.expect("zero points of type", each.data_type, _CODES["uint8"])
     return [_Known(data.data_type, (*data.dims[:-1], rows))]
+
+
+def _concat(step: _Step) -> Results:
+    parts = step.given("x" * len(step.inputs))
+    step.integer("axis", -1, -1)
+    step.expect("several parts", len(parts) > 1, True)
+    step.expect_float(*parts)
+    for part in parts:
+        step.expect("parts of", part.dims[:-1], parts[0].dims[:-1])
+    width = sum(step.count(part.dims[-1:]) for part in parts)
+    return [_Known(parts[0].data_type, (*parts[0].dims[:-1], width))]
+
+
+def _sum(step: _Step) -> Results:
+    data, axes = step.given("xn")
+    step.integer("keepdims", 0, 0)
+    step.expect("axes", axes.numbers, (-1,))
+    step.expect("values of", len(data.dims), 4)
+    step.expect_float(data)
+    return [_Known(data.data_type, data.dims[:-1])]
 
 
 def _attention(step: _Step) -> Results:
@@ -506,10 +529,12 @@ def _rules() -> dict[tuple[str, str], _Rule]:
     plain = {
         "Add": _Rule(_elementwise, frozenset()),
         "Cast": _Rule(_cast, frozenset({"to"})),
+        "Concat": _Rule(_concat, frozenset({"axis"})),
         "Gather": _Rule(_gather, frozenset({"axis"})),
         "GatherND": _Rule(_gather_nd, frozenset({"batch_dims"})),
         "MatMul": _Rule(_matrix, frozenset()),
         "Mul": _Rule(_elementwise, frozenset()),
+        "ReduceSum": _Rule(_sum, frozenset({"keepdims"})),
         "RMSNormalization": _Rule(_norm, frozenset({"axis", "epsilon"})),
         "Reshape": _Rule(_reshape, frozenset()),
         "Sigmoid": _Rule(_sigmoid, frozenset()),

@@ -1,20 +1,24 @@
 """The last norm and the head of an artifact, read out of its graph file: no library, no session.
 
-The exporter names them `model.norm.weight` and `lm_head.weight`; a quantised head has codes and
-scales for MatMulNBits, a float one is stored transposed. Rows are read when they are asked for, so
+The exporter names them `model.norm.weight` and `lm_head.weight`; a quantised head is the codes of
+one MatMulNBits or of several (`stored_matrix.py` of the exporter says how they make up a matrix), a
+float one is stored transposed. Rows are read when they are asked for, so
 that memory stays small however large the vocabulary is.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from edge_memllm.arrays import Floats, Ids
+from edge_memllm.arrays import Bytes, Floats, Ids
+from edge_memllm.checked_values import is_integer
 from edge_memllm.errors import ArtifactError
 from edge_memllm.readers.reader import OpenFile
-from edge_memllm_runtimes.graph_file import Tensor, read_graph
+from edge_memllm_runtimes.graph_file import GraphFile, Node, Tensor, read_graph
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
@@ -22,7 +26,20 @@ if TYPE_CHECKING:
 
 
 _NORM, _FLOAT = "model.norm.weight", "lm_head.weight"
-_CODES, _SCALES = "lm_head.weight_codes", "lm_head.weight_scales"
+_CODES = "_codes"
+_ATTRIBUTES = ("K", "N", "bits", "block_size")
+
+
+@dataclass(frozen=True, slots=True)
+class _Blocks:
+    """The codes of one MatMulNBits of the head, for its rows from `start` on."""
+
+    names: tuple[str, ...]  # of codes, scales and maybe zero points
+    start: int
+    rows: int
+    columns: int
+    bits: int
+    block: int
 
 
 class GraphHead:
@@ -34,16 +51,16 @@ class GraphHead:
         self._where = artifact.path / manifest.graph.file
         self._shape = manifest.model.vocab_size, manifest.model.hidden_size
         self._dtype = np.dtype(manifest.graph.compute_dtype)
-        self._prefers = 8 if manifest.graph.weights == "int8" else 4
         self._files: list[OpenFile] = []
         try:
             for name in (manifest.graph.file, manifest.graph.external_data):
                 if name is not None:
                     descriptor = artifact.open_file(name)
                     self._files.append(OpenFile(descriptor, str(artifact.path / name)))
-            self._weights = read_graph(artifact.read_bytes(manifest.graph.file)).tensors
+            graph = read_graph(artifact.read_bytes(manifest.graph.file))
+            self._weights = graph.tensors
             self._norm = self._values(_NORM, self._shape[1])
-            self._form = None if _FLOAT in self._weights else self._blocks()
+            self._blocks = [] if _FLOAT in self._weights else self._checked_blocks(graph)
         except BaseException:
             self.close()
             raise
@@ -58,7 +75,7 @@ class GraphHead:
     def rows(self, ids: Ids) -> Floats:
         """Return rows [N, D] of the head for token ids [N], as the graph computes with them."""
         runs = np.split(ids, np.flatnonzero(np.diff(ids) != 1) + 1)
-        read = self._transposed if self._form is None else self._decoded
+        read = self._decoded if self._blocks else self._transposed
         return np.concatenate([read(int(run[0]), len(run)) for run in runs if len(run)])
 
     def close(self) -> None:
@@ -77,33 +94,53 @@ class GraphHead:
         return rows
 
     def _decoded(self, start: int, count: int) -> Floats:
-        """Rows out of codes [V, blocks, block * bits / 8] and scales [V, blocks]."""
-        assert self._form is not None
-        bits, blocks, block_bytes = self._form
-        row, scale_row = blocks * block_bytes, blocks * self._dtype.itemsize
-        codes = np.frombuffer(self._read(_CODES, start * row, count * row), np.uint8)
-        scales = self._read(_SCALES, start * scale_row, count * scale_row)
-        if bits == 4:  # low nibble first
-            codes = np.stack([codes & 15, codes >> 4], axis=-1)
-        values = codes.reshape(count, blocks, -1).astype(np.float32) - 2 ** (bits - 1)
-        values *= np.frombuffer(scales, self._dtype).astype(np.float32).reshape(count, blocks, 1)
-        rows: Floats = values.reshape(count, -1)[:, : self._shape[1]]
-        return rows
+        """Rows out of codes: the sum of all that there are of each."""
+        total = np.zeros((count, self._shape[1]), np.float32)
+        for each in self._blocks:
+            first, last = max(start, each.start), min(start + count, each.start + each.rows)
+            if first < last:
+                found = self._block_rows(each, first - each.start, last - first)
+                # Fewer columns are those of a matrix over sums of inputs.
+                found = np.repeat(found, self._shape[1] // each.columns, axis=1)
+                total[first - start : last - start] += found
+        return total
 
-    def _blocks(self) -> tuple[int, int, int]:
-        """Bits, blocks of a row and bytes of a block, from the sizes of the tensors."""
-        vocabulary, width = self._shape
-        codes, scales = self._weight(_CODES).size, self._weight(_SCALES).size
-        blocks = scales // (vocabulary * self._dtype.itemsize)
-        block_bytes = codes // (vocabulary * max(1, blocks))
-        for bits in (self._prefers, 12 - self._prefers):
-            block = block_bytes * 8 // bits
-            if block and -(-width // block) == blocks:
-                return bits, blocks, block_bytes
-        raise ArtifactError(
-            f"{self._where}: the head has {codes} bytes of codes and {scales} of scales, which "
-            f"are no {vocabulary} rows of {width} in 4 or 8 bits. Export again."
-        )
+    def _block_rows(self, blocks: _Blocks, start: int, count: int) -> Floats:
+        """Rows of codes [N, blocks, block * bits / 8], scales [N, blocks] and zero points."""
+        across = -(-blocks.columns // blocks.block)
+        widths = (across * blocks.block, across, across)
+        sizes = (blocks.bits, self._dtype.itemsize * 8, blocks.bits)
+        parts = []
+        for name, width, bits in zip(blocks.names, widths, sizes, strict=False):
+            row = -(-width * bits // 8)
+            parts.append(np.frombuffer(self._read(name, start * row, count * row), np.uint8))
+        codes = _unpacked(parts[0], blocks.bits).reshape(count, across, -1).astype(np.float32)
+        if len(parts) == 3:
+            zeros = _unpacked(parts[2], blocks.bits).reshape(count, -1)
+            codes -= zeros[:, :across, None]
+        else:
+            codes -= 2 ** (blocks.bits - 1)
+        codes *= parts[1].view(self._dtype).astype(np.float32).reshape(count, across, 1)
+        return codes.reshape(count, -1)[:, : blocks.columns]
+
+    def _checked_blocks(self, graph: GraphFile) -> list[_Blocks]:
+        """All codes; raises ArtifactError where they do not make up the manifest's rows."""
+        found = list(_head_blocks(graph))
+        if not found:
+            raise ArtifactError(f"{self._where}: has no weight {_FLOAT}{_CODES}. Export again.")
+        rows = max(each.start + each.rows for each in found)
+        if rows != self._shape[0]:
+            raise ArtifactError(
+                f"{self._where}: the head has {rows} rows, the manifest says {self._shape[0]}. "
+                "Export again."
+            )
+        widest = max(each.columns for each in found)
+        if widest != self._shape[1]:
+            raise ArtifactError(
+                f"{self._where}: the head has {widest} columns, the manifest says "
+                f"{self._shape[1]}. Export again."
+            )
+        return found
 
     def _values(self, name: str, count: int) -> Floats:
         data = self._read(name, 0, count * self._dtype.itemsize)
@@ -125,3 +162,33 @@ class GraphHead:
         if name not in self._weights:
             raise ArtifactError(f"{self._where}: has no weight {name}. Export again.")
         return self._weights[name]
+
+
+def _head_blocks(graph: GraphFile) -> Iterator[_Blocks]:
+    """Yield the head's codes; parts of the same rows follow each other."""
+    start, rows, group = 0, 0, None
+    for node in graph.nodes:
+        if node.op_type != "MatMulNBits" or not node.inputs[1].startswith(_FLOAT):
+            continue
+        name = node.inputs[1].removesuffix(_CODES)
+        found = name.split(".part.")[0].removesuffix(".sums")
+        if found != group:
+            start, group = start + rows, found
+        columns, rows, bits, block = (_number(node, each) for each in _ATTRIBUTES)
+        yield _Blocks(tuple(node.inputs[1:]), start, rows, columns, bits, block)
+
+
+def _number(node: Node, name: str) -> int:
+    value = node.attributes.get(name)
+    if not is_integer(value) or value < 1:
+        raise ArtifactError(f"the head has {name} {value!a:.40}, expected a number. Export again.")
+    return value
+
+
+def _unpacked(stored: Bytes, bits: int) -> Bytes:
+    """Codes [n * 8 / bits] of bytes [n], the lowest bits first."""
+    if bits == 8:
+        return stored
+    places = np.arange(0, 8, bits, dtype=np.uint8)
+    codes: Bytes = (stored[:, None] >> places & np.uint8(2**bits - 1)).reshape(-1)
+    return codes

@@ -5,7 +5,8 @@ from __future__ import annotations
 import numpy as np
 
 from edge_memllm_export.weights.folding import column_factors, folded_moment
-from edge_memllm_export.weights.quantizer import dequantize, quantize
+from edge_memllm_export.weights.quantizer import quantize
+from support.matrices import dequantize
 
 FLOAT16 = np.dtype("float16")
 

@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 
 from edge_memllm_export.weights.gptq import Feedback, damped
 from edge_memllm_export.weights.grids import searched_grid
-from edge_memllm_export.weights.quantizer import BLOCKS, dequantize, quantize
+from edge_memllm_export.weights.quantizer import BLOCKS, quantize
+from support.matrices import dequantize
 
 FLOAT16 = np.dtype("float16")
 

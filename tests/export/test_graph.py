@@ -22,9 +22,10 @@ from edge_memllm_export.graph.model import (
     build_graph,
     save_graph,
 )
-from edge_memllm_export.weights.quantizer import block_for, dequantize, quantize
+from edge_memllm_export.weights.quantizer import block_for, quantize
 from support.checkpoints import MakeCheckpoint
 from support.graphs import IDENTITY, GraphSession
+from support.matrices import dequantize
 
 SHAPES: list[dict[str, Any]] = [
     {"beta": 0},

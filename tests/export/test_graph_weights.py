@@ -20,8 +20,8 @@ from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
 from edge_memllm_export.judgement import JudgedArtifact
-from edge_memllm_export.weights.quantizer import dequantize
 from support.checkpoints import MakeCheckpoint, files_of
+from support.matrices import dequantize
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
 QUICK = {"verify": False, "calibration_text": TEXT, "graph_method": "gptq"}

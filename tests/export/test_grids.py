@@ -8,7 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_memllm_export.weights.grids import SPLIT_ZERO, BlockGrid, searched_grid, split_codes
-from edge_memllm_export.weights.quantizer import dequantize, quantize
+from edge_memllm_export.weights.quantizer import quantize
+from support.matrices import dequantize
 
 FLOAT16 = np.dtype("float16")
 

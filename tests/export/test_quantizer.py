@@ -9,7 +9,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as npst
 
 from edge_memllm.errors import ExportError
-from edge_memllm_export.weights.quantizer import BLOCKS, block_for, dequantize, quantize
+from edge_memllm_export.weights.quantizer import BLOCKS, block_for, quantize
+from support.matrices import dequantize
 
 FLOAT16, FLOAT32 = np.dtype("float16"), np.dtype("float32")
 

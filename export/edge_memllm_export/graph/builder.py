@@ -13,13 +13,8 @@ import numpy as np
 import onnx_ir as ir
 
 from edge_memllm.errors import ExportError
-from edge_memllm_export.weights.quantizer import (
-    CHUNK_WEIGHTS,
-    WEIGHT_FORMS,
-    QuantizeMatrix,
-    block_for,
-    kind_of,
-)
+from edge_memllm_export.weights.quantizer import CHUNK_WEIGHTS
+from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix
 
 CONTRIB = "com.microsoft"
 DATA_TYPES = {
@@ -30,30 +25,19 @@ DATA_TYPES = {
     "int32": ir.DataType.INT32,
     "int64": ir.DataType.INT64,
 }
-# 4: MatMulNBits may round its input to int8 by blocks, which is what makes it fast on a CPU.
-_ACCURACY_LEVEL = 4
 
 
 class GraphBuilder:
     """Nodes and initialisers of one graph, in the order they are made.
 
-    ``weights`` is the form of its matrices but for those kinds that ``matrices`` gives another;
-    ``block`` weights share a scale, None chooses by the matrix. ``quantize`` makes codes of them.
+    Activations are of ``compute_dtype``; ``store`` says how each matrix is stored.
     """
 
-    def __init__(
-        self,
-        weights: str,
-        matrices: Mapping[str, str],
-        block: int | None,
-        quantize: QuantizeMatrix,
-    ) -> None:
-        self.compute_dtype, _ = WEIGHT_FORMS[weights]
-        self._weights = weights
-        self._matrices = matrices
-        self._block = block
-        self._quantize = quantize
+    def __init__(self, compute_dtype: str, store: StoreMatrix) -> None:
+        self.compute_dtype = compute_dtype
+        self._store = store
         self._tape = ir.tape.Tape()
+        self._sums: dict[tuple[str, int], ir.Value] = {}
 
     def op(
         self,
@@ -116,22 +100,67 @@ class GraphBuilder:
         return self.constant(name, array.astype(self.compute_dtype))
 
     def linear(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
-        """``x [..., K] @ weight [N, K].T``, the weight stored in the form of its kind."""
-        _, bits = WEIGHT_FORMS[self._matrices.get(kind_of(path), self._weights)]
-        if bits is None:
-            return self._float_linear(path, x, weight)
-        N, K = weight.shape
+        """``x [..., K] @ weight [N, K].T``, the weight as it is stored."""
         name = f"{path[1:].replace('/', '.')}.weight"
-        block = block_for(K, self._block)
-        codes, scales = self._quantize(weight, bits, block, np.dtype(self.compute_dtype), name)
-        attributes = {"K": K, "N": N, "bits": bits, "block_size": block}
-        return self.op(
-            f"{path}/MatMulNBits",
-            "MatMulNBits",
-            [x, self.constant(f"{name}_codes", codes), self.constant(f"{name}_scales", scales)],
-            {**attributes, "accuracy_level": _ACCURACY_LEVEL},
-            domain=CONTRIB,
-        )
+        stored = self._store(name, weight)
+        if stored is None:
+            return self._float_linear(path, name, x, weight)
+        if len(stored) == 1:
+            return self._product(path, name, x, stored[0])
+        rows = [
+            self._product(f"{path}/rows.{place}", f"{name}.rows.{place}", x, each)
+            for place, each in enumerate(stored)
+        ]
+        return self.op(f"{path}/Concat", "Concat", rows, {"axis": -1})
+
+    def _product(self, path: str, name: str, x: ir.Value, matrix: StoredMatrix) -> ir.Value:
+        """The products with a matrix's parts, added up."""
+        first, *others = matrix.parts
+        total = self._blocks_product(path, name, x, first, matrix.level)
+        for place, part in enumerate(others, start=1):
+            below = f"{path}/part.{place}"
+            found = self._blocks_product(below, f"{name}.part.{place}", x, part, matrix.level)
+            total = self.op(f"{below}/Add", "Add", [total, found])
+        if matrix.sums is None:
+            return total
+        below, sums = f"{path}/sums", self._block_sums(x, matrix.sums_block)
+        found = self._blocks_product(below, f"{name}.sums", sums, matrix.sums, matrix.level)
+        return self.op(f"{below}/Add", "Add", [total, found])
+
+    def _blocks_product(
+        self, path: str, name: str, x: ir.Value, blocks: Blocks, level: int
+    ) -> ir.Value:
+        inputs = [x, self.constant(f"{name}_codes", blocks.codes)]
+        inputs.append(self.constant(f"{name}_scales", blocks.scales))
+        if blocks.zeros is not None:
+            inputs.append(self.constant(f"{name}_zeros", blocks.zeros))
+        attributes = {
+            "K": blocks.columns,
+            "N": len(blocks.codes),
+            "bits": blocks.bits,
+            "block_size": blocks.block,
+            "accuracy_level": level,
+        }
+        return self.op(f"{path}/MatMulNBits", "MatMulNBits", inputs, attributes, domain=CONTRIB)
+
+    def _block_sums(self, x: ir.Value, block: int) -> ir.Value:
+        """Sums of every ``block`` of the last axis, which is a multiple of it; once for each x."""
+        if (x.name, block) in self._sums:
+            return self._sums[x.name, block]
+        assert x.name is not None
+        path = f"{x.name}/sums.{block}"
+        shape = self._shared("model.sums.shape", np.array([0, 0, -1, block]), block)
+        apart = self.op(f"{path}/Reshape", "Reshape", [x, shape])
+        axis = self._shared("model.sums.axis", np.array([-1]), 0)
+        found = self.op(f"{path}/ReduceSum", "ReduceSum", [apart, axis], {"keepdims": 0})
+        self._sums[x.name, block] = found
+        return found
+
+    def _shared(self, name: str, numbers: np.ndarray, key: int) -> ir.Value:
+        """A few integers that several nodes read."""
+        if (name, key) not in self._sums:
+            self._sums[name, key] = self.constant(f"{name}.{key}" if key else name, numbers)
+        return self._sums[name, key]
 
     def norm(
         self, path: str, x: ir.Value, weight: np.ndarray, epsilon: float, filled: float = 1.0
@@ -158,8 +187,7 @@ class GraphBuilder:
         )
         return normed, total
 
-    def _float_linear(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
-        name = f"{path[1:].replace('/', '.')}.weight"
+    def _float_linear(self, path: str, name: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
         dtype = self.compute_dtype
         _require_finite(name, weight, dtype)
         # Lazy: the transposed copy of one matrix at a time is alive, while the graph is saved.

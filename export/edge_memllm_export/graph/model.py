@@ -16,8 +16,8 @@ from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.codecs import Codec
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import KVScales, StepInputs, step_inputs
-from edge_memllm_export.weights.quantizer import QuantizeMatrix
-from edge_memllm_export.weights.quantizer import quantize as round_to_nearest
+from edge_memllm_export.weights.quantizer import WEIGHT_FORMS, uniform
+from edge_memllm_export.weights.stored_matrix import StoreMatrix
 
 OPSET = 23
 GRAPH_FILE = "graph.onnx"
@@ -49,15 +49,16 @@ def build_graph(
     form: GraphForm,
     identity: str,
     kv_scales: Sequence[KVScales] | None = None,
-    quantize: QuantizeMatrix = round_to_nearest,
+    store: StoreMatrix | None = None,
 ) -> ir.Model:
     """The graph of the model that ``spec`` and ``build`` describe (see Architecture).
 
-    ``kv_scales``, one for each cache, are for keys and values in int8; ``quantize`` is called layer
-    by layer, the head last. Inputs and outputs are listed in docs/format.md. Raises ExportError for
-    weights that the form cannot hold.
+    ``kv_scales``, one for each cache, are for keys and values in int8; ``store`` is called layer
+    by layer, the head last, None rounds to nearest. Inputs and outputs are listed in
+    docs/format.md. Raises ExportError for weights that the form cannot hold.
     """
-    graph = GraphBuilder(form.weights, form.matrices, form.block, quantize)
+    compute_dtype, _ = WEIGHT_FORMS[form.weights]
+    graph = GraphBuilder(compute_dtype, store or uniform(form.weights, form.block, form.matrices))
     scales = None
     if kv_scales is not None:
         layers = [cache.layer for cache in spec.caches]

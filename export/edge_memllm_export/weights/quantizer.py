@@ -1,19 +1,16 @@
-"""Blocks for MatMulNBits: a weight matrix in 4 or 8 bits, one scale a block.
+"""Rounding to nearest: a weight matrix in 4 or 8 bits, one scale a block, without zero points.
 
-Layout (that of ``com.microsoft.MatMulNBits`` without zero points): for a matrix ``[N, K]`` in
-blocks of G weights, codes are ``uint8 [N, blocks, G * bits / 8]`` with ``blocks = ceil(K / G)``,
-at 4 bits two to a byte, low nibble first; scales are ``[N, blocks]``;
-``weight = (code - 2**(bits - 1)) * scale``.
 It knows numpy and nothing of graphs.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping
+from collections.abc import Callable, Collection, Mapping, Sequence
 
 import numpy as np
 
 from edge_memllm.errors import ExportError
+from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix, packed
 
 BLOCKS = (32, 64, 128, 256)
 # Large blocks are read faster and keep less of the weights. Matrices that fit a cache gain little.
@@ -40,7 +37,7 @@ METHODS = ("rtn", "gptq")
 # Rounding to 8 bits costs hundredths of a per cent as it is.
 _DEFAULT_METHODS = {"int4": "gptq", "int8": "rtn"}
 
-# weight [N, K], bits, block, dtype of scales, name -> codes and scales as in `quantizer`.
+# weight [N, K], bits, block, dtype of scales, name -> codes and scales as in `Blocks`.
 QuantizeMatrix = Callable[[np.ndarray, int, int, np.dtype, str], tuple[np.ndarray, np.ndarray]]
 
 
@@ -57,7 +54,7 @@ def quantize(
     name: str,
     choose: ChooseCodes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """``weight`` [N, K] of any float dtype -> codes uint8 and scales, laid out as above.
+    """``weight`` [N, K] of any float dtype -> codes uint8 and scales, laid out as in `Blocks`.
 
     Without ``choose``, every weight takes the nearest code. Raises ExportError naming the weight
     when a value is not finite or a scale leaves the range of ``scale_dtype``.
@@ -82,15 +79,34 @@ def quantize(
         if choose is not None:
             steps = scales[start:stop].astype(np.float32)
             signed = choose(chunk, signed.reshape(chunk.shape), steps).reshape(-1, block)
-        codes[start:stop] = _pack(signed, bits).reshape(stop - start, blocks, -1)
+        unsigned = (signed + 2 ** (bits - 1)).astype(np.uint8)
+        codes[start:stop] = packed(unsigned, bits).reshape(stop - start, blocks, -1)
     return codes, scales
 
 
-def dequantize(codes: np.ndarray, scales: np.ndarray, bits: int, columns: int) -> np.ndarray:
-    """The float32 matrix [N, columns] that MatMulNBits multiplies with: the judge of `quantize`."""
-    values = codes if bits == 8 else np.stack([codes & 15, codes >> 4], axis=-1)
-    values = values.reshape(*scales.shape, -1).astype(np.float32) - 2 ** (bits - 1)
-    return (values * scales.astype(np.float32)[..., None]).reshape(len(codes), -1)[:, :columns]
+def uniform(
+    weights: str,
+    block: int | None = None,
+    matrices: Mapping[str, str] | None = None,
+    quantize_matrix: QuantizeMatrix | None = None,
+) -> StoreMatrix:
+    """Store all matrices in one form of `WEIGHT_FORMS`, but for kinds that ``matrices`` names.
+
+    ``block`` weights share a scale, None chooses by the matrix; ``quantize_matrix`` makes the
+    codes, None rounds to nearest.
+    """
+    others, make = matrices or {}, quantize_matrix or quantize
+    dtype = np.dtype(WEIGHT_FORMS[weights][0])
+
+    def store(name: str, weight: np.ndarray) -> Sequence[StoredMatrix] | None:
+        _, bits = WEIGHT_FORMS[others.get(kind_of(name), weights)]
+        if bits is None:
+            return None
+        columns = weight.shape[1]
+        codes, scales = make(weight, bits, block_for(columns, block), dtype, name)
+        return [StoredMatrix((Blocks(columns, bits, codes, scales),))]
+
+    return store
 
 
 def _round_blocks(
@@ -126,14 +142,9 @@ def _codes(
     return codes, scale, error
 
 
-def _pack(signed: np.ndarray, bits: int) -> np.ndarray:
-    codes = (signed + 2 ** (bits - 1)).astype(np.uint8)
-    return codes if bits == 8 else codes[:, 0::2] | (codes[:, 1::2] << 4)
-
-
-def kind_of(path: str) -> str:
-    """The kind of the matrix at a path of the graph: /model/layers.3/mlp/down_proj."""
-    return path.rsplit("/", 1)[-1]
+def kind_of(name: str) -> str:
+    """The kind of a matrix of the graph: down_proj of model.layers.3.mlp.down_proj.weight."""
+    return name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
 def check_matrix_forms(
