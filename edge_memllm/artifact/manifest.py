@@ -30,7 +30,9 @@ from edge_memllm.errors import ArtifactError, CorruptionError
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
 FORMAT_VERSION = 3
-GRAPH_WEIGHTS = ("int4", "int8", "fp16", "fp32")
+UNIFORM_WEIGHTS = ("int4", "int8", "fp16", "fp32")
+# mixed: matrices have codes of several widths; the graph says which
+GRAPH_WEIGHTS = (*UNIFORM_WEIGHTS, "mixed")
 KV_DTYPES = ("float16", "float32", "int8")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

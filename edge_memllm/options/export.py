@@ -12,13 +12,14 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated
 
-from edge_memllm.artifact.manifest import GRAPH_WEIGHTS, KV_DTYPES
+from edge_memllm.artifact.manifest import KV_DTYPES, UNIFORM_WEIGHTS
 from edge_memllm.codecs import CODEC_WORDS
 from edge_memllm.errors import RequestError
 from edge_memllm.mixed_precision import Target
 from edge_memllm.options import Option, positive_int
 from edge_memllm.progress import Progress
 
+GRAPH_FORMS = ("auto", *UNIFORM_WEIGHTS)
 GRAPH_METHODS = ("rtn", "gptq")
 EXPORT_DEVICES = ("cpu", "cuda")
 COMPUTE_DTYPES = ("float32", "bfloat16")
@@ -105,8 +106,8 @@ class ExportOptions:
     out: Annotated[Path, Option("the artifact to make")]
     _: KW_ONLY
     graph_weights: Annotated[
-        str, Option("how the graph stores its matrices", choices=GRAPH_WEIGHTS)
-    ] = "int4"
+        str, Option("how the graph stores its matrices", choices=GRAPH_FORMS)
+    ] = "auto"
     matrix_weights: Annotated[
         Mapping[str, str] | None,
         Option(

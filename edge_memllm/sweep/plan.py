@@ -18,7 +18,7 @@ from typing import Annotated, Any
 import edge_memllm
 from edge_memllm.artifact.atomic import FolderLock, not_written, write_whole
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.manifest import GRAPH_WEIGHTS, Manifest
+from edge_memllm.artifact.manifest import UNIFORM_WEIGHTS, Manifest
 from edge_memllm.codecs import FAITHFUL, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import Task
@@ -72,7 +72,7 @@ class SweepRequest:
         str | None,
         Option(
             "of the artifact that is made of a checkpoint",
-            choices=GRAPH_WEIGHTS,
+            choices=UNIFORM_WEIGHTS,
             unset="int8, so that the table is judged and not the graph",
         ),
     ] = None

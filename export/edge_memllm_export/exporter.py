@@ -23,7 +23,7 @@ from edge_memllm.errors import ArtifactError, ExportError, RuntimeUnavailableErr
 from edge_memllm.mixed_precision import ExactModel, Target
 from edge_memllm.modeling.training import keep_to_quota
 from edge_memllm.options import called_with
-from edge_memllm.options.export import COMPUTE_DTYPES, EXPORT_DEVICES, ExportOptions
+from edge_memllm.options.export import COMPUTE_DTYPES, EXPORT_DEVICES, GRAPH_FORMS, ExportOptions
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import Rows
 from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE
@@ -70,6 +70,7 @@ from edge_memllm_export.weights.quantizer import (
     BLOCKS,
     WEIGHT_FORMS,
     check_matrix_forms,
+    compute_dtype,
     quantisation_method,
     uniform,
 )
@@ -82,10 +83,12 @@ _log = logging.getLogger(__name__)
 def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     """The form of graph and rows that these name, or an ExportError that lists what there is."""
     graph_weights, kv_dtype = options.graph_weights, options.kv_dtype
-    if graph_weights not in WEIGHT_FORMS:
+    if graph_weights not in GRAPH_FORMS:
         raise ExportError(
-            f"graph weights {graph_weights!r}, expected one of {', '.join(WEIGHT_FORMS)}."
+            f"graph weights {graph_weights!r}, expected one of {', '.join(GRAPH_FORMS)}."
         )
+    if graph_weights == "auto":
+        graph_weights = "int4"
     try:
         width = source.spec.memory.width or source.spec.hidden_size
         chosen = codec_id(options.table_codec or "int8", width)
@@ -399,13 +402,13 @@ class _Export:
         for name in names:
             self._writer.seal(name)
         self._progress("graph", steps, steps)
-        compute_dtype = WEIGHT_FORMS[self._form.weights][0]
+        dtype = compute_dtype(self._form.weights)
         return GraphSpec(
             file=GRAPH_FILE,
             external_data=EXTERNAL_FILE if EXTERNAL_FILE in names else None,
             weights=self._form.weights,
-            compute_dtype=compute_dtype,
-            kv_dtype="int8" if self._form.int8_cache else compute_dtype,
+            compute_dtype=dtype,
+            kv_dtype="int8" if self._form.int8_cache else dtype,
             wire=self._form.codec.wire,
             opset=OPSET,
         )

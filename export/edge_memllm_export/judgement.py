@@ -48,7 +48,7 @@ _LOGIT_BOUND = 1e-4  # two float32 computations of the same logits, summed in di
 _ROW_SLACK = {"float32": 1e-5, "bfloat16": 0.03}
 # Mean KL, nats. What quantisation costs is measured on a text; here a wrong wire must
 # show, which costs whole nats, also on networks with random weights.
-_GRAPH_KL_BOUNDS = {"int4": 0.5, "int8": 0.02, "fp16": 1e-3}
+_GRAPH_KL_BOUNDS = {"int4": 0.5, "mixed": 0.5, "int8": 0.02, "fp16": 1e-3}
 _SAME_GRAPH_KL_BOUND = 1e-3
 
 # An export beyond either bound is refused unless the loss is accepted. 8-bit forms stay far

@@ -42,7 +42,7 @@ from edge_memllm_export.table import (
     mixed,
 )
 from edge_memllm_export.texts import TableText, table_text
-from edge_memllm_export.weights.quantizer import WEIGHT_FORMS
+from edge_memllm_export.weights.quantizer import compute_dtype
 from edge_memllm_export.weights.stored_matrix import in_floats
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.ort_graph import check_artifact_graph
@@ -71,7 +71,7 @@ def rewire_graph(source: Path, out: Path, weights: str, memory: MemorySpec, code
             f"{source}: the part that takes in the table's rows was not found. Only graphs made "
             "by 'edge-memllm export' can be changed; export the model again."
         )
-    builder = GraphBuilder(WEIGHT_FORMS[weights][0], in_floats)
+    builder = GraphBuilder(compute_dtype(weights), in_floats)
     gain, index = inputs["memory_gain"], inputs["token_index"]
     wire, rows = memory_rows(builder, memory, codec, gain, index)
     nodes, initialisers = builder.recorded()

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 import edge_memllm
-from edge_memllm.artifact.manifest import GRAPH_WEIGHTS
+from edge_memllm.artifact.manifest import UNIFORM_WEIGHTS
 from edge_memllm.cli.main import COMMANDS, build_parser, command
 from edge_memllm.cli.options import (
     ArgumentField,
@@ -120,7 +120,7 @@ def test_a_hot_text_that_is_no_text_is_refused(tmp_path: Path) -> None:
 
 
 def test_a_graph_is_exported_in_every_form_that_a_manifest_may_name() -> None:
-    assert tuple(WEIGHT_FORMS) == GRAPH_WEIGHTS
+    assert tuple(WEIGHT_FORMS) == UNIFORM_WEIGHTS
 
 
 def parsers(

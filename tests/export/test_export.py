@@ -148,7 +148,7 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
     [
         (
             {"graph_weights": "int5"},
-            r"graph weights 'int5', expected one of int4, int8, fp16, fp32",
+            r"graph weights 'int5', expected one of auto, int4, int8, fp16, fp32",
         ),
         ({"graph_block": 48}, r"graph block 48, expected one of 32, 64, 128, 256"),
         (

@@ -16,7 +16,7 @@ from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.codecs import Codec
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import KVScales, StepInputs, step_inputs
-from edge_memllm_export.weights.quantizer import WEIGHT_FORMS, uniform
+from edge_memllm_export.weights.quantizer import compute_dtype, uniform
 from edge_memllm_export.weights.stored_matrix import StoreMatrix
 
 OPSET = 23
@@ -34,7 +34,7 @@ BuildGraph = Callable[[GraphBuilder, StepInputs], ir.Value]
 class GraphForm:
     """How numbers are stored and computed: the export's choices, not the network's."""
 
-    weights: str  # a key of quantizer.WEIGHT_FORMS
+    weights: str  # of manifest.GRAPH_WEIGHTS
     codec: Codec
     embedding_dtype: str  # "float16" | "float32", that of the table's records
     block: int | None = None  # weights to a scale in a matrix; None chooses by its size
@@ -57,8 +57,9 @@ def build_graph(
     by layer, the head last, None rounds to nearest. Inputs and outputs are listed in
     docs/format.md. Raises ExportError for weights that the form cannot hold.
     """
-    compute_dtype, _ = WEIGHT_FORMS[form.weights]
-    graph = GraphBuilder(compute_dtype, store or uniform(form.weights, form.block, form.matrices))
+    graph = GraphBuilder(
+        compute_dtype(form.weights), store or uniform(form.weights, form.block, form.matrices)
+    )
     scales = None
     if kv_scales is not None:
         layers = [cache.layer for cache in spec.caches]

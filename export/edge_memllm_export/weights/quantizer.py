@@ -33,6 +33,13 @@ WEIGHT_FORMS: dict[str, tuple[str, int | None]] = {
     "fp16": ("float16", None),
     "fp32": ("float32", None),
 }
+
+
+def compute_dtype(weights: str) -> str:
+    """The dtype of all activations of a graph whose weights are stored as the manifest says."""
+    return WEIGHT_FORMS[weights][0] if weights in WEIGHT_FORMS else "float16"
+
+
 METHODS = ("rtn", "gptq")
 # Rounding to 8 bits costs hundredths of a per cent as it is.
 _DEFAULT_METHODS = {"int4": "gptq", "int8": "rtn"}
