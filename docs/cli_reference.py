@@ -22,7 +22,8 @@ Generated from `--help` by `make docs`; edit the help, not this page.
 Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 70 a bug of ours,
 130 Ctrl-C, 141 the reader of our output went away. A second Ctrl-C ends a command at once, whatever
 it does. Results go to stdout, progress and statistics to stderr, so `--json` output can be piped as
-it is.
+it is. Progress is a bar for each stage, and without a terminal a line when one begins, every ten
+seconds and when it ends.
 """
 
 

@@ -10,6 +10,7 @@ import sys
 from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
+from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
@@ -20,6 +21,8 @@ if TYPE_CHECKING:
 
 
 _OUTPUT = "standard output"
+_QUIET = 0.5  # seconds in which a command shows nothing of how far it is
+_LINE_SECONDS = 10.0  # between two lines of a stage, in a log
 
 
 def write_json(value: Mapping[str, Any]) -> None:
@@ -90,18 +93,19 @@ def confirmed(question: str) -> bool | None:
 
 
 class StageBars:
-    """Callable as ``bars(stage, done, total)``: starts a bar for each new stage."""
+    """Callable as ``bars(stage, done, total)``: a bar for each stage, without a terminal lines."""
 
     def __init__(self) -> None:
         self._stage = ""
-        self._bar: tqdm[None] | None = None
+        self._shown: tqdm[None] | _StageLines | None = None
+        self._began = monotonic()
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` steps of ``stage`` are done."""
-        if self._bar is None or stage != self._stage:
+        if self._shown is None or stage != self._stage:
             self._start(stage, total)
-        assert self._bar is not None
-        self._bar.update(done - self._bar.n)
+        assert self._shown is not None
+        self._shown.update(done - self._shown.n)
 
     def __enter__(self) -> Self:
         return self
@@ -116,24 +120,59 @@ class StageBars:
 
     def end_stage(self) -> None:
         """Let the terminal have other lines: the bar, if there is one, is done with."""
-        if self._bar is not None:
-            self._bar.close()
-            self._bar = None
+        if self._shown is not None:
+            self._shown.close()
+            self._shown = None
 
     def _start(self, stage: str, total: int) -> None:
         from tqdm import tqdm
 
         self.end_stage()
         self._stage = stage
+        if not sys.stderr.isatty():
+            self._shown = _StageLines(stage, total, self._began)
+            return
         # Work that is done at once shows no bar.
-        self._bar = tqdm(
-            total=total,
-            desc=f"{stage:<8}",
-            file=sys.stderr,
-            dynamic_ncols=True,
-            delay=0.5,
-            disable=None,  # nothing but a terminal shows a bar
+        self._shown = tqdm(
+            total=total, desc=f"{stage:<8}", file=sys.stderr, dynamic_ncols=True, delay=_QUIET
         )
+
+
+class _StageLines:
+    """What a log gets of a stage: a line when it begins, every ten seconds, and when it ends.
+
+    A command is silent at first: what is done at once leaves no line.
+    """
+
+    def __init__(self, stage: str, total: int, command_began: float) -> None:
+        self.n = 0
+        self._stage, self._total = stage, total
+        self._began = monotonic()
+        self._quiet_until = command_began + _QUIET
+        self._last: float | None = None  # when a line was printed
+        if self._began >= self._quiet_until:
+            self._print("", self._began)
+
+    def update(self, more: int) -> None:
+        """Count steps that were done since, and say so if it is time."""
+        self.n += more
+        now = monotonic()
+        due = self._quiet_until if self._last is None else self._last + _LINE_SECONDS
+        if now >= due and self.n < self._total:
+            self._print(self._figures(now), now)
+
+    def close(self) -> None:
+        """Say how long it took, unless it was done at once."""
+        now = monotonic()
+        if self._last is not None and now - self._began >= _QUIET:
+            self._print(self._figures(now), now)
+
+    def _figures(self, now: float) -> str:
+        return f"{self.n:,} of {self._total:,}, {now - self._began:.0f} s"
+
+    def _print(self, figures: str, now: float) -> None:
+        print(f"{self._stage}: {figures or '...'}", file=sys.stderr, flush=True)
+        self._last = now
 
 
 def prepare_streams() -> None:
