@@ -9,7 +9,7 @@ Weights are never copied as a whole: they are views of the files' pages, in the 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,8 @@ SINGLE_FILE = "model.safetensors"
 INDEX_FILE = "model.safetensors.index.json"
 
 Weights = dict[str, torch.Tensor]
+# A stored weight's name -> what the network calls it; None for another network's.
+NameOf = Callable[[str], str | None]
 
 _PICKLES = ("*.bin", "*.pt", "*.pth", "*.ckpt", "*.pkl")
 _DTYPES = (torch.float32, torch.float16, torch.bfloat16)
@@ -112,15 +114,22 @@ def refuse_pointer(where: Path) -> None:
 
 
 def read_weights(
-    path: Path, expected: Mapping[str, torch.Tensor], *, tied: bool, described: str
+    path: Path,
+    expected: Mapping[str, torch.Tensor],
+    *,
+    tied: bool,
+    described: str,
+    named: NameOf = str,
 ) -> Weights:
     """The folder's weights, mapped, which are those that ``expected`` names, in their shapes.
 
-    ``tied`` says that the head is the embedding; it is not among them. UnusableCheckpointError
-    names the first that is missing, foreign, misshapen, quantised or not finite, and what else
-    keeps them from being read; in it the network is the one that is ``described``.
+    ``tied`` says that the head is the embedding; it is not among them. ``named`` tells apart what
+    lies among weights of other networks. UnusableCheckpointError names the first that is missing,
+    foreign, misshapen, quantised or not finite, and what else keeps them from being read; in it the
+    network is the one that is ``described``.
     """
-    found = _mapped(path)
+    stored = _mapped(path).items()
+    found = {own: weight for name, weight in stored if (own := named(name)) is not None}
     for name, weight in found.items():
         if weight.dtype not in _DTYPES:
             raise _quantised(f"{path}: {name} is {weight.dtype}")

@@ -211,7 +211,7 @@ class ExportReport:
     rungs: tuple[ParityCheck, ...]
     quality: Quality | None
     mixed: MixedFigures | None = None
-    notes: tuple[str, ...] = ()  # what to know of the files for text
+    notes: tuple[str, ...] = ()  # what is left out, and what to know of the files for text
 
 
 @called_with(ExportOptions)
@@ -250,7 +250,7 @@ def export_model(options: ExportOptions) -> ExportReport:
     if options.table_target is None:
         check_table_options(layout, search=options.table_search, text=options.table_text)
     check_target(source, options.table_codec, options.table_target)
-    notes = check_text_files(source)
+    notes = (*source.architecture.notes, *check_text_files(source))
     report = options.progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(options.out))
     with writing_artifact(out, overwrite=options.overwrite) as writer:

@@ -39,7 +39,7 @@ SOME_LAYERS = ["full_attention", "sliding_attention", "full_attention"]
 
 SWITCHES: dict[str, tuple[str, dict[str, Any]]] = {
     "llama": ("llama", {}),  # Llama 3's scaling, a head of its own
-    "biases": ("llama", {"attention_bias": True, "tie_word_embeddings": True}),
+    "biases": ("llama", {"attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True}),
     "all heads": ("llama", {"num_key_value_heads": 4, "head_dim": None}),
     "linear": ("llama", {"rope_parameters": {**THETA, "rope_type": "linear", "factor": 2.0}}),
     "yarn": ("llama", {"rope_parameters": YARN}),
@@ -132,7 +132,6 @@ def test_the_reference_behind_the_contract_forgets_what_a_window_hides(tmp_path:
     ("kind", "fields", "message"),
     [
         ("llama", {"hidden_act": "gelu"}, "hidden_act is 'gelu', expected 'silu'"),
-        ("llama", {"mlp_bias": True}, "mlp_bias is true"),
         (
             "llama",
             {"rope_parameters": {**THETA, "rope_type": "dynamic", "factor": 2.0}},

@@ -174,6 +174,10 @@ class Gated:
             details={"odd": True, "layers_with_windows": 1},
         )
 
+    @property
+    def notes(self) -> Sequence[str]:
+        return ()
+
     def makes_rows(self, weight: str) -> bool:
         return weight == "rows.weight"
 

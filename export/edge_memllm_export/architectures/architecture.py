@@ -17,6 +17,7 @@ from torch import nn
 
 from edge_memllm.arrays import Floats
 from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.modeling.stored_weights import NameOf
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
 from edge_memllm_export.graph.builder import GraphBuilder
@@ -41,11 +42,13 @@ class Source(Protocol):
     def fields(self) -> Mapping[str, Any]:
         """The configuration, as it was given."""
 
-    def weights(self, expected: Weights, *, tied: bool, described: str) -> Weights:
+    def weights(
+        self, expected: Weights, *, tied: bool, described: str, named: NameOf = str
+    ) -> Weights:
         """The weights, which are those that `expected` names, in the dtype they are stored in.
 
-        `tied` says that the head is the embedding. Raises UnusableCheckpointError for others than
-        the network that is `described` has.
+        `tied` says that the head is the embedding, `named` what the network calls a stored weight.
+        Raises UnusableCheckpointError for others than the network that is `described` has.
         """
 
     def text_file(self, name: str) -> bytes | None:
@@ -78,6 +81,7 @@ class StoredKV(NamedTuple):
     keys: nn.Module
     values: nn.Module
     kv_heads: int
+    heads_first: bool = False  # keys are [B, Hk, T, d]
 
 
 class Reference(Protocol):
@@ -134,6 +138,10 @@ class Architecture(Protocol):
     @property
     def kinds(self) -> tuple[str, ...]:
         """The names that the graph gives its matrices, as they lie in it."""
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is left out of the model, and the like, in sentences."""
 
     def makes_rows(self, weight: str) -> bool:
         """Whether a weight does nothing but make memory rows."""

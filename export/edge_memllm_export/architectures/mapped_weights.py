@@ -47,13 +47,18 @@ class LayerWeights:
 
     def attention_weights(self, path: str) -> AttentionWeights:
         """Return what attention at `path` multiplies by."""
-        biased, normed = f"{path}.q_proj.bias", f"{path}.q_norm.weight"
+        normed = f"{path}.q_norm.weight" in self.weights
         return AttentionWeights(
             self.arrays(path, (*_QUERIES, "o_proj")),
-            self.arrays(path, _QUERIES, "bias") if biased in self.weights else None,
-            self.arrays(path, ("q_norm", "k_norm")) if normed in self.weights else None,
+            self.biases(path, _QUERIES),
+            self.arrays(path, ("q_norm", "k_norm")) if normed else None,
             self.epsilon,
         )
+
+    def biases(self, path: str, names: Sequence[str]) -> dict[str, np.ndarray] | None:
+        """Return the biases of modules below `path`, which all have one or none does."""
+        biased = f"{path}.{names[0]}.bias" in self.weights
+        return self.arrays(path, names, "bias") if biased else None
 
     def arrays(
         self, path: str, names: Sequence[str], part: str = "weight"
@@ -62,7 +67,7 @@ class LayerWeights:
         return {name: self.array(f"{path}.{name}.{part}") for name in names}
 
     def array(self, name: str) -> np.ndarray:
-        """Return a view of one weight."""
+        """Return one weight as the graph has it: a view of it, unless a family changes some."""
         return weight_array(self.weights[name])
 
 
@@ -73,7 +78,7 @@ def converting(network: Any, compute_dtype: torch.dtype) -> Any:
             if isinstance(child, nn.Linear):
                 setattr(module, name, _ConvertingLinear(child, compute_dtype))
             elif isinstance(child, nn.Embedding):
-                setattr(module, name, _FloatEmbedding(child))
+                setattr(module, name, FloatEmbedding(child))
     return network
 
 
@@ -93,12 +98,15 @@ class _ConvertingLinear(nn.Linear):
         return functional.linear(x.to(dtype), self.weight.to(dtype), bias)
 
 
-class _FloatEmbedding(nn.Module):
-    """An embedding whose rows come out as float32."""
+class FloatEmbedding(nn.Module):
+    """An embedding whose rows come out as float32, times a factor."""
 
-    def __init__(self, embedding: nn.Embedding) -> None:
+    def __init__(self, embedding: nn.Embedding, factor: float = 1.0) -> None:
         super().__init__()
         self.weight = embedding.weight
+        self._factor = factor
 
     def forward(self, ids: torch.Tensor) -> torch.Tensor:
-        return functional.embedding(ids, self.weight).float()
+        """Return the rows of ids [...]: [..., D]."""
+        rows = functional.embedding(ids, self.weight).float()
+        return rows if self._factor == 1 else rows * self._factor

@@ -172,6 +172,11 @@ class MemoryLLM(LayerWeights):
         compute = ("gate_up_proj", "down_proj") if self.shape.has_compute else ()
         return ("qkv_proj", "o_proj", *compute, "lm_head")
 
+    @property
+    def notes(self) -> Sequence[str]:
+        """Nothing is left out."""
+        return ()
+
     def makes_rows(self, weight: str) -> bool:
         """Whether a weight does nothing but make memory rows."""
         return _MAKES_ROWS.fullmatch(weight) is not None

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.builder import CONTRIB, GraphBuilder
 from edge_memllm_export.graph.step import KVScales, StepInputs
 
 # GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
@@ -38,6 +38,7 @@ class AttentionShape:
     kv_heads: int
     head_dim: int
     window: int | None = None  # positions looked at, the token's own among them; None: all
+    squared_scale: float | None = None  # scores are divided by its root; None: by head_dim's
 
     @property
     def graph_head_dim(self) -> int:
@@ -130,7 +131,7 @@ class Attention:
             "num_heads": shape.heads,
             "kv_num_heads": shape.kv_heads,
             "do_rotary": 1,
-            "scale": shape.head_dim**-0.5,
+            "scale": (shape.squared_scale or shape.head_dim) ** -0.5,
         }
         if shape.window is not None:
             attributes["local_window_size"] = shape.window
@@ -192,25 +193,57 @@ class Attention:
 
 
 def swiglu(
-    graph: GraphBuilder, path: str, x: ir.Value, weights: Mapping[str, np.ndarray]
+    graph: GraphBuilder,
+    path: str,
+    x: ir.Value,
+    weights: Mapping[str, np.ndarray],
+    biases: Mapping[str, np.ndarray] | None = None,
 ) -> ir.Value:
-    """``down(silu(gate(x)) * up(x))`` with gate and up in one product; [B,T,D] -> [B,T,D]."""
-    width = len(weights["gate_proj"])
-    both = np.concatenate([weights["gate_proj"], weights["up_proj"]])
-    wide = graph.linear(f"{path}/gate_up_proj", x, both)
-    parts = graph.constant(f"{path[1:].replace('/', '.')}.parts", np.array([width, width]))
-    gate, up = graph.op_outputs(
-        f"{path}/Split",
-        "Split",
-        [wide, parts],
-        [f"{path}/gate", f"{path}/up"],
-        {"axis": -1},
-        domain="",
-    )
+    """``down(silu(gate(x)) * up(x))`` with gate and up in one product; [B,T,D] -> [B,T,D].
+
+    ``biases`` are those of gate and up.
+    """
+    gate, up = _gate_and_up(graph, path, x, weights, biases)
     sigmoid = graph.op(f"{path}/act_fn/Sigmoid", "Sigmoid", [gate])
     silu = graph.op(f"{path}/act_fn/Mul", "Mul", [gate, sigmoid])
     product = graph.op(f"{path}/Mul", "Mul", [silu, up])
     return graph.linear(f"{path}/down_proj", product, weights["down_proj"])
+
+
+def geglu(
+    graph: GraphBuilder, path: str, x: ir.Value, weights: Mapping[str, np.ndarray]
+) -> ir.Value:
+    """``down(gelu(gate(x)) * up(x))``, GELU in its form with tanh; [B,T,D] -> [B,T,D]."""
+    gate, up = _gate_and_up(graph, path, x, weights, None)
+    gelu = graph.op(f"{path}/act_fn/FastGelu", "FastGelu", [gate], domain=CONTRIB)
+    product = graph.op(f"{path}/Mul", "Mul", [gelu, up])
+    return graph.linear(f"{path}/down_proj", product, weights["down_proj"])
+
+
+def _gate_and_up(
+    graph: GraphBuilder,
+    path: str,
+    x: ir.Value,
+    weights: Mapping[str, np.ndarray],
+    biases: Mapping[str, np.ndarray] | None,
+) -> list[ir.Value]:
+    """Both projections of x, out of one product."""
+    width = len(weights["gate_proj"])
+    name = path[1:].replace("/", ".")
+    both = np.concatenate([weights["gate_proj"], weights["up_proj"]])
+    wide = graph.linear(f"{path}/gate_up_proj", x, both)
+    if biases is not None:
+        shifts = np.concatenate([biases["gate_proj"], biases["up_proj"]])
+        bias = graph.vector(f"{name}.gate_up_proj.bias", shifts)
+        wide = graph.op(f"{path}/gate_up_proj/Add", "Add", [wide, bias])
+    return graph.op_outputs(
+        f"{path}/Split",
+        "Split",
+        [wide, graph.constant(f"{name}.parts", np.array([width, width]))],
+        [f"{path}/gate", f"{path}/up"],
+        {"axis": -1},
+        domain="",
+    )
 
 
 def wanted_positions(graph: GraphBuilder, step: StepInputs, **values: ir.Value) -> list[ir.Value]:

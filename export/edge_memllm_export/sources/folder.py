@@ -9,6 +9,7 @@ from typing import Any
 
 from edge_memllm.modeling.stored_weights import (
     CONFIG_FILE,
+    NameOf,
     read_weights,
     refuse_pointer,
 )
@@ -27,9 +28,11 @@ class Folder:
         """The file of the configuration."""
         return self.path / CONFIG_FILE
 
-    def weights(self, expected: Weights, *, tied: bool, described: str) -> Weights:
+    def weights(
+        self, expected: Weights, *, tied: bool, described: str, named: NameOf = str
+    ) -> Weights:
         """The folder's weights, mapped, in their dtype; see `Source`."""
-        return read_weights(self.path, expected, tied=tied, described=described)
+        return read_weights(self.path, expected, tied=tied, described=described, named=named)
 
     def text_file(self, name: str) -> bytes | None:
         """The content of a file of the folder; see `Source`."""

@@ -9,7 +9,7 @@ from typing import Any
 
 import torch
 
-from edge_memllm.modeling.stored_weights import UnusableCheckpointError
+from edge_memllm.modeling.stored_weights import NameOf, UnusableCheckpointError
 from edge_memllm_export.architectures.architecture import Weights
 from edge_memllm_export.sources.gguf_file import GGUFFile
 
@@ -31,8 +31,10 @@ class GGUFModel:
         """The file itself."""
         return self.path
 
-    def weights(self, expected: Weights, *, tied: bool, described: str) -> Weights:
-        """The file's weights, dequantised; see `Source`."""
+    def weights(
+        self, expected: Weights, *, tied: bool, described: str, named: NameOf = str
+    ) -> Weights:
+        """The file's weights, dequantised; its names are the networks' own. See `Source`."""
         names = set(self._file.names)
         if odd := sorted(names ^ expected.keys()):
             what = "holds" if odd[0] in names else "lacks"

@@ -17,6 +17,7 @@ import torch
 from edge_memllm.errors import ExportError
 from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.tokenization import Tokenizer
+from edge_memllm_export.architectures.architecture import StoredKV
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.step import KVScales
 from edge_memllm_export.texts import fitting_text
@@ -38,7 +39,7 @@ def kv_scales(source: Checkpoint, text: str | None) -> list[KVScales]:
     values: dict[int, torch.Tensor] = {}
     stored = reference.stored()
     for number, each in enumerate(stored):
-        keep_key = partial(_keep_largest_pair, keys, number, each.kv_heads)
+        keep_key = partial(_keep_largest_pair, keys, number, each)
         each.keys.register_forward_hook(keep_key)
         each.values.register_forward_hook(partial(_keep_largest, values, number))
     window = min(_WINDOW, source.spec.max_position_embeddings)
@@ -83,16 +84,17 @@ def _keep_largest(
 def _keep_largest_pair(
     found: dict[int, torch.Tensor],
     number: int,
-    heads: int,
+    stored: StoredKV,
     _: object,
     __: object,
     output: torch.Tensor,
 ) -> None:
     """Keep, for both channels of a rotated pair, the largest length of the pair.
 
-    The key is [B, T, Hk * d] or, out of its norm, [B, T, Hk, d].
+    The key is [B, T, Hk * d] or, out of its norm, [B, T, Hk, d] or [B, Hk, T, d].
     """
-    halves = output.float().flatten(2).unflatten(-1, (heads, 2, -1))
+    output = output.transpose(1, 2) if stored.heads_first else output
+    halves = output.float().flatten(2).unflatten(-1, (stored.kv_heads, 2, -1))
     lengths = halves.norm(dim=-2, keepdim=True).amax((0, 1))
     _keep(found, number, lengths.expand(-1, 2, -1).flatten())
 

@@ -1,0 +1,224 @@
+"""What dense families of transformers share: layers named as Llama's, no memory, some windows.
+
+A family adds which configurations it takes, and the drawing of its layers.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, ClassVar
+
+import onnx_ir as ir
+import torch
+from transformers import AutoConfig, AutoModelForCausalLM
+
+from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
+from edge_memllm.modeling.stored_weights import describing
+from edge_memllm_export.architectures.architecture import Source, Weights
+from edge_memllm_export.architectures.dense_reference import DenseReference, RotaryKind
+from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
+from edge_memllm_export.graph.blocks import Attention, AttentionShape, Rotary, wanted_positions
+from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.step import StepInputs
+
+FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
+# Those whose angles depend on nothing but the position.
+_ROPE_TYPES = ("default", "linear", "llama3", "yarn")
+_FACTS = (
+    "hidden_size",
+    "intermediate_size",
+    "max_position_embeddings",
+    "model_type",
+    "num_attention_heads",
+    "num_hidden_layers",
+    "num_key_value_heads",
+    "rms_norm_eps",
+    "rope_parameters",
+    "tie_word_embeddings",
+    "vocab_size",
+)
+
+
+class Dense(LayerWeights):
+    """A network of a dense family; see `Architecture`. Biases and norms show in weights' names."""
+
+    own_facts: ClassVar[tuple[str, ...]] = ()  # fields that change a logit in this family alone
+    heads_first: ClassVar[bool] = False  # keys are normed with heads before positions
+
+    def __init__(self, source: Source) -> None:
+        """Read the source.
+
+        Raises:
+            UnusableCheckpointError: No network of the family is like that, or not exactly.
+        """
+        with describing(source.where, "describes no network that can be exported"):
+            fields = self.text_fields(source.fields)
+            self.config: Any = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            self.refuse(self.config)
+            expected = dict(_empty_network(self.config).named_parameters())
+        self.weights: Weights = source.weights(
+            expected,
+            tied=self.config.tie_word_embeddings,
+            described=f"{self.config.model_type}, {self.config.num_hidden_layers} layers",
+            named=self.text_name,
+        )
+        self.shapes = _attention_shapes(self.config)
+        self.epsilon: float = self.config.rms_norm_eps
+
+    def text_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
+        """Return the configuration of the network that makes text, out of a source's."""
+        return dict(fields)
+
+    def text_name(self, stored: str) -> str | None:
+        """Return what that network calls a stored weight; None for another network's."""
+        return stored
+
+    def refuse(self, config: Any) -> None:
+        """Name, in a ValueError, what the network computes and the graph would not."""
+        raise NotImplementedError
+
+    def rotary_kinds(self) -> tuple[RotaryKind, ...]:
+        """Return which angles each layer turns by."""
+        return ((),) * len(self.shapes)
+
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The configuration, complete."""
+        fields: dict[str, Any] = self.config.to_dict()
+        return fields
+
+    @property
+    def facts(self) -> Mapping[str, Any]:
+        """What changes a logit besides the weights."""
+        windows = [shape.window for shape in self.shapes]
+        facts = {name: getattr(self.config, name) for name in (*_FACTS, *self.own_facts)}
+        return facts | {"head_dim": self.shapes[0].head_dim, "windows": windows}
+
+    @property
+    def spec(self) -> ModelSpec:
+        """What a manifest says of it."""
+        config = self.config
+        feed_forward = 3 * config.hidden_size * config.intermediate_size
+        return ModelSpec(
+            identity="",
+            architecture=config.model_type,
+            hidden_size=config.hidden_size,
+            num_hidden_layers=config.num_hidden_layers,
+            num_attention_heads=config.num_attention_heads,
+            vocab_size=config.vocab_size,
+            max_position_embeddings=config.max_position_embeddings,
+            bos_token_id=config.bos_token_id,
+            eos_token_ids=(),
+            memory=MemorySpec(),
+            caches=tuple(
+                CacheSpec(layer, shape.kv_heads, shape.graph_head_dim, shape.window)
+                for layer, shape in enumerate(self.shapes)
+            ),
+            details={"feed_forward_parameters": config.num_hidden_layers * feed_forward},
+        )
+
+    @property
+    def kinds(self) -> tuple[str, ...]:
+        """The names that the graph gives its matrices, as they lie in it."""
+        return ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
+
+    @property
+    def notes(self) -> Sequence[str]:
+        """What is left out of the model, and the like, in sentences."""
+        return ()
+
+    def makes_rows(self, weight: str) -> bool:
+        """There are no memory rows."""
+        return False
+
+    def reference(
+        self, device: str = "cpu", compute_dtype: torch.dtype = torch.float32
+    ) -> DenseReference:
+        """The network of transformers over the weights where they are."""
+        network = _empty_network(self.config)
+        network.load_state_dict(dict(self.weights), strict=False, assign=True)
+        network.tie_weights()
+        self.complete(network)
+        network = network.requires_grad_(False).eval().to(device)
+        network = converting(network, compute_dtype)
+        kinds = self.rotary_kinds()
+        return DenseReference(network, self.shapes, kinds, heads_first=self.heads_first)
+
+    def complete(self, network: Any) -> None:
+        """Make again, outside of the meta device, what is no weight and so was not assigned."""
+        network.model.rotary_emb = self._rotary_embedding()
+
+    def attentions(self, graph: GraphBuilder, step: StepInputs) -> Iterator[Attention]:
+        """Yield the attention of each layer; those that are alike have one."""
+        made: dict[tuple[AttentionShape, RotaryKind], Attention] = {}
+        for shape, kind in zip(self.shapes, self.rotary_kinds(), strict=True):
+            if (shape, kind) not in made:
+                prefix = "".join(kind) or ("" if shape.window is None else "window")
+                rotary = self._rotary(*kind)
+                made[shape, kind] = Attention(graph, step, shape, rotary, prefix and f"{prefix}.")
+            yield made[shape, kind]
+
+    def attended(
+        self, graph: GraphBuilder, attention: Attention, layer: int, normed: ir.Value
+    ) -> ir.Value:
+        """Return the output of a layer's attention, biases included: [B,T,D]."""
+        path, name = f"/model/layers.{layer}/self_attn", f"model.layers.{layer}.self_attn"
+        output = attention(layer, path, normed, self.attention_weights(name))
+        return self.biased(graph, f"{path}/o_proj", output)
+
+    def biased(self, graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
+        """Return the output of a projection plus its bias, where it has one."""
+        name = f"{path[1:].replace('/', '.')}.bias"
+        if name not in self.weights:
+            return x
+        return graph.op(f"{path}/Add", "Add", [x, graph.vector(name, self.array(name))])
+
+    def head(
+        self, graph: GraphBuilder, step: StepInputs, x: ir.Value, pending: ir.Value
+    ) -> ir.Value:
+        """Return the logits [B,K,V] out of the last layer's sum, which is still to be made."""
+        x, pending = wanted_positions(graph, step, x=x, pending=pending)
+        normed, _ = self.add_norm(graph, "/model/norm", x, pending)
+        head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
+        return graph.linear("/lm_head", normed, self.array(f"{head}.weight"))
+
+    def _rotary(self, *kind: str) -> Rotary:
+        """The network's own rotary embedding at every position: half of it, for it repeats."""
+        positions = torch.arange(self.config.max_position_embeddings).unsqueeze(0)
+        cosine, sine = self._rotary_embedding()(torch.zeros(1), positions, *kind)
+        half = self.shapes[0].head_dim // 2  # of [1, P, head_dim]
+        return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
+
+    def _rotary_embedding(self) -> Any:
+        return type(_empty_network(self.config).model.rotary_emb)(self.config)
+
+
+def refuse_rotary(rope: Mapping[str, Any]) -> None:
+    """Name, in a ValueError, a rotary embedding that is no table of angles by position."""
+    kind = rope.get("rope_type", "default")
+    if kind not in _ROPE_TYPES:
+        raise ValueError(f"rope_type is {kind!r}, expected one of {', '.join(_ROPE_TYPES)}.")
+    if rope.get("partial_rotary_factor", 1.0) != 1.0:
+        raise ValueError("its rotary embedding turns a part of each head only.")
+
+
+def _empty_network(config: Any) -> Any:
+    """The network of transformers without weights."""
+    with torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config)
+
+
+def _attention_shapes(config: Any) -> tuple[AttentionShape, ...]:
+    """The attention of each layer; a window that holds the whole context is none."""
+    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+    heads = config.num_attention_heads, config.num_key_value_heads, head_dim
+    window = getattr(config, "sliding_window", None)
+    if window is not None and window >= config.max_position_embeddings:
+        window = None
+    every = ["sliding_attention"] * config.num_hidden_layers
+    kinds = getattr(config, "layer_types", None) or every
+    squared = getattr(config, "query_pre_attn_scalar", None) or head_dim
+    return tuple(
+        AttentionShape(*heads, window if kind == "sliding_attention" else None, squared)
+        for kind in kinds
+    )
