@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 _EXPORT = """\
 Export a checkpoint as an artifact: graph, table, tokenizer and manifest. It is a folder with
 config.json, model.safetensors and tokenizer.json, a name of the Hugging Face Hub, or a GGUF file;
-its model one of MemoryLLM, or a dense one of the family of Llama (SmolLM, TinyLlama), Mistral,
-Qwen2 and Qwen3. The result is judged before it appears: six rungs compare it with the checkpoint,
-and its loss of quality is measured on real text. A rung that does not hold, or a loss beyond the
-bounds, ends the export, and OUT is not made. Exporting the same checkpoint again gives the same
-bytes."""
+its model one of MemoryLLM, a dense one of the family of Llama (SmolLM, TinyLlama), Mistral, Qwen2
+and Qwen3, or Gemma 3, whose images are left out. The result is judged before it appears: six rungs
+compare it with the checkpoint, and its loss of quality is measured on real text. A rung that does
+not hold, or a loss beyond the bounds, ends the export, and OUT is not made. Exporting the same
+checkpoint again gives the same bytes."""
 
 _EXPORT_EXAMPLES = """\
   edge-memllm export checkpoint artifact

@@ -402,7 +402,7 @@ def _elementwise(step: _Step) -> Results:
     return [_Known(first.data_type, tuple(dims))]
 
 
-def _sigmoid(step: _Step) -> Results:
+def _activation(step: _Step) -> Results:
     (data,) = step.given("x")
     step.expect_float(data)
     return [data]
@@ -537,11 +537,12 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "ReduceSum": _Rule(_sum, frozenset({"keepdims"})),
         "RMSNormalization": _Rule(_norm, frozenset({"axis", "epsilon"})),
         "Reshape": _Rule(_reshape, frozenset()),
-        "Sigmoid": _Rule(_sigmoid, frozenset()),
+        "Sigmoid": _Rule(_activation, frozenset()),
         "Split": _Rule(_split, frozenset({"axis"})),
         "Unsqueeze": _Rule(_unsqueeze, frozenset()),
     }
     contrib = {
+        "FastGelu": _Rule(_activation, frozenset()),
         "GatherBlockQuantized": _Rule(
             _gather_quantized, frozenset({"bits", "block_size", "gather_axis", "quantize_axis"})
         ),

@@ -37,8 +37,11 @@ def write_checkpoint(path: Path, *, dtype: str, seed: int, **fields: Any) -> Non
     raw_byte_tokenizer().save(str(path / "tokenizer.json"))
 
 
-def _fill(network: Any, seed: int) -> None:
-    """Random weights of about unit gain, so that no layer is idle and logits are not flat."""
+def _fill(network: Any, seed: int, norm: float = 1.0) -> None:
+    """Random weights of about unit gain, so that no layer is idle and logits are not flat.
+
+    Those of norms are around ``norm``.
+    """
     import torch
 
     generator = torch.Generator().manual_seed(seed)
@@ -46,7 +49,7 @@ def _fill(network: Any, seed: int) -> None:
         for name, weight in network.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.dim() == 1:
-                weight.copy_(1 + 0.2 * noise)
+                weight.copy_(norm + 0.2 * noise)
             elif name in ("lm_head.weight", "model.embed_tokens.weight"):
                 weight.copy_(noise * 2.5 / weight.shape[1] ** 0.5)
             else:
@@ -102,6 +105,11 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "mistral": {"head_dim": 32, "sliding_window": 128},
     "qwen2": {"tie_word_embeddings": True, "bos_token_id": None},
     "qwen3": {"head_dim": 16, "tie_word_embeddings": True},
+    "gemma3_text": {
+        "head_dim": 16,
+        "sliding_window": 24,
+        "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
     "edge_memllm": {"beta": 8, "eos_token_id": 257},
 }
 
@@ -114,7 +122,7 @@ def write_dense(path: Path, kind: str, seed: int = 0, **fields: Any) -> Path:
     torch.set_num_threads(1)
     config = AutoConfig.for_model(kind, **{**SHAPE, **FAMILIES[kind], **fields})
     network = AutoModelForCausalLM.from_config(config)
-    _fill(network, seed)
+    _fill(network, seed, norm=0.0 if kind == "gemma3_text" else 1.0)
     network.save_pretrained(path)
     raw_byte_tokenizer().save(str(path / "tokenizer.json"))
     return path
