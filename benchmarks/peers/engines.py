@@ -8,7 +8,7 @@ from __future__ import annotations
 import ctypes
 import json
 import os
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -121,9 +121,9 @@ class LlamaCpp(Engine):
     def __init__(
         self, model: Path, threads: int, context: int, mmap: bool = True, flash: bool = True
     ) -> None:
-        from llama_cpp import llama_cpp as library
+        from benchmarks.peers.llama_library import is_compiled, llama_library
 
-        self._library = library
+        self._library = library = llama_library()
         self._quiet = library.llama_log_callback(_discard)  # kept: the library calls it
         library.llama_log_set(self._quiet, ctypes.c_void_p(None))
         library.llama_backend_init()
@@ -148,6 +148,7 @@ class LlamaCpp(Engine):
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._one = (library.llama_token * 1)()
         self._settings = {"mmap": mmap, "flash_attention": flash, "kv": "f16", "ubatch": _UBATCH}
+        self._settings["build"] = "compiled here" if is_compiled() else "prebuilt"
 
     def start(self, tokens: list[int], new_tokens: int) -> int:
         """Read the prompt; the first token of the answer."""
@@ -162,6 +163,22 @@ class LlamaCpp(Engine):
         """Logits [V] of the last position."""
         pointer = self._library.llama_get_logits_ith(self._context, -1)
         return np.ctypeslib.as_array(pointer, (self._vocabulary,))
+
+    def scores(self, tokens: Sequence[int]) -> NDArray[np.float32]:
+        """Logits [T, V] behind each of some tokens, from an empty cache."""
+        self._library.llama_memory_clear(self._memory, False)
+        batch = self._library.llama_batch_init(len(tokens), 0, 1)
+        batch.n_tokens = len(tokens)
+        for place, token in enumerate(tokens):
+            batch.token[place], batch.pos[place] = token, place
+            batch.n_seq_id[place], batch.seq_id[place][0] = 1, 0
+            batch.logits[place] = 1
+        code = self._library.llama_decode(self._context, batch)
+        self._library.llama_batch_free(batch)
+        if code:
+            raise RuntimeError(f"llama_decode returned {code}.")
+        pointer = self._library.llama_get_logits(self._context)
+        return np.ctypeslib.as_array(pointer, (len(tokens), self._vocabulary)).copy()
 
     def describe(self) -> dict[str, Any]:
         """What it runs with."""

@@ -191,8 +191,8 @@ def test_dependencies_have_both_ends_and_the_core_is_light() -> None:
             assert re.search(r">=[\d.]+,<[\d.]+$", each), each
 
 
-def test_continuous_integration_runs_make_test() -> None:
+def test_continuous_integration_runs_the_tests_and_the_real_model() -> None:
     script = ROOT / ".ci" / "run"
     assert script.stat().st_mode & stat.S_IXUSR
     assert "set -euo pipefail" in script.read_text("utf-8")
-    assert script.read_text("utf-8").rstrip().endswith("make test")
+    assert script.read_text("utf-8").rstrip().endswith("make test real")
