@@ -16,8 +16,8 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.real.prompts import MESSAGES, TEXTS
-from benchmarks.real.quality import Judged, judged_artifact
-from benchmarks.real.reference import Reference
+from benchmarks.real.quality import Judged, artifact_scores, judged
+from benchmarks.real.reference import Reference, windows
 
 ROOT = Path(__file__).parents[2]
 TEXT = ROOT / "export" / "edge_memllm_export" / "quality_text.txt"
@@ -97,10 +97,12 @@ def compared(reference: Reference, artifact: Path, threads: int) -> Iterator[Fin
 
     with edge_memllm.load(artifact, device="cpu", threads=threads) as model:
         text = TEXT.read_text("utf-8")
-        same = model.tokenize(text) == reference.tokens(text)
+        tokens = reference.tokens(text)
+        same = model.tokenize(text) == tokens
         yield Finding(same, f"ids of {TEXT.name}, as the tokenizer of transformers gives them")
-        judged = judged_artifact(model, reference, reference.tokens(text))
-        yield Finding(abs(judged.increase) <= PERPLEXITY, _words(judged))
+        ours = {"": artifact_scores(model)}
+        found = judged(ours, reference.log_probabilities, windows(tokens))[""]
+        yield Finding(abs(found.increase) <= PERPLEXITY, _words(found))
         prompts = [reference.message(each) for each in MESSAGES]
         prompts += [reference.tokens(each) for each in TEXTS]
         ties, wrong = [], []
@@ -147,11 +149,11 @@ def _greedy(model: Any, prompt: list[int], count: int) -> list[int]:
     return [piece.token for piece in pieces]
 
 
-def _words(judged: Judged) -> str:
+def _words(found: Judged) -> str:
     return (
-        f"perplexity {judged.perplexity:.4f}, float {judged.reference:.4f}: "
-        f"{100 * judged.increase:+.3f} %, at most {100 * PERPLEXITY} % apart; "
-        f"divergence {judged.kl:.5f} nats; {judged.tokens} tokens"
+        f"perplexity {found.perplexity:.4f}, float {found.reference:.4f}: "
+        f"{100 * found.increase:+.3f} %, at most {100 * PERPLEXITY} % apart; "
+        f"divergence {found.kl:.5f} nats; {found.tokens} tokens"
     )
 
 

@@ -1,4 +1,4 @@
-"""How far a model's predictions are from those of its float weights, window by window.
+"""How far models' predictions are from those of their float weights, window by window.
 
 Knows contenders only as functions from a window's tokens to logits.
 """
@@ -6,61 +6,78 @@ Knows contenders only as functions from a window's tokens to logits.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from benchmarks.real.reference import WINDOW, Reference, windows
+from benchmarks.real.reference import WINDOW
 
 # From a window [T] to logits [T - 1, V] of the tokens behind its first.
 Scores = Callable[[Sequence[int]], NDArray[np.float32]]
 
 
-@dataclass(frozen=True)
+@dataclass
 class Judged:
-    """A model on a text, against the float weights."""
+    """Sums over the tokens of a text: a model against the float weights."""
 
-    perplexity: float
-    reference: float  # perplexity of the float weights
-    kl: float  # mean divergence of a token, nats
-    agreement: float  # share of the tokens for which both hold the same for the likeliest
-    tokens: int
+    tokens: int = 0
+    loss: float = 0.0  # nats
+    reference_loss: float = 0.0  # nats, of the float weights
+    divergence: float = 0.0  # nats
+    agreeing: int = 0  # tokens for which both hold the same for the likeliest
+
+    @property
+    def perplexity(self) -> float:
+        """The model's."""
+        return math.exp(self.loss / self.tokens)
+
+    @property
+    def reference(self) -> float:
+        """The perplexity of the float weights."""
+        return math.exp(self.reference_loss / self.tokens)
 
     @property
     def increase(self) -> float:
         """Relative change of perplexity."""
         return self.perplexity / self.reference - 1
 
+    @property
+    def kl(self) -> float:
+        """Mean divergence of a token, nats."""
+        return self.divergence / self.tokens
 
-def judged(scores: Scores, truth: Scores, cut: Sequence[Sequence[int]]) -> Judged:
-    """Return what a model is worth on windows; both are asked each of them once."""
+    def as_dict(self) -> dict[str, float]:
+        """Return the figures for JSON."""
+        return {
+            "perplexity": self.perplexity,
+            "increase": self.increase,
+            "kl": self.kl,
+            "agreement": self.agreeing / self.tokens,
+        }
+
+
+def judged(
+    contenders: Mapping[str, Scores], truth: Scores, cut: Sequence[Sequence[int]]
+) -> dict[str, Judged]:
+    """Return what models are worth on windows; the float weights see each window once."""
     from edge_memllm.evaluation.perplexity import divergences
     from edge_memllm.sampling import next_token_losses
 
-    kl = agreeing = loss = least = 0.0
-    count = 0
+    sums = {name: Judged() for name in contenders}
     for window in cut:
-        wanted, found = truth(window), scores(window)
-        kl += float(divergences(wanted, found).sum())
-        agreeing += float((wanted.argmax(1) == found.argmax(1)).sum())
-        loss += float(next_token_losses(found, window[1:]).sum())
-        least += float(next_token_losses(wanted, window[1:]).sum())
-        count += len(window) - 1
-    return Judged(
-        perplexity=math.exp(loss / count),
-        reference=math.exp(least / count),
-        kl=kl / count,
-        agreement=agreeing / count,
-        tokens=count,
-    )
-
-
-def judged_artifact(model: Any, reference: Reference, tokens: Sequence[int]) -> Judged:
-    """Judge an open artifact on a text's tokens."""
-    return judged(artifact_scores(model), reference.log_probabilities, windows(tokens))
+        wanted, targets = truth(window), window[1:]
+        least = float(next_token_losses(wanted, targets).sum())
+        for name, scores in contenders.items():
+            found, each = scores(window), sums[name]
+            each.tokens += len(targets)
+            each.loss += float(next_token_losses(found, targets).sum())
+            each.reference_loss += least
+            each.divergence += float(divergences(wanted, found).sum())
+            each.agreeing += int((wanted.argmax(1) == found.argmax(1)).sum())
+    return sums
 
 
 def artifact_scores(model: Any) -> Scores:

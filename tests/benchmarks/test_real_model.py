@@ -14,15 +14,15 @@ import numpy as np
 import pytest
 
 from benchmarks.real import __main__ as command
-from benchmarks.real import check, model_file, quality, reference, rescaled
+from benchmarks.real import check, model_file, page, quality, reference, rescaled, speed
 from support import ROOT
 
-HEAVY = {"edge_memllm", "gguf", "llama_cpp", "onnxruntime", "torch", "transformers"}
+HEAVY = {"gguf", "llama_cpp", "onnxruntime", "torch", "transformers"}
 MODULES = sorted(path.stem for path in (ROOT / "benchmarks" / "real").glob("*.py"))
 
 
 def test_no_module_loads_a_heavy_library() -> None:
-    names = ", ".join(f"benchmarks.real.{name}" for name in MODULES if name != "__main__")
+    names = ", ".join(f"benchmarks.real.{name}" for name in MODULES)
     source = f"import sys, {names}; print(*sys.modules)"
     done = subprocess.run(
         [sys.executable, "-c", source], cwd=ROOT, capture_output=True, text=True, check=True
@@ -114,14 +114,15 @@ def logits_of(likeliest: Sequence[int], second: Sequence[int], gap: float) -> np
 def test_the_float_weights_are_no_way_from_themselves_and_others_are() -> None:
     window = [0, 1, 2, 3]
     truth, other = logits_of([1, 2, 3], [4, 4, 4], 1), logits_of([1, 2, 4], [4, 4, 3], 1)
-    same = quality.judged(lambda _: truth, lambda _: truth, [window, window])
+    models: Any = {"same": lambda _: truth, "other": lambda _: other}
+    found = quality.judged(models, lambda _: truth, [window, window])
+    same, apart = found["same"], found["other"]
     assert same.tokens == 6
     assert same.kl == same.increase == 0
-    assert same.agreement == 1
-    apart = quality.judged(lambda _: other, lambda _: truth, [window])
+    assert same.agreeing == 6
     assert apart.kl > 0.1
     assert apart.increase > 0.1
-    assert apart.agreement == pytest.approx(2 / 3)
+    assert apart.as_dict()["agreement"] == pytest.approx(2 / 3)
 
 
 class Writer:
@@ -194,3 +195,73 @@ def test_a_rescaled_copy_has_other_weights_and_the_same_function(tmp_path: Path)
         embedding = name == "token_embd.weight"
         assert changed.mean() > 0.9 if not embedding else not changed.any()
     assert "output.weight" in stored
+
+
+def measured(name: str, rate: float) -> dict[str, Any]:
+    """A round's figures of a contender: speeds, and all else one."""
+    figures = {figure: rate if "/s" in unit else 1.0 for figure, (unit, _) in speed.FIGURES.items()}
+    return {**figures, "taken_by_others": 0.0, "settings": {"name": name}}
+
+
+def results() -> dict[str, Any]:
+    rounds = [
+        {speed.OURS: measured("ours", ours), "llama.cpp": measured("theirs", theirs)}
+        for ours, theirs in ((100.0, 50.0), (120.0, 40.0), (90.0, 60.0))
+    ]
+    figures = {"perplexity": 20.5, "increase": 0.025, "kl": 0.01, "agreement": 0.9}
+    models = {
+        "default": {"bytes": {"graph": 90e6, "table": 10e6}, "ours": True, **figures},
+        "Q4_0": {"bytes": {"file": 80e6}, "ours": False, **figures, "kl": 0.1},
+        "Q6_K": {"bytes": {"file": 130e6}, "ours": False, **figures, "kl": 0.002},
+    }
+    quality = {"text": "a.txt", "tokens": 512, "window": 512, "perplexity": 20.0, "models": models}
+    where = {"processor": "some", "cores": 2}
+    timed = {"rounds": 3, "threads": 2, "models": speed.summary(rounds)}
+    return {
+        "file": {"name": "a.gguf", "quality": quality, "speed": timed, "environment": where},
+        "copy": {
+            "name": "a.gguf",
+            "seed": 0,
+            "refused": ["int8"],
+            "quality": quality,
+            "environment": where,
+        },
+    }
+
+
+def test_ratios_of_speeds_are_of_the_same_round() -> None:
+    found = results()["file"]["speed"]["models"]
+    theirs = found["llama.cpp"]["decode_128"]
+    assert (theirs["median"], theirs["least"], theirs["most"]) == (50, 40, 60)
+    assert (theirs["ours_median"], theirs["ours_least"], theirs["ours_most"]) == (2, 1.5, 3)
+    assert found[speed.OURS]["decode_128"]["ours_most"] == 1
+
+
+def test_the_page_is_of_the_stored_figures() -> None:
+    files = page.page_files(results())
+    said = files[page.PAGE]
+    assert "| decode at 512, tokens/s | 100 (90 to 120) | 50 (40 to 60) |" in said
+    assert "| decode at 512 | 2 (1.5 to 3) |" in said
+    assert "| edge-memllm, default | 100.0 (graph 90.0, table 10.0) | 20.500 | +2.50% |" in said
+    assert said.index("llama.cpp, Q4_0") < said.index("edge-memllm, default")
+    assert "Refused by the export: int8." in said
+    assert "<svg" in files[page.PICTURE]
+    assert "Q6_K: 130.0 MB" in files[page.PICTURE]
+
+
+def test_what_is_not_measured_is_said() -> None:
+    files = page.page_files({})
+    assert list(files) == [page.PAGE]
+    assert files[page.PAGE].count("Not measured yet.") == 2
+
+
+def test_the_page_is_that_of_today() -> None:
+    assert page.write_page(check=True) == 0
+
+
+def test_llama_is_asked_for_by_its_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    from benchmarks.peers import llama_library
+
+    monkeypatch.setattr(llama_library, "find_spec", lambda _: None)
+    with pytest.raises(ImportError, match="pip install xllamacpp"):
+        llama_library.llama_library()
