@@ -34,12 +34,12 @@ checkpoint again gives the same bytes."""
 
 _EXPORT_EXAMPLES = """\
   edge-memllm export checkpoint artifact
-  edge-memllm export SmolLM2-135M-Instruct.Q4_1.gguf artifact --graph-weights fp16
+  edge-memllm export SmolLM2-135M-Instruct.Q4_1.gguf artifact
   edge-memllm export checkpoint exact --graph-weights fp32 --table-codec f32
   edge-memllm export checkpoint small --table-codec int4 --accept-quality-loss
   edge-memllm export checkpoint smaller --table-codec codebook3 --accept-quality-loss
   edge-memllm export checkpoint fitting --bits 4.5 --table-text texts.txt
-  edge-memllm export checkpoint better --matrix-weights lm_head=int8
+  edge-memllm export checkpoint better --graph-weights int4 --matrix-weights lm_head=int8
   edge-memllm export checkpoint long --kv-dtype int8
   edge-memllm export checkpoint artifact --overwrite --json > report.json"""
 

@@ -37,6 +37,7 @@ from edge_memllm_export.graph.model import (
     build_graph,
     save_graph,
 )
+from edge_memllm_export.graph_matrices import graph_matrices
 from edge_memllm_export.judgement import (
     LEAST_TOKENS,
     MAX_MEAN_KL,
@@ -64,7 +65,6 @@ from edge_memllm_export.texts import (
     judging_text,
     table_text,
 )
-from edge_memllm_export.weights.gptq import matrix_quantizer
 from edge_memllm_export.weights.kv_steps import kv_scales
 from edge_memllm_export.weights.quantizer import (
     BLOCKS,
@@ -72,7 +72,6 @@ from edge_memllm_export.weights.quantizer import (
     check_matrix_forms,
     compute_dtype,
     quantisation_method,
-    uniform,
 )
 
 TABLE_FILE = "table.safetensors"
@@ -87,8 +86,9 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         raise ExportError(
             f"graph weights {graph_weights!r}, expected one of {', '.join(GRAPH_FORMS)}."
         )
+    asked = graph_weights
     if graph_weights == "auto":
-        graph_weights = "int4"
+        graph_weights = "mixed"
     try:
         width = source.spec.memory.width or source.spec.hidden_size
         chosen = codec_id(options.table_codec or "int8", width)
@@ -101,11 +101,11 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
             f"table codec none is for models without token memory (dense), {source.path} has "
             "one. Choose a codec that stores rows."
         )
-    dtype, bits = WEIGHT_FORMS[graph_weights]
-    _check_block(graph_weights, bits, options.graph_block)
-    _check_kv_dtype(graph_weights, dtype, kv_dtype)
+    dtype, bits = compute_dtype(graph_weights), WEIGHT_FORMS.get(graph_weights, ("", None))[1]
+    _check_block(asked, bits, options.graph_block)
+    _check_kv_dtype(asked, dtype, kv_dtype)
     matrices = dict(options.matrix_weights or {})
-    check_matrix_forms(matrices, graph_weights, source.architecture.kinds)
+    check_matrix_forms(matrices, asked, source.architecture.kinds)
     return GraphForm(
         graph_weights,
         get_codec(chosen),
@@ -113,7 +113,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         options.graph_block,
         int8_cache=kv_dtype == "int8",
         matrices=matrices,
-        method=quantisation_method(options.graph_method, graph_weights),
+        method=quantisation_method(options.graph_method, asked),
     )
 
 
@@ -386,14 +386,9 @@ class _Export:
         steps = self._source.spec.num_hidden_layers + 1
         self._progress("graph", 0, steps)
         scales = kv_scales(self._source, calibration_text) if self._form.int8_cache else None
-        quantize = matrix_quantizer(
-            self._source,
-            self._form.method,
-            calibration_text,
-            lambda layers: self._progress("graph", layers, steps),
-        )
-        spec, build, form = self._source.spec, self._source.architecture.build, self._form
-        store = uniform(form.weights, form.block, form.matrices, quantize)
+        matrices = graph_matrices(self._source, self._form, calibration_text, None, self._progress)
+        spec, form = self._source.spec, self._form
+        build, store = matrices.architecture.build, matrices.store
         model = build_graph(spec, build, form, identity, scales, store)
         names = save_graph(model, self._writer.path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.

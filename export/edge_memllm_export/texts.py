@@ -30,6 +30,17 @@ def fitting_text() -> str:
     return _shipped("calibration_text.txt")
 
 
+def encyclopaedia_text() -> str:
+    """About 30 kB of an English encyclopaedia: whole articles, for fitting too."""
+    return _shipped("encyclopaedia_text.txt")
+
+
+def conversations() -> list[tuple[str, str]]:
+    """Short questions and their answers, for fitting too."""
+    pairs = [each.split("\n", 1) for each in _shipped("conversations.txt").strip().split("\n\n")]
+    return [(question, answer) for question, answer in pairs]
+
+
 def check_separate(judging: str, fitting: Mapping[str, str]) -> None:
     """Refuse a text that is to judge what was fitted to it; ``fitting`` by what each is called.
 

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Every error comes back as an exception; the library need not write it to stderr as well.
 _FATAL_ONLY = 4
-QUANTIZED_WEIGHTS = ("int4", "int8")
+QUANTIZED_WEIGHTS = ("int4", "int8", "mixed")
 # The library's words when a node found no kernel on the device.
 _ON_CPU = ("fallback to CPU EP", "nodes have not been")
 
@@ -263,7 +263,7 @@ def _check_request(folder: Path, artifact: Artifact) -> None:
     weights = artifact.manifest.graph.weights
     if weights not in QUANTIZED_WEIGHTS:
         raise RequestError(
-            f"packed_cache is for graphs with {' or '.join(QUANTIZED_WEIGHTS)} weights; this "
+            f"packed_cache is for graphs with {', '.join(QUANTIZED_WEIGHTS)} weights; this "
             f"one's are {weights}, which are used as they are stored. Leave it out."
         )
     if not is_spelt(folder):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -16,6 +17,8 @@ from edge_memllm.cli import demo
 from edge_memllm.cli.main import main
 from edge_memllm.memory_plan import footprint
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
+
+STAGE = re.compile(r"(identity|calibration|plan|graph|table|ladder|quality): ")
 
 
 @pytest.fixture
@@ -198,7 +201,9 @@ def test_demo_tells_nothing_else(make_checkpoint: MakeCheckpoint, tmp_path: Path
         text=True,
         timeout=300,
     )
-    assert (done.returncode, done.stderr) == (0, "")  # no warning of ours or of a library
+    # No warning of ours or of a library; how far it is, where it takes long.
+    told = [line for line in done.stderr.splitlines() if not STAGE.match(line)]
+    assert (done.returncode, told) == (0, [])
 
 
 def test_demo_without_its_model(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

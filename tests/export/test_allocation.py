@@ -10,11 +10,11 @@ import pytest
 from edge_memllm.errors import ExportError
 from edge_memllm_export.weights.allocation import (
     Allocation,
-    MatrixForm,
     Option,
     fewest_bytes,
     least_damage,
 )
+from edge_memllm_export.weights.forms import MatrixForm
 
 SMALL, WIDE, LARGE = MatrixForm(4, 64), MatrixForm(4, 32, True), MatrixForm(8, 64)
 

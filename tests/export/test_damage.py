@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from edge_memllm_export.weights.damage import Sensitivity, damage, measure_sensitivities
+from edge_memllm_export.weights.damage import INPUT_BLOCKS, Sensitivity, measure_sensitivities
 
 VOCABULARY, WIDTH = 13, 16
 
@@ -62,13 +62,10 @@ def divergence(network: Network, windows: list[torch.Tensor], error: torch.Tenso
 
 def test_expected_damage_is_the_divergence(network: Network, windows: list[torch.Tensor]) -> None:
     sensitivity = measured(network, windows)["first"]
-    x = torch.stack(windows).flatten()
-    fed = network.embedding(x).detach().numpy()
-    moment = (fed * sensitivity.tokens[:, None]).T @ fed / len(fed)
     expected, caused = 0.0, 0.0
     for seed in range(20):
         error = 0.02 * torch.randn(16, WIDTH, generator=torch.Generator().manual_seed(seed))
-        expected += damage(error.numpy(), sensitivity, moment)
+        expected += sensitivity.of_error(error.numpy())
         caused += divergence(network, windows, error)
     assert caused == pytest.approx(expected, rel=0.25)
 
@@ -79,7 +76,7 @@ def test_rows_are_those_of_the_modules_in_turn(
     found = measured(network, windows)
     assert found["first"].rows.shape == (16,)
     assert found["head"].rows.shape == (VOCABULARY,)
-    assert found["first"].tokens.shape == (6 * 4 * 100,)
+    assert found["first"].moment.shape == (WIDTH, WIDTH)
     for each in found.values():
         assert each.rows.sum() == pytest.approx(1, rel=1e-4)
 
@@ -95,4 +92,50 @@ def test_the_network_is_left_as_it_was(network: Network, windows: list[torch.Ten
 
 def test_the_same_seed_measures_the_same(network: Network, windows: list[torch.Tensor]) -> None:
     one, two = measured(network, windows), measured(network, windows)
-    np.testing.assert_array_equal(one["head"].tokens, two["head"].tokens)
+    np.testing.assert_array_equal(one["head"].moment, two["head"].moment)
+
+
+def test_rounded_inputs_cost_what_they_were_expected_to(
+    network: Network, windows: list[torch.Tensor]
+) -> None:
+    """Inputs of the first matrix, rounded to 8 bits by blocks: here coarser, to be measurable."""
+    sensitivity = measured(network, windows)["first"]
+    weight = torch.cat([network.left.weight, network.right.weight]).detach().numpy()
+    for block in INPUT_BLOCKS:
+        expected = 32**2 * sensitivity.of_rounded_inputs(weight, block)
+        assert input_divergence(network, windows, 127 / 32) == pytest.approx(expected, rel=0.3)
+
+
+def test_every_window_is_told_of(network: Network, windows: list[torch.Tensor]) -> None:
+    done: list[int] = []
+    matrices = {"head": (network.head,)}
+    measure_sensitivities(network, matrices, network, windows, done.append)
+    assert done == [1, 2, 3, 4, 5, 6]
+
+
+def test_moments_that_are_large_lie_in_a_file(
+    network: Network, windows: list[torch.Tensor], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    expected = measured(network, windows)
+    monkeypatch.setattr("edge_memllm_export.weights.damage._IN_MEMORY", 0)
+    found = measured(network, windows)
+    np.testing.assert_array_equal(found["first"].moment, expected["first"].moment)
+
+
+def input_divergence(network: Network, windows: list[torch.Tensor], codes: float) -> float:
+    """Nats per token that inputs of the first matrix cost, rounded to so many codes a side."""
+
+    def rounded(_: nn.Module, inputs: tuple[torch.Tensor]) -> tuple[torch.Tensor]:
+        step = inputs[0].abs().amax(dim=-1, keepdim=True) / codes
+        return (torch.round(inputs[0] / step) * step,)
+
+    ids = torch.cat(windows)
+    with torch.no_grad():
+        true = torch.log_softmax(network(ids), dim=-1)
+        handles = [
+            each.register_forward_pre_hook(rounded) for each in (network.left, network.right)
+        ]
+        found = torch.log_softmax(network(ids), dim=-1)
+    for handle in handles:
+        handle.remove()
+    return float((true.exp() * (true - found)).sum(dim=-1).mean())

@@ -42,7 +42,9 @@ def test_export_is_complete_verified_and_leaves_nothing_else(
     with Artifact.open(report.path) as artifact:
         artifact.verify_digests()
         assert artifact.manifest == report.manifest
-    assert {stage for stage, _, _ in stages} == {"identity", "graph", "table", "ladder", "quality"}
+    assert {stage for stage, _, _ in stages} == {
+        *("identity", "calibration", "plan", "graph", "table", "ladder", "quality")
+    }
     assert all(0 <= done <= total for _, done, total in stages)
     assert ("table", 300, 300) in stages
 
@@ -155,7 +157,7 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
             {"graph_block": 64, "graph_weights": "fp16"},
             r"graph block 64 is for quantised matrices, the graph weights are fp16",
         ),
-        ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights int4 compute in"),
+        ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights auto compute in"),
         ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),
         ({"table_codec": "zip"}, r"table codec 'zip', expected one of f32, f16, bf16"),
         ({"table_codec": "none"}, r"table codec none is for models without token memory"),

@@ -154,9 +154,9 @@ def test_full_disk_keeps_the_old_artifact(
 ) -> None:
     disk = small_disk(300)
     out = disk / "out"
-    export_model(make_checkpoint(), out, verify=False)
+    export_model(make_checkpoint(), out, graph_weights="int4", verify=False)
     with pytest.raises(ExportError, match=r"the disk is full\. The table needs 160096 bytes"):
-        export_model(make_checkpoint(), out, verify=False, overwrite=True)
+        export_model(make_checkpoint(), out, graph_weights="int4", verify=False, overwrite=True)
     assert [entry.name for entry in disk.iterdir()] == ["out"]
     with Artifact.open(out) as artifact:
         artifact.verify_digests()

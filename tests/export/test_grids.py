@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from edge_memllm_export.weights.grids import SPLIT_ZERO, BlockGrid, searched_grid, split_codes
+from edge_memllm_export.weights.grids import BlockGrid, searched_grid, split_codes, split_zero
 from edge_memllm_export.weights.quantizer import quantize
 from support.matrices import dequantize
 
@@ -98,10 +98,10 @@ def test_a_weight_beyond_the_scales_shows(random: np.random.Generator) -> None:
 
 def test_six_bits_are_four_and_two(random: np.random.Generator) -> None:
     weight = random.standard_normal((16, 128)).astype(np.float32)
-    grid = searched_grid(weight, 6, 64, FLOAT16, zero=SPLIT_ZERO)
-    assert (grid.zeros == SPLIT_ZERO).all()
+    grid = searched_grid(weight, 6, 64, FLOAT16, zero=split_zero(6, 2))
+    assert (grid.zeros == split_zero(6, 2)).all()
     codes = grid.nearest(weight)
-    high, low = split_codes(codes)
+    high, low = split_codes(codes, 2)
     coarse = BlockGrid(4, 4 * grid.scales, np.full_like(grid.zeros, 8)).weights(high)
     fine = BlockGrid(2, grid.scales, np.full_like(grid.zeros, 2)).weights(low)
     np.testing.assert_allclose(coarse + fine, grid.weights(codes), rtol=1e-6, atol=1e-6)

@@ -51,7 +51,7 @@ def workplace(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> W
     """Where examples are over in moments: short texts to measure on, and no listening."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("EDGE_MEMLLM_HOME", str(tmp_path / "cache"))
-    for name in ("weights.kv_steps", "weights.gptq"):
+    for name in ("weights.kv_steps", "weights.calibration"):
         monkeypatch.setattr(f"edge_memllm_export.{name}._TOKENS", 256)
     for module in ("edge_memllm_export.judgement", "edge_memllm.mixed_precision.sensitivity"):
         monkeypatch.setattr(f"{module}._MOST_TOKENS", 256)

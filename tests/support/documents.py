@@ -313,7 +313,7 @@ def _models(stock: Path) -> None:
     _finetune(shutil.copytree(stock / "checkpoint", stock / "finetuned"))
     checkpoint("smollm", 2, dense=True)
     shutil.copytree(stock / "checkpoint", stock / "examples/tiny-english")
-    exact = {"verify": False, "graph_method": "rtn"}
+    exact = {"verify": False, "graph_weights": "int4", "graph_method": "rtn"}
     export_model(stock / "checkpoint", stock / "artifact", **exact)
     export_model(stock / "checkpoint", stock / "full", table_codec="f16", **exact)
     export_model(

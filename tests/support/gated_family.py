@@ -25,7 +25,7 @@ from transformers import DynamicCache, LlamaConfig
 from edge_memllm.arrays import Floats, Ids
 from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.modeling import TokenRows
-from edge_memllm_export.architectures.architecture import Matrix, Source, Stage, StoredKV, Weights
+from edge_memllm_export.architectures.architecture import Source, StoredKV, Weights
 from edge_memllm_export.architectures.mapped_weights import weight_array
 from edge_memllm_export.graph.blocks import (
     Attention,
@@ -181,6 +181,18 @@ class Gated:
     def makes_rows(self, weight: str) -> bool:
         return weight == "rows.weight"
 
+    def parts(self, matrix: str) -> tuple[str, ...]:
+        return tuple(_names(matrix))
+
+    def arranged(self, matrix: str, values: np.ndarray, side: str) -> np.ndarray:
+        return values
+
+    def folding(self, matrix: str) -> None:
+        return None
+
+    def folded(self, factors: Mapping[str, Floats]) -> Gated:
+        return self
+
     def build(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
         x, pending = step.tokens.embedding, None
         assert step.tokens.memory is not None
@@ -217,6 +229,20 @@ class GatedReference:
 
     def __init__(self, network: Network) -> None:
         self.network = network
+        self.head = nn.Linear(WIDTH, VOCABULARY, bias=False)
+        self.head.weight = network.embed_tokens.weight
+
+    def modules(self, matrix: str) -> list[nn.Module]:
+        if matrix == "lm_head.weight":
+            return [self.head]
+        return [self.network.get_submodule(each.removesuffix(".weight")) for each in _names(matrix)]
+
+    def predicted(self, ids: torch.Tensor) -> torch.Tensor:
+        x = self.network.embed_tokens(ids)
+        rows = self.network.rows(ids).unflatten(-1, (-1, ROW))
+        for layer in self.layers:
+            x = layer(x, rows[:, :, layer.number] * GAIN[layer.number], None)
+        return self.head(self.network.norm(x))
 
     def rows(self, chunk: int | None = None) -> Any:
         return SliceRows(self.network)
@@ -245,19 +271,14 @@ class GatedReference:
     def layers(self) -> Any:
         return self.network.layers
 
-    @torch.no_grad()
-    def stages(self, windows: torch.Tensor) -> Iterator[Stage]:
-        x = self.network.embed_tokens(windows)
-        rows = self.network.rows(windows).unflatten(-1, (-1, ROW))
-        for layer in self.layers:
-            matrices = {"qkv_proj": layer.q_proj, "o_proj": layer.o_proj}
-            matrices |= {"gate": layer.gate, "up": layer.up}
-            found = {name: Matrix(module) for name, module in matrices.items()}
-            yield Stage(f"layers.{layer.number}", found)
-            x = layer(x, rows[:, :, layer.number] * GAIN[layer.number], None)
-        head = nn.Linear(WIDTH, VOCABULARY, bias=False)
-        yield Stage("", {"lm_head": Matrix(head)})
-        head(self.network.norm(x))
+
+def _names(matrix: str) -> list[str]:
+    """The weights that make up a matrix of the graph."""
+    if matrix == "lm_head.weight":
+        return ["embed_tokens.weight"]
+    path, kind, _ = matrix.rsplit(".", 2)
+    parts = ["q_proj", "k_proj", "v_proj"] if kind == "qkv_proj" else [kind]
+    return [f"{path}.{part}.weight" for part in parts]
 
 
 class SliceRows:

@@ -290,7 +290,15 @@ def make_synthetic(preset: str, beta: int | None, out: Path) -> None:
         shape = ["--preset", preset] if beta is None else ["--preset", preset, "--beta", str(beta)]
         small = ["--set", "training.save_dtype=float16"]
         run_step("train", *shape, "--steps", "0", "--out", folder, *small)
-        fast = ("--no-verify", "--graph-method", "rtn", "--compute-dtype", _fast_dtype())
+        fast = (
+            "--no-verify",
+            "--graph-weights",
+            "int4",
+            "--graph-method",
+            "rtn",
+            "--compute-dtype",
+            _fast_dtype(),
+        )
         run_step("export", folder, str(out), *fast)
 
 

@@ -6,9 +6,9 @@ and for the network that judges both; which family it is, it never asks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
-from typing import Any, NamedTuple, Protocol
+from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
 import onnx_ir as ir
@@ -24,7 +24,7 @@ from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
 
 Weights = Mapping[str, torch.Tensor]
-Arrange = Callable[[np.ndarray], np.ndarray]
+Side = Literal["rows", "columns"]
 
 
 class Source(Protocol):
@@ -58,18 +58,12 @@ class Source(Protocol):
         """
 
 
-class Matrix(NamedTuple):
-    """Where the reference multiplies what a matrix of the graph does."""
+class Folding(NamedTuple):
+    """What is divided by the factors that the columns of a matrix are multiplied with."""
 
-    module: nn.Module  # its first input is the matrix's
-    arrange: Arrange | None = None  # rows [K, n] of its inputs -> the graph's rows, if they differ
-
-
-class Stage(NamedTuple):
-    """A part of the reference that is about to be run over a text."""
-
-    path: str  # of its matrices in the graph: "model.layers.3"
-    matrices: Mapping[str, Matrix]  # by their names behind the path
+    divided: tuple[str, ...]  # weights [K] or, row by row, [K, n]
+    shared: int = 1  # heads in turn that read the same rows, so have the same factors
+    width: int = 1  # columns of a head
 
 
 class StoredKV(NamedTuple):
@@ -109,11 +103,11 @@ class Reference(Protocol):
     def stored(self) -> Sequence[StoredKV]:
         """What each cache stores, in the order of the manifest's."""
 
-    def stages(self, windows: torch.Tensor) -> Iterator[Stage]:
-        """Yield every layer, and at last the head, before it is run over texts [N, T].
+    def modules(self, matrix: str) -> Sequence[nn.Module]:
+        """The linear modules whose rows are, in turn, those of a matrix of the graph."""
 
-        When the next one is asked for, it has been.
-        """
+    def predicted(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of texts [B, T], through which a gradient can pass."""
 
 
 class Architecture(Protocol):
@@ -142,6 +136,21 @@ class Architecture(Protocol):
     @property
     def notes(self) -> Sequence[str]:
         """What is left out of the model, and the like, in sentences."""
+
+    def parts(self, matrix: str) -> tuple[str, ...]:
+        """The weights whose rows are, in turn, those of a matrix of the graph, by their names.
+
+        In the graph rows and columns of zeros may have come in.
+        """
+
+    def arranged(self, matrix: str, values: np.ndarray, side: Side) -> np.ndarray:
+        """Values of a matrix's rows or columns [n, ...] with zeros where the graph's is wider."""
+
+    def folding(self, matrix: str) -> Folding | None:
+        """Where factors of a matrix's columns can cancel; None where they can not."""
+
+    def folded(self, factors: Mapping[str, Floats]) -> Architecture:
+        """The same network with columns of matrices of the graph [K] times these factors."""
 
     def makes_rows(self, weight: str) -> bool:
         """Whether a weight does nothing but make memory rows."""

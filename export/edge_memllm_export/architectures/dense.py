@@ -15,11 +15,14 @@ from transformers import AutoConfig, AutoModelForCausalLM
 from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.modeling.stored_weights import describing
 from edge_memllm_export.architectures.architecture import Source, Weights
-from edge_memllm_export.architectures.dense_reference import DenseReference, RotaryKind
+from edge_memllm_export.architectures.dense_reference import DenseReference
 from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
 from edge_memllm_export.graph.blocks import Attention, AttentionShape, Rotary, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
+
+# What the rotary embedding is asked for besides positions: the layers of a kind have one of theirs.
+RotaryKind = tuple[str, ...]
 
 FEED_FORWARD = ("gate_proj", "up_proj", "down_proj")
 # Those whose angles depend on nothing but the position.
@@ -141,8 +144,11 @@ class Dense(LayerWeights):
         self.complete(network)
         network = network.requires_grad_(False).eval().to(device)
         network = converting(network, compute_dtype)
-        kinds = self.rotary_kinds()
-        return DenseReference(network, self.shapes, kinds, heads_first=self.heads_first)
+        return DenseReference(network, self.shapes, self.parts, heads_first=self.heads_first)
+
+    def heads(self, layer: int) -> AttentionShape:
+        """Return the heads of a layer."""
+        return self.shapes[layer]
 
     def complete(self, network: Any) -> None:
         """Make again, outside of the meta device, what is no weight and so was not assigned."""

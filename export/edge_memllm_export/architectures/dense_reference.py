@@ -5,16 +5,15 @@ Their layers are named as Llama's. What is the family's own is passed in.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
-from functools import partial
+from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 import torch
+from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig
-from transformers.masking_utils import create_causal_mask, create_sliding_window_causal_mask
 
 from edge_memllm.arrays import Floats, Ids
 from edge_memllm.modeling import TokenRows
@@ -22,15 +21,10 @@ from edge_memllm.modeling.configuration import CACHE
 from edge_memllm.modeling.rows import default_chunk
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
-from edge_memllm_export.architectures.architecture import Matrix, Stage, StoredKV
-from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
-from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
+from edge_memllm_export.architectures.architecture import StoredKV
+from edge_memllm_export.architectures.mapped_weights import FloatEmbedding, matrix_modules
+from edge_memllm_export.graph.blocks import AttentionShape
 from edge_memllm_runtimes.torch_reference import TorchReference
-
-# What the rotary embedding is asked for besides positions: the layers of a kind have one of theirs.
-RotaryKind = tuple[str, ...]
-
-_BATCH = 8  # windows in a layer at once
 
 
 class DenseReference:
@@ -40,17 +34,18 @@ class DenseReference:
         self,
         network: Any,
         shapes: Sequence[AttentionShape],
-        kinds: Sequence[RotaryKind],
+        parts: Callable[[str], tuple[str, ...]],
         *,
         heads_first: bool,
     ) -> None:
-        """Take the frozen network, and of each layer its attention and which angles it turns by.
+        """Take the frozen network, and of each layer its attention.
 
+        `parts` are the weights of a matrix of the graph.
         `heads_first` says that keys are normed with heads before positions: [B, Hk, T, d].
         """
         self.network = network
         self._shapes = shapes
-        self._kinds = kinds
+        self._parts = parts
         self._heads_first = heads_first
 
     def rows(self, chunk: int | None = None) -> Rows:
@@ -98,42 +93,14 @@ class DenseReference:
             for layer, shape in layers
         ]
 
-    @torch.no_grad()
-    def stages(self, windows: torch.Tensor) -> Iterator[Stage]:
-        """Yield every layer, and at last the head, before it is run over texts [N, T]."""
-        model = self.network.model
-        stream = [model.embed_tokens(part) for part in windows.split(_BATCH)]
-        layers = zip(model.layers, self._shapes, self._kinds, strict=True)
-        for number, (layer, shape, kind) in enumerate(layers):
-            yield Stage(f"model.layers.{number}", _matrices(layer, shape))
-            for place, x in enumerate(stream):
-                stream[place] = layer(x, **self._fed(x, shape, kind))
-        yield Stage("", {"lm_head": Matrix(self.network.lm_head)})
-        for x in stream:
-            self.network.lm_head(model.norm(x))
+    def modules(self, matrix: str) -> Sequence[nn.Module]:
+        """The linear modules whose rows a matrix of the graph has."""
+        return matrix_modules(self.network, self._parts(matrix))
 
-    def _fed(self, x: torch.Tensor, shape: AttentionShape, kind: RotaryKind) -> dict[str, Any]:
-        """What the network gives a layer besides texts [N, T, D], from their start."""
-        positions = torch.arange(x.shape[1]).unsqueeze(0)
-        make = create_causal_mask if shape.window is None else create_sliding_window_causal_mask
-        mask = make(
-            config=self.network.config,
-            inputs_embeds=x,
-            attention_mask=None,
-            position_ids=positions,
-            **{CACHE: None},
-        )
-        rotary = self.network.model.rotary_emb(x, positions, *kind)
-        return {"attention_mask": mask, "position_ids": positions, "position_embeddings": rotary}
-
-
-def _matrices(layer: Any, shape: AttentionShape) -> dict[str, Matrix]:
-    return {
-        "self_attn.qkv_proj": Matrix(layer.self_attn.q_proj),
-        "self_attn.o_proj": Matrix(layer.self_attn.o_proj, partial(widen_heads, shape=shape)),
-        "mlp.gate_up_proj": Matrix(layer.mlp.gate_proj),
-        "mlp.down_proj": Matrix(layer.mlp.down_proj),
-    }
+    def predicted(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of texts, through which a gradient can pass."""
+        logits: torch.Tensor = self.network(ids, use_cache=False).logits
+        return logits
 
 
 class EmbeddingRows:

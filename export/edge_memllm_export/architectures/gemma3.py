@@ -20,8 +20,7 @@ import numpy as np
 import onnx_ir as ir
 import torch
 
-from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, refuse_rotary
-from edge_memllm_export.architectures.dense_reference import RotaryKind
+from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, RotaryKind, refuse_rotary
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
 from edge_memllm_export.graph.blocks import geglu
 from edge_memllm_export.graph.builder import GraphBuilder
@@ -42,6 +41,7 @@ class Gemma3(Dense):
 
     own_facts = ("hidden_activation", "layer_types", "query_pre_attn_scalar")
     heads_first = True
+    feed_forward_norm = "pre_feedforward_layernorm"
     sees = False  # whether the checkpoint is of images too
 
     def text_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
@@ -118,9 +118,9 @@ class Gemma3(Dense):
         weight = self.array(f"{path[1:].replace('/', '.')}.weight") * np.float32(_PART_OF_SUM)
         return graph.norm(path, output, weight, self.epsilon)
 
-    def array(self, name: str) -> np.ndarray:
+    def plain_array(self, name: str) -> np.ndarray:
         """Return one weight as the graph has it: a norm's in float32, one added."""
-        weight = super().array(name)
+        weight = super().plain_array(name)
         return weight.astype(np.float32) + 1 if name.endswith("norm.weight") else weight
 
     def complete(self, network: Any) -> None:

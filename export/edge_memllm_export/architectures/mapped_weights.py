@@ -7,7 +7,9 @@ memory stays that of the largest one.
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from typing import Any
+from copy import copy
+from dataclasses import dataclass
+from typing import Any, Self
 
 import ml_dtypes
 import numpy as np
@@ -16,10 +18,14 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from edge_memllm_export.graph.blocks import AttentionWeights
+from edge_memllm.arrays import Floats
+from edge_memllm_export.architectures.architecture import Folding, Side
+from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, widen_heads
 from edge_memllm_export.graph.builder import GraphBuilder
 
 _QUERIES = ("q_proj", "k_proj", "v_proj")
+_PARTS = {"qkv_proj": _QUERIES, "gate_up_proj": ("gate_proj", "up_proj")}
+_HEAD, _TIED_HEAD = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def weight_array(weight: torch.Tensor) -> np.ndarray:
@@ -37,6 +43,12 @@ class LayerWeights:
 
     weights: Mapping[str, torch.Tensor]
     epsilon: float  # of every norm
+    feed_forward_norm = "post_attention_layernorm"  # before the feed-forward network
+    _scaled: Mapping[str, _Scales] = {}
+
+    def heads(self, layer: int) -> AttentionShape:
+        """Return the heads of a layer."""
+        raise NotImplementedError
 
     def add_norm(
         self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None
@@ -60,6 +72,53 @@ class LayerWeights:
         biased = f"{path}.{names[0]}.bias" in self.weights
         return self.arrays(path, names, "bias") if biased else None
 
+    def parts(self, matrix: str) -> tuple[str, ...]:
+        """Return the weights that make up a matrix of the graph; see `Architecture`."""
+        if matrix == _HEAD:
+            return (_HEAD if _HEAD in self.weights else _TIED_HEAD,)
+        path, kind, weight = matrix.rsplit(".", 2)
+        return tuple(f"{path}.{part}.{weight}" for part in _PARTS.get(kind, (kind,)))
+
+    def arranged(self, matrix: str, values: np.ndarray, side: Side) -> np.ndarray:
+        """Return values of rows or columns with zeros for wider heads; see `Architecture`."""
+        path, kind = _place(matrix)
+        if (kind, side) not in (("qkv_proj", "rows"), ("o_proj", "columns")):
+            return values
+        return widen_heads(values, self.heads(_layer(path)))
+
+    def folding(self, matrix: str) -> Folding | None:
+        """Return where factors of a matrix's columns can cancel; see `Architecture`."""
+        path, kind = _place(matrix)
+        layer = path.rsplit(".", 1)[0]
+        if kind == "o_proj":
+            shape = self.heads(_layer(path))
+            if shape.graph_head_dim != shape.head_dim:
+                return None
+            shared = shape.heads // shape.kv_heads
+            return Folding(self._present(f"{path}.v_proj"), shared, shape.head_dim)
+        if kind == "down_proj":
+            return Folding(self._present(f"{path}.up_proj"))
+        norms = {"qkv_proj": "input_layernorm", "gate_up_proj": self.feed_forward_norm}
+        norm = "model.norm" if matrix == _HEAD else f"{layer}.{norms[kind]}"
+        return Folding((f"{norm}.weight",))
+
+    def folded(self, factors: Mapping[str, Floats]) -> Self:
+        """Return the same network with these factors of columns; see `Architecture`."""
+        rows: dict[str, Floats] = {}
+        columns: dict[str, Floats] = {}
+        for matrix, each in factors.items():
+            folding = self.folding(matrix)
+            assert folding is not None  # who gives factors has asked
+            columns |= dict.fromkeys(self.parts(matrix), each)
+            # Of heads that read the same rows the first says it for all.
+            once = each.reshape(-1, folding.shared, folding.width)[:, 0].reshape(-1)
+            rows |= dict.fromkeys(folding.divided, np.float32(1) / once)
+        found = copy(self)
+        found._scaled = {
+            name: _Scales(rows.get(name), columns.get(name)) for name in rows | columns
+        }
+        return found
+
     def arrays(
         self, path: str, names: Sequence[str], part: str = "weight"
     ) -> dict[str, np.ndarray]:
@@ -67,8 +126,49 @@ class LayerWeights:
         return {name: self.array(f"{path}.{name}.{part}") for name in names}
 
     def array(self, name: str) -> np.ndarray:
-        """Return one weight as the graph has it: a view of it, unless a family changes some."""
+        """Return one weight as the graph has it, with the factors that were folded into it."""
+        array = self.plain_array(name)
+        return self._scaled[name].times(array) if name in self._scaled else array
+
+    def plain_array(self, name: str) -> np.ndarray:
+        """Return one weight before anything is folded: a view, unless a family changes some."""
         return weight_array(self.weights[name])
+
+    def _present(self, module: str) -> tuple[str, ...]:
+        names = (f"{module}.weight", f"{module}.bias")
+        return tuple(name for name in names if name in self.weights)
+
+
+@dataclass(frozen=True)
+class _Scales:
+    """Factors of the rows and of the columns of a weight."""
+
+    rows: Floats | None
+    columns: Floats | None
+
+    def times(self, weight: np.ndarray) -> Floats:
+        found: Floats = weight.astype(np.float32)
+        if self.rows is not None:
+            found *= self.rows.reshape(-1, *[1] * (found.ndim - 1))
+        if self.columns is not None:
+            found *= self.columns
+        return found
+
+
+def _place(matrix: str) -> tuple[str, str]:
+    """Path and kind of a matrix: model.layers.3.mlp and down_proj."""
+    path, _, kind = matrix.removesuffix(".weight").rpartition(".")
+    return path, kind
+
+
+def _layer(path: str) -> int:
+    return int(path.split(".")[2])  # model.layers.3.self_attn
+
+
+def matrix_modules(network: Any, parts: Sequence[str]) -> list[nn.Module]:
+    """The linear modules that weights belong to; a tied head's is the head."""
+    names = (_HEAD if part == _TIED_HEAD else part for part in parts)
+    return [network.get_submodule(name.removesuffix(".weight")) for name in names]
 
 
 def converting(network: Any, compute_dtype: torch.dtype) -> Any:

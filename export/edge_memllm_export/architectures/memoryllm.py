@@ -18,23 +18,20 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch.nn import functional
-from transformers.masking_utils import create_causal_mask
+from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from edge_memllm.arrays import Floats
 from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.modeling import MemoryLLMConfig, MemoryLLMForCausalLM, TokenRows
-from edge_memllm.modeling.configuration import CACHE, FORMER_CHOICES
-from edge_memllm.modeling.network import rows_of_layer
+from edge_memllm.modeling.configuration import FORMER_CHOICES
 from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.modeling.stored_weights import (
     describing,
@@ -44,15 +41,14 @@ from edge_memllm.modeling.stored_weights import (
 )
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
-from edge_memllm_export.architectures.architecture import Matrix, Source, Stage, StoredKV
-from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
+from edge_memllm_export.architectures.architecture import Source, StoredKV
+from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting, matrix_modules
 from edge_memllm_export.graph.blocks import (
     Attention,
     AttentionShape,
     Rotary,
     swiglu,
     wanted_positions,
-    widen_heads,
 )
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
@@ -83,8 +79,6 @@ _FACTS = (
     "tie_word_embeddings",
     "vocab_size",
 )
-_BATCH = 8  # windows in a layer at once
-_ROWS = 1024  # tokens whose memory is computed at once
 
 
 @dataclass(frozen=True)
@@ -209,7 +203,11 @@ class MemoryLLM(LayerWeights):
     ) -> MemoryLLMReference:
         """The network over the mapped weights; its matrices compute in `compute_dtype`."""
         network = network_over(self.config, self.weights).to(device)
-        return MemoryLLMReference(converting(network, compute_dtype), self.shape)
+        return MemoryLLMReference(converting(network, compute_dtype), self.shape, self.parts)
+
+    def heads(self, layer: int) -> AttentionShape:
+        """Return the heads of a layer, which are the same in all."""
+        return self.shape.heads
 
     def _gain(self) -> tuple[float, ...]:
         """One factor per layer: the configuration's, all ones if none, times the learned one."""
@@ -229,9 +227,15 @@ class MemoryLLM(LayerWeights):
 class MemoryLLMReference:
     """The network of the family as a judge; see `Reference`."""
 
-    def __init__(self, network: MemoryLLMForCausalLM, shape: Shape) -> None:
+    def __init__(
+        self,
+        network: MemoryLLMForCausalLM,
+        shape: Shape,
+        parts: Callable[[str], tuple[str, ...]],
+    ) -> None:
         self.network = network
         self._shape = shape
+        self._parts = parts
 
     def rows(self, chunk: int | None = None) -> Rows:
         """Embeddings and memory rows of tokens, without gain, computed a chunk at a time."""
@@ -280,56 +284,11 @@ class MemoryLLMReference:
             for each in attentions
         ]
 
-    @torch.no_grad()
-    def stages(self, windows: torch.Tensor) -> Iterator[Stage]:
-        """Yield every layer, and at last the head, before it is run over texts [N, T]."""
-        model = self.network.model
-        distinct, index = torch.unique(windows, return_inverse=True)
-        embedding = model.embed_tokens(distinct)
-        parts = index.split(_BATCH)
-        stream = [functional.embedding(part, embedding) for part in parts]
-        source, shared = model.token_memory(distinct, embedding)
-        for number, layer in enumerate(model.layers):
-            yield Stage(f"model.layers.{number}", self._matrices(layer))
-            rows = self._memory(layer, source, rows_of_layer(shared, number))
-            for place, (x, part) in enumerate(zip(stream, parts, strict=True)):
-                fed = part, None, rows, model.memory_gain(number)
-                stream[place] = layer(x, *fed, **self._attention(x))
-        yield Stage("", {"lm_head": Matrix(self.network.lm_head)})
-        for x in stream:
-            self.network.lm_head(model.norm(x))
+    def modules(self, matrix: str) -> Sequence[nn.Module]:
+        """The linear modules whose rows a matrix of the graph has."""
+        return matrix_modules(self.network, self._parts(matrix))
 
-    def _attention(self, x: torch.Tensor) -> dict[str, Any]:
-        """What the network gives the attention of a layer, for texts [N, T, D] from the start."""
-        positions = torch.arange(x.shape[1]).unsqueeze(0)
-        mask = create_causal_mask(
-            config=self.network.config,
-            inputs_embeds=x,
-            attention_mask=None,
-            position_ids=positions,
-            **{CACHE: None},
-        )
-        rotary = self.network.model.rotary_emb(x, position_ids=positions)
-        return {"attention_mask": mask, "position_embeddings": rotary, CACHE: None}
-
-    def _matrices(self, layer: Any) -> dict[str, Matrix]:
-        widen = partial(widen_heads, shape=self._shape.heads)
-        matrices = {
-            "self_attn.qkv_proj": Matrix(layer.self_attn.q_proj),
-            "self_attn.o_proj": Matrix(layer.self_attn.o_proj, widen),
-        }
-        if self._shape.has_compute:
-            matrices["mlp.gate_up_proj"] = Matrix(layer.mlp.gate_proj)
-            matrices["mlp.down_proj"] = Matrix(layer.mlp.down_proj)
-        return matrices
-
-    def _memory(
-        self, layer: Any, source: torch.Tensor, rows: torch.Tensor | None
-    ) -> torch.Tensor | None:
-        """The layer's memory rows [U, D] from what ``TokenMemory`` gives for the tokens."""
-        if not self.network.config.has_memory:
-            return None
-        parts = source.split(_ROWS)
-        ready = [None] * len(parts) if rows is None else rows.split(_ROWS)
-        found = [layer.memory_rows(part, own) for part, own in zip(parts, ready, strict=True)]
-        return torch.cat([memory.float() for memory in found])
+    def predicted(self, ids: torch.Tensor) -> torch.Tensor:
+        """Logits [B, T, V] of texts, through which a gradient can pass."""
+        logits: torch.Tensor = self.network(ids, use_cache=False).logits
+        return logits

@@ -14,27 +14,7 @@ import numpy as np
 
 from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision.solver import Step, layer_steps
-
-
-@dataclass(frozen=True, slots=True)
-class MatrixForm:
-    """A form of ``MatMulNBits``: codes of ``bits`` in blocks, float16 scales, maybe zero points.
-
-    6 bits are two matrices, of 4 and of 2 bits, whose products are added; each has its scales.
-    """
-
-    bits: int
-    block: int
-    zero_points: bool = False
-
-    def stored_bytes(self, rows: int, columns: int) -> int:
-        """Return the bytes of a matrix [rows, columns]: codes, scales and packed zero points."""
-        parts = (4, 2) if self.bits == 6 else (self.bits,)
-        return rows * sum(self._row_bytes(bits, -(-columns // self.block)) for bits in parts)
-
-    def _row_bytes(self, bits: int, blocks: int) -> int:
-        zeros = -(-blocks * bits // 8) if self.zero_points else 0
-        return blocks * self.block * bits // 8 + 2 * blocks + zeros
+from edge_memllm_export.weights.forms import MatrixForm
 
 
 @dataclass(frozen=True, slots=True)

@@ -3,15 +3,19 @@
 An error D of a matrix adds D x to an output whose gradient is g. To second order the divergence of
 the network's predictions is E[(g D x)^2] / 2, where g is the gradient of the loss on a token that
 the network itself drew (the Fisher information). Taking the rows of the output as independent, that
-is sum_n share_n D_n G D_n^T / 2 with G = E[|g|^2 x x^T]: all that is kept of a pass are |g|^2 of
-every token and the rows' shares in it. Codes should be chosen by G too: it knows which tokens
-matter. Some networks have activations a thousand times as large at the first position of a text as
-elsewhere; X^T X counts it too much, and a text without it costs everything.
+is sum_n share_n D_n G D_n^T / 2 with G = E[|g|^2 x x^T]: all that is kept of a pass are G and the
+rows' shares of |g|^2. Codes should be chosen by G too: it knows which tokens matter. Some networks
+have activations a thousand times as large at the first position of a text as elsewhere; X^T X
+counts it too much, and a text without it costs everything.
+
+A product that rounds its inputs too (accuracy level 4 of MatMulNBits) misses by W e where e is
+uniform in a step of the block's largest input over 127.
 It knows torch modules, nothing of our network, of files and of graphs.
 """
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -23,72 +27,145 @@ from torch import nn
 
 from edge_memllm.arrays import Floats
 
+INPUT_BLOCKS = (32, 64, 128, 256)  # of inputs that a product may round together
+_INPUT_CODES = 127
+# Moments that are more than this lie in a file without a name, where the system may put them aside.
+_IN_MEMORY = 1 << 29
+
 
 @dataclass(frozen=True, slots=True)
 class Sensitivity:
-    """How much the loss minds errors in the output of one matrix."""
+    """How much the loss minds errors of one matrix [N, K].
 
-    tokens: Floats  # [T]: |g|^2, of every token of the text in its order
-    rows: Floats  # [N]: the share of each row of the matrix in all of it; they add up to 1
+    Attributes:
+        moment: [K, K], the mean over tokens of ``|g|^2 x x^T``.
+        rows: [N], the share of each row of the matrix in all of ``|g|^2``; they add up to 1.
+        inputs: By size of block, [ceil(K / block)]: the mean of ``|g|^2 step^2 / 12``, where a step
+            is the largest input of the block over 127.
+    """
+
+    moment: Floats
+    rows: Floats
+    inputs: Mapping[int, Floats]
+
+    def of_error(self, missed: Floats) -> float:
+        """Return the expected divergence, nats per token, of an error [N, K] of the weights."""
+        rows = np.einsum("nk,nk->n", missed @ self.moment, missed)
+        return float(self.rows.astype(np.float64) @ rows) / 2
+
+    def of_rounded_inputs(self, weight: Floats, block: int) -> float:
+        """Return that of rounding the inputs of a matrix [N, K] to 8 bits, block by block."""
+        columns = self.rows @ np.square(weight)
+        padded = np.pad(columns, (0, -len(columns) % block)).reshape(-1, block).sum(axis=1)
+        return float(padded.astype(np.float64) @ self.inputs[block]) / 2
 
 
 def measure_sensitivities(
     network: nn.Module,
     matrices: Mapping[str, Sequence[nn.Module]],
     logits: Callable[[torch.Tensor], torch.Tensor],
-    windows: Iterable[torch.Tensor],
+    windows: Sequence[torch.Tensor],
+    progress: Callable[[int], None] = lambda done: None,
     seed: int = 0,
 ) -> dict[str, Sensitivity]:
     """Return how sensitive the network is to each matrix.
 
-    ``matrices`` are linear modules of it by name; several are one matrix whose rows they make up in
-    turn. ``logits`` runs the network, each of these modules once, from ids [B, T] to [B, T, V]; of
-    ``windows`` [B, T] each is run by itself. No parameter gathers a gradient. The same seed draws
-    the same tokens.
+    ``matrices`` are linear modules of it by name; several that read the same are one matrix whose
+    rows they make up in turn. ``logits`` runs the network, each of these modules once, from ids
+    [B, T] to [B, T, V]; of ``windows`` [B, T] each is run by itself, and ``progress(windows done)``
+    called. No parameter gathers a gradient. The same seed draws the same tokens. Raises
+    FloatingPointError for logits that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
-    sums = {name: [_Squares() for _ in modules] for name, modules in matrices.items()}
+    heard = {name: _Heard(modules) for name, modules in matrices.items()}
+    _make_room(heard.values())
     handles = [
-        module.register_forward_hook(partial(_listen, squares))
-        for name, modules in matrices.items()
-        for module, squares in zip(modules, sums[name], strict=True)
+        module.register_forward_hook(partial(each.listen, place))
+        for each, modules in zip(heard.values(), matrices.values(), strict=True)
+        for place, module in enumerate(modules)
     ]
     learning = [each for each in network.parameters() if each.requires_grad]
     try:
-        for each in learning:
-            each.requires_grad_(False)
-        for ids in windows:
+        for parameter in learning:
+            parameter.requires_grad_(False)
+        for done, ids in enumerate(windows, start=1):
             _pass_back(logits, ids, generator)
+            for each in heard.values():
+                each.add_window()
+            progress(done)
     finally:
-        for each in learning:
-            each.requires_grad_(True)
+        for parameter in learning:
+            parameter.requires_grad_(True)
         for handle in handles:
             handle.remove()
-    return {name: _joined(each) for name, each in sums.items()}
+    return {name: each.sensitivity() for name, each in heard.items()}
 
 
-def damage(missed: Floats, sensitivity: Sensitivity, moment: Floats) -> float:
-    """Return the divergence in nats per token that an error of a matrix is expected to cause.
+class _Heard:
+    """What is summed up of one matrix."""
 
-    ``missed`` [N, K] is what was stored less what it should be, ``moment`` [K, K] the mean of
-    ``sensitivity.tokens[t] * x_t x_t^T`` over tokens.
-    """
-    rows = np.einsum("nk,nk->n", missed @ moment, missed)
-    return float(sensitivity.rows.astype(np.float64) @ rows) / 2
+    def __init__(self, modules: Sequence[nn.Module]) -> None:
+        self._widths = [int(module.weight.shape[0]) for module in modules]
+        self.columns = int(modules[0].weight.shape[1])
+        self.moment = torch.zeros(0)
+        self._rows = torch.zeros(sum(self._widths))
+        self._inputs = {
+            block: torch.zeros(-(-self.columns // block), dtype=torch.float64)
+            for block in INPUT_BLOCKS
+        }
+        self._count = 0
+        self._x: torch.Tensor | None = None
+        self._power: torch.Tensor | None = None
 
+    def listen(self, place: int, _: nn.Module, inputs: tuple[torch.Tensor], output: Any) -> None:
+        """Keep a module's inputs, and wait for the gradient of its output."""
+        if not output.requires_grad:  # the first matrices of the network
+            output.requires_grad_()
+        if place == 0:
+            self._x, self._power = inputs[0].detach().float().flatten(0, -2), None
+        output.register_hook(partial(self._hear, place))
 
-class _Squares:
-    """Squares of the gradients of one module's output, gathered over windows."""
-
-    def __init__(self) -> None:
-        self.tokens: list[torch.Tensor] = []
-        self.rows: torch.Tensor | None = None
-
-    def add(self, gradient: torch.Tensor) -> None:
+    def _hear(self, place: int, gradient: torch.Tensor) -> None:
         squares = gradient.detach().float().flatten(0, -2).square()
-        self.tokens.append(squares.sum(dim=1))
-        rows = squares.sum(dim=0)
-        self.rows = rows if self.rows is None else self.rows + rows
+        power = squares.sum(dim=1)
+        self._power = power if self._power is None else self._power + power
+        start = sum(self._widths[:place])
+        self._rows[start : start + self._widths[place]] += squares.sum(dim=0)
+
+    def add_window(self) -> None:
+        """Take in what was heard of a window; nothing, if no gradient came this way."""
+        x, power = self._x, self._power
+        self._x = self._power = None
+        if x is None or power is None:
+            return
+        self._count += len(x)
+        self.moment.addmm_(x.T, x * power[:, None])
+        for block, total in self._inputs.items():
+            padded = nn.functional.pad(x, (0, -x.shape[1] % block))
+            steps = padded.unflatten(1, (-1, block)).abs().amax(dim=2) / _INPUT_CODES
+            total += (power.double() @ steps.double().square()) / 12
+
+    def sensitivity(self) -> Sensitivity:
+        """All of it, as means over tokens."""
+        count = max(1, self._count)
+        total = self._rows.sum().clamp_min(torch.finfo(torch.float32).tiny)
+        inputs = {block: (each / count).float().numpy() for block, each in self._inputs.items()}
+        moment = self.moment.div_(count).numpy()
+        return Sensitivity(moment, (self._rows / total).numpy(), inputs)
+
+
+def _make_room(heard: Iterable[_Heard]) -> None:
+    """Give each its moment, all zero."""
+    several = list(heard)
+    counts = [each.columns**2 for each in several]
+    if 4 * sum(counts) <= _IN_MEMORY:
+        whole = torch.zeros(sum(counts))
+    else:
+        with tempfile.TemporaryFile() as file:
+            mapped = np.memmap(file, np.float32, "w+", shape=(sum(counts),))
+        whole = torch.from_numpy(mapped)
+    for each, part in zip(several, whole.split(counts), strict=True):
+        each.moment = part.view(each.columns, each.columns)
 
 
 @torch.enable_grad()
@@ -97,19 +174,7 @@ def _pass_back(
 ) -> None:
     """Run a window, draw a token at every position, and pass the loss of these tokens back."""
     chances = torch.log_softmax(logits(ids).float(), dim=-1).flatten(0, -2)
+    if not chances.isfinite().all():
+        raise FloatingPointError("logits are not finite")
     drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
     (-chances.gather(1, drawn).sum()).backward()
-
-
-def _listen(squares: _Squares, _: nn.Module, __: Any, output: torch.Tensor) -> None:
-    if not output.requires_grad:  # the first matrices of the network
-        output.requires_grad_()
-    output.register_hook(squares.add)
-
-
-def _joined(parts: Sequence[_Squares]) -> Sensitivity:
-    """The sensitivity of a matrix whose rows are those of several modules."""
-    tokens = torch.stack([torch.cat(part.tokens) for part in parts]).sum(dim=0)
-    rows = torch.cat([part.rows for part in parts if part.rows is not None])
-    total = rows.sum().clamp_min(torch.finfo(torch.float32).tiny)
-    return Sensitivity(tokens.numpy(), (rows / total).numpy())

@@ -19,8 +19,6 @@ from edge_memllm.arrays import Bytes, Floats
 # Tried widths of a grid, in parts of the distance between a block's extremes.
 _WIDTHS = np.linspace(1.05, 0.65, 9, dtype=np.float32)
 
-SPLIT_ZERO = 34  # of codes of 6 bits that `split_codes` takes
-
 
 @dataclass(frozen=True, slots=True)
 class BlockGrid:
@@ -68,13 +66,18 @@ def searched_grid(
     return BlockGrid(bits, search.scales, search.zeros.astype(np.uint8))
 
 
-def split_codes(codes: Bytes) -> tuple[Bytes, Bytes]:
-    """Split codes of 6 bits into those of 4 and of 2 bits, for two matrices over the same inputs.
+def split_zero(bits: int, low_bits: int) -> int:
+    """The code of zero of codes that `split_codes` takes."""
+    return int(2 ** (bits - 1) + 2 ** (low_bits - 1))
 
-    Without zero points of their own these have 8 and 2 in the middle, so
-    ``(code - SPLIT_ZERO) * scale = (high - 8) * (4 * scale) + (low - 2) * scale``.
+
+def split_codes(codes: Bytes, low_bits: int) -> tuple[Bytes, Bytes]:
+    """Split codes into the bits above ``low_bits`` and those, for two matrices over one input.
+
+    Without zero points of their own these have the middle, so with 6 bits and 2 low ones
+    ``(code - 34) * scale = (high - 8) * (4 * scale) + (low - 2) * scale``.
     """
-    return codes >> np.uint8(2), codes & np.uint8(3)
+    return codes >> np.uint8(low_bits), codes & np.uint8(2**low_bits - 1)
 
 
 class _Search:

@@ -41,11 +41,7 @@ def compute_dtype(weights: str) -> str:
 
 
 METHODS = ("rtn", "gptq")
-# Rounding to 8 bits costs hundredths of a per cent as it is.
-_DEFAULT_METHODS = {"int4": "gptq", "int8": "rtn"}
-
-# weight [N, K], bits, block, dtype of scales, name -> codes and scales as in `Blocks`.
-QuantizeMatrix = Callable[[np.ndarray, int, int, np.dtype, str], tuple[np.ndarray, np.ndarray]]
+_DEFAULT_METHODS = dict.fromkeys(("auto", "int4", "int8"), "gptq")
 
 
 def block_for(columns: int, block: int | None) -> int:
@@ -92,25 +88,21 @@ def quantize(
 
 
 def uniform(
-    weights: str,
-    block: int | None = None,
-    matrices: Mapping[str, str] | None = None,
-    quantize_matrix: QuantizeMatrix | None = None,
+    weights: str, block: int | None = None, matrices: Mapping[str, str] | None = None
 ) -> StoreMatrix:
-    """Store all matrices in one form of `WEIGHT_FORMS`, but for kinds that ``matrices`` names.
+    """Round all matrices to one form of `WEIGHT_FORMS`, but for kinds that ``matrices`` names.
 
-    ``block`` weights share a scale, None chooses by the matrix; ``quantize_matrix`` makes the
-    codes, None rounds to nearest.
+    ``block`` weights share a scale, None chooses by the matrix.
     """
-    others, make = matrices or {}, quantize_matrix or quantize
-    dtype = np.dtype(WEIGHT_FORMS[weights][0])
+    others = matrices or {}
+    dtype = np.dtype(compute_dtype(weights))
 
     def store(name: str, weight: np.ndarray) -> Sequence[StoredMatrix] | None:
         _, bits = WEIGHT_FORMS[others.get(kind_of(name), weights)]
         if bits is None:
             return None
         columns = weight.shape[1]
-        codes, scales = make(weight, bits, block_for(columns, block), dtype, name)
+        codes, scales = quantize(weight, bits, block_for(columns, block), dtype, name)
         return [StoredMatrix((Blocks(columns, bits, codes, scales),))]
 
     return store
@@ -158,7 +150,7 @@ def check_matrix_forms(
     forms: Mapping[str, str], graph_weights: str, kinds: Collection[str]
 ) -> None:
     """Refuse kinds that are not the graph's, and forms that do not go with the main one."""
-    if forms and WEIGHT_FORMS[graph_weights][1] is None:
+    if forms and WEIGHT_FORMS.get(graph_weights, ("", None))[1] is None:
         raise ExportError(
             f"matrix weights are for int4 and int8 graphs, the graph weights are {graph_weights}. "
             "Leave them out, or choose int4 or int8."
@@ -182,9 +174,9 @@ def quantisation_method(method: str | None, graph_weights: str) -> str | None:
         return default
     if method not in METHODS:
         raise ExportError(f"graph method {method!r}, expected one of {', '.join(METHODS)}.")
-    if default is None:
+    if default is None or graph_weights == "auto":
         raise ExportError(
-            f"graph method {method} is for quantised matrices, the graph weights are "
+            f"graph method {method} is for int4 and int8 graphs, the graph weights are "
             f"{graph_weights}. Leave it out, or choose int4 or int8."
         )
     return method

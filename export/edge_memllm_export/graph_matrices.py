@@ -1,0 +1,117 @@
+"""How a graph's matrices are stored: what an export asks for, turned into what builds the graph.
+
+`auto` is a promise: the smallest forms that keep within a divergence (`PROMISE`), found by what
+errors of each matrix cost. A budget of bytes asks for the least damage instead. Named forms are
+uniform.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
+from functools import partial
+
+import numpy as np
+
+from edge_memllm.progress import Progress
+from edge_memllm_export.architectures.architecture import Architecture
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.model import GraphForm, build_graph
+from edge_memllm_export.weights.allocation import (
+    Allocation,
+    Options,
+    fewest_bytes,
+    least_damage,
+)
+from edge_memllm_export.weights.calibration import calibration_windows
+from edge_memllm_export.weights.forms import MatrixForm
+from edge_memllm_export.weights.planning import FORMS, MatrixPlanner, choose_forms, measured
+from edge_memllm_export.weights.quantizer import WEIGHT_FORMS, block_for, kind_of, uniform
+from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix
+
+# Nats per token of expected divergence that `auto` allows, for 2 % of perplexity. Other text than
+# the calibration's is hurt up to 1.6 times as much, and chance moves perplexity by tenths of a per
+# cent (docs/results/few-bits.md).
+PROMISE = 0.006
+
+
+@dataclass(frozen=True)
+class GraphMatrices:
+    """What builds a graph, and what its matrices were given."""
+
+    architecture: Architecture
+    store: StoreMatrix
+    allocation: Allocation | None = None  # None: in one form all
+
+
+def graph_matrices(
+    source: Checkpoint,
+    form: GraphForm,
+    text: str | None,
+    budget: int | None,
+    progress: Progress,
+) -> GraphMatrices:
+    """Find out how the matrices of a graph are stored.
+
+    ``text`` is calibrated on, None takes those that come along; ``budget`` are bytes for all
+    matrices, None keeps the promise. Raises ExportError for weights or a text that cannot be used,
+    and for a budget that is too small.
+    """
+    architecture = source.architecture
+    if form.method != "gptq":
+        return GraphMatrices(architecture, uniform(form.weights, form.block, form.matrices))
+
+    def visit(each: Callable[[str, np.ndarray], None]) -> None:
+        visit_matrices(source, form, each)
+
+    names: list[str] = []
+    visit(lambda name, weight: names.append(name))
+    sensitivities = measured(
+        architecture.reference(),
+        names,
+        calibration_windows(source, text),
+        lambda done, total: progress("calibration", done, total),
+    )
+    planner = MatrixPlanner(architecture, sensitivities)
+    weighed = planner.weigh(
+        visit, partial(_forms, form), lambda done, total: progress("plan", done, total)
+    )
+    found = choose_forms(weighed, lambda options: _chosen(options, budget))
+    plan = planner.plan(found.chosen)
+    done = iter(range(1, len(names) + 1))
+
+    def counted(name: str, weight: np.ndarray) -> Sequence[StoredMatrix] | None:
+        stored = plan.store(name, weight)
+        progress("graph", next(done), len(names))
+        return stored
+
+    return GraphMatrices(plan.architecture, counted, found)
+
+
+def _forms(form: GraphForm, name: str, columns: int) -> Sequence[MatrixForm]:
+    """The forms that a matrix may have: several, or the one that was named."""
+    if form.weights == "mixed":
+        return FORMS
+    _, bits = WEIGHT_FORMS[form.matrices.get(kind_of(name), form.weights)]
+    assert bits is not None  # floats are not calibrated
+    return (MatrixForm(bits, block_for(columns, form.block)),)
+
+
+def _chosen(options: Options, budget: int | None) -> Allocation:
+    return fewest_bytes(options, PROMISE) if budget is None else least_damage(options, budget)
+
+
+def visit_matrices(
+    source: Checkpoint, form: GraphForm, each: Callable[[str, np.ndarray], None]
+) -> None:
+    """Call ``each`` with all matrices in order, by building a graph whose codes are nothing."""
+
+    def visiting(name: str, weight: np.ndarray) -> list[StoredMatrix]:
+        each(name, weight)
+        rows, columns = weight.shape
+        codes = np.broadcast_to(np.uint8(0), (rows, -(-columns // 32), 16))
+        scales = np.broadcast_to(np.float16(0), codes.shape[:2])
+        return [StoredMatrix((Blocks(columns, 4, codes, scales),))]
+
+    floats = replace(form, int8_cache=False)
+    build_graph(source.spec, source.architecture.build, floats, "", None, visiting)

@@ -1,0 +1,140 @@
+"""Forms of a network's matrices, chosen by what they cost it; columns folded on the way."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from edge_memllm.codecs import get_codec
+from edge_memllm.errors import ExportError
+from edge_memllm_export import export_model
+from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.graph.model import GraphForm
+from edge_memllm_export.graph_matrices import visit_matrices
+from edge_memllm_export.judgement import JudgedArtifact
+from edge_memllm_export.weights.allocation import Allocation, fewest_bytes, least_damage
+from edge_memllm_export.weights.damage import Sensitivity
+from edge_memllm_export.weights.planning import (
+    FORMS,
+    MatrixPlanner,
+    WeighedForms,
+    choose_forms,
+    measured,
+)
+from support.checkpoints import MakeCheckpoint
+
+SHAPES: list[dict[str, Any]] = [
+    {"beta": 0, "memory_gain": [0.5, -1.5]},
+    {"beta": 2, "tie_word_embeddings": True},
+    {"beta": 3, "num_key_value_heads": 2},
+    {"beta": 0, "head_dim": 12},
+    {"beta": 2, "attention_bias": True, "qk_norm": True},
+    {"beta": 1, "memory_source": "both", "memory_norm": "shared"},
+    {"beta": 8},
+]
+WINDOWS = [
+    torch.tensor([[(7 * i * i + 3 * i + 31 * w) % 300 for i in range(64)]]) for w in range(4)
+]
+
+
+def planner(source: Checkpoint) -> tuple[MatrixPlanner, dict[str, WeighedForms]]:
+    form = GraphForm("mixed", get_codec("f16"), "float16", method="gptq")
+
+    def visit(each: Any) -> None:
+        visit_matrices(source, form, each)
+
+    names: list[str] = []
+    visit(lambda name, weight: names.append(name))
+    found = measured(source.architecture.reference(), names, WINDOWS, lambda done, total: None)
+    made = MatrixPlanner(source.architecture, found)
+    return made, made.weigh(visit, lambda name, columns: FORMS, lambda done, total: None)
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+def test_folding_leaves_the_network_as_it_is(
+    shape: dict[str, Any], make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """The folded architecture in float32 climbs what the network climbs."""
+    source = Checkpoint.open(make_checkpoint(**shape))
+    made, weighed = planner(source)
+    plan = made.plan({name: each.options(exact=False)[0] for name, each in weighed.items()})
+    same = source.architecture.array("model.layers.0.self_attn.q_proj.weight")
+    folded = plan.architecture.array("model.layers.0.self_attn.q_proj.weight")
+    assert np.abs(folded / same - 1).max() > 0.1
+    folding = Checkpoint(source._source, plan.architecture)
+    out = tmp_path / "out"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Checkpoint, "open", classmethod(lambda cls, path: folding))
+        export_model(source.path, out, graph_weights="fp32", table_codec=None, verify=False)
+    ids = list(b"It was the best of times, it was the worst of times.")
+    reference = source.architecture.reference()
+    with JudgedArtifact(out, reference) as judged:
+        table, distinct = judged.table, np.unique(ids)
+        truth = reference.fed_logits(ids, table.embeddings(distinct), table.rows(distinct))
+        found = np.concatenate(list(judged.graph_logits(ids, 16)))
+    np.testing.assert_allclose(found, truth, atol=1e-4)
+
+
+def test_a_plan_for_less_damage_takes_more_bytes(make_checkpoint: MakeCheckpoint) -> None:
+    _, weighed = planner(Checkpoint.open(make_checkpoint(beta=3)))
+    found = [
+        choose_forms(weighed, lambda options, most=most: fewest_bytes(options, most))
+        for most in (1e-2, 1e-3, 1e-4)
+    ]
+    assert [each.stored for each in found] == sorted(each.stored for each in found)
+    for each, most in zip(found, (1e-2, 1e-3, 1e-4), strict=True):
+        assert each.damage <= most or each.stored == max(one.stored for one in found)
+
+
+def test_a_budget_is_kept_and_used(make_checkpoint: MakeCheckpoint) -> None:
+    _, weighed = planner(Checkpoint.open(make_checkpoint(beta=3)))
+    weights = sum(each.rows * each.columns for each in weighed.values())
+    for bits in (4.7, 6, 8.2):
+        budget = int(bits * weights / 8)
+        found = choose_forms(weighed, lambda options, most=budget: least_damage(options, most))
+        assert 0.9 * budget <= found.stored <= budget
+
+
+def test_matrices_whose_inputs_are_delicate_get_them_exact() -> None:
+    def matrix(inputs: float) -> WeighedForms:
+        rounding = {form: 1e-3 * 4.0 ** (4 - form.bits) for form in FORMS}
+        return WeighedForms(64, 64, rounding, {32: inputs, 64: 2 * inputs})
+
+    weighed = {f"m{number}": matrix(1e-6) for number in range(8)} | {"odd": matrix(1e-2)}
+    found = choose_forms(weighed, lambda options: fewest_bytes(options, 2e-3))
+    assert [name for name, each in found.chosen.items() if each.form.level == 0] == ["odd"]
+    assert found.damage <= 2e-3
+
+
+def test_damage_is_a_sum_with_shares(make_checkpoint: MakeCheckpoint) -> None:
+    _, weighed = planner(Checkpoint.open(make_checkpoint()))
+    found = choose_forms(weighed, lambda options: fewest_bytes(options, 1e-3))
+    assert isinstance(found, Allocation)
+    assert sum(found.shares().values()) == pytest.approx(1)
+
+
+def test_sensitivities_go_into_widened_heads(make_checkpoint: MakeCheckpoint) -> None:
+    source = Checkpoint.open(make_checkpoint(beta=0, head_dim=12))
+    made, weighed = planner(source)
+    name = "model.layers.0.self_attn.o_proj.weight"
+    found: Sensitivity = made._sensitivities[name]
+    idle = np.tile([False] * 6 + [True] * 2, 8)
+    np.testing.assert_array_equal(found.moment.diagonal() == 0, idle)
+    assert weighed[name].columns == 64
+
+
+def test_a_network_that_overflows_is_refused(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    broken = Path(shutil.copytree(make_checkpoint(beta=0), tmp_path / "broken"))
+    weights = load_file(broken / "model.safetensors")
+    weights["model.layers.0.memory.down_proj.weight"][0] = 3e38  # finite; what it makes is not
+    save_file(weights, broken / "model.safetensors")
+    with pytest.raises(ExportError, match="logits are not finite on the calibration text"):
+        planner(Checkpoint.open(broken))
