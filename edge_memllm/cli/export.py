@@ -5,6 +5,7 @@ Both are judged before they appear; the pages here say how that went.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
 from typing import TYPE_CHECKING, Annotated, Any
@@ -22,6 +23,10 @@ from edge_memllm.options.export import ExportOptions, RequantizeOptions
 if TYPE_CHECKING:
     from edge_memllm_export import ExportReport, ParityCheck, Quality, RequantizeReport
     from edge_memllm_export.table import MixedFigures
+    from edge_memllm_export.weights.allocation import Allocation
+    from edge_memllm_export.weights.forms import MatrixForm
+
+_DEAREST = 5  # matrices that are named because they do most of the damage
 
 _EXPORT = """\
 Export a checkpoint as an artifact: graph, table, tokenizer and manifest. It is a folder with
@@ -63,7 +68,8 @@ class MixedOptions:
         float | None,
         Option(
             "mixed precision: choose the bits of each layer and class of tokens so that memory "
-            "values take this many on average, scales and levels included, such as 4.5",
+            "values take this many on average, scales and levels included, such as 4.5; of a model "
+            "without memory, those of each matrix of the graph",
             metavar="BITS",
             parse=positive_number,
             one_of="table",
@@ -72,7 +78,8 @@ class MixedOptions:
     target_size: Annotated[
         int | None,
         Option(
-            "mixed precision: the same for a size of the table file, such as 1.5GB",
+            "mixed precision: the same for a size of the table file, such as 1.5GB; of a model "
+            "without memory, of table and graph together",
             parse=byte_size,
             one_of="table",
         ),
@@ -149,6 +156,7 @@ def as_dict(report: ExportReport) -> dict[str, Any]:
         "rungs": [asdict(rung) | {"ok": rung.ok} for rung in report.rungs],
         "quality": _quality_dict(report.quality),
         "mixed": None if report.mixed is None else asdict(report.mixed),
+        "matrices": None if report.matrices is None else _matrices_dict(report.matrices),
         "notes": list(report.notes),
         "manifest": asdict(report.manifest),
     }
@@ -167,6 +175,8 @@ def page(report: ExportReport) -> str:
     if report.mixed is not None:
         rows.append(("mixed", _mixed_line(report.mixed)))
     parts = [table(rows)]
+    if report.matrices is not None:
+        parts.append(_matrices_page(report.matrices))
     if report.rungs:
         parts.append(rung_table(report.rungs))
     else:
@@ -175,6 +185,39 @@ def page(report: ExportReport) -> str:
         parts.append(_quality_line(report.quality))
     parts += [f"note: {each}" for each in report.notes]
     return "\n\n".join(parts)
+
+
+def _matrices_page(allocation: Allocation) -> str:
+    """The forms of a graph's matrices, and which of these do most of the damage."""
+    forms = Counter(each.form for each in allocation.chosen.values())
+    total = allocation.damage or 1.0
+    costs: dict[MatrixForm, float] = dict.fromkeys(forms, 0.0)
+    for each in allocation.chosen.values():
+        costs[each.form] += each.damage
+    rows: list[tuple[str, ...]] = [
+        ("matrices", "bits", "block", "zero points", "level", "share of the damage")
+    ]
+    for form, count in sorted(forms.items(), key=lambda item: (item[0].bits, item[0].block)):
+        rows.append((*_form_cells(str(count), form), f"{costs[form] / total:.0%}"))
+    shares = allocation.shares()
+    for name in sorted(shares, key=lambda name: -shares[name])[:_DEAREST]:
+        cells = _form_cells(name.removesuffix(".weight"), allocation.chosen[name].form)
+        rows.append((*cells, f"{shares[name]:.1%}"))
+    said = f"expected divergence of all matrices: {allocation.damage:.2g} nats; --json lists each"
+    return f"{table(rows)}\n{said}"
+
+
+def _form_cells(name: str, form: MatrixForm) -> tuple[str, ...]:
+    zero = "yes" if form.zero_points else "no"
+    return name, str(form.bits), str(form.block), zero, str(form.level)
+
+
+def _matrices_dict(allocation: Allocation) -> dict[str, Any]:
+    """Bits, level, bytes and damage of each matrix."""
+    return {
+        name: {**asdict(each.form), "bytes": each.stored, "damage": each.damage}
+        for name, each in allocation.chosen.items()
+    }
 
 
 def _requantize_page(report: RequantizeReport) -> str:

@@ -37,7 +37,7 @@ from edge_memllm_export.graph.model import (
     build_graph,
     save_graph,
 )
-from edge_memllm_export.graph_matrices import graph_matrices
+from edge_memllm_export.graph_matrices import Budget, graph_matrices
 from edge_memllm_export.judgement import (
     LEAST_TOKENS,
     MAX_MEAN_KL,
@@ -65,6 +65,7 @@ from edge_memllm_export.texts import (
     judging_text,
     table_text,
 )
+from edge_memllm_export.weights.allocation import Allocation
 from edge_memllm_export.weights.kv_steps import kv_scales
 from edge_memllm_export.weights.quantizer import (
     BLOCKS,
@@ -169,8 +170,9 @@ def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> Record
         raise ExportError(f"{source.path}: {error}") from error
 
 
-def check_target(source: Checkpoint, table_codec: str | None, target: Target | None) -> None:
+def check_target(source: Checkpoint, options: ExportOptions) -> None:
     """Refuse a target in size where nothing could be chosen for it."""
+    target, table_codec = options.table_target, options.table_codec
     if target is None:
         return
     if table_codec is not None:
@@ -178,10 +180,10 @@ def check_target(source: Checkpoint, table_codec: str | None, target: Target | N
             f"table codec {table_codec}, target {target}: expected one of the two. Name a codec, "
             "or a target in bits or bytes."
         )
-    if not source.spec.memory.layers:
+    if not source.spec.memory.layers and options.graph_weights != "auto":
         raise ExportError(
-            f"target {target}: {source.path} is a model without token memory (dense), which has no "
-            "rows. Leave the target out."
+            f"target {target}, graph weights {options.graph_weights}: {source.path} is a model "
+            "without token memory (dense), whose matrices the target is for. Leave one of them out."
         )
 
 
@@ -211,6 +213,7 @@ class ExportReport:
     rungs: tuple[ParityCheck, ...]
     quality: Quality | None
     mixed: MixedFigures | None = None
+    matrices: Allocation | None = None  # of a graph whose matrices got forms of their own
     notes: tuple[str, ...] = ()  # what is left out, and what to know of the files for text
 
 
@@ -249,7 +252,7 @@ def export_model(options: ExportOptions) -> ExportReport:
     layout = record_layout(source, form, options.alignment)
     if options.table_target is None:
         check_table_options(layout, search=options.table_search, text=options.table_text)
-    check_target(source, options.table_codec, options.table_target)
+    check_target(source, options)
     notes = (*source.architecture.notes, *check_text_files(source))
     report = options.progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(options.out))
@@ -257,17 +260,20 @@ def export_model(options: ExportOptions) -> ExportReport:
         dtype = getattr(torch, options.compute_dtype)
         rows = source.architecture.reference(options.device, dtype).rows(options.chunk)
         table = TableForm(layout, source.spec.vocab_size, options.table_search)
-        target, text_of_table = options.table_target, options.table_text
-        table = _complete_table(source, table, rows, target, text_of_table, report)
+        target, budget = options.table_target, None
+        if target is not None and not layout.layers:
+            budget = Budget(target, layout.table_bytes(source.spec.vocab_size))
+            target = None
+        table = _complete_table(source, table, rows, target, options.table_text, report)
         form = replace(form, codec=table.layout.kinds[0].codec)  # all sections are fed alike
-        export = _Export(source, form, table, writer, report)
+        export = _Export(source, form, table, writer, budget, report)
         manifest = export.write(rows, options.calibration_text)
         rungs: tuple[ParityCheck, ...] = ()
         quality = None
         if options.verify:
             rungs, quality = export.judge(options.compute_dtype, text, options.accept_quality_loss)
         writer.publish()
-    return ExportReport(out, manifest, rungs, quality, table.figures, notes)
+    return ExportReport(out, manifest, rungs, quality, table.figures, export.allocation, notes)
 
 
 def _complete_table(
@@ -308,8 +314,11 @@ class _Export:
         form: GraphForm,
         table: TableForm,
         writer: ArtifactWriter,
+        budget: Budget | None,
         progress: Progress,
     ) -> None:
+        self.allocation: Allocation | None = None
+        self._budget = budget
         self._source = source
         self._form = form
         self._table = table
@@ -386,7 +395,10 @@ class _Export:
         steps = self._source.spec.num_hidden_layers + 1
         self._progress("graph", 0, steps)
         scales = kv_scales(self._source, calibration_text) if self._form.int8_cache else None
-        matrices = graph_matrices(self._source, self._form, calibration_text, None, self._progress)
+        matrices = graph_matrices(
+            self._source, self._form, calibration_text, self._budget, self._progress
+        )
+        self.allocation = matrices.allocation
         spec, form = self._source.spec, self._form
         build, store = matrices.architecture.build, matrices.store
         model = build_graph(spec, build, form, identity, scales, store)

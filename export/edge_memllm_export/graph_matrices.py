@@ -13,16 +13,12 @@ from functools import partial
 
 import numpy as np
 
+from edge_memllm.mixed_precision import Target
 from edge_memllm.progress import Progress
 from edge_memllm_export.architectures.architecture import Architecture
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.model import GraphForm, build_graph
-from edge_memllm_export.weights.allocation import (
-    Allocation,
-    Options,
-    fewest_bytes,
-    least_damage,
-)
+from edge_memllm_export.weights.allocation import Allocation, fewest_bytes, least_damage
 from edge_memllm_export.weights.calibration import calibration_windows
 from edge_memllm_export.weights.forms import MatrixForm
 from edge_memllm_export.weights.planning import FORMS, MatrixPlanner, choose_forms, measured
@@ -33,6 +29,22 @@ from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, Store
 # the calibration's is hurt up to 1.6 times as much, and chance moves perplexity by tenths of a per
 # cent (docs/results/few-bits.md).
 PROMISE = 0.006
+_NODE_BYTES = 1024  # of a node and its weights, names and alignment included
+
+
+@dataclass(frozen=True)
+class Budget:
+    """What a model may take: so many bits for each weight of the graph, or bytes altogether."""
+
+    target: Target
+    table_bytes: int
+
+    def matrices(self, weights: int, others: int) -> int:
+        """Bytes for all matrices of so many weights, where the graph takes `others` besides."""
+        if self.target.bits is not None:
+            return int(self.target.bits * weights / 8)
+        assert self.target.file_bytes is not None  # one of the two is there
+        return self.target.file_bytes - self.table_bytes - others
 
 
 @dataclass(frozen=True)
@@ -48,14 +60,14 @@ def graph_matrices(
     source: Checkpoint,
     form: GraphForm,
     text: str | None,
-    budget: int | None,
+    budget: Budget | None,
     progress: Progress,
 ) -> GraphMatrices:
     """Find out how the matrices of a graph are stored.
 
-    ``text`` is calibrated on, None takes those that come along; ``budget`` are bytes for all
-    matrices, None keeps the promise. Raises ExportError for weights or a text that cannot be used,
-    and for a budget that is too small.
+    ``text`` is calibrated on, None takes those that come along; without a ``budget`` the promise is
+    kept. Raises ExportError for weights or a text that cannot be used, and for a budget that is too
+    small.
     """
     architecture = source.architecture
     if form.method != "gptq":
@@ -65,7 +77,7 @@ def graph_matrices(
         visit_matrices(source, form, each)
 
     names: list[str] = []
-    visit(lambda name, weight: names.append(name))
+    others = visit_matrices(source, form, lambda name, weight: names.append(name))
     sensitivities = measured(
         architecture.reference(),
         names,
@@ -76,7 +88,12 @@ def graph_matrices(
     weighed = planner.weigh(
         visit, partial(_forms, form), lambda done, total: progress("plan", done, total)
     )
-    found = choose_forms(weighed, lambda options: _chosen(options, budget))
+    if budget is None:
+        found = choose_forms(weighed, lambda options: fewest_bytes(options, PROMISE))
+    else:
+        weights = sum(each.rows * each.columns for each in weighed.values())
+        most = budget.matrices(weights, others)
+        found = choose_forms(weighed, lambda options: least_damage(options, most))
     plan = planner.plan(found.chosen)
     done = iter(range(1, len(names) + 1))
 
@@ -97,14 +114,13 @@ def _forms(form: GraphForm, name: str, columns: int) -> Sequence[MatrixForm]:
     return (MatrixForm(bits, block_for(columns, form.block)),)
 
 
-def _chosen(options: Options, budget: int | None) -> Allocation:
-    return fewest_bytes(options, PROMISE) if budget is None else least_damage(options, budget)
-
-
 def visit_matrices(
     source: Checkpoint, form: GraphForm, each: Callable[[str, np.ndarray], None]
-) -> None:
-    """Call ``each`` with all matrices in order, by building a graph whose codes are nothing."""
+) -> int:
+    """Call ``each`` with all matrices in order, by building a graph whose codes are nothing.
+
+    Returns the bytes that the graph takes besides its matrices, at most.
+    """
 
     def visiting(name: str, weight: np.ndarray) -> list[StoredMatrix]:
         each(name, weight)
@@ -114,4 +130,8 @@ def visit_matrices(
         return [StoredMatrix((Blocks(columns, 4, codes, scales),))]
 
     floats = replace(form, int8_cache=False)
-    build_graph(source.spec, source.architecture.build, floats, "", None, visiting)
+    model = build_graph(source.spec, source.architecture.build, floats, "", None, visiting)
+    values = model.graph.initializers.values()
+    named = (value for value in values if not (value.name or "").endswith(("_codes", "_scales")))
+    stored = sum(value.const_value.nbytes for value in named if value.const_value is not None)
+    return stored + _NODE_BYTES * sum(1 for _ in model.graph)

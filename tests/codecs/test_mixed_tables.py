@@ -120,16 +120,16 @@ def test_what_cannot_be_is_refused(
     assert list(tmp_path.iterdir()) == []
 
 
-def test_an_export_refuses_two_answers_and_dense_models(
-    make_checkpoint: MakeCheckpoint, tmp_path: Path
-) -> None:
+def test_an_export_refuses_two_answers(make_checkpoint: MakeCheckpoint, tmp_path: Path) -> None:
     target = Target(bits=4)
     with pytest.raises(ExportError, match="table codec int8, target 4 bits: expected one"):
         export_model(make_checkpoint(), tmp_path / "out", table_codec="int8", table_target=target)
     with pytest.raises(
-        ExportError, match=r"target 4 bits: .* is a model without token memory \(dense\)"
+        ExportError, match=r"target 4 bits, graph weights int8: .* without token memory \(dense\)"
     ):
-        export_model(make_checkpoint(beta=8), tmp_path / "out", table_target=target)
+        export_model(
+            make_checkpoint(beta=8), tmp_path / "out", graph_weights="int8", table_target=target
+        )
 
 
 def test_a_text_that_counts_changes_what_is_learned(

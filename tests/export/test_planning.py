@@ -13,6 +13,7 @@ from safetensors.torch import load_file, save_file
 
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
+from edge_memllm.mixed_precision import Target
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.model import GraphForm
@@ -138,3 +139,56 @@ def test_a_network_that_overflows_is_refused(
     save_file(weights, broken / "model.safetensors")
     with pytest.raises(ExportError, match="logits are not finite on the calibration text"):
         planner(Checkpoint.open(broken))
+
+
+def test_a_dense_model_takes_the_bits_it_was_given(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint = make_checkpoint(beta=8)
+    sizes = []
+    for bits in (4.7, 6.5):
+        out = tmp_path / str(bits)
+        report = export_model(checkpoint, out, table_target=Target(bits=bits), verify=False)
+        assert report.manifest.graph.weights == "mixed"
+        assert report.matrices is not None
+        weights = sum(np.prod(each.shape) for each in graph_weights(checkpoint))
+        assert 0.9 * bits <= 8 * report.matrices.stored / weights <= bits
+        sizes.append(report.manifest.files["graph.onnx"].bytes)
+    assert sizes[0] < sizes[1]
+
+
+def test_a_dense_model_fits_the_bytes_it_was_given(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    checkpoint, most = make_checkpoint(beta=8), 420_000
+    report = export_model(
+        checkpoint, tmp_path / "out", table_target=Target(file_bytes=most), verify=False
+    )
+    files = report.manifest.files
+    taken = sum(each.bytes for name, each in files.items() if name.startswith(("graph", "table")))
+    assert 0.75 * most <= taken <= most
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"table_target": Target(bits=3)}, "in their smallest forms they take"),
+        ({"table_target": Target(file_bytes=1000)}, "in their smallest forms they take"),
+        (
+            {"table_target": Target(bits=5), "graph_weights": "int4"},
+            "target 5 bits, graph weights int4",
+        ),
+    ],
+)
+def test_targets_that_cannot_be_are_refused(
+    options: dict[str, Any], message: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    with pytest.raises(ExportError, match=message):
+        export_model(make_checkpoint(beta=8), tmp_path / "out", verify=False, **options)
+
+
+def graph_weights(checkpoint: Path) -> list[np.ndarray]:
+    found: list[np.ndarray] = []
+    form = GraphForm("mixed", get_codec("none"), "float16", method="gptq")
+    visit_matrices(Checkpoint.open(checkpoint), form, lambda name, weight: found.append(weight))
+    return found
