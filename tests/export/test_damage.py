@@ -102,7 +102,7 @@ def test_rounded_inputs_cost_what_they_were_expected_to(
     sensitivity = measured(network, windows)["first"]
     weight = torch.cat([network.left.weight, network.right.weight]).detach().numpy()
     for block in INPUT_BLOCKS:
-        expected = 32**2 * sensitivity.of_rounded_inputs(weight, block)
+        expected = 32**2 * sensitivity.of_rounded_inputs(weight, [block])[block]
         assert input_divergence(network, windows, 127 / 32) == pytest.approx(expected, rel=0.3)
 
 

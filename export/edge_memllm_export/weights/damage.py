@@ -53,11 +53,14 @@ class Sensitivity:
         rows = np.einsum("nk,nk->n", missed @ self.moment, missed)
         return float(self.rows.astype(np.float64) @ rows) / 2
 
-    def of_rounded_inputs(self, weight: Floats, block: int) -> float:
-        """Return that of rounding the inputs of a matrix [N, K] to 8 bits, block by block."""
-        columns = self.rows @ np.square(weight)
-        padded = np.pad(columns, (0, -len(columns) % block)).reshape(-1, block).sum(axis=1)
-        return float(padded.astype(np.float64) @ self.inputs[block]) / 2
+    def of_rounded_inputs(self, weight: Floats, blocks: Iterable[int]) -> dict[int, float]:
+        """Return that of rounding inputs of a matrix [N, K] to 8 bits, by the size of blocks."""
+        columns = (self.rows @ np.square(weight)).astype(np.float64)
+        padded = {block: np.pad(columns, (0, -len(columns) % block)) for block in blocks}
+        return {
+            block: float(each.reshape(-1, block).sum(axis=1) @ self.inputs[block]) / 2
+            for block, each in padded.items()
+        }
 
 
 def measure_sensitivities(

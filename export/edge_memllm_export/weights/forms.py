@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.errors import ExportError
-from edge_memllm_export.weights.gptq import WEIGHTED_DAMPING, Feedback, damped
+from edge_memllm_export.weights.gptq import WEIGHTED_DAMPING, Feedback
 from edge_memllm_export.weights.grids import searched_grid, split_codes, split_zero
 from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, packed
 
@@ -83,8 +83,7 @@ class WeighedMatrix:
 
     def expected(self, form: MatrixForm) -> float:
         """Return the damage of the codes in a form, nats per token, before they are made."""
-        blocks = _in_blocks(self.weight, form.block)
-        low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+        low, high = self._blocks_reach(form.block)
         if form.zero is None:
             steps = (high - low) / (2**form.bits - 1)
         else:
@@ -93,13 +92,16 @@ class WeighedMatrix:
             steps = np.minimum(
                 np.maximum(-low / below, high / above), np.maximum(-low / above, high / below)
             )
-        powers = np.pad(self._powers, (0, -len(self._powers) % form.block))
+        powers = self._feedback.powers[: self.weight.shape[1]]
+        powers = np.pad(powers, (0, -len(powers) % form.block))
         spread = np.square(steps) @ powers.reshape(-1, form.block).sum(axis=1)
         return float(self._shares.astype(np.float64) @ spread) / 24
 
     def stored(self, form: MatrixForm, scale_dtype: np.dtype, name: str) -> StoredMatrix:
         """Return the matrix in a form. Raises ExportError for scales beyond ``scale_dtype``."""
-        feedback = Feedback(self._moment, form.bits, form.block, WEIGHTED_DAMPING)
+        feedback = self._feedback
+        if (form.bits, form.block) != (_MEASURED.bits, _MEASURED.block):
+            feedback = Feedback(self._moment, form.bits, form.block, WEIGHTED_DAMPING)
         rows, columns = self.weight.shape
         step = max(1, _CHUNK // columns)
         found = [
@@ -118,6 +120,7 @@ class WeighedMatrix:
         """
         rows = np.unique(np.linspace(0, len(self.weight) - 1, _SAMPLE).astype(np.intp))
         some = WeighedMatrix(self.weight[rows], self._moment, self._shares[rows])
+        some._feedback = self._feedback
         expected = some.expected(_MEASURED)
         missed = some.stored(_MEASURED, np.dtype(np.float32), "").weights() - some.weight
         found = np.einsum("nk,nk->n", missed @ self._moment, missed)
@@ -125,14 +128,20 @@ class WeighedMatrix:
         return real / expected if expected > 0 else 1.0
 
     @cached_property
-    def _powers(self) -> Floats:
-        """D of the damped moment in the order of feedback, back in the columns' places."""
-        moment = damped(self._moment, WEIGHTED_DAMPING)
-        turned = np.argsort(-moment.diagonal(), kind="stable")[::-1]
-        roots = np.linalg.cholesky(moment[turned[:, None], turned]).diagonal()
-        powers = np.empty(len(moment), np.float32)
-        powers[turned] = np.square(roots)
-        return powers
+    def _feedback(self) -> Feedback:
+        return Feedback(self._moment, _MEASURED.bits, _MEASURED.block, WEIGHTED_DAMPING)
+
+    @cached_property
+    def _extremes(self) -> dict[int, tuple[Floats, Floats]]:
+        return {}
+
+    def _blocks_reach(self, block: int) -> tuple[Floats, Floats]:
+        """The least and the greatest weight of each block [N, blocks], zero among them."""
+        if block not in self._extremes:
+            blocks = _in_blocks(self.weight, block)
+            reach = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
+            self._extremes[block] = reach
+        return self._extremes[block]
 
     def _chunk(
         self, form: MatrixForm, feedback: Feedback, rows: slice, dtype: np.dtype, name: str

@@ -13,6 +13,7 @@ how much the loss minds it.
 from __future__ import annotations
 
 import numpy as np
+import torch
 
 # A share of the mean square input is added to all: calibration text does not hold all there is.
 _DAMPING = 0.01
@@ -38,13 +39,20 @@ class Feedback:
         # Each of these is as large as M, so none is kept longer than needed.
         turned = self._order[::-1]
         wide = wide[turned[:, None], turned]
-        factor = np.linalg.cholesky(wide)
+        factor = torch.linalg.cholesky(torch.from_numpy(wide)).numpy()
         del wide
         roots = factor.diagonal().copy()
         factor /= roots
         self._powers = np.square(roots[::-1, None])  # D [K, 1]
         # U^T: row k takes the errors of the columns before k.
         self._carry = np.ascontiguousarray(factor[::-1, ::-1].T)
+
+    @property
+    def powers(self) -> np.ndarray:
+        """D in the places of the columns, float32 [K]: what a squared error left in each costs."""
+        powers = np.empty(len(self._order), np.float32)
+        powers[self._order] = self._powers[:, 0]
+        return powers
 
     def __call__(
         self,
@@ -62,7 +70,7 @@ class Feedback:
         steps = scales.T[self._order // self._block]
         low = np.full_like(scales, -(2 ** (self._bits - 1))) if zeros is None else -1.0 * zeros
         codes, error = self._round(columns, steps, low.T[self._order // self._block])
-        carried = self._carry @ (columns - rounded * steps)
+        carried = _product(self._carry, columns - rounded * steps)
         before = (self._powers * np.square(carried)).sum(axis=0)
         chosen = np.empty_like(codes)
         chosen[self._order] = np.where(error < before, codes, rounded)
@@ -82,13 +90,19 @@ class Feedback:
         codes, missed, wanted = np.empty_like(columns), np.empty_like(columns), columns.copy()
         for start in range(0, len(columns), _STRIDE):
             stop = min(start + _STRIDE, len(columns))
-            wanted[start:stop] += self._carry[start:stop, :start] @ missed[:start]
+            wanted[start:stop] += _product(self._carry[start:stop, :start], missed[:start])
             for k in range(start, stop):
                 np.rint(wanted[k] * inverse[k], out=codes[k])
                 np.clip(codes[k], low[k], high[k], out=codes[k])
                 np.subtract(columns[k], codes[k] * steps[k], out=missed[k])
                 wanted[k + 1 : stop] += self._carry[k + 1 : stop, k, None] * missed[k]
         return codes, (self._powers * np.square(wanted - codes * steps)).sum(axis=0)
+
+
+def _product(left: np.ndarray, right: np.ndarray) -> np.ndarray:
+    """A product of float32 matrices, by torch: numpy's threads wait long on busy cores."""
+    found: np.ndarray = (torch.from_numpy(left) @ torch.from_numpy(right)).numpy()
+    return found
 
 
 def damped(moment: np.ndarray, damping: float = _DAMPING) -> np.ndarray:

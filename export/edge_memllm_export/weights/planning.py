@@ -40,7 +40,7 @@ FORMS = (
     MatrixForm(8, 32),
 )
 # The share of a plan's damage that inputs rounded to 8 bits may have before some are not.
-_ROUNDED_INPUTS = 0.3
+_ROUNDED_INPUTS = 0.5
 _MOST_EXACT = 0.25  # of all weights, in matrices whose inputs are not rounded
 _SCALES = np.dtype(np.float16)
 
@@ -128,7 +128,7 @@ class MatrixPlanner:
         sensitivity, folding = self._sensitivities[name], self._architecture.folding(name)
         if not np.isfinite(weight).all():
             raise ExportError(f"{name}: a weight is not finite. Mend the checkpoint.")
-        inputs = {form.block: sensitivity.of_rounded_inputs(weight, form.block) for form in forms}
+        inputs = sensitivity.of_rounded_inputs(weight, {form.block for form in forms})
         if folding is not None:
             power = sensitivity.moment.diagonal()
             factors = column_factors(weight, power, folding.shared, folding.width)
