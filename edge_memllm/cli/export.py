@@ -21,7 +21,7 @@ from edge_memllm.options import Group, Option, byte_size, keywords, positive_num
 from edge_memllm.options.export import ExportOptions, RequantizeOptions
 
 if TYPE_CHECKING:
-    from edge_memllm_export import ExportReport, ParityCheck, Quality, RequantizeReport
+    from edge_memllm_export import Answers, ExportReport, ParityCheck, Quality, RequantizeReport
     from edge_memllm_export.table import MixedFigures
     from edge_memllm_export.weights.allocation import Allocation
     from edge_memllm_export.weights.forms import MatrixForm
@@ -33,9 +33,10 @@ Export a checkpoint as an artifact: graph, table, tokenizer and manifest. It is 
 config.json, model.safetensors and tokenizer.json, a name of the Hugging Face Hub, or a GGUF file;
 its model one of MemoryLLM, a dense one of the family of Llama (SmolLM, TinyLlama), Mistral, Qwen2
 and Qwen3, or Gemma 3, whose images are left out. The result is judged before it appears: six rungs
-compare it with the checkpoint, and its loss of quality is measured on real text. A rung that does
-not hold, or a loss beyond the bounds, ends the export, and OUT is not made. Exporting the same
-checkpoint again gives the same bytes."""
+compare it with the checkpoint, and its loss of quality is measured on real text and on what it
+answers to a dozen prompts. A rung that does not hold, or a loss beyond the bounds, ends the export,
+and OUT is not made: what costs too much is kept as OUT.refused. Exporting the same checkpoint again
+gives the same bytes."""
 
 _EXPORT_EXAMPLES = """\
   edge-memllm export checkpoint artifact
@@ -183,6 +184,8 @@ def page(report: ExportReport) -> str:
         parts.append("NOT VERIFIED: nothing was compared with the checkpoint (--no-verify).")
     if report.quality is not None:
         parts.append(_quality_line(report.quality))
+        if report.quality.answers is not None:
+            parts.append(_answer_lines(report.quality.answers))
     parts += [f"note: {each}" for each in report.notes]
     return "\n\n".join(parts)
 
@@ -277,6 +280,21 @@ def _quality_line(quality: Quality) -> str:
         f"{quality.artifact_perplexity:.3f} ({quality.perplexity_increase:+.2%}), "
         f"mean KL divergence {quality.mean_kl:.4f} nats over {number(quality.tokens)} tokens"
     )
+
+
+def _answer_lines(answers: Answers) -> str:
+    """How the checkpoint sees what the artifact answers."""
+    told = (
+        f"answers: of {answers.tokens} tokens to {answers.prompts} prompts the checkpoint would "
+        f"have taken another in {answers.others}, twice as likely in {answers.unlikely}; mean KL "
+        f"divergence {answers.mean_kl:.4f} nats"
+    )
+    turns = [
+        f"  {turn.prompt} {turn.written!r} goes on {turn.chosen!r} ({turn.chosen_probability:.1%} "
+        f"in the checkpoint), not {turn.expected!r} ({turn.expected_probability:.1%})"
+        for turn in answers.turns
+    ]
+    return "\n".join([told, *turns])
 
 
 def _quality_dict(quality: Quality | None) -> dict[str, Any] | None:

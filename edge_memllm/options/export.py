@@ -192,6 +192,15 @@ class ExportOptions:
             "make the artifact even if its loss of quality is beyond the bounds", group=_JUDGEMENT
         ),
     ] = False
+    keep_refused: Annotated[
+        bool,
+        Option(
+            "leave nothing behind of an artifact whose loss is beyond the bounds (else it is there "
+            "as OUT.refused, and can be renamed)",
+            flag="--discard-refused",
+            group=_JUDGEMENT,
+        ),
+    ] = True
     quality_text: Annotated[
         str | None,
         Option(

@@ -23,7 +23,7 @@ from edge_memllm.store.store import Entry, Record, Store
 _log = logging.getLogger(__name__)
 
 _PACKAGES = ("torch", "onnx_ir")
-_GIVEN_BY_US = ("checkpoint", "out", "overwrite", "progress")
+_GIVEN_BY_US = ("checkpoint", "out", "overwrite", "keep_refused", "progress")
 
 # Rough, of two cores: what starts, and weights and rows a second.
 _START_SECONDS = 10
@@ -195,7 +195,14 @@ class _Export:
         _log.info("%s: exporting into %s", self.named, artifact)
         try:
             self.entry.clear_rest()
-            export_model(path, artifact, **self.options, overwrite=True, progress=progress)
+            export_model(
+                path,
+                artifact,
+                **self.options,
+                overwrite=True,
+                keep_refused=False,
+                progress=progress,
+            )
         except ExportError as error:
             raise ExportError(
                 f"{error} To export it with other options: edge-memllm export {path} OUT"

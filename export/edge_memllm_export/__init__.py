@@ -11,11 +11,14 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_memllm_export.exporter import ExportReport, export_model
-    from edge_memllm_export.judgement import ParityCheck, Quality, verify_against
+    from edge_memllm_export.judging.answers import Answers
+    from edge_memllm_export.judging.ladder import ParityCheck, verify_against
+    from edge_memllm_export.judging.quality import Quality
     from edge_memllm_export.requantizer import RequantizeReport, requantize
     from edge_memllm_export.row_changes import checkpoint_difference
 
 __all__ = [
+    "Answers",
     "ExportReport",
     "ParityCheck",
     "Quality",
@@ -27,14 +30,15 @@ __all__ = [
 ]
 
 _HOMES = {
+    "Answers": "judging.answers",
     "ExportReport": "exporter",
-    "Quality": "judgement",
+    "Quality": "judging.quality",
     "RequantizeReport": "requantizer",
-    "ParityCheck": "judgement",
+    "ParityCheck": "judging.ladder",
     "checkpoint_difference": "row_changes",
     "export_model": "exporter",
     "requantize": "requantizer",
-    "verify_against": "judgement",
+    "verify_against": "judging.ladder",
 }
 
 

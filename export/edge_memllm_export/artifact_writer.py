@@ -67,6 +67,10 @@ class ArtifactWriter:
         """Let the folder appear as OUT."""
         self._staging.publish()
 
+    def set_aside(self) -> Path | None:
+        """Keep the folder as OUT.refused; None if that cannot be."""
+        return self._staging.set_aside()
+
 
 @contextmanager
 def writing_artifact(out: Path, *, overwrite: bool) -> Iterator[ArtifactWriter]:

@@ -38,18 +38,16 @@ from edge_memllm_export.graph.model import (
     save_graph,
 )
 from edge_memllm_export.graph_matrices import Budget, graph_matrices
-from edge_memllm_export.judgement import (
+from edge_memllm_export.judging.judged_artifact import JudgedArtifact, text_tokens
+from edge_memllm_export.judging.ladder import ParityCheck, parity_checks
+from edge_memllm_export.judging.quality import (
     LEAST_TOKENS,
-    MAX_MEAN_KL,
-    MAX_PERPLEXITY_INCREASE,
-    JudgedArtifact,
-    ParityCheck,
     Quality,
     measure_quality,
-    parity_checks,
-    text_tokens,
     token_budget,
+    with_answers,
 )
+from edge_memllm_export.judging.remedies import remedy
 from edge_memllm_export.table import (
     MixedFigures,
     TableForm,
@@ -238,8 +236,9 @@ def export_model(options: ExportOptions) -> ExportReport:
     unless accepted. Two texts come along for those that are None: one that judges, and another for
     all that is fitted or planned. `progress(stage, done, total)` is called on the way.
 
-    Raises ExportError, or RuntimeUnavailableError for a device that is not there; nothing is
-    left behind then, and an artifact that was in OUT is untouched.
+    Raises ExportError, or RuntimeUnavailableError for a device that is not there; an artifact that
+    was in OUT is untouched then. Nothing is left behind but an artifact whose loss is refused: it
+    is OUT.refused, for whoever takes it as it is, unless `keep_refused` is False.
     """
     keep_to_quota()
     source = Checkpoint.open(Path(options.checkpoint))
@@ -271,7 +270,13 @@ def export_model(options: ExportOptions) -> ExportReport:
         rungs: tuple[ParityCheck, ...] = ()
         quality = None
         if options.verify:
-            rungs, quality = export.judge(options.compute_dtype, text, options.accept_quality_loss)
+            try:
+                rungs, quality = export.judge(
+                    options.compute_dtype, text, options.accept_quality_loss
+                )
+            except _RefusedLossError as refusal:
+                kept = writer.set_aside() if options.keep_refused else None
+                raise _told(refusal, kept, out) from refusal
         writer.publish()
     return ExportReport(out, manifest, rungs, quality, table.figures, export.allocation, notes)
 
@@ -303,6 +308,17 @@ def _complete_table(
 def _table_text(source: Checkpoint, text: str | None) -> TableText:
     known = source.text_file(TOKENIZER_FILE)
     return table_text(known, text, source.spec.vocab_size, str(source.path))
+
+
+class _RefusedLossError(ExportError):
+    """The artifact is whole, and beyond the bounds of quality."""
+
+
+def _told(refusal: ExportError, kept: Path | None, out: Path) -> ExportError:
+    """The refusal, with where the artifact is now."""
+    if kept is None:
+        return refusal
+    return ExportError(f"{refusal} It is kept as {kept}: rename it to {out.name}, or remove it.")
 
 
 class _Export:
@@ -351,11 +367,7 @@ class _Export:
             for rung in parity_checks(judged, rows_dtype):
                 _log.info("rung %d %s: %g of %g", rung.number, rung.name, rung.measured, rung.bound)
                 if not rung.ok:
-                    raise ExportError(
-                        f"Rung {rung.number} of the parity ladder, {rung.name}, does not hold: "
-                        f"{rung.note} is {rung.measured:.3g}, the bound is {rung.bound:.3g}. "
-                        "The artifact would not compute what the checkpoint computes."
-                    )
+                    raise ExportError(rung.refusal)
                 rungs.append(rung)
                 self._progress("ladder", rung.number, 6)
             return tuple(rungs), self._quality(judged, text, accept_quality_loss)
@@ -377,19 +389,18 @@ class _Export:
                 "on fewer, chance says what is lost. Give a longer one, or accept the loss "
                 "unmeasured."
             )
-        quality = measure_quality(
-            judged, ids, lambda done, total: self._progress("quality", done, total)
-        )
-        if not (quality.acceptable or accept_loss):
-            raise ExportError(
-                f"Graph weights {self._form.weights} and table codec "
-                f"{self._table.layout.codec_id} cost {quality.perplexity_increase:+.1%} of "
-                "perplexity and a mean KL divergence of "
-                f"{quality.mean_kl:.3f} nats over {quality.tokens} tokens; the bounds are "
-                f"{MAX_PERPLEXITY_INCREASE:+.1%} and {MAX_MEAN_KL} nats. Choose more bits, or "
-                "accept the loss of quality."
+        quality = measure_quality(judged, ids, lambda *count: self._progress("quality", *count))
+        if quality.text_acceptable or accept_loss:
+            quality = with_answers(
+                judged, quality, lambda *count: self._progress("answers", *count)
             )
-        return quality
+        if quality.acceptable or accept_loss:
+            return quality
+        raise _RefusedLossError(
+            f"Graph weights {self._form.weights} and table codec {self._table.layout.codec_id} "
+            f"{quality.losses} {remedy(judged, ids, quality.mean_kl)} Or accept the loss of "
+            "quality."
+        )
 
     def _write_graph(self, identity: str, calibration_text: str | None) -> GraphSpec:
         steps = self._source.spec.num_hidden_layers + 1

@@ -3,6 +3,7 @@
     OUT.partial    being built; locked by the export that builds it
     OUT            complete and verified, or not there
     OUT.replaced   what OUT was, for the moment between two renames
+    OUT.refused    complete, and not good enough: whoever takes it all the same renames it
 
 A crash at any point leaves at least one of OUT and OUT.replaced whole; the next export into OUT
 puts things in order before it starts. Knows nothing of what an artifact holds but its manifest.
@@ -28,8 +29,8 @@ _log = logging.getLogger(__name__)
 class Staging:
     """Owns OUT.partial for one export; use it in a with-statement and end with `publish`.
 
-    What is not published is removed. Raises `ExportError` when OUT may not be replaced, or when
-    another export into OUT is running.
+    What is neither published nor set aside is removed. Raises `ExportError` when OUT may not be
+    replaced, or when another export into OUT is running.
     """
 
     def __init__(self, out: Path, *, overwrite: bool) -> None:
@@ -67,6 +68,22 @@ class Staging:
             raise
         if not _removed(self._aside):
             _log.warning("%s: could not be removed; the next export does it.", self._aside)
+
+    def set_aside(self) -> Path | None:
+        """Make the finished folder OUT.refused, in place of an older one; None if it cannot be.
+
+        Everything in it must have reached the disk.
+        """
+        refused = self._out.with_name(f"{self._out.name}.refused")
+        if _is_there(refused) and not _is_artifact(refused):
+            return None
+        try:
+            _removed(refused)
+            os.rename(self.path, refused)
+            sync_folder(self._out.parent)
+        except OSError:
+            return None
+        return refused
 
     def __exit__(
         self,

@@ -25,6 +25,11 @@ def judging_text() -> str:
     return _shipped("quality_text.txt")
 
 
+def judging_prompts() -> list[str]:
+    """A dozen short questions and tasks, in four languages."""
+    return _shipped("prompts.txt").splitlines()
+
+
 def fitting_text() -> str:
     """About 40 kB of the same kind, of ten other novels."""
     return _shipped("calibration_text.txt")

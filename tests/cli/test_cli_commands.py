@@ -104,7 +104,7 @@ def test_a_red_rung_is_exit_code_1(
     monkeypatch: pytest.MonkeyPatch,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    from edge_memllm_export import judgement as ladder
+    from edge_memllm_export.judging import ladder
 
     monkeypatch.setattr(ladder, "_GRAPH_KL_BOUNDS", {})
     words = ["verify", str(artifact), "--against", str(make_checkpoint())]

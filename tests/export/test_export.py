@@ -14,7 +14,7 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import ExportError, RuntimeUnavailableError
 from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.table.table import Table
-from edge_memllm_export import export_model
+from edge_memllm_export import export_model, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
 from support.checkpoints import MakeArtifact, MakeCheckpoint, change_config, files_of
 
@@ -43,7 +43,7 @@ def test_export_is_complete_verified_and_leaves_nothing_else(
         artifact.verify_digests()
         assert artifact.manifest == report.manifest
     assert {stage for stage, _, _ in stages} == {
-        *("identity", "calibration", "plan", "graph", "table", "ladder", "quality")
+        *("identity", "calibration", "plan", "graph", "table", "ladder", "quality", "answers")
     }
     assert all(0 <= done <= total for _, done, total in stages)
     assert ("table", 300, 300) in stages
@@ -167,10 +167,6 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
         ({"compute_dtype": "float64"}, r"compute dtype 'float64', expected float32 or bfloat16"),
         ({"chunk": 0}, r"chunk is 0, expected at least one token"),
         ({"quality_text": ""}, r"The quality text gives 0 tokens, at least 128 are needed"),
-        (
-            {"graph_weights": "int4", "table_codec": "int2", "quality_text": TEXT},
-            r"Graph weights int4 and table codec int2-g32 cost .* of perplexity and a mean KL",
-        ),
     ],
 )
 def test_wrong_options_are_refused(
@@ -179,6 +175,44 @@ def test_wrong_options_are_refused(
     with pytest.raises(ExportError, match=message):
         export_model(checkpoint, tmp_path / "out", **options)
     assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+REFUSED = {"graph_weights": "int4", "table_codec": "int2", "quality_text": TEXT}
+
+
+def test_a_loss_beyond_the_bounds_is_refused_with_what_helps(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    message = (
+        r"Graph weights int4 and table codec int2-g32 cost .* of perplexity and a mean KL .* "
+        r"The table alone costs .* nats\. Choose a table codec of more bits\. Or accept the loss"
+    )
+    with pytest.raises(ExportError, match=message):
+        export_model(checkpoint, tmp_path / "out", **REFUSED, keep_refused=False)
+    assert [entry.name for entry in tmp_path.iterdir()] == ["checkpoint"]
+
+
+def test_what_is_refused_for_its_loss_can_be_taken_all_the_same(
+    checkpoint: Path, tmp_path: Path
+) -> None:
+    out, refused = tmp_path / "out", tmp_path / "out.refused"
+    for _ in range(2):  # the second takes the place of the first
+        with pytest.raises(ExportError, match=r"kept as .*out\.refused: rename it to out, or"):
+            export_model(checkpoint, out, **REFUSED)
+        assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "out.refused"]
+    refused.rename(out)
+    Artifact.open(out).close()
+    assert all(rung.ok for rung in verify_against(out, checkpoint))
+
+
+def test_what_is_refused_takes_the_place_of_nothing_else(checkpoint: Path, tmp_path: Path) -> None:
+    other = tmp_path / "out.refused"
+    other.mkdir()
+    (other / "diary.txt").write_text("mine")
+    with pytest.raises(ExportError, match=r"Or accept the loss of quality\.$"):
+        export_model(checkpoint, tmp_path / "out", **REFUSED)
+    assert sorted(entry.name for entry in tmp_path.iterdir()) == ["checkpoint", "out.refused"]
+    assert [entry.name for entry in other.iterdir()] == ["diary.txt"]
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a CUDA device")

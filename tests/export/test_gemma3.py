@@ -23,7 +23,7 @@ from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.judgement import JudgedArtifact
+from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from support.checkpoints import change_config, write_dense
 from support.gguf_files import metadata_of, random_model, rounded, stored_tensors, write_gguf
 

@@ -14,16 +14,12 @@ import torch
 from edge_memllm.errors import ArtifactError, ExportError
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm_export import Quality, export_model, verify_against
-from edge_memllm_export import judgement as ladder
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.judgement import (
-    JudgedArtifact,
-    ParityCheck,
-    measure_quality,
-    parity_checks,
-    text_tokens,
-    token_budget,
-)
+from edge_memllm_export.judging import ladder
+from edge_memllm_export.judging import quality as quality_module
+from edge_memllm_export.judging.judged_artifact import JudgedArtifact, text_tokens
+from edge_memllm_export.judging.ladder import ParityCheck, parity_checks
+from edge_memllm_export.judging.quality import measure_quality, token_budget
 from edge_memllm_export.texts import judging_text
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
@@ -149,6 +145,76 @@ def test_rungs_5_and_6_see_a_graph_that_forgets(
     assert red_rungs(judged) == [name]
 
 
+def forgetting(whole: Any, ids: list[int], size: int) -> Iterator[np.ndarray]:
+    """Every chunk begins anew: nothing is in the cache."""
+    parts = (ids[start : start + size] for start in range(0, len(ids), size))
+    return itertools.chain.from_iterable(whole(part, size) for part in parts)
+
+
+def repeating(whole: Any, ids: list[int], size: int) -> Iterator[np.ndarray]:
+    """The cache holds the last token of each chunk twice: all places behind it are off by one."""
+    fed, kept = list[int](), list[int]()
+    for start in range(0, len(ids), size):
+        part = ids[start : start + size]
+        kept += range(len(fed), len(fed) + len(part))
+        fed += [*part, part[-1]]
+    yield np.concatenate(list(whole(fed, size)))[kept]
+
+
+def blind_at_the_edge(whole: Any, ids: list[int], size: int) -> Iterator[np.ndarray]:
+    """The mask hides from each chunk the one before the last."""
+    for start in range(0, len(ids), size):
+        seen = ids[: max(0, start - size)] + ids[start : start + size]
+        yield np.concatenate(list(whole(seen, size)))[max(0, start - size) :]
+
+
+@pytest.mark.parametrize(("name", "chunk"), [("cache", 1), ("chunks", 7)])
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("fault", [forgetting, repeating, blind_at_the_edge])
+def test_rungs_5_and_6_see_faults_in_narrow_graphs(
+    fault: Callable[..., Iterator[np.ndarray]],
+    weights: str,
+    name: str,
+    chunk: int,
+    make_artifact: MakeArtifact,
+    make_checkpoint: MakeCheckpoint,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """What rounding alone costs is told from what is wrong in the cache, the mask or positions."""
+    reference = Checkpoint.open(make_checkpoint()).architecture.reference()
+    with JudgedArtifact(make_artifact(graph_weights=weights), reference) as judged:
+        assert red_rungs(judged) == []
+        right = judged.graph_logits
+        monkeypatch.setattr(
+            judged,
+            "graph_logits",
+            lambda ids, size: fault(right, ids, size) if size == chunk else right(ids, size),
+        )
+        assert red_rungs(judged) == [name]
+
+
+def test_parts_may_be_rounded_in_their_own_way(
+    make_artifact: MakeArtifact, make_checkpoint: MakeCheckpoint, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As far from the network as the whole is, and as far from the whole: no fault."""
+    reference = Checkpoint.open(make_checkpoint()).architecture.reference()
+    with JudgedArtifact(make_artifact(graph_weights="fp16"), reference) as judged:
+        exact = judged.graph_logits
+        noise = np.random.default_rng(0)
+
+        def rounded(ids: list[int], size: int) -> Iterator[np.ndarray]:
+            for logits in exact(ids, size):
+                yield logits + noise.normal(0, 0.04, logits.shape).astype(np.float32)
+
+        monkeypatch.setattr(judged, "graph_logits", rounded)
+        whole, *parts = list(parity_checks(judged, "float32"))[3:]
+        apart = divergences(judged.logits(list(range(48)), 48), judged.logits(list(range(48)), 1))
+    assert whole.measured > 5e-4
+    assert all(rung.ok for rung in parts)
+    assert all(rung.measured < whole.measured / 4 for rung in parts)
+    assert apart.mean() > 1.5 * whole.measured
+
+
 def test_a_measurement_that_is_no_number_is_red() -> None:
     assert ParityCheck(4, "graph", 0.1, 0.1, "").ok
     assert not ParityCheck(4, "graph", float("nan"), 0.1, "").ok
@@ -228,6 +294,38 @@ def test_quality_that_is_no_number_is_not_acceptable() -> None:
     nan, inf = float("nan"), float("inf")
     assert not Quality(10, nan, nan, 100.0, 100.0).acceptable
     assert not Quality(10, 0.0, 0.0, inf, inf).acceptable
+
+
+def figures(tokens: int, mean_kl: float, seed: int = 0) -> np.ndarray:
+    """Divergences and losses [3, tokens] as they scatter where so much is lost."""
+    noise = np.random.default_rng(seed)
+    divergence = noise.exponential(mean_kl, tokens)
+    truth = noise.exponential(3.0, tokens)
+    return np.stack([divergence, truth, truth + noise.normal(0, (2 * mean_kl) ** 0.5, tokens)])
+
+
+@pytest.mark.parametrize(
+    ("tokens", "mean_kl", "sure"),
+    [(512, 0.001, False), (1024, 0.001, True), (256, 0.5, True), (2048, 0.05, False)],
+)
+def test_a_text_is_read_until_the_verdict_is_sure(tokens: int, mean_kl: float, sure: bool) -> None:
+    assert quality_module._sure(figures(tokens, mean_kl), tokens) is sure
+
+
+def test_what_is_no_number_is_never_sure() -> None:
+    assert not quality_module._sure(np.full((3, 2000), np.nan), 2000)
+
+
+def test_a_clear_case_is_read_no_further(
+    make_artifact: MakeArtifact, make_checkpoint: MakeCheckpoint
+) -> None:
+    reference = Checkpoint.open(make_checkpoint()).architecture.reference()
+    with JudgedArtifact(make_artifact(graph_weights="fp16"), reference) as judged:
+        ids = text_tokens(judged, judging_text(), 2000)
+        told: list[tuple[int, int]] = []
+        quality = measure_quality(judged, ids, lambda *count: told.append(count))
+    assert quality.tokens == 4 * 255
+    assert told[-1] == (2000, 2000)
 
 
 def test_larger_models_are_compared_on_fewer_tokens() -> None:

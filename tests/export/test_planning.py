@@ -18,7 +18,7 @@ from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.model import GraphForm
 from edge_memllm_export.graph_matrices import visit_matrices
-from edge_memllm_export.judgement import JudgedArtifact
+from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from edge_memllm_export.weights.allocation import Allocation, fewest_bytes, least_damage
 from edge_memllm_export.weights.damage import Sensitivity
 from edge_memllm_export.weights.planning import (

@@ -53,7 +53,7 @@ def workplace(stock: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> W
     monkeypatch.setenv("EDGE_MEMLLM_HOME", str(tmp_path / "cache"))
     for name in ("weights.kv_steps", "weights.calibration"):
         monkeypatch.setattr(f"edge_memllm_export.{name}._TOKENS", 256)
-    for module in ("edge_memllm_export.judgement", "edge_memllm.mixed_precision.sensitivity"):
+    for module in ("edge_memllm_export.judging.quality", "edge_memllm.mixed_precision.sensitivity"):
         monkeypatch.setattr(f"{module}._MOST_TOKENS", 256)
         monkeypatch.setattr(f"{module}._FEWEST_TOKENS", 256)
     monkeypatch.setattr("edge_memllm.modeling.fitting._STEPS", 20)

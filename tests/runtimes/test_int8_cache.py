@@ -13,8 +13,8 @@ import edge_memllm
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.modeling.configuration import CACHE
 from edge_memllm.text.tokenization import Tokenizer
+from edge_memllm_export import verify_against
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.judgement import verify_against
 from edge_memllm_export.weights.kv_steps import kv_scales
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
