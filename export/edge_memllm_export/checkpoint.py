@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
 
 import numpy as np
 import torch
+from gguf.constants import GGMLQuantizationType
 
 from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.engine.request import check_tokens
@@ -29,6 +31,7 @@ from edge_memllm_export.architectures import open_architecture
 from edge_memllm_export.architectures.architecture import Architecture, Source
 from edge_memllm_export.architectures.mapped_weights import weight_array
 from edge_memllm_export.sources.folder import Folder
+from edge_memllm_export.sources.gguf_grids import Grid, has_grid
 from edge_memllm_export.sources.gguf_model import GGUFModel
 
 
@@ -86,6 +89,24 @@ class Checkpoint:
     def array(self, name: str) -> np.ndarray:
         """A weight by its name, a view of the file in the dtype it is stored in."""
         return weight_array(self.architecture.weights[name])
+
+    @cached_property
+    def kinds(self) -> Mapping[str, str]:
+        """The type that each matrix of a quantised file is stored in, by name; else nothing."""
+        return self._source.kinds
+
+    @property
+    def has_grids(self) -> bool:
+        """Whether matrices are stored on grids, which a graph can keep."""
+        return any(has_grid(GGMLQuantizationType[kind]) for kind in self.kinds.values())
+
+    def grid(self, name: str) -> Grid | None:
+        """How a weight is stored, where that is a grid.
+
+        Raises:
+            ExportError: A number of it is not finite.
+        """
+        return self._source.grid(name)
 
     def identity(self) -> str:
         """``sha256:...`` over the configuration and every weight (name, dtype, shape, values).

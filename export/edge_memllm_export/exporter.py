@@ -64,6 +64,7 @@ from edge_memllm_export.texts import (
     table_text,
 )
 from edge_memllm_export.weights.allocation import Allocation
+from edge_memllm_export.weights.kept_grids import GridStore
 from edge_memllm_export.weights.kv_steps import kv_scales
 from edge_memllm_export.weights.quantizer import (
     BLOCKS,
@@ -88,6 +89,8 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     asked = graph_weights
     if graph_weights == "auto":
         graph_weights = "mixed"
+    kept = asked == "auto" and options.table_target is None and source.has_grids
+    method = quantisation_method(options.graph_method, asked)
     try:
         width = source.spec.memory.width or source.spec.hidden_size
         chosen = codec_id(options.table_codec or "int8", width)
@@ -112,7 +115,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         options.graph_block,
         int8_cache=kv_dtype == "int8",
         matrices=matrices,
-        method=quantisation_method(options.graph_method, asked),
+        method=None if kept else method,
     )
 
 
@@ -212,7 +215,7 @@ class ExportReport:
     quality: Quality | None
     mixed: MixedFigures | None = None
     matrices: Allocation | None = None  # of a graph whose matrices got forms of their own
-    notes: tuple[str, ...] = ()  # what is left out, and what to know of the files for text
+    notes: tuple[str, ...] = ()  # what is left out, what was kept, what to know of files for text
 
 
 @called_with(ExportOptions)
@@ -278,6 +281,7 @@ def export_model(options: ExportOptions) -> ExportReport:
                 kept = writer.set_aside() if options.keep_refused else None
                 raise _told(refusal, kept, out) from refusal
         writer.publish()
+    notes = (*notes, *export.notes)
     return ExportReport(out, manifest, rungs, quality, table.figures, export.allocation, notes)
 
 
@@ -340,6 +344,12 @@ class _Export:
         self._table = table
         self._writer = writer
         self._progress = progress
+        self._kept: GridStore | None = None
+
+    @property
+    def notes(self) -> tuple[str, ...]:
+        """What to know of the graph that was written."""
+        return () if self._kept is None else (f"matrices of the file: {self._kept.summary}.",)
 
     def write(self, rows: Rows, calibration_text: str | None) -> Manifest:
         """Write all files, the manifest last, and force them to the disk."""
@@ -413,6 +423,7 @@ class _Export:
         spec, form = self._source.spec, self._form
         build, store = matrices.architecture.build, matrices.store
         model = build_graph(spec, build, form, identity, scales, store)
+        self._kept = matrices.kept
         names = save_graph(model, self._writer.path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.
         del model

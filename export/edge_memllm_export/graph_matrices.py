@@ -1,8 +1,8 @@
 """How a graph's matrices are stored: what an export asks for, turned into what builds the graph.
 
 `auto` is a promise: the smallest forms that keep within a divergence (`PROMISE`), found by what
-errors of each matrix cost. A budget of bytes asks for the least damage instead. Named forms are
-uniform.
+errors of each matrix cost; of a file whose matrices have grids, these. A budget of bytes asks for
+the least damage instead. Named forms are uniform.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from edge_memllm_export.graph.model import GraphForm, build_graph
 from edge_memllm_export.weights.allocation import Allocation, fewest_bytes, least_damage
 from edge_memllm_export.weights.calibration import calibration_windows
 from edge_memllm_export.weights.forms import MatrixForm
+from edge_memllm_export.weights.kept_grids import GridStore
 from edge_memllm_export.weights.planning import FORMS, MatrixPlanner, choose_forms, measured
 from edge_memllm_export.weights.quantizer import WEIGHT_FORMS, block_for, kind_of, uniform
 from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix
@@ -53,7 +54,8 @@ class GraphMatrices:
 
     architecture: Architecture
     store: StoreMatrix
-    allocation: Allocation | None = None  # None: in one form all
+    allocation: Allocation | None = None  # None: in one form all, or as the file has them
+    kept: GridStore | None = None  # that same store, where grids are kept
 
 
 def graph_matrices(
@@ -70,6 +72,9 @@ def graph_matrices(
     small.
     """
     architecture = source.architecture
+    if form.weights == "mixed" and form.method is None:
+        kept = GridStore(source)
+        return GraphMatrices(architecture, kept, kept=kept)
     if form.method != "gptq":
         return GraphMatrices(architecture, uniform(form.weights, form.block, form.matrices))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from edge_memllm_export.graph.builder import GraphBuilder, graph_input
-from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, packed, unpacked
+from edge_memllm_export.weights.stored_matrix import (
+    Blocks,
+    BlockSums,
+    StoredMatrix,
+    packed,
+    unpacked,
+)
 
 GENERATOR = np.random.default_rng(5)
 
@@ -39,11 +46,11 @@ MATRICES = {
     "a last block that is filled up": [StoredMatrix((blocks(24, 72, 4, 64, zeros=True),))],
     "8 bits": [StoredMatrix((blocks(24, 96, 8, 16, zeros=True),))],
     "6 bits": [StoredMatrix((blocks(24, 96, 4, 32), blocks(24, 96, 2, 32, scale=0.002)))],
-    "sums": [StoredMatrix((blocks(24, 96, 4, 32),), blocks(24, 3, 8, 16), sums_block=32)],
+    "sums": [StoredMatrix((blocks(24, 102, 4, 32),), BlockSums(32, 2))],
     "rows": [
-        StoredMatrix((blocks(8, 96, 4, 32),), blocks(8, 3, 8, 16), sums_block=32),
+        StoredMatrix((blocks(8, 99, 4, 32),), BlockSums(32, 1)),
         StoredMatrix((blocks(11, 96, 8, 32),)),
-        StoredMatrix((blocks(5, 96, 4, 32),), blocks(5, 3, 8, 16), sums_block=32),
+        StoredMatrix((blocks(5, 102, 4, 32, zeros=True),), BlockSums(32, 2)),
     ],
 }
 
@@ -52,7 +59,7 @@ MATRICES = {
 def test_a_graph_computes_what_the_blocks_stand_for(
     stored: list[StoredMatrix], tmp_path: Path
 ) -> None:
-    exact = [StoredMatrix(each.parts, each.sums, each.sums_block, level=0) for each in stored]
+    exact = [replace(each, level=0) for each in stored]
     weight = np.concatenate([each.weights() for each in stored])
     builder = GraphBuilder("float32", lambda name, weight: exact)
     x = graph_input("x", "float32", ["B", "T", weight.shape[1]])
@@ -72,6 +79,16 @@ def test_sums_of_the_same_inputs_are_made_once() -> None:
     for path in ("/one", "/two"):
         builder.linear(path, x, np.concatenate([each.weights() for each in stored]))
     assert [node.op_type for node in builder.recorded()[0]].count("ReduceSum") == 1
+
+
+@pytest.mark.parametrize("zeros", [False, True])
+def test_eight_bits_are_two_of_four_where_inputs_are_not_rounded(zeros: bool) -> None:
+    part = blocks(24, 102, 8, 32, zeros=zeros)
+    part = replace(part, scales=part.scales.astype(np.float16))
+    stored = StoredMatrix((part,), BlockSums(32, 2))
+    halves = stored.at_level_0()
+    assert [each.bits for each in halves.parts] == [4, 4] and halves.level == 0
+    np.testing.assert_allclose(halves.weights(), stored.weights(), rtol=0, atol=1e-6)
 
 
 @given(

@@ -114,18 +114,23 @@ def write_gguf(
     metadata: Mapping[str, Any],
     tensors: Mapping[str, np.ndarray],
     kind: gguf.GGMLQuantizationType = gguf.GGMLQuantizationType.F32,
+    kinds: Mapping[str, gguf.GGMLQuantizationType] | None = None,
 ) -> Path:
-    """Write a file; matrices are quantised to `kind`, vectors stay as they are."""
+    """Write a file; matrices are quantised to `kind`, vectors stay as they are.
+
+    `kinds` are of some tensors by name; a matrix of uint8 holds blocks of its kind already.
+    """
     writer = gguf.GGUFWriter(path, architecture)
     for key, value in metadata.items():
         writer.add_key_value(key, _listed(value), _type_of(value), _element_type(value))
     for name, tensor in tensors.items():
+        own = (kinds or {}).get(name, kind)
         if tensor.ndim == 1:
             writer.add_tensor(name, tensor)
         elif tensor.dtype == np.uint8:
-            writer.add_tensor(name, tensor, raw_dtype=kind)
+            writer.add_tensor(name, tensor, raw_dtype=own)
         else:
-            writer.add_tensor(name, quantize(tensor, kind), raw_dtype=kind)
+            writer.add_tensor(name, quantize(tensor, own), raw_dtype=own)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()

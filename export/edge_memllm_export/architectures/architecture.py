@@ -22,6 +22,7 @@ from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.sources.gguf_grids import Grid
 
 Weights = Mapping[str, torch.Tensor]
 Side = Literal["rows", "columns"]
@@ -50,6 +51,13 @@ class Source(Protocol):
         `tied` says that the head is the embedding, `named` what the network calls a stored weight.
         Raises UnusableCheckpointError for others than the network that is `described` has.
         """
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """The type that each matrix of a quantised file is stored in, by name; else nothing."""
+
+    def grid(self, name: str) -> Grid | None:
+        """How a weight is stored, where that is a grid."""
 
     def text_file(self, name: str) -> bytes | None:
         """The content of one of `edge_memllm.text.TEXT_FILES`; None where there is none.

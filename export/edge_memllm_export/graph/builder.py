@@ -14,7 +14,7 @@ import onnx_ir as ir
 
 from edge_memllm.errors import ExportError
 from edge_memllm_export.weights.quantizer import CHUNK_WEIGHTS
-from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix
+from edge_memllm_export.weights.stored_matrix import Blocks, BlockSums, StoredMatrix, StoreMatrix
 
 CONTRIB = "com.microsoft"
 DATA_TYPES = {
@@ -115,17 +115,15 @@ class GraphBuilder:
 
     def _product(self, path: str, name: str, x: ir.Value, matrix: StoredMatrix) -> ir.Value:
         """The products with a matrix's parts, added up."""
+        if matrix.sums is not None:
+            x = self._with_sums(x, matrix.sums)
         first, *others = matrix.parts
         total = self._blocks_product(path, name, x, first, matrix.level)
         for place, part in enumerate(others, start=1):
             below = f"{path}/part.{place}"
             found = self._blocks_product(below, f"{name}.part.{place}", x, part, matrix.level)
             total = self.op(f"{below}/Add", "Add", [total, found])
-        if matrix.sums is None:
-            return total
-        below, sums = f"{path}/sums", self._block_sums(x, matrix.sums_block)
-        found = self._blocks_product(below, f"{name}.sums", sums, matrix.sums, matrix.level)
-        return self.op(f"{below}/Add", "Add", [total, found])
+        return total
 
     def _blocks_product(
         self, path: str, name: str, x: ir.Value, blocks: Blocks, level: int
@@ -143,18 +141,27 @@ class GraphBuilder:
         }
         return self.op(f"{path}/MatMulNBits", "MatMulNBits", inputs, attributes, domain=CONTRIB)
 
-    def _block_sums(self, x: ir.Value, block: int) -> ir.Value:
-        """Sums of every ``block`` of the last axis, which is a multiple of it; once for each x."""
-        if (x.name, block) in self._sums:
-            return self._sums[x.name, block]
-        assert x.name is not None
+    def _with_sums(self, x: ir.Value, sums: BlockSums) -> ir.Value:
+        """The inputs and their sums side by side; once for each x."""
+        block, copies = sums
         path = f"{x.name}/sums.{block}"
-        shape = self._shared("model.sums.shape", np.array([0, 0, -1, block]), block)
-        apart = self.op(f"{path}/Reshape", "Reshape", [x, shape])
-        axis = self._shared("model.sums.axis", np.array([-1]), 0)
-        found = self.op(f"{path}/ReduceSum", "ReduceSum", [apart, axis], {"keepdims": 0})
-        self._sums[x.name, block] = found
-        return found
+        if (path, copies) not in self._sums:
+            parts = [x, *[self._block_sums(path, x, block)] * copies]
+            self._sums[path, copies] = self.op(
+                f"{path}/Concat.{copies}", "Concat", parts, {"axis": -1}
+            )
+        return self._sums[path, copies]
+
+    def _block_sums(self, path: str, x: ir.Value, block: int) -> ir.Value:
+        """Sums of every ``block`` of the last axis, which is a multiple of it; once for each x."""
+        if (path, 0) not in self._sums:
+            shape = self._shared("model.sums.shape", np.array([0, 0, -1, block]), block)
+            apart = self.op(f"{path}/Reshape", "Reshape", [x, shape])
+            axis = self._shared("model.sums.axis", np.array([-1]), 0)
+            self._sums[path, 0] = self.op(
+                f"{path}/ReduceSum", "ReduceSum", [apart, axis], {"keepdims": 0}
+            )
+        return self._sums[path, 0]
 
     def _shared(self, name: str, numbers: np.ndarray, key: int) -> ir.Value:
         """A few integers that several nodes read."""

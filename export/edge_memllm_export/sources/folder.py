@@ -34,6 +34,14 @@ class Folder:
         """The folder's weights, mapped, in their dtype; see `Source`."""
         return read_weights(self.path, expected, tied=tied, described=described, named=named)
 
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """Nothing: weights are floats."""
+        return {}
+
+    def grid(self, name: str) -> None:
+        """Return None: weights are floats."""
+
     def text_file(self, name: str) -> bytes | None:
         """The content of a file of the folder; see `Source`."""
         path = self.path / name

@@ -12,6 +12,7 @@ import torch
 from edge_memllm.modeling.stored_weights import NameOf, UnusableCheckpointError
 from edge_memllm_export.architectures.architecture import Weights
 from edge_memllm_export.sources.gguf_file import GGUFFile
+from edge_memllm_export.sources.gguf_grids import Grid
 
 # What is stored in 16 bits stays in them; all else becomes float32, exactly.
 _HALVES = {"F16": torch.float16, "BF16": torch.bfloat16}
@@ -43,6 +44,16 @@ class GGUFModel:
                 f"({described}). Get the file again, or give the model as a folder."
             )
         return {name: self._weight(name) for name in sorted(names)}
+
+    @property
+    def kinds(self) -> Mapping[str, str]:
+        """GGUF's name of the type of each matrix, by the matrix's name."""
+        file = self._file
+        return {name: file.kind(name) for name in file.names if len(file.shape(name)) > 1}
+
+    def grid(self, name: str) -> Grid | None:
+        """Return how a matrix is stored; None where that is no grid. See `Source`."""
+        return self._file.grid(name)
 
     def text_file(self, name: str) -> bytes | None:
         """The content of a file that a folder would have; see `Source`."""

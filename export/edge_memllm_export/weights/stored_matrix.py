@@ -1,8 +1,8 @@
 """A matrix as a graph stores it: blocks of codes whose products add up.
 
 One `Blocks` is what ``com.microsoft.MatMulNBits`` multiplies with. A matrix is a sum of them over
-the same inputs (6 bits are one of 4 and one of 2, see `grids.split_codes`), and where its grid does
-not go through zero in whole steps, of a small one over sums of inputs: with
+the same inputs (6 bits are one of 4 and one of 2, see `grids.split_codes`). Where its grid does not
+go through zero in whole steps, it has columns for sums of inputs besides: with
 ``w = s (q - z) + r`` in blocks of g, ``y = s (q - z) x + r sum_g(x)``. The rows of one matrix of
 the network may be stored in different ways, one after another.
 It knows numpy, nothing of graphs.
@@ -11,7 +11,8 @@ It knows numpy, nothing of graphs.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from typing import NamedTuple
 
 import numpy as np
 
@@ -63,21 +64,29 @@ class Blocks:
         return values.reshape(rows, -1)[:, : self.columns]
 
 
+class BlockSums(NamedTuple):
+    """Sums of every ``block`` inputs, which follow the inputs themselves ``copies`` times.
+
+    A second copy takes what codes of few bits leave of the first. One product reads all, which
+    takes less time than a product of the sums apart, with many rows a third less.
+    """
+
+    block: int
+    copies: int
+
+
 @dataclass(frozen=True, slots=True)
 class StoredMatrix:
     """A matrix [N, K], or some rows of one.
 
     Attributes:
         parts: Their products with the inputs are added.
-        sums: A matrix [N, ceil(K / sums_block)] over the sums of every ``sums_block`` inputs, or
-            None.
-        sums_block: Inputs in a sum.
+        sums: What the parts read behind the K inputs, of which there are whole blocks then.
         level: Of `LEVELS`.
     """
 
     parts: tuple[Blocks, ...]
-    sums: Blocks | None = None
-    sums_block: int = 32
+    sums: BlockSums | None = None
     level: int = 4
 
     @property
@@ -86,18 +95,35 @@ class StoredMatrix:
         return len(self.parts[0].codes)
 
     @property
+    def columns(self) -> int:
+        """K."""
+        read = self.parts[0].columns
+        return read if self.sums is None else read * self.sums.block // sum(self.sums)
+
+    @property
     def nbytes(self) -> int:
         """Bytes of all blocks."""
-        return sum(part.nbytes for part in self.parts) + (self.sums.nbytes if self.sums else 0)
+        return sum(part.nbytes for part in self.parts)
 
     def weights(self) -> Floats:
         """The float32 matrix [N, K] that it stands for."""
         total = self.parts[0].weights()
         for part in self.parts[1:]:
             total += part.weights()
-        if self.sums is not None:
-            total += np.repeat(self.sums.weights(), self.sums_block, axis=1)[:, : total.shape[1]]
-        return total
+        if self.sums is None:
+            return total
+        own, of_sums = np.split(total, [self.columns], axis=1)
+        per_sum = of_sums.reshape(len(own), self.sums.copies, -1).sum(axis=1)
+        whole: Floats = own + np.repeat(per_sum, self.sums.block, axis=1)
+        return whole
+
+    def at_level_0(self) -> StoredMatrix:
+        """The same matrix, its inputs not rounded; codes of 8 bits in two of 4.
+
+        Codes of 8 bits have no fast kernel at that level, those of 4 bits do.
+        """
+        parts = (half for part in self.parts for half in _in_4_bits(part))
+        return replace(self, parts=tuple(parts), level=0)
 
 
 # name, weight [N, K] -> its rows in turn; None for a matrix that stays in floats. Called in the
@@ -132,3 +158,16 @@ def unpacked(stored: Bytes, bits: int) -> Bytes:
     parts = [stored >> np.uint8(bits * place) & mask for place in range(each)]
     found: Bytes = np.stack(parts, axis=-1).reshape(*stored.shape[:-1], -1)
     return found
+
+
+def _in_4_bits(blocks: Blocks) -> tuple[Blocks, ...]:
+    """Blocks of 8 bits as two of 4, ``code = 16 high + low`` and zero points likewise."""
+    if blocks.bits != 8:
+        return (blocks,)
+    stored = np.full(blocks.scales.shape, 128, np.uint8) if blocks.zeros is None else blocks.zeros
+    halves = []
+    for shift, step in ((4, 16), (0, 1)):
+        codes, zeros = (each >> np.uint8(shift) & np.uint8(15) for each in (blocks.codes, stored))
+        scales = blocks.scales * blocks.scales.dtype.type(step)
+        halves.append(Blocks(blocks.columns, 4, packed(codes, 4), scales, packed(zeros, 4)))
+    return tuple(halves)
