@@ -18,7 +18,7 @@ from edge_memllm.cli.main import main
 from edge_memllm.memory_plan import footprint
 from support.checkpoints import CONTEXT, VOCABULARY, MakeArtifact, MakeCheckpoint
 
-STAGE = re.compile(r"(identity|calibration|plan|graph|table|ladder|quality): ")
+STAGE = re.compile(r"(identity|calibration|plan|graph|table|ladder|quality|answers): ")
 
 
 @pytest.fixture
