@@ -14,6 +14,7 @@ import gguf
 import numpy as np
 import pytest
 import torch
+from gguf.quants import dequantize
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
@@ -139,7 +140,7 @@ def test_sums_beyond_float16_are_no_matter(weights: str, tmp_path: Path) -> None
     tensors = load_file(file)
     for name, tensor in tensors.items():
         if name.endswith("post_feedforward_layernorm.weight"):
-            tensors[name] = (1 + tensor) * 3e5 - 1
+            tensors[name] = (1 + tensor) * 3e4 - 1  # which float16 holds, but not a sum of such
     save_file(tensors, file, {"format": "pt"})
     report = export_model(
         checkpoint,
@@ -246,38 +247,64 @@ def sentencepiece_tokens(size: int) -> dict[str, Any]:
 
 
 GGUF_TYPES = ("F32", "F16", "BF16", "Q4_0", "Q4_1", "Q5_0", "Q5_1", "Q8_0")
+# Blocks of 256, which the library reads and does not write: where their float16 numbers lie.
+LARGE_BLOCKS = {"Q4_K": (0, 2), "Q5_K": (0, 2), "Q6_K": (208,)}
+GGUF_SIZES = {
+    "context_length": 512,
+    "embedding_length": 256,
+    "feed_forward_length": 256,
+    "block_count": 7,  # the file does not say which sees the whole text: the sixth
+    "attention.head_count": 8,
+    "attention.sliding_window": WINDOW,
+    "rope.freq_base": 1e6,
+}
 
 
-@pytest.mark.parametrize("kind", GGUF_TYPES)
-def test_a_gguf_file_becomes_what_transformers_computes(kind: str, tmp_path: Path) -> None:
-    stored = gguf.GGMLQuantizationType[kind]
+@pytest.mark.parametrize("name", [*GGUF_TYPES, *LARGE_BLOCKS])
+def test_a_gguf_file_becomes_what_transformers_computes(name: str, tmp_path: Path) -> None:
+    kind = gguf.GGMLQuantizationType[name]
     network = random_model(
         KIND,
         vocab_size=320,
         max_position_embeddings=512,
+        hidden_size=256,
+        intermediate_size=256,
+        num_hidden_layers=7,
+        num_attention_heads=8,
         sliding_window=WINDOW,
-        num_hidden_layers=7,  # the file does not say it: the sixth sees the whole text
         query_pre_attn_scalar=32,
-        rms_norm_eps=1e-6,
     )
-    changes = {
-        "gemma3.context_length": 512,
-        "gemma3.block_count": 7,
-        "gemma3.rope.freq_base": 1e6,
-    }
-    metadata = {
-        **metadata_of("gemma3", **changes),
-        "gemma3.attention.sliding_window": WINDOW,
-        **sentencepiece_tokens(320),
-    }
-    file = write_gguf(
-        tmp_path / "model.gguf", "gemma3", metadata, stored_tensors("gemma3", network), stored
-    )
+    blocks = random_blocks(network, kind) if name in LARGE_BLOCKS else {}
+    tensors = stored_tensors("gemma3", network) | blocks
+    sizes = {f"gemma3.{key}": value for key, value in GGUF_SIZES.items()}
+    metadata = metadata_of("gemma3", **sizes) | sentencepiece_tokens(320)
+    file = write_gguf(tmp_path / "model.gguf", "gemma3", metadata, tensors, kind)
     report = export_model(file, tmp_path / "out", **EXACT)
     assert [rung for rung in report.rungs if not rung.ok] == []
     assert report.manifest.model.eos_token_ids == (1, 319)
-    network = rounded(network, stored)
+    network = network if blocks else rounded(network, kind)
     with edge_memllm.load(tmp_path / "out", threads=1) as model:
         prompt = model.tokenizer.encode("the file has it all, and more than a window of it")
         assert prompt[0] == 2
         assert greedy(model, prompt, 16) == greedy_of(network, prompt, 16)
+    ids = np.random.default_rng(3).integers(0, 320, LENGTH).tolist()
+    with torch.inference_mode():
+        expected = network(torch.tensor([ids])).logits[0].numpy()
+    with judged(tmp_path / "out", file) as artifact:
+        found = next(artifact.graph_logits(ids, LENGTH))
+    assert np.abs(found - expected).max() < 1e-4 * max(1, np.abs(expected).max())
+
+
+def random_blocks(network: Any, kind: gguf.GGMLQuantizationType) -> dict[str, np.ndarray]:
+    """Blocks for every matrix, by the file's names; they become the network's weights."""
+    rng, size = np.random.default_rng(0), gguf.GGML_QUANT_SIZES[kind][1]
+    drawn: dict[int, np.ndarray] = {}
+    for parameter in network.parameters():
+        if parameter.ndim == 2:
+            raw = rng.integers(0, 256, (len(parameter), size), dtype=np.uint8)
+            for at in LARGE_BLOCKS[kind.name]:
+                raw[:, at : at + 2] = np.array([1e-4], np.float16).view(np.uint8)
+            parameter.data = torch.from_numpy(dequantize(raw, kind))
+            drawn[parameter.data_ptr()] = raw
+    named = stored_tensors("gemma3", network).items()
+    return {name: drawn[tensor.ctypes.data] for name, tensor in named if tensor.ndim == 2}
