@@ -13,7 +13,7 @@ import json
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
-from functools import cache
+from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any
 
 from edge_memllm.artifact.strict_json import parse_json_object
@@ -105,6 +105,14 @@ class Tokenizer:
         """The text of a `tokenizer.json` that makes the same tokenizer."""
         text: str = self._tokenizer.to_str()
         return text
+
+    @cached_property
+    def beginning(self) -> list[int]:
+        """The ids that are put before every text, such as that of bos_token; often none."""
+        whole, plain = self.encode("a"), self.encode("a", special=False)
+        starts = range(len(whole) - len(plain) + 1)
+        found = next((k for k in starts if whole[k : k + len(plain)] == plain), 0)
+        return whole[:found]
 
     @property
     def chat_template(self) -> ChatTemplate | None:

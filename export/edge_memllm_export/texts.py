@@ -46,6 +46,16 @@ def conversations() -> list[tuple[str, str]]:
     return [(question, answer) for question, answer in pairs]
 
 
+def text_windows(tokens: list[int], longest: int, beginning: list[int]) -> list[list[int]]:
+    """Cut the tokens of a text into windows of at most ``longest``, each with a text's beginning.
+
+    Networks that are used to a first token such as bos_token compute other things without it.
+    """
+    text = tokens[len(beginning) :] if tokens[: len(beginning)] == beginning else tokens
+    room = max(1, longest - len(beginning))
+    return [beginning + text[start : start + room] for start in range(0, len(text), room)]
+
+
 def check_separate(judging: str, fitting: Mapping[str, str]) -> None:
     """Refuse a text that is to judge what was fitted to it; ``fitting`` by what each is called.
 

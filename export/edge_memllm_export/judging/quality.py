@@ -20,6 +20,7 @@ from edge_memllm_export.judging.answers import (
     measure_answers,
 )
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
+from edge_memllm_export.texts import text_windows
 
 # An export beyond either bound is refused unless the loss is accepted. 8-bit forms stay far
 # below both; the paper's 4-bit table costs 0.4 % of perplexity (Table 7), and careful 4-bit
@@ -101,9 +102,10 @@ def measure_quality(
     """
     window = min(_WINDOW, judged.artifact.manifest.model.max_position_embeddings)
     parts: list[np.ndarray] = []
-    for start in range(0, len(ids), window):
-        parts += _window_figures(judged, ids[start : start + window])
-        done = min(start + window, len(ids))
+    done = 0
+    for each in text_windows(ids, window, judged.tokenizer.beginning):
+        parts += _window_figures(judged, each)
+        done = min(done + len(each), len(ids))
         sure = _sure(np.concatenate(parts, axis=1), done)
         if progress is not None:
             progress(len(ids) if sure else done, len(ids))

@@ -13,7 +13,7 @@ from edge_memllm.errors import ArtifactError, RequestError
 from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.texts import conversations, encyclopaedia_text, fitting_text
+from edge_memllm_export.texts import conversations, encyclopaedia_text, fitting_text, text_windows
 from edge_memllm_export.weights.kv_steps import text_tokens
 
 _WINDOW = 512
@@ -28,24 +28,25 @@ def calibration_windows(source: Checkpoint, text: str | None) -> list[torch.Tens
     tokenizer of its own gets random tokens.
     """
     longest = min(_WINDOW, source.spec.max_position_embeddings)
+    tokenizer = None
+    if source.text_file(TOKENIZER_FILE) is not None:
+        tokenizer = Tokenizer.from_files(source.text_file, str(source.path))
+
+    def windows(text: str | None, otherwise: str, most: int) -> list[torch.Tensor]:
+        tokens = text_tokens(source, text, otherwise, most)
+        beginning = [] if tokenizer is None else tokenizer.beginning
+        parts = text_windows(tokens, longest, beginning)
+        return [torch.tensor([each]) for each in parts if len(each) >= min(_SHORTEST, len(tokens))]
+
     if text is not None:
-        return _windows(text_tokens(source, text, "", _TOKENS), longest)
+        return windows(text, "", _TOKENS)
     each = _TOKENS // 2
-    prose = text_tokens(source, None, fitting_text(), each)
-    articles = text_tokens(source, None, encyclopaedia_text(), each)
-    return [*_windows(prose, longest), *_windows(articles, longest), *_chats(source, longest)]
+    found = windows(None, fitting_text(), each) + windows(None, encyclopaedia_text(), each)
+    return found if tokenizer is None else found + _chats(source, tokenizer, longest)
 
 
-def _windows(tokens: list[int], longest: int) -> list[torch.Tensor]:
-    parts = torch.tensor([tokens]).split(longest, dim=1)
-    return [part for part in parts if part.shape[1] >= min(_SHORTEST, len(tokens))]
-
-
-def _chats(source: Checkpoint, longest: int) -> list[torch.Tensor]:
+def _chats(source: Checkpoint, tokenizer: Tokenizer, longest: int) -> list[torch.Tensor]:
     """Conversations, where the model has a template that takes them."""
-    if source.text_file(TOKENIZER_FILE) is None:
-        return []
-    tokenizer = Tokenizer.from_files(source.text_file, str(source.path))
     if tokenizer.chat_template is None:
         return []
     found = []
