@@ -17,7 +17,7 @@ from edge_memllm.options.export import ExportOptions
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import graph_form
-from edge_memllm_export.judgement import JudgedArtifact
+from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from edge_memllm_export.sources.gguf_grids import Grid, read_grid
 from edge_memllm_export.weights import kept_grids
 from edge_memllm_export.weights.kept_grids import kept
