@@ -16,9 +16,10 @@ from typing import Any
 
 import numpy as np
 
-from edge_memllm.artifact.layout import CHECKSUM_BYTES, EMBEDDING_DTYPES
+from edge_memllm.artifact.layout import CHECKSUM_BYTES
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.model_spec import cache_values
+from edge_memllm.codecs import EMBEDDING_DTYPES
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.errors import RequestError
 from edge_memllm.text import TOKENIZER_FILE

@@ -2,6 +2,8 @@
 
     embedding | scales of all layers | codes of all layers | zeros up to the stride
 
+The embedding has a codec of its own (`edge_memllm.codecs.codec.EmbeddingForm`).
+
 A codec with a coarse part has it in front: its record is the start of the whole one. Where classes
 of tokens differ, each class has a section of the table to itself. Knows codecs and numpy; knows
 nothing of files, manifests or models.
@@ -11,7 +13,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, Self
 
 import numpy as np
@@ -19,15 +21,12 @@ from numpy.typing import NDArray
 from xxhash import xxh3_64
 
 from edge_memllm.arrays import Bytes, Floats, Ids
+from edge_memllm.codecs import EMBEDDING_DTYPES, EmbeddingForm, embedding_form
 from edge_memllm.codecs.codec import Codec, Fit
 from edge_memllm.codecs.layered import TokenClass
 from edge_memllm.codecs.wire import CodecSizes, Wire, decode_wire, wire_sizes
 from edge_memllm.readers import Region
 
-EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
-    "float16": np.dtype("<f2"),
-    "float32": np.dtype("<f4"),
-}
 CHECKSUM_BYTES = 8
 ALIGNMENTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
@@ -77,7 +76,15 @@ class TableLayout(ABC):
 
         @property
         def embedding_dtype(self) -> str:
-            """The dtype of embeddings, "float16" or "float32"."""
+            """The dtype that the graph is fed embeddings in, "float16" or "float32"."""
+
+        @property
+        def embedding_codec(self) -> str | None:
+            """The id of the codec that embeddings are stored in; None where they are as fed."""
+
+        @property
+        def embedding(self) -> EmbeddingForm:
+            """How embeddings are stored and fed."""
 
         @property
         def alignment(self) -> int:
@@ -184,23 +191,23 @@ class TableLayout(ABC):
 
     @property
     def embedding_bytes(self) -> int:
-        """Bytes of the embedding."""
-        return self.embedding_width * EMBEDDING_DTYPES[self.embedding_dtype].itemsize
+        """Bytes of the embedding in a record."""
+        return self.embedding.stored_bytes
 
     @property
     def buffer_bytes(self) -> int:
-        """Bytes that a buffer takes per record: as stored, and as the graph is fed if that differs.
-
-        The embedding is fed as it is stored.
-        """
-        stored = self.embedding_bytes + sum(self.widest)
-        return stored + self.fed_bytes - self.embedding_bytes if self.transcodes else stored
+        """Bytes that a buffer takes per record: as stored, and what is fed in another form."""
+        embedding, rows = self.embedding, self.wire_sizes
+        room = embedding.stored_bytes + sum(self.widest)
+        if not embedding.plain:
+            room += embedding.fed_bytes
+        return room + rows.scales_bytes + rows.codes_bytes if self.transcodes else room
 
     @property
     def fed_bytes(self) -> int:
         """Bytes that the graph is fed per record."""
         fed = self.wire_sizes
-        return self.embedding_bytes + fed.scales_bytes + fed.codes_bytes
+        return self.embedding.fed_bytes + fed.scales_bytes + fed.codes_bytes
 
     @property
     def wire_sizes(self) -> CodecSizes:
@@ -225,6 +232,7 @@ class TableLayout(ABC):
             self.embedding_dtype,
             self.alignment,
             self.embedding_width,
+            self.embedding_codec,
         )
 
     def size_of(self, token: int) -> int:
@@ -272,17 +280,18 @@ class RecordLayout(TableLayout):
     layers: int
     width: int  # W, of a row
     codec: Codec
-    embedding_dtype: str  # "float16" or "float32"
+    embedding_dtype: str  # "float16" or "float32", of what the graph is fed
     alignment: int = 512
     embedding_width: int = 0  # D; 0 stands for that of a row
+    embedding_codec: str | None = None  # an id; None stands for the dtype that the graph is fed
+    embedding: EmbeddingForm = field(init=False, repr=False, compare=False)  # of these three
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "embedding_width", self.embedding_width or self.width)
-        if self.embedding_dtype not in EMBEDDING_DTYPES:
-            raise ValueError(
-                f"embedding dtype '{self.embedding_dtype}', expected one of "
-                f"{', '.join(EMBEDDING_DTYPES)}."
-            )
+        form = embedding_form(self.embedding_width, self.embedding_dtype, self.embedding_codec)
+        object.__setattr__(self, "embedding", form)
+        if form.plain:
+            object.__setattr__(self, "embedding_codec", None)
         if self.alignment not in ALIGNMENTS:
             raise ValueError(
                 f"alignment {self.alignment}, expected a power of two from {ALIGNMENTS[0]} "
@@ -395,7 +404,11 @@ class RecordBuffer:
         self.layout = layout
         self.capacity = capacity
         scales_bytes, codes_bytes = layout.widest
-        self._embedding = np.zeros((capacity, layout.embedding_bytes), np.uint8)
+        self._form = layout.embedding
+        self._embedding = np.zeros((capacity, self._form.stored_bytes), np.uint8)
+        self._fed_embedding = self._embedding
+        if not self._form.plain:
+            self._fed_embedding = np.zeros((capacity, self._form.fed_bytes), np.uint8)
         self._scales = np.zeros((capacity, scales_bytes), np.uint8)
         self._codes = np.zeros((capacity, codes_bytes), np.uint8)
         self._wire_scales, self._wire_codes = self._scales, self._codes
@@ -417,6 +430,8 @@ class RecordBuffer:
 
         In slot i is a record of the section `sections[i]`; None where there is only one.
         """
+        if self._fed_embedding is not self._embedding:
+            self.embedding(count)[:] = self._form.decode(self._embedding[:count])
         if not self._transcodes:
             return
         found = [0] if sections is None else sorted(set(sections))
@@ -428,8 +443,12 @@ class RecordBuffer:
             self._transcode(np.flatnonzero(each == section), section)
 
     def embedding(self, count: int) -> NDArray[Any]:
-        """Return the embeddings of the first `count` records, [count, D] in their stored dtype."""
-        return self._embedding[:count].view(EMBEDDING_DTYPES[self.layout.embedding_dtype])
+        """Return the embeddings of the first `count` records, [count, D] as the graph is fed."""
+        return self._fed_embedding[:count].view(EMBEDDING_DTYPES[self._form.dtype])
+
+    def stored_embedding(self, count: int) -> Bytes:
+        """Return the embeddings of the first `count` records as they are stored."""
+        return self._embedding[:count]
 
     def wire(self, count: int) -> WireArrays:
         """Return what the graph is fed for the first `count` records, by graph input name."""

@@ -13,7 +13,7 @@ from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field
 from typing import get_args
 
-from edge_memllm.artifact.layout import ALIGNMENTS, EMBEDDING_DTYPES, TableLayout
+from edge_memllm.artifact.layout import ALIGNMENTS, TableLayout
 from edge_memllm.artifact.model_spec import (
     MAX_VOCABULARY,
     ModelSpec,
@@ -23,6 +23,7 @@ from edge_memllm.artifact.model_spec import (
 )
 from edge_memllm.artifact.sections import named_layout
 from edge_memllm.artifact.strict_json import exact_fields, parse_json_object
+from edge_memllm.codecs import EMBEDDING_DTYPES, PLAIN_CODECS, embedding_form
 from edge_memllm.codecs.layered import MOST_CLASSES, TokenClass
 from edge_memllm.codecs.wire import Wire
 from edge_memllm.errors import ArtifactError, CorruptionError
@@ -44,6 +45,7 @@ _FILE_NAME = re.compile(r"[A-Za-z0-9_](?:[A-Za-z0-9._-]{0,198}[A-Za-z0-9_-])?")
 _A_FILE_NAME = "a plain file name (letters, digits, '.', '_' and '-', no leading dot, no folder)"
 
 _PARTS = ("model", "table", "graph", "files", "producer")
+_EMBEDDING_CODEC = "embedding_codec"
 _MAX_FILE_BYTES = 1 << 60
 # Tokenizer, chat template and the like together; those of 250,000 tokens have some 40 MB.
 _MAX_TEXT_BYTES = 1 << 28
@@ -55,7 +57,8 @@ class TableSpec:
 
     file: str
     codec: str
-    embedding_dtype: str
+    embedding_dtype: str  # of what the graph is fed
+    embedding_codec: str
     record_bytes: int
     stride: int
     alignment: int
@@ -95,7 +98,7 @@ class Manifest:
     graph: GraphSpec
     files: dict[str, FileSpec]
     producer: str
-    earlier: str | None = field(default=None, compare=False)  # fingerprint, of versions 1 and 2
+    earlier: str | None = field(default=None, compare=False)  # fingerprint, of one written before
 
     @property
     def layout(self) -> TableLayout:
@@ -105,8 +108,9 @@ class Manifest:
             self.table.classes,
             layers=self.model.memory.layers,
             width=self.model.memory.width,
-            embedding_dtype=self.table.embedding_dtype,
-            embedding_width=self.model.hidden_size,
+            embedding=embedding_form(
+                self.model.hidden_size, self.table.embedding_dtype, self.table.embedding_codec
+            ),
             alignment=self.table.alignment,
         )
 
@@ -114,7 +118,8 @@ class Manifest:
     def fingerprint(self) -> str:
         """What names this content to sessions: sha256 of its canonical JSON, without `sha256`.
 
-        Of a manifest of version 1 or 2 it is that of version 2, as it was when they were written.
+        Of a manifest of version 1 or 2 it is that of version 2, as it was when they were written;
+        of one of version 3 without the codec of embeddings, that of its own content.
         """
         if self.earlier is not None:
             return self.earlier
@@ -152,11 +157,11 @@ class Manifest:
         top = exact_fields(content, where, ("format", "format_version", *seal, *_PARTS))
         manifest = cls(
             model=parse(content["model"], f"{where}: model"),
-            table=_parse_table(content["table"], f"{where}: table"),
+            table=_parse_table(content["table"], f"{where}: table", version),
             graph=_parse_graph(content["graph"], f"{where}: graph"),
             files=_parse_files(top.mapping("files"), f"{where}: files"),
             producer=top.text("producer", _PRODUCER, "a line of ASCII text"),
-            earlier=None if version > 2 else _version_2_digest(content),
+            earlier=_earlier_digest(content, version),
         )
         _check_table(manifest, f"{where}: table")
         _check_graph(manifest, f"{where}: graph")
@@ -192,8 +197,14 @@ def _check_seal(data: bytes, digest: object, where: str) -> None:
         )
 
 
-def _version_2_digest(content: Mapping[str, object]) -> str:
-    return hashlib.sha256(_canonical({**content, "format_version": 2})).hexdigest()
+def _earlier_digest(content: Mapping[str, object], version: int) -> str | None:
+    """Return the fingerprint of a manifest that this version writes otherwise, as it was."""
+    content = {key: value for key, value in content.items() if key != "sha256"}
+    if version < FORMAT_VERSION:
+        content["format_version"] = 2
+    elif _names_embedding_codec(content["table"]):
+        return None
+    return hashlib.sha256(_canonical(content)).hexdigest()
 
 
 def _check_version(content: dict[str, object], where: str) -> int:
@@ -224,12 +235,22 @@ def _complete_version_1(content: dict[str, object]) -> None:
         content["table"] = {"parameters_sha256": None, "classes": None, **table}
 
 
-def _parse_table(value: object, where: str) -> TableSpec:
-    table = exact_fields(value, where, field_names(TableSpec))
+def _names_embedding_codec(table: object) -> bool:
+    """Whether a table's part says what the first ones of version 3 left unsaid."""
+    return isinstance(table, dict) and _EMBEDDING_CODEC in table
+
+
+def _parse_table(value: object, where: str, version: int) -> TableSpec:
+    names = set(field_names(TableSpec))
+    named = version > 2 and _names_embedding_codec(value)
+    table = exact_fields(value, where, names if named else names - {_EMBEDDING_CODEC})
+    dtype = table.choice("embedding_dtype", EMBEDDING_DTYPES)
+    plain = PLAIN_CODECS[dtype]
     return TableSpec(
         file=table.text("file", _FILE_NAME, _A_FILE_NAME),
         codec=table.text("codec", _CODEC, "a codec id"),
-        embedding_dtype=table.choice("embedding_dtype", EMBEDDING_DTYPES),
+        embedding_dtype=dtype,
+        embedding_codec=table.text(_EMBEDDING_CODEC, _CODEC, "a codec id") if named else plain,
         record_bytes=table.integer("record_bytes", 1, _MAX_FILE_BYTES),
         stride=table.integer("stride", 1, _MAX_FILE_BYTES),
         alignment=table.integer("alignment", ALIGNMENTS[0], ALIGNMENTS[-1]),

@@ -15,8 +15,8 @@ from numpy.typing import NDArray
 
 from edge_memllm.arrays import Floats, Ids
 from edge_memllm.artifact.layout import Offsets, RecordLayout, TableLayout
-from edge_memllm.codecs import MIXED, get_codec, layered_codec
-from edge_memllm.codecs.codec import Fit
+from edge_memllm.codecs import MIXED, EmbeddingForm, get_codec, layered_codec
+from edge_memllm.codecs.codec import Codec, Fit
 from edge_memllm.codecs.layered import Allocation, TokenClass, check_classes, smallest_group
 
 _OFFSET_BYTES = 9  # for each token: where its record begins, and its section
@@ -71,8 +71,18 @@ class MixedLayout(TableLayout):
 
     @property
     def embedding_dtype(self) -> str:
-        """The dtype of embeddings, "float16" or "float32"."""
+        """The dtype that the graph is fed embeddings in, "float16" or "float32"."""
         return self.kinds[0].embedding_dtype
+
+    @property
+    def embedding_codec(self) -> str | None:
+        """The id of the codec that embeddings are stored in; None where they are as fed."""
+        return self.kinds[0].embedding_codec
+
+    @property
+    def embedding(self) -> EmbeddingForm:
+        """How embeddings are stored and fed."""
+        return self.kinds[0].embedding
 
     @property
     def alignment(self) -> int:
@@ -224,8 +234,7 @@ def named_layout(
     *,
     layers: int,
     width: int,
-    embedding_dtype: str,
-    embedding_width: int,
+    embedding: EmbeddingForm,
     alignment: int,
 ) -> TableLayout:
     """Return the layout that a manifest names by a codec id and, for a mixed table, classes.
@@ -236,17 +245,25 @@ def named_layout(
         codec = get_codec(codec_id)
         if classes is not None:
             raise ValueError(f"codec {codec_id}: has no classes of tokens, found {len(classes)}.")
-        return RecordLayout(layers, width, codec, embedding_dtype, alignment, embedding_width)
+        return _alike(layers, width, codec, embedding, alignment)
     if classes is None:
         raise ValueError(f"codec {codec_id}: without classes of tokens, expected at least one.")
     if not layers:
         raise ValueError(f"codec {codec_id} without memory layers, expected codec none.")
-    exact = get_codec("f32")
-    like = RecordLayout(layers, width, exact, embedding_dtype, alignment, embedding_width)
+    like = _alike(layers, width, get_codec("f32"), embedding, alignment)
     made = MixedLayout.of_classes(like, classes)
     if made.codec_id != codec_id:
         raise ValueError(f"codec {codec_id}: the smallest group of its classes is {made.group}.")
     return made
+
+
+def _alike(
+    layers: int, width: int, codec: Codec, embedding: EmbeddingForm, alignment: int
+) -> RecordLayout:
+    """Return the layout of a table of one section."""
+    return RecordLayout(
+        layers, width, codec, embedding.dtype, alignment, embedding.width, embedding.codec.id
+    )
 
 
 def _shown(counts: list[int]) -> str:

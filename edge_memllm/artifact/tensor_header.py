@@ -222,6 +222,8 @@ def _metadata(layout: TableLayout, identity: str) -> dict[str, str]:
     }
     if layout.layers and layout.width != layout.embedding_width:
         metadata["row_width"] = str(layout.width)
+    if layout.embedding_codec is not None:
+        metadata["embedding_codec"] = layout.embedding_codec
     if layout.classes:  # as text, since metadata of safetensors is nothing else
         metadata["classes"] = compact([asdict(each) for each in layout.classes])
     return metadata

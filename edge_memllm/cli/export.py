@@ -12,7 +12,14 @@ from typing import TYPE_CHECKING, Annotated, Any
 
 from edge_memllm.artifact.manifest import TableSpec
 from edge_memllm.cli.options import Command, Json
-from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
+from edge_memllm.cli.output import (
+    StageBars,
+    byte_count,
+    number,
+    table,
+    table_codecs,
+    write_json,
+)
 from edge_memllm.errors import missing_extra
 from edge_memllm.hub import artifact_folder, checkpoint_folder
 from edge_memllm.memory_plan import graph_file_bytes
@@ -167,7 +174,7 @@ def page(report: ExportReport) -> str:
     """The report as people read it."""
     manifest = report.manifest
     graph, stored, files = manifest.graph, manifest.table, manifest.files
-    table_size = f"{stored.codec}, {byte_count(files[stored.file].bytes)}"
+    table_size = f"{table_codecs(stored)}, {byte_count(files[stored.file].bytes)}"
     rows = [
         ("artifact", str(report.path)),
         ("graph", f"{graph.weights}, {byte_count(graph_file_bytes(manifest))}"),
@@ -229,7 +236,7 @@ def _requantize_page(report: RequantizeReport) -> str:
     size = byte_count(report.manifest.files[stored.file].bytes)
     rows = [
         ("artifact", str(report.path)),
-        ("table", f"{stored.codec}, {size}, {_record_size(stored)} per token"),
+        ("table", f"{table_codecs(stored)}, {size}, {_record_size(stored)} per token"),
         ("graph", "rows taken in another way" if report.graph_rewired else "as it was"),
         (
             "compared",

@@ -18,7 +18,14 @@ from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.cli.export import rung_table
 from edge_memllm.cli.options import Command, Json
-from edge_memllm.cli.output import StageBars, byte_count, number, table, write_json
+from edge_memllm.cli.output import (
+    StageBars,
+    byte_count,
+    number,
+    table,
+    table_codecs,
+    write_json,
+)
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import Footprint, footprint
@@ -134,7 +141,7 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
         ("identity", model.identity),
         ("graph", f"{weights}: {byte_count(needs.graph_bytes)}"),
         ("", _computed(parameters(model))),
-        ("table", f"{stored.codec}: {byte_count(needs.table_bytes)}"),
+        ("table", f"{table_codecs(stored)}: {byte_count(needs.table_bytes)}"),
         ("", f"{records}, one every {most}{byte_count(stored.stride)}"),
         ("made by", manifest.producer),
         ("", ""),

@@ -14,10 +14,13 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
+from edge_memllm.codecs import PLAIN_CODECS
 from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
     from tqdm import tqdm
+
+    from edge_memllm.artifact.manifest import TableSpec
 
 
 _OUTPUT = "standard output"
@@ -39,6 +42,13 @@ def byte_count(count: float) -> str:
         if count < 999.5:
             return f"{count:.3g} {unit}"
     return f"{count / 1000:.3g} TB"
+
+
+def table_codecs(stored: TableSpec) -> str:
+    """How a table stores rows, and embeddings where the graph is not fed them as they are."""
+    if stored.embedding_codec == PLAIN_CODECS[stored.embedding_dtype]:
+        return stored.codec
+    return f"{stored.codec}, embeddings {stored.embedding_codec}"
 
 
 def number(value: float) -> str:

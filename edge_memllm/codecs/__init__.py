@@ -5,7 +5,15 @@ from __future__ import annotations
 import re
 from functools import lru_cache
 
-from edge_memllm.codecs.codec import Codec, Fit, NoneCodec, UnencodableRowError
+from edge_memllm.codecs.codec import (
+    EMBEDDING_DTYPES,
+    PLAIN_CODECS,
+    Codec,
+    EmbeddingForm,
+    Fit,
+    NoneCodec,
+    UnencodableRowError,
+)
 from edge_memllm.codecs.floats import BFloat16Codec, Float8Codec, Float16Codec, Float32Codec
 from edge_memllm.codecs.grouped import (
     AsymmetricInt4Codec,
@@ -22,13 +30,17 @@ from edge_memllm.codecs.wire import CodecSizes
 from edge_memllm.errors import ArtifactError
 
 __all__ = [
+    "EMBEDDING_DTYPES",
     "FAITHFUL",
     "MIXED",
+    "PLAIN_CODECS",
     "Codec",
     "CodecSizes",
+    "EmbeddingForm",
     "Fit",
     "UnencodableRowError",
     "codec_ids",
+    "embedding_form",
     "get_codec",
     "layered_codec",
 ]
@@ -105,6 +117,23 @@ def get_codec(codec_id: str) -> Codec:
             "model again."
         )
     return codec
+
+
+def embedding_form(width: int, dtype: str, codec_id: str | None = None) -> EmbeddingForm:
+    """Return the form of embeddings in a codec; None stands for the dtype that the graph is fed.
+
+    Raises `ValueError` for what cannot be, codecs that are not for embeddings among it.
+    """
+    try:
+        codec = get_codec(codec_id or PLAIN_CODECS.get(dtype, "f32"))
+    except ArtifactError as error:
+        raise ValueError(f"embedding: {error}") from None
+    if codec.id == "none" or codec.coarse is not None or codec.parameters_bytes(1, width):
+        raise ValueError(
+            f"embedding codec {codec.id}: expected one that stores values, all of it at once, and "
+            "learns nothing from all tokens."
+        )
+    return EmbeddingForm(width, dtype, codec)
 
 
 @lru_cache

@@ -6,15 +6,19 @@ not the wire form already, the codec transcodes them after reading; decoding is 
 transcoding and then what the graph does with the wire form. Everything that decoding depends on
 is in the id, or in parameters that are stored once for all tokens.
 A codec knows nothing of records, files or models.
+
+Embeddings have no wire form: `EmbeddingForm` decodes them into what the graph is fed.
 """
 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from typing import Protocol
+from dataclasses import dataclass
+from typing import Any, Protocol
 
 import numpy as np
+from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.codecs.wire import CodecSizes, Wire, decode_wire, wire_sizes
@@ -23,6 +27,15 @@ from edge_memllm.process.limits import available_processors
 # Rows are encoded in blocks of about this many values: temporaries stay in the cache, and memory
 # beyond input and output stays at a few MB however large the chunk is.
 _BLOCK_VALUES = 1 << 18
+
+# What the graph may be fed embeddings in, and the codecs whose bytes are that already.
+EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
+    "float16": np.dtype("<f2"),
+    "float32": np.dtype("<f4"),
+}
+PLAIN_CODECS = {"float16": "f16", "float32": "f32"}
+# A decoded value may be a little larger than what was encoded, and is still to be a float16.
+_FLOAT16_LIMIT = 65024.0
 
 
 class UnencodableRowError(ValueError):
@@ -205,3 +218,78 @@ class NoneCodec(Codec):
     def _encode(self, rows: Floats, search: bool) -> tuple[Bytes, Bytes]:
         nothing = np.empty((len(rows), 0), np.uint8)
         return nothing, nothing
+
+
+@dataclass(frozen=True, slots=True)
+class EmbeddingForm:
+    """Embeddings of `width` values in a codec, each stored as one row: scales, then codes.
+
+    A graph is fed that decoded on the host and rounded to `dtype`.
+    Raises `ValueError` for values that do not fit together.
+    """
+
+    width: int  # D
+    dtype: str  # "float16" or "float32"
+    codec: Codec
+
+    def __post_init__(self) -> None:
+        if self.dtype not in EMBEDDING_DTYPES:
+            raise ValueError(
+                f"embedding dtype '{self.dtype}', expected one of {', '.join(EMBEDDING_DTYPES)}."
+            )
+        self.codec.sizes(1, self.width)
+
+    @property
+    def plain(self) -> bool:
+        """Whether the graph is fed the stored bytes."""
+        return self.codec.id == PLAIN_CODECS[self.dtype]
+
+    @property
+    def stored_bytes(self) -> int:
+        """Bytes of an embedding in a record."""
+        sizes = self.codec.sizes(1, self.width)
+        return sizes.scales_bytes + sizes.codes_bytes
+
+    @property
+    def fed_bytes(self) -> int:
+        """Bytes of an embedding as the graph is fed it."""
+        return self.width * EMBEDDING_DTYPES[self.dtype].itemsize
+
+    def bound(self, embedding: Floats) -> Floats:
+        """Return how far each value of embeddings [N, D], fed to the graph, may be off."""
+        error = self.codec.bound(embedding[:, None])[:, 0]
+        if self.plain or self.dtype == "float32":
+            return error
+        reach = np.abs(embedding) + error
+        half_units: Floats = np.maximum(reach * np.float32(2.0**-11), np.float32(2.0**-25))
+        return error + half_units
+
+    def encode(self, embedding: Floats) -> Bytes:
+        """Return embeddings [N, D] as stored, [N, stored_bytes].
+
+        Raises `UnencodableRowError` for NaN, infinite and too large values, naming the row.
+        """
+        scales, codes = self.codec.encode(embedding[:, None])
+        if not self.plain and self.dtype == "float16":
+            _check_magnitudes(embedding)
+        return np.concatenate([scales, codes], axis=1)
+
+    def decode(self, stored: Bytes) -> NDArray[Any]:
+        """Return what the graph is fed, [N, D] of its dtype, for stored bytes [N, stored_bytes]."""
+        scales_bytes = self.codec.sizes(1, self.width).scales_bytes
+        scales, codes = stored[:, :scales_bytes], stored[:, scales_bytes:]
+        with np.errstate(over="ignore", invalid="ignore"):  # bytes that no writer made
+            values = self.codec.decode(scales, codes, 1, self.width)
+            return values[:, 0].astype(EMBEDDING_DTYPES[self.dtype], copy=False)
+
+
+def _check_magnitudes(embedding: Floats) -> None:
+    large = np.abs(embedding) > _FLOAT16_LIMIT
+    if large.any():
+        row, column = np.argwhere(large)[0].tolist()
+        raise UnencodableRowError(
+            row,
+            0,
+            f"{embedding[row, column]:g} cannot be stored, embeddings in float16 hold magnitudes "
+            f"up to {_FLOAT16_LIMIT:g}",
+        )

@@ -488,6 +488,7 @@ def _manifest(model: ModelSpec, records: NetworkRecords) -> Manifest:
         file="",
         codec=layout.codec_id,
         embedding_dtype=layout.embedding_dtype,
+        embedding_codec=layout.embedding.codec.id,
         record_bytes=layout.record_bytes,
         stride=layout.stride,
         alignment=layout.alignment,

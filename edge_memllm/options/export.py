@@ -165,6 +165,16 @@ class ExportOptions:
     ] = None
     table_search: _TableSearch = False
     table_text: _TableText = None
+    embedding_codec: Annotated[
+        str | None,
+        Option(
+            "how the table stores embeddings: the same words and ids, but for those that learn; a "
+            "GGUF file's blocks are kept where they can be",
+            metavar="CODEC",
+            unset="int8-g32 for dense models in int4 and int8, else what the graph computes in",
+            group=_TABLE,
+        ),
+    ] = None
     device: Annotated[str, Option("where", choices=EXPORT_DEVICES, group=_ROWS)] = "cpu"
     compute_dtype: Annotated[
         str, Option("in which arithmetic", choices=COMPUTE_DTYPES, group=_ROWS)

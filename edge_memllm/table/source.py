@@ -15,7 +15,7 @@ from typing import NamedTuple, Protocol
 
 import numpy as np
 
-from edge_memllm.arrays import Floats, Ids
+from edge_memllm.arrays import Bytes, Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, TableLayout
 from edge_memllm.progress import Counted
 
@@ -71,6 +71,10 @@ class RecordSource(ABC):
     def embeddings(self, ids: Ids) -> Floats:
         """Return the embeddings of `ids` [U] as float32 [U, D]. Raises as `fetch`."""
         return self._fetched(ids).embedding(len(ids)).astype(np.float32)
+
+    def stored_embeddings(self, ids: Ids) -> Bytes:
+        """Return the embeddings of `ids` [U] as their records hold them. Raises as `fetch`."""
+        return self._fetched(ids).stored_embedding(len(ids))
 
     def rows(self, ids: Ids) -> Floats:
         """Return the decoded memory rows of `ids` [U] as float32 [U, M, D]. Raises as `fetch`."""

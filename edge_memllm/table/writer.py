@@ -10,6 +10,7 @@ import errno
 import hashlib
 import os
 import shutil
+from collections.abc import Callable
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from pathlib import Path
@@ -19,12 +20,12 @@ from typing import Self
 import numpy as np
 from xxhash import xxh3_64_intdigest
 
-from edge_memllm.arrays import Bytes, Floats
+from edge_memllm.arrays import Bytes, Floats, Ids
 from edge_memllm.artifact.atomic import reason, write_all
 from edge_memllm.artifact.layout import RecordLayout, TableLayout, checksum_seed
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
 from edge_memllm.artifact.tensor_header import build_header
-from edge_memllm.codecs import UnencodableRowError, get_codec
+from edge_memllm.codecs import EmbeddingForm, UnencodableRowError
 from edge_memllm.errors import ExportError
 
 _FLAGS = (
@@ -34,6 +35,10 @@ _FLAGS = (
 _CANNOT_CLAIM = (errno.EOPNOTSUPP, errno.EINVAL, errno.ENOSYS)
 _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 
+# The bytes [N, embedding_bytes] that a record holds for embeddings of tokens [N], where they are
+# known already: to encode decoded ones again would move them to another grid.
+StoredEmbeddings = Callable[[Ids], Bytes]
+
 
 class TableWriter:
     """Writes the records of all tokens in their stored order: `append` until done, then `finish`.
@@ -41,9 +46,9 @@ class TableWriter:
     That order is `layout.stored_order`: 0, 1, 2, ... unless there are classes of tokens.
 
     The codec of `layout` has its parameters already, if it needs some; with `search` it looks for
-    the best scales (see `Codec.encode`). Use it in a with-statement, which removes a file that
-    was not finished. Raises `ExportError` when `path` exists, the file does not fit on the disk or
-    there is nothing to search for.
+    the best scales (see `Codec.encode`), and `stored` gives the bytes of embeddings. Use it in a
+    with-statement, which removes a file that was not finished. Raises `ExportError` when `path`
+    exists, the file does not fit on the disk or there is nothing to search for.
     """
 
     def __init__(
@@ -54,6 +59,7 @@ class TableWriter:
         identity: str,
         *,
         search: bool = False,
+        stored: StoredEmbeddings | None = None,
     ) -> None:
         if search and not layout.searches:
             raise ExportError(f"{path}: codec {layout.codec_id} has no scales to search for.")
@@ -62,6 +68,7 @@ class TableWriter:
         self._header = build_header(layout, vocab_size, identity)
         self._seed = checksum_seed(identity)
         self._search = search
+        self._stored = stored
         self._tokens = layout.stored_order(vocab_size)
         self._sections = list(layout.sections(vocab_size, len(self._header)))
         self._checksums = np.zeros((vocab_size, layout.checksums), "<u8")
@@ -172,18 +179,31 @@ class TableWriter:
 
     def _encode(self, layout: RecordLayout, embedding: Floats, rows: Floats) -> Bytes:
         """Return whole records [N, stride], padding included."""
-        plain = get_codec({"float16": "f16", "float32": "f32"}[layout.embedding_dtype])
-        try:
-            _, embedding_codes = plain.encode(embedding[:, None, :])
-        except UnencodableRowError as error:
-            raise self._unencodable(error, "embedding") from error
+        stored = self._encode_embedding(layout.embedding, embedding)
         try:
             search = self._search and layout.codec.searches  # a class may have none
             scales, codes = layout.codec.encode(rows, search=search)
         except UnencodableRowError as error:
             raise self._unencodable(error, f"memory row of layer {error.layer}") from error
         padding = np.zeros((len(rows), layout.stride - layout.record_bytes), np.uint8)
-        return np.concatenate([embedding_codes, scales, codes, padding], axis=1)
+        return np.concatenate([stored, scales, codes, padding], axis=1)
+
+    def _encode_embedding(self, form: EmbeddingForm, embedding: Floats) -> Bytes:
+        if self._stored is None:
+            try:
+                return form.encode(embedding)
+            except UnencodableRowError as error:
+                raise self._unencodable(error, "embedding") from error
+        tokens = self._tokens[self._count : self._count + len(embedding)]
+        stored = self._stored(tokens)
+        within = np.abs(form.decode(stored) - embedding) <= form.bound(embedding)
+        if not within.all():
+            token = tokens[int(np.argwhere(~within)[0, 0])]
+            raise ExportError(
+                f"{self._path}: token {token}: its embedding is stored as another than the "
+                f"network's, or too large for {form.dtype}. Choose another embedding codec."
+            )
+        return stored
 
     def _write(self, data: bytes | memoryview) -> None:
         self._digest.update(data)
@@ -198,6 +218,7 @@ class TableWriter:
             file=self._path.name,
             codec=layout.codec_id,
             embedding_dtype=layout.embedding_dtype,
+            embedding_codec=layout.embedding.codec.id,
             record_bytes=layout.record_bytes,
             stride=layout.stride,
             alignment=layout.alignment,

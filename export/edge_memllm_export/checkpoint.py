@@ -34,6 +34,8 @@ from edge_memllm_export.sources.folder import Folder
 from edge_memllm_export.sources.gguf_grids import Grid, has_grid
 from edge_memllm_export.sources.gguf_model import GGUFModel
 
+_EMBEDDING = "model.embed_tokens.weight"  # of every family
+
 
 class Checkpoint:
     """An opened checkpoint, its model being one of a family that is known."""
@@ -107,6 +109,14 @@ class Checkpoint:
             ExportError: A number of it is not finite.
         """
         return self._source.grid(name)
+
+    def embedding_grid(self, start: int, stop: int) -> Grid | None:
+        """Rows of the embedding as they are stored, from `start` to before `stop`; None if no grid.
+
+        Raises:
+            ExportError: They are damaged.
+        """
+        return self._source.grid(_EMBEDDING, start, stop)
 
     def identity(self) -> str:
         """``sha256:...`` over the configuration and every weight (name, dtype, shape, values).

@@ -29,6 +29,7 @@ from edge_memllm.table.source import Rows
 from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE
 from edge_memllm_export.artifact_writer import ArtifactWriter, writing_artifact
 from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.embedding import EmbeddingChoice, choose_embedding, default_form
 from edge_memllm_export.graph.model import (
     EXTERNAL_FILE,
     GRAPH_FILE,
@@ -155,7 +156,18 @@ def _check_kv_dtype(graph_weights: str, dtype: str, kv_dtype: str | None) -> Non
         )
 
 
-def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> RecordLayout:
+def _embedding(source: Checkpoint, form: GraphForm, asked: str | None) -> EmbeddingChoice:
+    """How embeddings are stored, of which a dense model's table has nothing else."""
+    spec = source.spec
+    few_bits = not spec.memory.layers and form.weights not in ("fp16", "fp32")
+    default = default_form(spec.hidden_size, form.embedding_dtype, few_bits=few_bits)
+    rows = source.architecture.reference().rows()
+    return choose_embedding(asked, default, source.embedding_grid, rows, spec.vocab_size)
+
+
+def record_layout(
+    source: Checkpoint, form: GraphForm, alignment: int, embedding_codec: str | None = None
+) -> RecordLayout:
     """The table's record layout; ExportError where width, codec and alignment do not fit."""
     memory = source.spec.memory
     try:
@@ -166,6 +178,7 @@ def record_layout(source: Checkpoint, form: GraphForm, alignment: int) -> Record
             embedding_dtype=form.embedding_dtype,
             alignment=alignment,
             embedding_width=source.spec.hidden_size,
+            embedding_codec=embedding_codec,
         )
     except ValueError as error:
         raise ExportError(f"{source.path}: {error}") from error
@@ -215,7 +228,8 @@ class ExportReport:
     quality: Quality | None
     mixed: MixedFigures | None = None
     matrices: Allocation | None = None  # of a graph whose matrices got forms of their own
-    notes: tuple[str, ...] = ()  # what is left out, what was kept, what to know of files for text
+    # What is left out, what was kept, what to know of the files for text.
+    notes: tuple[str, ...] = ()
 
 
 @called_with(ExportOptions)
@@ -225,14 +239,16 @@ def export_model(options: ExportOptions) -> ExportReport:
     `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
     dense model has no memory rows and always gets the codec `none`), None takes int8; instead of
     it, `table_target` has the bits of each layer and class of tokens chosen for a size
-    (docs/quantisation.md). `table_search` tries several scales for each group of values. A
-    codec with parameters learns them from all rows, each as often as its token stands in
-    `table_text` (None: all once; a target takes a text that comes along). `graph_block` weights of
-    an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None takes 128 for matrices of 1,024
-    columns or more and 32 below. `graph_method` is "rtn" or "gptq" (calibrated on
-    `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights` stores kinds
-    of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md. `kv_dtype` of
-    keys and values is the graph's own float or "int8", whose steps are calibrated on
+    (docs/quantisation.md). `embedding_codec` stores the embeddings, by a word or id of the same
+    page; None keeps the grid of a GGUF file where a codec holds it, takes int8-g32 beside a dense
+    model's matrices of few bits, and what the graph is fed otherwise. `table_search` tries several
+    scales for each group of values. A codec with parameters learns them from all rows, each as
+    often as its token stands in `table_text` (None: all once; a target takes a text that comes
+    along). `graph_block` weights of an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None
+    takes 128 for matrices of 1,024 columns or more and 32 below. `graph_method` is "rtn" or "gptq"
+    (calibrated on `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights`
+    stores kinds of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md.
+    `kv_dtype` of keys and values is the graph's own float or "int8", whose steps are calibrated on
     `calibration_text` too. `device` (cpu or cuda), `compute_dtype` (float32 or bfloat16) and
     `chunk` (tokens at a time) say how the rows are computed. `verify` climbs the parity ladder and
     measures the loss of quality on `quality_text`; a loss beyond the bounds of `quality` is refused
@@ -251,7 +267,8 @@ def export_model(options: ExportOptions) -> ExportReport:
     fitted = {"table text": options.table_text, "calibration text": options.calibration_text}
     check_separate(text, {name: each or fitting_text() for name, each in fitted.items()})
     check_computation(options.device, options.compute_dtype, options.chunk)
-    layout = record_layout(source, form, options.alignment)
+    embedding = _embedding(source, form, options.embedding_codec)
+    layout = record_layout(source, form, options.alignment, embedding.form.codec.id)
     if options.table_target is None:
         check_table_options(layout, search=options.table_search, text=options.table_text)
     check_target(source, options)
@@ -261,10 +278,11 @@ def export_model(options: ExportOptions) -> ExportReport:
     with writing_artifact(out, overwrite=options.overwrite) as writer:
         dtype = getattr(torch, options.compute_dtype)
         rows = source.architecture.reference(options.device, dtype).rows(options.chunk)
-        table = TableForm(layout, source.spec.vocab_size, options.table_search)
+        size, search = source.spec.vocab_size, options.table_search
+        table = TableForm(layout, size, search, stored=embedding.stored)
         target, budget = options.table_target, None
         if target is not None and not layout.layers:
-            budget = Budget(target, layout.table_bytes(source.spec.vocab_size))
+            budget = Budget(target, layout.table_bytes(size))
             target = None
         table = _complete_table(source, table, rows, target, options.table_text, report)
         form = replace(form, codec=table.layout.kinds[0].codec)  # all sections are fed alike
@@ -281,7 +299,7 @@ def export_model(options: ExportOptions) -> ExportReport:
                 kept = writer.set_aside() if options.keep_refused else None
                 raise _told(refusal, kept, out) from refusal
         writer.publish()
-    notes = (*notes, *export.notes)
+    notes = (*notes, *embedding.notes, *export.notes)
     return ExportReport(out, manifest, rungs, quality, table.figures, export.allocation, notes)
 
 
@@ -303,7 +321,11 @@ def _complete_table(
     exact = ExactModel(
         rows=rows,
         runtime=source.architecture.reference().runtime(),
-        layout=replace(form.layout.with_codec(get_codec("f32")), embedding_dtype="float32"),
+        layout=replace(
+            form.layout.with_codec(get_codec("f32")),
+            embedding_dtype="float32",
+            embedding_codec=None,
+        ),
         context=source.spec.max_position_embeddings,
     )
     return mixed(form, target, exact, _table_text(source, text), progress)

@@ -156,6 +156,8 @@ def requantize(options: RequantizeOptions) -> RequantizeReport:
             check_table_options(form.layout, search=options.table_search, text=text)
         with writing_artifact(out, overwrite=options.overwrite) as writer:
             form = _complete(form, source, table, target, text, report)
+            if not form.layout.embedding.plain:
+                form = replace(form, stored=table.stored_embeddings)
             manifest = _Requantizing(source, writer).write(form, table, report)
             report("comparing", 0, 1)
             mean_kl, tokens = compare_artifacts(source.path, writer.path)

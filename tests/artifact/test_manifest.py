@@ -86,6 +86,7 @@ CANONICAL = """\
     "checksums_sha256": "1111111111111111111111111111111111111111111111111111111111111111",
     "classes": null,
     "codec": "int8-g32",
+    "embedding_codec": "f16",
     "embedding_dtype": "float16",
     "file": "table.safetensors",
     "parameters_sha256": null,
@@ -111,6 +112,7 @@ def manifest() -> Manifest:
             file="table.safetensors",
             codec="int8-g32",
             embedding_dtype="float16",
+            embedding_codec="f16",
             record_bytes=2 * 64 + 2 * 4 + 128,
             stride=512,
             alignment=512,
@@ -237,6 +239,15 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("table", "codec", "int8-g128"), "width 64 is not a multiple of the group size 128"),
         (put("table", "codec", "int8-g64"), "table: record_bytes is 264, expected 260"),
         (put("table", "embedding_dtype", "bfloat16"), "table: embedding_dtype is 'bfloat16'"),
+        (put("table", "embedding_codec", None), "table: embedding_codec is null, expected a codec"),
+        (put("table", "embedding_codec", "int7"), "table: embedding: Unknown codec 'int7', this"),
+        (put("table", "embedding_codec", "mixed-g32"), "embedding: Unknown codec 'mixed-g32'"),
+        (put("table", "embedding_codec", "none"), "embedding codec none: expected one that stores"),
+        (put("table", "embedding_codec", "nested8-g32"), "embedding codec nested8-g32: expected"),
+        (put("table", "embedding_codec", "codebook4-g32"), "codec codebook4-g32: expected one"),
+        (put("table", "embedding_codec", "lowrank-r32-f16"), "codec lowrank-r32-f16: expected one"),
+        (put("table", "embedding_codec", "int8-g128"), "width 64 is not a multiple of the group"),
+        (put("table", "embedding_codec", "int8-g32"), "record_bytes is 264, expected 204"),
         (put("table", "stride", 1024), "table: stride is 1024, expected 512"),
         (put("table", "alignment", 768), "table: alignment 768, expected a power of two from 512"),
         (put("table", "records_offset", 512), "records_offset is 512, expected a multiple of 4096"),
@@ -332,6 +343,16 @@ def test_any_value_anywhere_is_accepted_whole_or_refused(
     except ArtifactError:
         return
     assert json.loads(parsed.to_json()) == json.loads(sealed(content))
+
+
+def test_the_first_manifests_of_version_3_do_not_name_the_codec_of_embeddings() -> None:
+    content = json.loads(CANONICAL)
+    del content["table"]["embedding_codec"], content["sha256"]
+    found = Manifest.from_json(sealed(content), "here")
+    assert found == manifest()
+    own = json.dumps(content, sort_keys=True, indent=2) + "\n"
+    assert found.fingerprint == hashlib.sha256(own.encode()).hexdigest()
+    assert found.fingerprint != manifest().fingerprint
 
 
 @pytest.mark.parametrize("byte", range(8))

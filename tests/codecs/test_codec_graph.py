@@ -25,7 +25,7 @@ def no_matrix(*_: object) -> NoReturn:
 
 def rows_graph(codec: Codec) -> onnxruntime.InferenceSession:
     """A graph that gives the memory rows [1, T, L, D] of the tokens it is fed, in float32."""
-    builder = GraphBuilder("fp32", {}, None, no_matrix)
+    builder = GraphBuilder("float32", no_matrix)
     memory = MemorySpec(LAYERS, WIDTH, "added", (1.0,) * LAYERS)
     tokens = token_inputs(builder, WIDTH, memory, codec, "float32")
     assert tokens.memory is not None

@@ -15,7 +15,7 @@ from test_codecs import check_codec, rows_of
 
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
 from edge_memllm.artifact.sections import MixedLayout, named_layout
-from edge_memllm.codecs import Codec, get_codec
+from edge_memllm.codecs import Codec, embedding_form, get_codec
 from edge_memllm.codecs.layered import PARTS, Allocation, TokenClass
 from support.ready_codecs import MIXED, mixed, ready_mixed
 
@@ -269,7 +269,6 @@ def named(
         classes,
         layers=layers,
         width=width,
-        embedding_dtype="float16",
-        embedding_width=width,
+        embedding=embedding_form(width, "float16"),
         alignment=512,
     )

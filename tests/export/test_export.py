@@ -72,7 +72,8 @@ def test_words_choose_the_form(
 def test_dense_model_has_no_rows_whatever_the_codec(make_artifact: MakeArtifact) -> None:
     with Artifact.open(make_artifact(table_codec="int4", beta=8)) as artifact:
         assert artifact.manifest.table.codec == "none"
-        assert artifact.manifest.layout.record_bytes == 64 * 2
+        assert artifact.manifest.table.embedding_codec == "int8-g32"
+        assert artifact.manifest.layout.record_bytes == 64 + 64 // 32 * 2
 
 
 @pytest.mark.parametrize("options", [{}, {"graph_weights": "fp32", "table_codec": "f32"}])

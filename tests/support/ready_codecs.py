@@ -14,6 +14,9 @@ from edge_memllm.codecs.layered import Allocation
 LOW_RANK = ("lowrank-r64-f16", "lowrank-r128-int8-g32", "lowrank-r32-int4-g32")
 IDS = (*codec_ids(), *LOW_RANK)
 WITH_ROWS = tuple(each for each in IDS if each != "none")
+FOR_EMBEDDINGS = tuple(
+    each for each in WITH_ROWS if not each.startswith(("nested8", "codebook", "lowrank"))
+)
 
 
 # Two layers; the group of the wire form is 32.
@@ -32,11 +35,15 @@ def mixed(
     classes: tuple[tuple[str, ...], ...] = MIXED,
     width: int = 64,
     embedding_dtype: str = "float16",
+    embedding_codec: str | None = None,
 ) -> MixedLayout:
     """A mixed layout with tokens of every class, in no order; its levels are not learned yet."""
     class_of = np.random.default_rng(3).integers(0, len(classes), vocab_size, dtype=np.uint8)
     class_of[: len(classes)] = np.arange(len(classes))[::-1]
-    like = RecordLayout(len(classes[0]), width, get_codec("f32"), embedding_dtype)
+    exact = get_codec("f32")
+    like = RecordLayout(
+        len(classes[0]), width, exact, embedding_dtype, embedding_codec=embedding_codec
+    )
     return MixedLayout.of(like, Allocation(classes, class_of))
 
 

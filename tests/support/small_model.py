@@ -59,6 +59,7 @@ def write_artifact(
     layers: int = 2,
     width: int = 64,
     embedding_dtype: str = "float16",
+    embedding_codec: str | None = None,
     alignment: int = 512,
     identity: str = IDENTITY,
     seed: int = 0,
@@ -68,7 +69,9 @@ def write_artifact(
     codec = get_codec(codec) if isinstance(codec, str) else codec
     beta = 8 if codec.id == "none" else 0
     shape = (0, 0) if beta == 8 else (layers, width)
-    layout = mixed or RecordLayout(*shape, codec, embedding_dtype, alignment, embedding_width=width)
+    layout = mixed or RecordLayout(
+        *shape, codec, embedding_dtype, alignment, width, embedding_codec=embedding_codec
+    )
     random = np.random.default_rng(seed)
     embedding = random.standard_normal((vocab_size, width)).astype(np.float32)
     rows = random.standard_normal((vocab_size, *shape)).astype(np.float32)
@@ -130,8 +133,9 @@ def as_version_2(content: dict[str, Any]) -> dict[str, Any]:
         "memory_gain": memory["gain"] or [1.0] * model["num_hidden_layers"],
         "memory_layers": memory["layers"],
     }
+    table = {key: value for key, value in content["table"].items() if key != "embedding_codec"}
     rest = {key: value for key, value in content.items() if key != "sha256"}
-    return {**rest, "format_version": 2, "model": model}
+    return {**rest, "format_version": 2, "model": model, "table": table}
 
 
 def flip(path: Path, offset: int, bit: int = 0) -> None:

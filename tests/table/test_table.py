@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.layout import RecordBuffer
-from edge_memllm.codecs import codec_ids
+from edge_memllm.codecs import codec_ids, get_codec
 from edge_memllm.errors import CorruptionError, RequestError, StorageError
 from edge_memllm.table.table import Table, TableStatistics
 from support.ready_codecs import LOW_RANK
@@ -44,6 +44,39 @@ def test_what_was_written_is_read(
     buffer = RecordBuffer(table.layout, capacity=6)
     table.fetch(wanted, buffer)
     np.testing.assert_array_equal(buffer.rows(4), expected)
+    table.close()
+
+
+@pytest.mark.parametrize("embedding_dtype", ["float16", "float32"])
+@pytest.mark.parametrize("codec_id", ["none", "f16", "int8-g32"])
+@pytest.mark.parametrize("embedding_codec", ["int8-g32", "int6-g64", "int4a-g32", "bf16"])
+def test_embeddings_have_a_codec_of_their_own(
+    tmp_path: Path, embedding_codec: str, codec_id: str, embedding_dtype: str, reader: str
+) -> None:
+    small = write_artifact(
+        tmp_path / "written",
+        codec=codec_id,
+        embedding_codec=embedding_codec,
+        embedding_dtype=embedding_dtype,
+    )
+    with Artifact.open(small.path) as artifact:
+        assert artifact.manifest.table.embedding_codec == embedding_codec
+        table = Table.open(artifact, reader, record_cache_bytes=2048)
+    wanted = ids(5, 0, 23, 7)
+    codec = get_codec(embedding_codec)
+    decoded = codec.decode(*codec.encode(small.embedding[wanted, None]), 1, 64)[:, 0]
+    expected = decoded.astype(embedding_dtype)
+    for _ in range(2):  # from storage, then some from the cache
+        np.testing.assert_array_equal(table.embeddings(wanted), expected.astype(np.float32))
+    buffer = RecordBuffer(table.layout, capacity=6)
+    table.fetch(wanted, buffer)
+    assert buffer.embedding(4).dtype == embedding_dtype
+    np.testing.assert_array_equal(buffer.embedding(4), expected)
+    (chunk,) = table.chunks(wanted)
+    np.testing.assert_array_equal(chunk[0], expected.astype(np.float32))
+    rows = table.layout.codec
+    stored = rows.decode(*rows.encode(small.rows[wanted]), table.layout.layers, table.layout.width)
+    np.testing.assert_array_equal(table.rows(wanted), stored)
     table.close()
 
 

@@ -56,8 +56,8 @@ class Source(Protocol):
     def kinds(self) -> Mapping[str, str]:
         """The type that each matrix of a quantised file is stored in, by name; else nothing."""
 
-    def grid(self, name: str) -> Grid | None:
-        """How a weight is stored, where that is a grid."""
+    def grid(self, name: str, start: int = 0, stop: int | None = None) -> Grid | None:
+        """Rows of a matrix as they are stored, from `start` to before `stop`; None if no grid."""
 
     def text_file(self, name: str) -> bytes | None:
         """The content of one of `edge_memllm.text.TEXT_FILES`; None where there is none.

@@ -162,11 +162,9 @@ def _table(
     bound = slack * largest + np.zeros_like(rows)
     for codec, part in _codecs(layout, ids):
         bound[part] += codec.bound(rows[part])
-    half_unit = 2.0**-11 if layout.embedding_dtype == "float16" else 0.0
-    embedding_bound = half_unit * np.maximum(np.abs(embedding), 2.0**-14)
     measured = max(
         _share(np.abs(judged.table.rows(ids) - rows), bound),
-        _share(np.abs(judged.table.embeddings(ids) - embedding), embedding_bound),
+        _share(np.abs(judged.table.embeddings(ids) - embedding), layout.embedding.bound(embedding)),
     )
     note = f"largest difference over {len(ids)} tokens, as a share of the bound"
     return ParityCheck(2, "table", measured, 1.0, note)

@@ -39,8 +39,8 @@ class Folder:
         """Nothing: weights are floats."""
         return {}
 
-    def grid(self, name: str) -> None:
-        """Return None: weights are floats."""
+    def grid(self, name: str, start: int = 0, stop: int | None = None) -> None:
+        """Nothing: what a folder stores is no grid; see `Source`."""
 
     def text_file(self, name: str) -> bytes | None:
         """The content of a file of the folder; see `Source`."""

@@ -51,9 +51,9 @@ class GGUFModel:
         file = self._file
         return {name: file.kind(name) for name in file.names if len(file.shape(name)) > 1}
 
-    def grid(self, name: str) -> Grid | None:
-        """Return how a matrix is stored; None where that is no grid. See `Source`."""
-        return self._file.grid(name)
+    def grid(self, name: str, start: int = 0, stop: int | None = None) -> Grid | None:
+        """How the file stores a matrix; see `Source`."""
+        return self._file.grid(name, start, stop)
 
     def text_file(self, name: str) -> bytes | None:
         """The content of a file that a folder would have; see `Source`."""
