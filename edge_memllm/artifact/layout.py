@@ -28,7 +28,7 @@ from edge_memllm.codecs.wire import CodecSizes, Wire, decode_wire, wire_sizes
 from edge_memllm.readers import Region
 
 CHECKSUM_BYTES = 8
-ALIGNMENTS = (512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
+ALIGNMENTS = (64, 128, 256, 512, 1024, 2048, 4096, 8192, 16384, 32768, 65536)
 
 WireArrays = dict[str, NDArray[Any]]
 

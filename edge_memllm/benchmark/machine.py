@@ -52,6 +52,7 @@ _MOUNTS = Path("/proc/self/mountinfo")
 
 _THREADS = 16
 _TRIES = 16
+_BLOCK = 512  # what storage addresses
 _PAGE = 4096  # devices that cannot address less want reads of whole pages
 _READERS = ("direct", "uring", "pread")
 
@@ -306,8 +307,8 @@ class DeviceProbe:
         return file
 
     def _found_alignment(self, alignment: int, offset: int) -> int:
-        """The smallest unit the device takes: that of the records, or a page."""
-        for self._alignment in (alignment, max(alignment, _PAGE)):
+        """The smallest unit the device takes: that of the records, a block at least, or a page."""
+        for self._alignment in (max(alignment, _BLOCK), max(alignment, _PAGE)):
             try:
                 self._read(offset, self._largest, self._buffer())
             except OSError:

@@ -138,11 +138,14 @@ class ExportOptions:
         ),
     ] = None
     alignment: Annotated[
-        int,
+        int | None,
         Option(
-            "records start at multiples of this: 512 to 65536", parse=positive_int, metavar="BYTES"
+            "records start at multiples of this: 64 to 65536",
+            parse=positive_int,
+            metavar="BYTES",
+            unset="512, for dense models 64",
         ),
-    ] = 512
+    ] = None
     overwrite: _Overwrite = False
     graph_method: Annotated[
         str | None,

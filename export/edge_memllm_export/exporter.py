@@ -76,6 +76,9 @@ from edge_memllm_export.weights.quantizer import (
 )
 
 TABLE_FILE = "table.safetensors"
+# Of records: a block of what storage reads directly; where they are smaller than that, padding to
+# it would be most of the table.
+_ALIGNMENT, _DENSE_ALIGNMENT = 512, 64
 
 _log = logging.getLogger(__name__)
 
@@ -166,10 +169,12 @@ def _embedding(source: Checkpoint, form: GraphForm, asked: str | None) -> Embedd
 
 
 def record_layout(
-    source: Checkpoint, form: GraphForm, alignment: int, embedding_codec: str | None = None
+    source: Checkpoint, form: GraphForm, alignment: int | None, embedding_codec: str | None = None
 ) -> RecordLayout:
     """The table's record layout; ExportError where width, codec and alignment do not fit."""
     memory = source.spec.memory
+    if alignment is None:
+        alignment = _ALIGNMENT if memory.layers else _DENSE_ALIGNMENT
     try:
         return RecordLayout(
             layers=memory.layers,

@@ -249,7 +249,7 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("table", "embedding_codec", "int8-g128"), "width 64 is not a multiple of the group"),
         (put("table", "embedding_codec", "int8-g32"), "record_bytes is 264, expected 204"),
         (put("table", "stride", 1024), "table: stride is 1024, expected 512"),
-        (put("table", "alignment", 768), "table: alignment 768, expected a power of two from 512"),
+        (put("table", "alignment", 768), "table: alignment 768, expected a power of two from 64"),
         (put("table", "records_offset", 512), "records_offset is 512, expected a multiple of 4096"),
         (put("table", "checksums_sha256", "1" * 63), "table: checksums_sha256 is '111"),
         (put("table", "codec", "INT8"), "table: codec is 'INT8', expected a codec id"),

@@ -35,7 +35,7 @@ def test_a_full_record_has_no_padding() -> None:
     ("change", "message"),
     [
         ({"embedding_dtype": "bfloat16"}, "embedding dtype 'bfloat16', expected one of float16"),
-        ({"alignment": 256}, "alignment 256, expected a power of two from 512 to 65536"),
+        ({"alignment": 32}, "alignment 32, expected a power of two from 64 to 65536"),
         ({"alignment": 1000}, "alignment 1000, expected a power of two"),
         ({"alignment": 0}, "alignment 0, expected a power of two"),
         ({"layers": 0}, "codec int4-g32 without memory layers, expected codec none"),

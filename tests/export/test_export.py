@@ -126,6 +126,16 @@ def test_padded_heads_are_in_the_manifest(make_artifact: MakeArtifact) -> None:
         assert artifact.manifest.model.caches[0].head_dim == 16
 
 
+@pytest.mark.parametrize(("beta", "stride"), [(0, 512), (8, 128)])
+def test_records_without_memory_lie_closer(
+    beta: int, stride: int, make_artifact: MakeArtifact
+) -> None:
+    with Artifact.open(make_artifact(beta=beta)) as artifact:
+        assert artifact.manifest.table.stride % artifact.manifest.table.alignment == 0
+        assert artifact.manifest.table.alignment == {0: 512, 8: 64}[beta]
+        assert artifact.manifest.table.stride == stride
+
+
 def test_record_alignment_is_that_asked_for(checkpoint: Path, tmp_path: Path) -> None:
     report = export_model(checkpoint, tmp_path / "out", alignment=4096, verify=False)
     assert report.manifest.table.stride == 4096

@@ -160,7 +160,7 @@ def test_a_dense_model_takes_the_bits_it_was_given(
 def test_a_dense_model_fits_the_bytes_it_was_given(
     make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
-    checkpoint, most = make_checkpoint(beta=8), 420_000
+    checkpoint, most = make_checkpoint(beta=8), 190_000
     report = export_model(
         checkpoint, tmp_path / "out", table_target=Target(file_bytes=most), verify=False
     )

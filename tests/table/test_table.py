@@ -88,6 +88,25 @@ def test_any_ids_in_any_order(table: Table, small: SmallArtifact, wanted: list[i
     )
 
 
+@pytest.mark.parametrize("record_cache", [0, 4096])
+def test_records_may_lie_closer_than_blocks_of_storage(
+    tmp_path: Path, record_cache: int, reader: str
+) -> None:
+    small = write_artifact(
+        tmp_path / "close", codec="none", embedding_codec="int8-g32", vocab_size=600, alignment=64
+    )
+    assert small.manifest.table.stride == 128
+    with Artifact.open(small.path) as artifact:
+        table = Table.open(artifact, reader, record_cache_bytes=record_cache)
+    every = np.random.default_rng(2).permutation(600)
+    form = table.layout.embedding
+    expected = form.decode(form.encode(small.embedding)).astype(np.float32)
+    for wanted in (*np.split(every, 6), every[:1]):
+        table.announce(wanted.tolist())
+        np.testing.assert_array_equal(table.embeddings(wanted), expected[wanted])
+    table.close()
+
+
 def test_statistics_count_what_was_read(table: Table) -> None:
     assert table.statistics == TableStatistics(0, 0, 0, 0, 0)
     table.rows(ids(3, 1, 4))
