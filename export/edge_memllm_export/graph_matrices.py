@@ -22,7 +22,14 @@ from edge_memllm_export.weights.allocation import Allocation, fewest_bytes, leas
 from edge_memllm_export.weights.calibration import calibration_windows
 from edge_memllm_export.weights.forms import MatrixForm
 from edge_memllm_export.weights.kept_grids import GridStore
-from edge_memllm_export.weights.planning import FORMS, MatrixPlanner, choose_forms, measured
+from edge_memllm_export.weights.planning import (
+    FORMS,
+    MatrixPlanner,
+    choose_forms,
+    delicate_inputs,
+    in_graph,
+    measured,
+)
 from edge_memllm_export.weights.quantizer import WEIGHT_FORMS, block_for, kind_of, uniform
 from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix
 
@@ -30,6 +37,10 @@ from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, Store
 # the calibration's is hurt up to 1.6 times as much, and chance moves perplexity by tenths of a per
 # cent (docs/results/few-bits.md).
 PROMISE = 0.006
+# The same of inputs that are rounded to 8 bits where the matrices of a file are kept as they are.
+ROUNDED_INPUTS = 0.001
+_TOKENS_FOR_INPUTS = 1024  # to find out which inputs these are
+_BLOCK = 32
 _NODE_BYTES = 1024  # of a node and its weights, names and alignment included
 
 
@@ -73,7 +84,7 @@ def graph_matrices(
     """
     architecture = source.architecture
     if form.weights == "mixed" and form.method is None:
-        kept = GridStore(source)
+        kept = GridStore(source, _delicate(source, form, text, progress))
         return GraphMatrices(architecture, kept, kept=kept)
     if form.method != "gptq":
         return GraphMatrices(architecture, uniform(form.weights, form.block, form.matrices))
@@ -108,6 +119,30 @@ def graph_matrices(
         return stored
 
     return GraphMatrices(plan.architecture, counted, found)
+
+
+def _delicate(
+    source: Checkpoint, form: GraphForm, text: str | None, progress: Progress
+) -> set[str]:
+    """The matrices whose inputs are not rounded, so that rounding those of all others is little."""
+    names: list[str] = []
+    visit_matrices(source, form, lambda name, weight: names.append(name))
+    found = measured(
+        source.architecture.reference(),
+        names,
+        calibration_windows(source, text, _TOKENS_FOR_INPUTS),
+        lambda done, total: progress("calibration", done, total),
+    )
+    inputs: dict[str, float] = {}
+    sizes: dict[str, int] = {}
+
+    def weigh(name: str, weight: np.ndarray) -> None:
+        sensitivity = in_graph(source.architecture, name, found[name])
+        inputs[name] = sensitivity.of_rounded_inputs(weight.astype(np.float32), [_BLOCK])[_BLOCK]
+        sizes[name] = weight.size
+
+    visit_matrices(source, form, weigh)
+    return delicate_inputs(inputs, sizes, ROUNDED_INPUTS)
 
 
 def _forms(form: GraphForm, name: str, columns: int) -> Sequence[MatrixForm]:

@@ -14,12 +14,11 @@ from edge_memllm.errors import ExportError
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.mixed_precision import Target
 from edge_memllm.options.export import ExportOptions
-from edge_memllm_export import export_model
+from edge_memllm_export import export_model, graph_matrices
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import graph_form
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from edge_memllm_export.sources.gguf_grids import Grid, read_grid
-from edge_memllm_export.weights import kept_grids
 from edge_memllm_export.weights.kept_grids import kept
 from support.gguf_files import (
     VOCABULARY,
@@ -42,7 +41,6 @@ TYPES = {
     "Q6_K": ((208,), 8, 16),
 }
 EXACT = ("Q4_0", "Q5_0", "Q8_0")
-ALL = ("qkv_proj", "o_proj", "gate_up_proj", "down_proj", "lm_head")
 TOKENS = [(7 * place) % VOCABULARY for place in range(40)]
 
 
@@ -187,7 +185,7 @@ def test_whole_files_compute_what_their_weights_say(
     kind: str,
     tied: bool,
 ) -> None:
-    monkeypatch.setattr(kept_grids, "EXACT_INPUTS", ALL)
+    monkeypatch.setattr(graph_matrices, "ROUNDED_INPUTS", 0.0)
     file = write_wide(tmp_path / "m.gguf", architecture, kind, tie_word_embeddings=tied)
     report = export_model(file, tmp_path / "out", accept_quality_loss=True)
     assert f"matrices of the file: kept as they are: {kind} x 15." in report.notes
@@ -198,7 +196,7 @@ def test_whole_files_compute_what_their_weights_say(
 def test_rows_of_several_types_and_types_without_a_grid(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(kept_grids, "EXACT_INPUTS", ALL)
+    monkeypatch.setattr(graph_matrices, "ROUNDED_INPUTS", 0.0)
     kinds = {"attn_v.weight": "Q6_K", "ffn_up.weight": "F16", "token_embd.weight": "Q8_0"}
     file = write_wide(tmp_path / "m.gguf", "llama", "Q4_K", kinds, tie_word_embeddings=True)
     report = export_model(file, tmp_path / "out", accept_quality_loss=True)

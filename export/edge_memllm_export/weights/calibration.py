@@ -21,8 +21,12 @@ _TOKENS = 4096  # of texts; twice as many change nothing measurable
 _SHORTEST = 8  # what is left over at a text's end, if it is less
 
 
-def calibration_windows(source: Checkpoint, text: str | None) -> list[torch.Tensor]:
+def calibration_windows(
+    source: Checkpoint, text: str | None, most: int | None = None
+) -> list[torch.Tensor]:
     """Windows int64 [1, T] of a text's first tokens, or without one of those that come along.
+
+    At most ``most`` tokens, besides those of conversations; None takes enough to choose codes by.
 
     Raises ExportError for a text that the model cannot read; without one, a model without a
     tokenizer of its own gets random tokens.
@@ -39,8 +43,8 @@ def calibration_windows(source: Checkpoint, text: str | None) -> list[torch.Tens
         return [torch.tensor([each]) for each in parts if len(each) >= min(_SHORTEST, len(tokens))]
 
     if text is not None:
-        return windows(text, "", _TOKENS)
-    each = _TOKENS // 2
+        return windows(text, "", most or _TOKENS)
+    each = (most or _TOKENS) // 2
     found = windows(None, fitting_text(), each) + windows(None, encyclopaedia_text(), each)
     return found if tokenizer is None else found + _chats(source, tokenizer, longest)
 

@@ -22,7 +22,7 @@ from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.errors import ExportError
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.sources.gguf_grids import Grid, has_grid
-from edge_memllm_export.weights.quantizer import kind_of, quantize
+from edge_memllm_export.weights.quantizer import quantize
 from edge_memllm_export.weights.stored_matrix import Blocks, BlockSums, StoredMatrix, packed
 
 _SCALES = np.dtype(np.float16)
@@ -32,16 +32,15 @@ _CODE_BITS = {"Q4_0": 4, "Q4_1": 4, "Q4_K": 4}  # all others have 8
 _LEFT = 2.0**-17
 _MOST_LEVELS = 4
 _BLOCK = 32  # of what is rounded to 8 bits
-EXACT_INPUTS = ("lm_head",)
 
 
 class GridStore:
     """Stores matrices as a quantised file does; a `StoreMatrix`."""
 
-    def __init__(self, source: Checkpoint, exact_inputs: Collection[str] | None = None) -> None:
-        """Take the file, and the kinds of matrices whose inputs are not to be rounded."""
+    def __init__(self, source: Checkpoint, exact_inputs: Collection[str]) -> None:
+        """Take the file, and the names of matrices whose inputs are not to be rounded."""
         self._source = source
-        self._exact_inputs = EXACT_INPUTS if exact_inputs is None else exact_inputs
+        self._exact_inputs = exact_inputs
         self._kept: Counter[str] = Counter()  # weights by the file's type
         self._anew: Counter[str] = Counter()
 
@@ -63,7 +62,7 @@ class GridStore:
                 found.append(kept([self._grid(part) for part in weights], name))
                 self._kept.update([kind] * len(weights))
             start += found[-1].rows
-        exact = kind_of(name) in self._exact_inputs
+        exact = name in self._exact_inputs
         return [each.at_level_0() for each in found] if exact else found
 
     @property

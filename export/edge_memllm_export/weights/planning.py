@@ -97,7 +97,7 @@ class MatrixPlanner:
         """Take what `measured` found, for all matrices of the graph."""
         self._architecture = architecture
         self._sensitivities = {
-            name: _in_graph(architecture, name, each) for name, each in sensitivities.items()
+            name: in_graph(architecture, name, each) for name, each in sensitivities.items()
         }
         self._factors: dict[str, Floats] = {}
 
@@ -175,6 +175,21 @@ def choose_forms(weighed: Mapping[str, WeighedForms], choose: Choose) -> Allocat
         exact.add(worst)
 
 
+def delicate_inputs(inputs: Mapping[str, float], sizes: Mapping[str, int], most: float) -> set[str]:
+    """Return the matrices whose inputs must not be rounded, so that all others do little damage.
+
+    ``inputs`` is what rounding those of each costs, ``sizes`` its weights, ``most`` what is left to
+    be rounded. Those that cost most for each weight, which is for the time they take, are first.
+    """
+    rest, found = sum(inputs.values()), set()
+    for name in sorted(inputs, key=lambda name: -inputs[name] / sizes[name]):
+        if rest <= most:
+            break
+        found.add(name)
+        rest -= inputs[name]
+    return found
+
+
 def measured(
     reference: Reference,
     names: Sequence[str],
@@ -208,8 +223,8 @@ def measured(
     return found
 
 
-def _in_graph(architecture: Architecture, name: str, found: Sensitivity) -> Sensitivity:
-    """The same in the rows and columns of the graph, where heads may be wider."""
+def in_graph(architecture: Architecture, name: str, found: Sensitivity) -> Sensitivity:
+    """Return the same in the rows and columns of the graph, where heads may be wider."""
     columns = partial(architecture.arranged, name, side="columns")
     rows = architecture.arranged(name, found.rows[:, None], side="rows")[:, 0]
     moment = columns(columns(found.moment).T)
