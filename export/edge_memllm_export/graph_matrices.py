@@ -40,6 +40,7 @@ PROMISE = 0.006
 # The same of inputs that are rounded to 8 bits where the matrices of a file are kept as they are.
 ROUNDED_INPUTS = 0.001
 _TOKENS_FOR_INPUTS = 1024  # to find out which inputs these are
+_WINDOW_FOR_INPUTS = 128  # shorter than what codes are chosen by: less memory
 _BLOCK = 32
 _NODE_BYTES = 1024  # of a node and its weights, names and alignment included
 
@@ -130,8 +131,9 @@ def _delicate(
     found = measured(
         source.architecture.reference(),
         names,
-        calibration_windows(source, text, _TOKENS_FOR_INPUTS),
+        calibration_windows(source, text, _TOKENS_FOR_INPUTS, _WINDOW_FOR_INPUTS),
         lambda done, total: progress("calibration", done, total),
+        moments=False,
     )
     inputs: dict[str, float] = {}
     sizes: dict[str, int] = {}

@@ -69,6 +69,8 @@ def measure_sensitivities(
     logits: Callable[[torch.Tensor], torch.Tensor],
     windows: Sequence[torch.Tensor],
     progress: Callable[[int], None] = lambda done: None,
+    *,
+    moments: bool = True,
     seed: int = 0,
 ) -> dict[str, Sensitivity]:
     """Return how sensitive the network is to each matrix.
@@ -76,12 +78,13 @@ def measure_sensitivities(
     ``matrices`` are linear modules of it by name; several that read the same are one matrix whose
     rows they make up in turn. ``logits`` runs the network, each of these modules once, from ids
     [B, T] to [B, T, V]; of ``windows`` [B, T] each is run by itself, and ``progress(windows done)``
-    called. No parameter gathers a gradient. The same seed draws the same tokens. Raises
-    FloatingPointError for logits that are not finite.
+    called. Without ``moments`` these are empty, [0, 0]. No parameter gathers a gradient. The same
+    seed draws the same tokens. Raises FloatingPointError for logits that are not finite.
     """
     generator = torch.Generator().manual_seed(seed)
     heard = {name: _Heard(modules) for name, modules in matrices.items()}
-    _make_room(heard.values())
+    if moments:
+        _make_room(heard.values())
     handles = [
         module.register_forward_hook(partial(each.listen, place))
         for each, modules in zip(heard.values(), matrices.values(), strict=True)
@@ -93,8 +96,6 @@ def measure_sensitivities(
             parameter.requires_grad_(False)
         for done, ids in enumerate(windows, start=1):
             _pass_back(logits, ids, generator)
-            for each in heard.values():
-                each.add_window()
             progress(done)
     finally:
         for parameter in learning:
@@ -110,13 +111,13 @@ class _Heard:
     def __init__(self, modules: Sequence[nn.Module]) -> None:
         self._widths = [int(module.weight.shape[0]) for module in modules]
         self.columns = int(modules[0].weight.shape[1])
-        self.moment = torch.zeros(0)
+        self.moment = torch.zeros(0, 0)
         self._rows = torch.zeros(sum(self._widths))
         self._inputs = {
             block: torch.zeros(-(-self.columns // block), dtype=torch.float64)
             for block in INPUT_BLOCKS
         }
-        self._count = 0
+        self._count = self._awaited = 0
         self._x: torch.Tensor | None = None
         self._power: torch.Tensor | None = None
 
@@ -126,6 +127,7 @@ class _Heard:
             output.requires_grad_()
         if place == 0:
             self._x, self._power = inputs[0].detach().float().flatten(0, -2), None
+            self._awaited = len(self._widths)
         output.register_hook(partial(self._hear, place))
 
     def _hear(self, place: int, gradient: torch.Tensor) -> None:
@@ -134,15 +136,15 @@ class _Heard:
         self._power = power if self._power is None else self._power + power
         start = sum(self._widths[:place])
         self._rows[start : start + self._widths[place]] += squares.sum(dim=0)
+        self._awaited -= 1
+        if not self._awaited and self._x is not None:
+            self._add(self._x, self._power)
+            self._x = self._power = None
 
-    def add_window(self) -> None:
-        """Take in what was heard of a window; nothing, if no gradient came this way."""
-        x, power = self._x, self._power
-        self._x = self._power = None
-        if x is None or power is None:
-            return
+    def _add(self, x: torch.Tensor, power: torch.Tensor) -> None:
         self._count += len(x)
-        self.moment.addmm_(x.T, x * power[:, None])
+        if self.moment.numel():
+            self.moment.addmm_(x.T, x * power[:, None])
         for block, total in self._inputs.items():
             padded = nn.functional.pad(x, (0, -x.shape[1] % block))
             steps = padded.unflatten(1, (-1, block)).abs().amax(dim=2) / _INPUT_CODES
@@ -176,8 +178,11 @@ def _pass_back(
     logits: Callable[[torch.Tensor], torch.Tensor], ids: torch.Tensor, generator: torch.Generator
 ) -> None:
     """Run a window, draw a token at every position, and pass the loss of these tokens back."""
-    chances = torch.log_softmax(logits(ids).float(), dim=-1).flatten(0, -2)
-    if not chances.isfinite().all():
-        raise FloatingPointError("logits are not finite")
-    drawn = torch.multinomial(chances.detach().exp(), 1, generator=generator)
-    (-chances.gather(1, drawn).sum()).backward()
+    found = logits(ids).float().flatten(0, -2)
+    with torch.no_grad():
+        chances = found.softmax(dim=-1)
+        if not chances.isfinite().all():
+            raise FloatingPointError("logits are not finite")
+        drawn = torch.multinomial(chances, 1, generator=generator)[:, 0]
+        del chances  # as large as all that the pass back keeps of the logits
+    nn.functional.cross_entropy(found, drawn, reduction="sum").backward()

@@ -195,9 +195,12 @@ def measured(
     names: Sequence[str],
     windows: Sequence[torch.Tensor],
     progress: Counted,
+    *,
+    moments: bool = True,
 ) -> dict[str, Sensitivity]:
     """Measure on texts, windows [B, T], how much matrices of the graph matter.
 
+    Without ``moments`` only what rounding inputs costs can be told of them.
     Raises ExportError where what the network makes of them is not finite.
     """
     try:
@@ -207,6 +210,7 @@ def measured(
             reference.predicted,
             windows,
             lambda done: progress(done, len(windows)),
+            moments=moments,
         )
     except FloatingPointError as error:
         raise ExportError(
@@ -227,6 +231,8 @@ def in_graph(architecture: Architecture, name: str, found: Sensitivity) -> Sensi
     """Return the same in the rows and columns of the graph, where heads may be wider."""
     columns = partial(architecture.arranged, name, side="columns")
     rows = architecture.arranged(name, found.rows[:, None], side="rows")[:, 0]
+    if not found.moment.size:
+        return replace(found, rows=rows)
     moment = columns(columns(found.moment).T)
     if moment.shape == found.moment.shape:
         return replace(found, rows=rows, moment=moment)
