@@ -16,7 +16,7 @@ from edge_memllm.artifact.manifest import KV_DTYPES, UNIFORM_WEIGHTS
 from edge_memllm.codecs import CODEC_WORDS
 from edge_memllm.errors import RequestError
 from edge_memllm.mixed_precision import Target
-from edge_memllm.options import Option, positive_int
+from edge_memllm.options import Option, positive_int, positive_number
 from edge_memllm.progress import Progress
 
 GRAPH_FORMS = ("auto", *UNIFORM_WEIGHTS)
@@ -163,6 +163,17 @@ class ExportOptions:
             "text for gptq and for int8 keys and values, best one like those the model is for",
             reads_text=True,
             unset="prose that comes along",
+            group=_ROUNDING,
+        ),
+    ] = None
+    rounded_inputs: Annotated[
+        float | None,
+        Option(
+            "where the matrices of a GGUF file are kept as they are: what rounding the inputs of "
+            "some of them to 8 bits may cost, such as 0.001, which is faster",
+            metavar="NATS",
+            parse=positive_number,
+            unset="none are rounded",
             group=_ROUNDING,
         ),
     ] = None

@@ -110,6 +110,11 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     dtype, bits = compute_dtype(graph_weights), WEIGHT_FORMS.get(graph_weights, ("", None))[1]
     _check_block(asked, bits, options.graph_block)
     _check_kv_dtype(asked, dtype, kv_dtype)
+    if options.rounded_inputs is not None and not kept:
+        raise ExportError(
+            f"rounded inputs {options.rounded_inputs:g}: for matrices that are kept as a quantised "
+            f"GGUF file has them, those of {source.path} are not. Leave it out."
+        )
     matrices = dict(options.matrix_weights or {})
     check_matrix_forms(matrices, asked, source.architecture.kinds)
     return GraphForm(
@@ -119,13 +124,14 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         options.graph_block,
         int8_cache=kv_dtype == "int8",
         matrices=matrices,
+        rounded=options.rounded_inputs or 0.0,
         method=None if kept else method,
     )
 
 
 def check_calibration(form: GraphForm, text: str | None) -> None:
     """Refuse a calibration text that nothing would read."""
-    if text is not None and form.method != "gptq" and not form.int8_cache:
+    if text is not None and form.method != "gptq" and not (form.int8_cache or form.rounded):
         raise ExportError(
             f"calibration text: graph weights {form.weights} by the method {form.method or 'none'} "
             "are not calibrated, nor are keys and values. Leave it out, or choose the graph method "
@@ -254,8 +260,10 @@ def export_model(options: ExportOptions) -> ExportReport:
     (calibrated on `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights`
     stores kinds of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md.
     `kv_dtype` of keys and values is the graph's own float or "int8", whose steps are calibrated on
-    `calibration_text` too. `device` (cpu or cuda), `compute_dtype` (float32 or bfloat16) and
-    `chunk` (tokens at a time) say how the rows are computed. `verify` climbs the parity ladder and
+    `calibration_text` too. `rounded_inputs` is for GGUF files whose grids are kept: nats that
+    inputs rounded to 8 bits may cost, which is faster; None rounds none. `device` (cpu or cuda),
+    `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
+    computed. `verify` climbs the parity ladder and
     measures the loss of quality on `quality_text`; a loss beyond the bounds of `quality` is refused
     unless accepted. Two texts come along for those that are None: one that judges, and another for
     all that is fitted or planned. `progress(stage, done, total)` is called on the way.

@@ -37,9 +37,7 @@ from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, Store
 # the calibration's is hurt up to 1.6 times as much, and chance moves perplexity by tenths of a per
 # cent (docs/results/few-bits.md).
 PROMISE = 0.006
-# The same of inputs that are rounded to 8 bits where the matrices of a file are kept as they are.
-ROUNDED_INPUTS = 0.001
-_TOKENS_FOR_INPUTS = 1024  # to find out which inputs these are
+_TOKENS_FOR_INPUTS = 1024  # to find out which inputs may be rounded where grids are kept
 _WINDOW_FOR_INPUTS = 128  # shorter than what codes are chosen by: less memory
 _BLOCK = 32
 _NODE_BYTES = 1024  # of a node and its weights, names and alignment included
@@ -85,7 +83,7 @@ def graph_matrices(
     """
     architecture = source.architecture
     if form.weights == "mixed" and form.method is None:
-        kept = GridStore(source, _delicate(source, form, text, progress))
+        kept = GridStore(source, _delicate(source, form, text, progress) if form.rounded else None)
         return GraphMatrices(architecture, kept, kept=kept)
     if form.method != "gptq":
         return GraphMatrices(architecture, uniform(form.weights, form.block, form.matrices))
@@ -144,7 +142,7 @@ def _delicate(
         sizes[name] = weight.size
 
     visit_matrices(source, form, weigh)
-    return delicate_inputs(inputs, sizes, ROUNDED_INPUTS)
+    return delicate_inputs(inputs, sizes, form.rounded)
 
 
 def _forms(form: GraphForm, name: str, columns: int) -> Sequence[MatrixForm]:

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+import onnx_ir as ir
 import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
@@ -14,7 +15,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.mixed_precision import Target
 from edge_memllm.options.export import ExportOptions
-from edge_memllm_export import export_model, graph_matrices
+from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import graph_form
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
@@ -180,12 +181,10 @@ def graph_divergence(file: Path, out: Path) -> float:
 )
 def test_whole_files_compute_what_their_weights_say(
     tmp_path: Path,
-    monkeypatch: pytest.MonkeyPatch,
     architecture: str,
     kind: str,
     tied: bool,
 ) -> None:
-    monkeypatch.setattr(graph_matrices, "ROUNDED_INPUTS", 0.0)
     file = write_wide(tmp_path / "m.gguf", architecture, kind, tie_word_embeddings=tied)
     report = export_model(file, tmp_path / "out", accept_quality_loss=True)
     assert f"matrices of the file: kept as they are: {kind} x 15." in report.notes
@@ -193,10 +192,7 @@ def test_whole_files_compute_what_their_weights_say(
     assert graph_divergence(file, tmp_path / "out") < 2e-5
 
 
-def test_rows_of_several_types_and_types_without_a_grid(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(graph_matrices, "ROUNDED_INPUTS", 0.0)
+def test_rows_of_several_types_and_types_without_a_grid(tmp_path: Path) -> None:
     kinds = {"attn_v.weight": "Q6_K", "ffn_up.weight": "F16", "token_embd.weight": "Q8_0"}
     file = write_wide(tmp_path / "m.gguf", "llama", "Q4_K", kinds, tie_word_embeddings=True)
     report = export_model(file, tmp_path / "out", accept_quality_loss=True)
@@ -219,6 +215,30 @@ def test_grids_are_kept_unless_something_else_is_asked_for(tmp_path: Path) -> No
     assert method(table_target=Target(bits=5.0)) == "gptq"
     with pytest.raises(ExportError, match="calibration text: graph weights mixed by the method no"):
         export_model(path, tmp_path / "out", calibration_text="What it would be rounded by.")
+
+
+def test_inputs_are_rounded_only_where_that_was_asked_for(tmp_path: Path) -> None:
+    path = write_wide(tmp_path / "m.gguf", "llama", "Q4_1")
+    counts = []
+    for most in (None, 1e-7, 1e-6, 1e-5, 1e-4, 1e3):
+        export_model(path, tmp_path / str(most), rounded_inputs=most, verify=False)
+        counts.append(sum(level == 4 for level in levels(tmp_path / str(most))))
+    assert counts == sorted(counts)
+    assert counts[0] == 0
+    assert len(set(counts)) > 2, counts
+    assert set(levels(tmp_path / "1000.0")) == {4}
+    with pytest.raises(ExportError, match=r"rounded inputs 0\.1: for matrices that are kept"):
+        export_model(path, tmp_path / "out", rounded_inputs=0.1, graph_weights="int8")
+
+
+def levels(artifact: Path) -> list[int]:
+    """The accuracy level of every product with codes."""
+    nodes = ir.load(artifact / "graph.onnx").graph
+    return [
+        node.attributes["accuracy_level"].as_int()
+        for node in nodes
+        if node.op_type == "MatMulNBits"
+    ]
 
 
 def test_files_of_floats_are_quantised_as_folders_are(tmp_path: Path) -> None:

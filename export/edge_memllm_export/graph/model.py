@@ -40,6 +40,7 @@ class GraphForm:
     block: int | None = None  # weights to a scale in a matrix; None chooses by its size
     int8_cache: bool = False  # keys and values; else they are in the compute dtype
     matrices: Mapping[str, str] = field(default_factory=dict)  # kinds in another form than weights
+    rounded: float = 0.0  # nats that inputs rounded to 8 bits may cost beside grids that are kept
     method: str | None = None  # one of quantizer.METHODS; None where nothing is quantised
 
 

@@ -37,8 +37,8 @@ _BLOCK = 32  # of what is rounded to 8 bits
 class GridStore:
     """Stores matrices as a quantised file does; a `StoreMatrix`."""
 
-    def __init__(self, source: Checkpoint, exact_inputs: Collection[str]) -> None:
-        """Take the file, and the names of matrices whose inputs are not to be rounded."""
+    def __init__(self, source: Checkpoint, exact_inputs: Collection[str] | None) -> None:
+        """Take the file, and the names of matrices whose inputs are not rounded; None: of all."""
         self._source = source
         self._exact_inputs = exact_inputs
         self._kept: Counter[str] = Counter()  # weights by the file's type
@@ -62,7 +62,7 @@ class GridStore:
                 found.append(kept([self._grid(part) for part in weights], name))
                 self._kept.update([kind] * len(weights))
             start += found[-1].rows
-        exact = name in self._exact_inputs
+        exact = self._exact_inputs is None or name in self._exact_inputs
         return [each.at_level_0() for each in found] if exact else found
 
     @property
