@@ -29,7 +29,7 @@ MAX_PERPLEXITY_INCREASE = 0.05
 MAX_MEAN_KL = 0.05
 
 _WINDOW = 256
-_CHUNK_LOGITS = 1 << 23  # alive at once, of the network and of the artifact each
+_CHUNK_LOGITS = 1 << 21  # alive at once, of the network and of the artifact each
 _MOST_CHUNK = 128
 _MOST_TOKENS = 4096
 _FEWEST_TOKENS = 512
