@@ -60,6 +60,7 @@ from edge_memllm_export.text_files import check_text_files
 from edge_memllm_export.texts import (
     TableText,
     check_separate,
+    encyclopaedia_text,
     fitting_text,
     judging_text,
     table_text,
@@ -79,6 +80,9 @@ TABLE_FILE = "table.safetensors"
 # Of records: a block of what storage reads directly; where they are smaller than that, padding to
 # it would be most of the table.
 _ALIGNMENT, _DENSE_ALIGNMENT = 512, 64
+
+# What `auto` promises of perplexity; it plans by divergence (`graph_matrices.PROMISE`).
+_PROMISED_INCREASE = 0.02
 
 _log = logging.getLogger(__name__)
 
@@ -277,8 +281,12 @@ def export_model(options: ExportOptions) -> ExportReport:
     form = graph_form(source, options)
     check_calibration(form, options.calibration_text)
     text = judging_text() if options.quality_text is None else options.quality_text
-    fitted = {"table text": options.table_text, "calibration text": options.calibration_text}
-    check_separate(text, {name: each or fitting_text() for name, each in fitted.items()})
+    calibrated = f"{fitting_text()}\n{encyclopaedia_text()}"
+    fitted = {
+        "table text": options.table_text or fitting_text(),
+        "calibration text": options.calibration_text or calibrated,
+    }
+    check_separate(text, fitted)
     check_computation(options.device, options.compute_dtype, options.chunk)
     embedding = _embedding(source, form, options.embedding_codec)
     layout = record_layout(source, form, options.alignment, embedding.form.codec.id)
@@ -312,8 +320,22 @@ def export_model(options: ExportOptions) -> ExportReport:
                 kept = writer.set_aside() if options.keep_refused else None
                 raise _told(refusal, kept, out) from refusal
         writer.publish()
-    notes = (*notes, *embedding.notes, *export.notes)
+    notes = (*notes, *embedding.notes, *export.notes, *_broken_promise(form, budget, quality))
     return ExportReport(out, manifest, rungs, quality, table.figures, export.allocation, notes)
+
+
+def _broken_promise(
+    form: GraphForm, budget: Budget | None, quality: Quality | None
+) -> tuple[str, ...]:
+    """What to know of forms that were to keep a promise of quality and did not, if so."""
+    planned = form.weights == "mixed" and form.method is not None and budget is None
+    if not planned or quality is None or quality.perplexity_increase <= _PROMISED_INCREASE:
+        return ()
+    said = (
+        f"perplexity is {quality.perplexity_increase:+.1%}, more than the {_PROMISED_INCREASE:.0%} "
+        "that the default aims at. Ask for --graph-weights int8, or of a dense model for --bits."
+    )
+    return (said,)
 
 
 def _complete_table(

@@ -192,3 +192,19 @@ def graph_weights(checkpoint: Path) -> list[np.ndarray]:
     form = GraphForm("mixed", get_codec("none"), "float16", method="gptq")
     visit_matrices(Checkpoint.open(checkpoint), form, lambda name, weight: found.append(weight))
     return found
+
+
+def test_a_promise_that_is_not_kept_is_told(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    options: dict[str, Any] = {"accept_quality_loss": True, "overwrite": True}
+    monkeypatch.setattr("edge_memllm_export.exporter._PROMISED_INCREASE", 1e9)
+    report = export_model(make_checkpoint(beta=8), tmp_path / "out", **options)
+    assert not any("the default aims at" in note for note in report.notes)
+    monkeypatch.setattr("edge_memllm_export.exporter._PROMISED_INCREASE", -1.0)
+    report = export_model(make_checkpoint(beta=8), tmp_path / "out", **options)
+    assert "Ask for --graph-weights int8" in report.notes[-1]
+    report = export_model(
+        make_checkpoint(beta=8), tmp_path / "out", table_target=Target(bits=5), **options
+    )
+    assert not any("the default aims at" in note for note in report.notes)
