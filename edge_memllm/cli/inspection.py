@@ -17,6 +17,7 @@ from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.artifact.verification import verify_artifact
 from edge_memllm.cli.export import rung_table
+from edge_memllm.cli.models import known_artifact
 from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import (
     StageBars,
@@ -27,7 +28,6 @@ from edge_memllm.cli.output import (
     write_json,
 )
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.hub import artifact_folder
 from edge_memllm.memory_plan import Footprint, footprint
 from edge_memllm.options import Option, positive_int
 
@@ -63,7 +63,7 @@ _COUNTED = "feed_forward_parameters"
 class InspectOptions:
     """What may be asked of ``edge-memllm inspect``."""
 
-    artifact: Annotated[Path, Option("an exported model")]
+    artifact: Annotated[Path, Option("an exported model, or a name that 'list' shows")]
     _: KW_ONLY
     tokens: Annotated[
         int | None,
@@ -78,7 +78,7 @@ class InspectOptions:
 class VerifyOptions:
     """What may be asked of ``edge-memllm verify``."""
 
-    artifact: Annotated[Path, Option("an exported model")]
+    artifact: Annotated[Path, Option("an exported model, or a name that 'list' shows")]
     _: KW_ONLY
     against: Annotated[
         Path | None, Option("compare it with its checkpoint", metavar="CHECKPOINT")
@@ -88,7 +88,7 @@ class VerifyOptions:
 
 def inspect(options: InspectOptions) -> int:
     """Run ``edge-memllm inspect``."""
-    manifest = _read_manifest(artifact_folder(options.artifact))
+    manifest = _read_manifest(known_artifact(options.artifact))
     context = manifest.model.max_position_embeddings
     tokens = context if options.tokens is None else options.tokens
     if tokens > context:
@@ -214,7 +214,7 @@ def _computed(counts: dict[str, int]) -> str:
 
 def verify(options: VerifyOptions) -> int:
     """Run ``edge-memllm verify``; 1 when a rung does not hold."""
-    folder = artifact_folder(options.artifact)
+    folder = known_artifact(options.artifact)
     with Artifact.open(folder) as artifact:
         _check(artifact)
         facts = _facts(artifact)

@@ -13,6 +13,7 @@ from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import StageBars, byte_count, confirmed, say, table, write_json
 from edge_memllm.errors import RequestError
+from edge_memllm.hub import artifact_folder
 from edge_memllm.loading import LoadOptions
 from edge_memllm.model import Model
 from edge_memllm.options import Option, keywords
@@ -52,6 +53,15 @@ def load_model(loading: LoadOptions, *, yes: bool) -> Model:
     with StageBars() as bars:
         path = local_artifact(loading.path, bars, yes=yes)
         return edge_memllm.load(**keywords(replace(loading, path=path, progress=bars)))
+
+
+def known_artifact(path: Path) -> Path:
+    """Return the folder of an artifact: that of a name in the cache, of the Hub, or `path` itself.
+
+    Nothing is exported. Raises as `edge_memllm.hub.artifact_folder`.
+    """
+    entry = None if path.exists() else Store.of_user().named(str(path))
+    return artifact_folder(path) if entry is None else entry.artifact
 
 
 def local_artifact(source: str | os.PathLike[str], bars: StageBars, *, yes: bool) -> Path:

@@ -228,3 +228,20 @@ def test_serve_is_named_after_the_file(home: Path) -> None:
 
     assert name("some.Q8_0.gguf") == "some.Q8_0"
     assert name("org/name:Q8_0") == "org/name"
+
+
+def test_a_name_is_inspected(
+    call: Call,
+    source: Path,
+    tmp_path_factory: pytest.TempPathFactory,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    call(*run(source), "--yes")
+    monkeypatch.chdir(tmp_path_factory.mktemp("elsewhere"))  # where the source is no folder
+    (name,) = Store.of_user().names()
+    code, out, error = call("inspect", name)
+    assert (code, error) == (0, "")
+    assert "identity" in out
+    code, _, error = call("inspect", "no such model")
+    assert code == 1
+    assert "no such model: does not exist" in error
