@@ -474,7 +474,12 @@ class _Export:
         self._progress("graph", 0, steps)
         scales = kv_scales(self._source, calibration_text) if self._form.int8_cache else None
         matrices = graph_matrices(
-            self._source, self._form, calibration_text, self._budget, self._progress
+            self._source,
+            self._form,
+            calibration_text,
+            self._budget,
+            self._writer.path,
+            self._progress,
         )
         self.allocation = matrices.allocation
         spec, form = self._source.spec, self._form

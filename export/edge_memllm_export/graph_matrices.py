@@ -10,6 +10,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 
@@ -73,13 +74,15 @@ def graph_matrices(
     form: GraphForm,
     text: str | None,
     budget: Budget | None,
+    scratch: Path,
     progress: Progress,
 ) -> GraphMatrices:
     """Find out how the matrices of a graph are stored.
 
     ``text`` is calibrated on, None takes those that come along; without a ``budget`` the promise is
-    kept. Raises ExportError for weights or a text that cannot be used, and for a budget that is too
-    small.
+    kept; what does not fit into memory lies in the folder ``scratch``. Raises ExportError for
+    weights or a text that cannot be used and for a budget that is too small, StorageError for a
+    disk that is full.
     """
     architecture = source.architecture
     if form.weights == "mixed" and form.method is None:
@@ -98,6 +101,7 @@ def graph_matrices(
         names,
         calibration_windows(source, text),
         lambda done, total: progress("calibration", done, total),
+        scratch=scratch,
     )
     planner = MatrixPlanner(architecture, sensitivities)
     weighed = planner.weigh(

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import errno
+import os
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
+from edge_memllm.errors import StorageError
 from edge_memllm_export.weights.damage import INPUT_BLOCKS, Sensitivity, measure_sensitivities
 
 VOCABULARY, WIDTH = 13, 16
@@ -120,6 +124,14 @@ def test_moments_that_are_large_lie_in_a_file(
     monkeypatch.setattr("edge_memllm_export.weights.damage._IN_MEMORY", 0)
     found = measured(network, windows)
     np.testing.assert_array_equal(found["first"].moment, expected["first"].moment)
+
+    def full(*_: int) -> None:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(os, "posix_fallocate", full)
+    with pytest.raises(StorageError, match="The disk is full"):
+        measured(network, windows)
+    assert not any(each._forward_hooks for each in network.modules())
 
 
 def input_divergence(network: Network, windows: list[torch.Tensor], codes: float) -> float:

@@ -15,10 +15,12 @@ It knows torch modules, nothing of our network, of files and of graphs.
 
 from __future__ import annotations
 
+import os
 import tempfile
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -26,6 +28,7 @@ import torch
 from torch import nn
 
 from edge_memllm.arrays import Floats
+from edge_memllm.artifact.atomic import not_written
 
 INPUT_BLOCKS = (32, 64, 128, 256)  # of inputs that a product may round together
 _INPUT_CODES = 127
@@ -71,6 +74,7 @@ def measure_sensitivities(
     progress: Callable[[int], None] = lambda done: None,
     *,
     moments: bool = True,
+    scratch: Path | None = None,
     seed: int = 0,
 ) -> dict[str, Sensitivity]:
     """Return how sensitive the network is to each matrix.
@@ -78,13 +82,14 @@ def measure_sensitivities(
     ``matrices`` are linear modules of it by name; several that read the same are one matrix whose
     rows they make up in turn. ``logits`` runs the network, each of these modules once, from ids
     [B, T] to [B, T, V]; of ``windows`` [B, T] each is run by itself, and ``progress(windows done)``
-    called. Without ``moments`` these are empty, [0, 0]. No parameter gathers a gradient. The same
-    seed draws the same tokens. Raises FloatingPointError for logits that are not finite.
+    called. Without ``moments`` these are empty, [0, 0]; large ones lie in a file in the folder
+    ``scratch``. No parameter gathers a gradient. The same seed draws the same tokens. Raises
+    FloatingPointError for logits that are not finite, StorageError where there is no room.
     """
     generator = torch.Generator().manual_seed(seed)
     heard = {name: _Heard(modules) for name, modules in matrices.items()}
     if moments:
-        _make_room(heard.values())
+        _make_room(heard.values(), scratch)
     handles = [
         module.register_forward_hook(partial(each.listen, place))
         for each, modules in zip(heard.values(), matrices.values(), strict=True)
@@ -159,16 +164,29 @@ class _Heard:
         return Sensitivity(moment, (self._rows / total).numpy(), inputs)
 
 
-def _make_room(heard: Iterable[_Heard]) -> None:
+def _mapped(count: int, folder: Path | None) -> np.memmap[Any, np.dtype[np.float32]]:
+    """So many zeros in a file without a name, whose place on the disk is taken before.
+
+    A disk that is full when a page of it is written would end the process.
+    """
+    with tempfile.TemporaryFile(dir=folder) as file:
+        try:
+            file.truncate(4 * count)
+            if hasattr(os, "posix_fallocate"):
+                os.posix_fallocate(file.fileno(), 0, 4 * count)
+        except OSError as error:
+            raise not_written(folder or Path(tempfile.gettempdir()), error) from error
+        return np.memmap(file, np.float32, "r+", shape=(count,))
+
+
+def _make_room(heard: Iterable[_Heard], scratch: Path | None) -> None:
     """Give each its moment, all zero."""
     several = list(heard)
     counts = [each.columns**2 for each in several]
     if 4 * sum(counts) <= _IN_MEMORY:
         whole = torch.zeros(sum(counts))
     else:
-        with tempfile.TemporaryFile() as file:
-            mapped = np.memmap(file, np.float32, "w+", shape=(sum(counts),))
-        whole = torch.from_numpy(mapped)
+        whole = torch.from_numpy(_mapped(sum(counts), scratch))
     for each, part in zip(several, whole.split(counts), strict=True):
         each.moment = part.view(each.columns, each.columns)
 

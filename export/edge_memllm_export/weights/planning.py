@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 
 import numpy as np
 import torch
@@ -197,10 +198,12 @@ def measured(
     progress: Counted,
     *,
     moments: bool = True,
+    scratch: Path | None = None,
 ) -> dict[str, Sensitivity]:
     """Measure on texts, windows [B, T], how much matrices of the graph matter.
 
-    Without ``moments`` only what rounding inputs costs can be told of them.
+    Without ``moments`` only what rounding inputs costs can be told of them; ``scratch`` is a folder
+    with room for those of a large network.
     Raises ExportError where what the network makes of them is not finite.
     """
     try:
@@ -211,6 +214,7 @@ def measured(
             windows,
             lambda done: progress(done, len(windows)),
             moments=moments,
+            scratch=scratch,
         )
     except FloatingPointError as error:
         raise ExportError(
