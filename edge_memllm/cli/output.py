@@ -14,7 +14,6 @@ from time import monotonic
 from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
-from edge_memllm.codecs import PLAIN_CODECS
 from edge_memllm.errors import RequestError
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ def byte_count(count: float) -> str:
 
 def table_codecs(stored: TableSpec) -> str:
     """How a table stores rows, and embeddings where the graph is not fed them as they are."""
+    from edge_memllm.codecs import PLAIN_CODECS  # needs numpy, which help does without
+
     if stored.embedding_codec == PLAIN_CODECS[stored.embedding_dtype]:
         return stored.codec
     return f"{stored.codec}, embeddings {stored.embedding_codec}"

@@ -143,7 +143,7 @@ class ExportOptions:
             "records start at multiples of this: 64 to 65536",
             parse=positive_int,
             metavar="BYTES",
-            unset="512, for dense models 64",
+            unset="of models with memory 512, of dense ones 64",
         ),
     ] = None
     overwrite: _Overwrite = False

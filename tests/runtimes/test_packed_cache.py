@@ -228,7 +228,9 @@ def logits_of(artifact: Path, **options: Any) -> np.ndarray:
 
 
 def test_float_weights_are_not_repacked(make_artifact: MakeArtifact, tmp_path: Path) -> None:
-    with pytest.raises(RequestError, match="packed_cache is for graphs with int4 or int8 weights"):
+    with pytest.raises(
+        RequestError, match="packed_cache is for graphs with int4, int8, mixed weights"
+    ):
         text_of(make_artifact(**ARTIFACTS["fp32"]), packed_cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
 

@@ -144,7 +144,10 @@ def test_other_options_are_another_model(get: Get, source: Path, exporter: FakeE
     first, second = get(source), get(source, graph_weights="int8")
     assert first != second
     assert get(source, graph_weights="int8") == second
-    assert [options for _, options in exporter.made] == [{}, {"graph_weights": "int8"}]
+    assert [options for _, options in exporter.made] == [
+        {"keep_refused": False},
+        {"graph_weights": "int8", "keep_refused": False},
+    ]
     names = Store.of_user().names()
     assert sorted(names) == sorted(entry.folder.name for entry in names.values())
     source.rename(source.with_name("gone"))
