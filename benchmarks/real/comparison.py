@@ -129,7 +129,9 @@ def compare_copy(gguf: Path, folder: Path, judge: Judge) -> Iterator[str]:
     for name, options in forms.items():
         yield f"exporting: {name}"
         out = folder / f"ours-{name.replace(' ', '-').strip('-')}"
-        if out.exists() or _exported(source, out, options, may_refuse=True):
+        if out.exists() or _exported(
+            source, out, (*options, "--accept-quality-loss"), may_refuse=True
+        ):
             artifacts[name] = out
         else:
             refused.append(name)

@@ -110,7 +110,9 @@ def _copy_part(found: Mapping[str, Any] | None) -> Iterator[str]:
         "takes back, and the head is a matrix of its own: the function stays, no weight lies on "
         "the old grid. The same float16 weights went into a folder of transformers, for us, and a "
         'GGUF file, for llama.cpp\'s quantiser (no importance matrix). "As Q4_0" and the like are '
-        "ours with `--target-size`, the bytes of that type's tensors.\n"
+        "ours with `--target-size`, the bytes of that type's tensors, graph and table together, "
+        "with `--accept-quality-loss`. SmolLM2's rows of 576 are no multiple of 256, so most of "
+        "llama.cpp's K types fall back there, Q6_K to 8 bits.\n"
     )
     yield f"{_judged_on(found['quality'])}\n"
     yield f"![divergence by size](../images/{PICTURE.name})\n"
