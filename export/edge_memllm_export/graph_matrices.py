@@ -39,7 +39,6 @@ from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, Store
 # cent (docs/results/few-bits.md).
 PROMISE = 0.006
 _TOKENS_FOR_INPUTS = 1024  # to find out which inputs may be rounded where grids are kept
-_WINDOW_FOR_INPUTS = 128  # shorter than what codes are chosen by: less memory
 _BLOCK = 32
 _NODE_BYTES = 1024  # of a node and its weights, names and alignment included
 
@@ -133,7 +132,7 @@ def _delicate(
     found = measured(
         source.architecture.reference(),
         names,
-        calibration_windows(source, text, _TOKENS_FOR_INPUTS, _WINDOW_FOR_INPUTS),
+        calibration_windows(source, text, _TOKENS_FOR_INPUTS),
         lambda done, total: progress("calibration", done, total),
         moments=False,
     )

@@ -16,23 +16,23 @@ from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.texts import conversations, encyclopaedia_text, fitting_text, text_windows
 from edge_memllm_export.weights.kv_steps import text_tokens
 
-WINDOW = 512
+# Short ones, as a pass back holds what all layers make of one; 512 choose no better codes.
+_WINDOW = 128
 _TOKENS = 4096  # of texts; twice as many change nothing measurable
 _SHORTEST = 8  # what is left over at a text's end, if it is less
 
 
 def calibration_windows(
-    source: Checkpoint, text: str | None, most: int | None = None, window: int = WINDOW
+    source: Checkpoint, text: str | None, most: int | None = None
 ) -> list[torch.Tensor]:
     """Windows int64 [1, T] of a text's first tokens, or without one of those that come along.
 
     At most ``most`` tokens, besides those of conversations; None takes enough to choose codes by.
-    ``window`` is the most of them that go together.
 
     Raises ExportError for a text that the model cannot read; without one, a model without a
     tokenizer of its own gets random tokens.
     """
-    longest = min(window, source.spec.max_position_embeddings)
+    longest = min(_WINDOW, source.spec.max_position_embeddings)
     tokenizer = None
     if source.text_file(TOKENIZER_FILE) is not None:
         tokenizer = Tokenizer.from_files(source.text_file, str(source.path))

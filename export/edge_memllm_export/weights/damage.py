@@ -33,7 +33,7 @@ from edge_memllm.artifact.atomic import not_written
 INPUT_BLOCKS = (32, 64, 128, 256)  # of inputs that a product may round together
 _INPUT_CODES = 127
 # Moments that are more than this lie in a file without a name, where the system may put them aside.
-_IN_MEMORY = 1 << 29
+_IN_MEMORY = 1 << 26
 
 
 @dataclass(frozen=True, slots=True)
