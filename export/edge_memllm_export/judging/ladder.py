@@ -34,8 +34,8 @@ _LOGIT_BOUND = 1e-4  # two float32 computations of the same logits, summed in di
 # Rows computed in other chunks than here, as a part of the largest value of their layer.
 _ROW_SLACK = {"float32": 1e-5, "bfloat16": 0.03}
 # Mean KL, nats. What quantisation costs is measured on a text; here a wrong wire must
-# show, which costs whole nats, also on networks with random weights.
-_GRAPH_KL_BOUNDS = {"int4": 0.5, "mixed": 0.5, "int8": 0.02, "fp16": 1e-3}
+# show, which costs half a nat and more, also on small networks with random weights.
+_GRAPH_KL_BOUNDS = {"int4": 0.4, "mixed": 0.4, "int8": 0.02, "fp16": 1e-3}
 # How much further from the network a graph may be in parts than whole: nats, and a share of what
 # it is off whole. Kernels round one row and many rows in their own ways, and on real networks the
 # two results are as far from each other as from the network, yet equally far from that: within a
