@@ -11,7 +11,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import nn
 from torch.nn import functional
 from transformers import DynamicCache, LlamaConfig
 
@@ -22,12 +21,13 @@ from edge_memllm.modeling.rows import default_chunk
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
 from edge_memllm_export.architectures.architecture import StoredKV
-from edge_memllm_export.architectures.mapped_weights import FloatEmbedding, matrix_modules
+from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
+from edge_memllm_export.architectures.text_reference import TextReference
 from edge_memllm_export.graph.blocks import AttentionShape
 from edge_memllm_runtimes.torch_reference import TorchReference
 
 
-class DenseReference:
+class DenseReference(TextReference):
     """The network of transformers as a judge; see `Reference`."""
 
     def __init__(
@@ -43,24 +43,13 @@ class DenseReference:
         `parts` are the weights of a matrix of the graph.
         `heads_first` says that keys are normed with heads before positions: [B, Hk, T, d].
         """
-        self.network = network
+        super().__init__(network, parts)
         self._shapes = shapes
-        self._parts = parts
         self._heads_first = heads_first
 
     def rows(self, chunk: int | None = None) -> Rows:
         """Embeddings of tokens, and no rows."""
         return EmbeddingRows(self.network.model.embed_tokens, chunk)
-
-    def logits(self, ids: Sequence[int], chunk: int) -> Iterator[Floats]:
-        """Logits [<= chunk, V] of a text: only the head, whose output is large, goes by chunks."""
-        tokens = torch.tensor([ids], device=self.network.device)
-        with torch.inference_mode():
-            hidden = self.network.model(tokens, use_cache=False).last_hidden_state[0]
-        for start in range(0, len(ids), chunk):
-            with torch.inference_mode():
-                logits = self.network.lm_head(hidden[start : start + chunk])
-            yield logits.float().cpu().numpy()
 
     def fed_logits(self, ids: Sequence[int], embedding: Floats, rows: Floats) -> Floats:
         """Logits [T, V] out of embeddings [U, D] of the distinct ids, sorted."""
@@ -75,11 +64,6 @@ class DenseReference:
         """The network behind the contract of runtimes."""
         return TorchReference(FedNetwork(self.network, self._shapes))
 
-    def run(self, ids: torch.Tensor) -> None:
-        """Compute a text [1, T], for what listens."""
-        with torch.inference_mode():
-            self.network.model(ids, use_cache=False)
-
     def stored(self) -> Sequence[StoredKV]:
         """What each cache stores, in the order of the layers."""
         layers = zip(self.network.model.layers, self._shapes, strict=True)
@@ -92,15 +76,6 @@ class DenseReference:
             )
             for layer, shape in layers
         ]
-
-    def modules(self, matrix: str) -> Sequence[nn.Module]:
-        """The linear modules whose rows a matrix of the graph has."""
-        return matrix_modules(self.network, self._parts(matrix))
-
-    def predicted(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of texts, through which a gradient can pass."""
-        logits: torch.Tensor = self.network(ids, use_cache=False).logits
-        return logits
 
 
 class EmbeddingRows:

@@ -25,7 +25,7 @@ from edge_memllm_export.graph.builder import GraphBuilder
 
 _QUERIES = ("q_proj", "k_proj", "v_proj")
 _PARTS = {"qkv_proj": _QUERIES, "gate_up_proj": ("gate_proj", "up_proj")}
-_HEAD, _TIED_HEAD = "lm_head.weight", "model.embed_tokens.weight"
+HEAD, TIED_HEAD = "lm_head.weight", "model.embed_tokens.weight"
 
 
 def weight_array(weight: torch.Tensor) -> np.ndarray:
@@ -74,8 +74,8 @@ class LayerWeights:
 
     def parts(self, matrix: str) -> tuple[str, ...]:
         """Return the weights that make up a matrix of the graph; see `Architecture`."""
-        if matrix == _HEAD:
-            return (_HEAD if _HEAD in self.weights else _TIED_HEAD,)
+        if matrix == HEAD:
+            return (HEAD if HEAD in self.weights else TIED_HEAD,)
         path, kind, weight = matrix.rsplit(".", 2)
         return tuple(f"{path}.{part}.{weight}" for part in _PARTS.get(kind, (kind,)))
 
@@ -99,7 +99,7 @@ class LayerWeights:
         if kind == "down_proj":
             return Folding(self._present(f"{path}.up_proj"))
         norms = {"qkv_proj": "input_layernorm", "gate_up_proj": self.feed_forward_norm}
-        norm = "model.norm" if matrix == _HEAD else f"{layer}.{norms[kind]}"
+        norm = "model.norm" if matrix == HEAD else f"{layer}.{norms[kind]}"
         return Folding((f"{norm}.weight",))
 
     def folded(self, factors: Mapping[str, Floats]) -> Self:
@@ -163,12 +163,6 @@ def _place(matrix: str) -> tuple[str, str]:
 
 def _layer(path: str) -> int:
     return int(path.split(".")[2])  # model.layers.3.self_attn
-
-
-def matrix_modules(network: Any, parts: Sequence[str]) -> list[nn.Module]:
-    """The linear modules that weights belong to; a tied head's is the head."""
-    names = (_HEAD if part == _TIED_HEAD else part for part in parts)
-    return [network.get_submodule(name.removesuffix(".weight")) for name in names]
 
 
 def converting(network: Any, compute_dtype: torch.dtype) -> Any:

@@ -18,14 +18,13 @@ from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import onnx_ir as ir
 import torch
-from torch import nn
 from transformers.models.llama.modeling_llama import LlamaRotaryEmbedding
 
 from edge_memllm.arrays import Floats
@@ -42,7 +41,8 @@ from edge_memllm.modeling.stored_weights import (
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import Rows
 from edge_memllm_export.architectures.architecture import Source, StoredKV
-from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting, matrix_modules
+from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
+from edge_memllm_export.architectures.text_reference import TextReference
 from edge_memllm_export.graph.blocks import (
     Attention,
     AttentionShape,
@@ -224,7 +224,7 @@ class MemoryLLM(LayerWeights):
         return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
 
 
-class MemoryLLMReference:
+class MemoryLLMReference(TextReference):
     """The network of the family as a judge; see `Reference`."""
 
     def __init__(
@@ -233,26 +233,12 @@ class MemoryLLMReference:
         shape: Shape,
         parts: Callable[[str], tuple[str, ...]],
     ) -> None:
-        self.network = network
+        super().__init__(network, parts)
         self._shape = shape
-        self._parts = parts
 
     def rows(self, chunk: int | None = None) -> Rows:
         """Embeddings and memory rows of tokens, without gain, computed a chunk at a time."""
         return NetworkRows(self.network, chunk)
-
-    def logits(self, ids: Sequence[int], chunk: int) -> Iterator[Floats]:
-        """Logits [<= chunk, V] of a text; the network computes its memory by itself.
-
-        The layers see all ids at once; only the head, whose output is large, goes by chunks.
-        """
-        tokens = torch.tensor([ids], device=self.network.device)
-        with torch.inference_mode():
-            hidden = self.network.model(tokens, use_cache=False).last_hidden_state[0]
-        for start in range(0, len(ids), chunk):
-            with torch.inference_mode():
-                logits = self.network.lm_head(hidden[start : start + chunk])
-            yield logits.float().cpu().numpy()
 
     def fed_logits(self, ids: Sequence[int], embedding: Floats, rows: Floats) -> Floats:
         """Logits [T, V] out of embeddings [U, D] and rows [U, L, D] of the distinct ids, sorted."""
@@ -267,11 +253,6 @@ class MemoryLLMReference:
         """The network behind the contract of runtimes."""
         return TorchReference(self.network)
 
-    def run(self, ids: torch.Tensor) -> None:
-        """Compute a text [1, T], for what listens."""
-        with torch.inference_mode():
-            self.network.model(ids, use_cache=False)
-
     def stored(self) -> Sequence[StoredKV]:
         """What each cache stores, in the order of the layers."""
         attentions = [layer.self_attn for layer in self.network.model.layers]
@@ -283,12 +264,3 @@ class MemoryLLMReference:
             )
             for each in attentions
         ]
-
-    def modules(self, matrix: str) -> Sequence[nn.Module]:
-        """The linear modules whose rows a matrix of the graph has."""
-        return matrix_modules(self.network, self._parts(matrix))
-
-    def predicted(self, ids: torch.Tensor) -> torch.Tensor:
-        """Logits [B, T, V] of texts, through which a gradient can pass."""
-        logits: torch.Tensor = self.network(ids, use_cache=False).logits
-        return logits
