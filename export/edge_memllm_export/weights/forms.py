@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.errors import ExportError
-from edge_memllm_export.weights.gptq import WEIGHTED_DAMPING, Feedback
+from edge_memllm_export.weights.gptq import Feedback
 from edge_memllm_export.weights.grids import searched_grid, split_codes, split_zero
 from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, packed
 
@@ -101,7 +101,7 @@ class WeighedMatrix:
         """Return the matrix in a form. Raises ExportError for scales beyond ``scale_dtype``."""
         feedback = self._feedback
         if (form.bits, form.block) != (_MEASURED.bits, _MEASURED.block):
-            feedback = Feedback(self._moment, form.bits, form.block, WEIGHTED_DAMPING)
+            feedback = Feedback(self._moment, form.bits, form.block)
         rows, columns = self.weight.shape
         step = max(1, _CHUNK // columns)
         found = [
@@ -129,7 +129,7 @@ class WeighedMatrix:
 
     @cached_property
     def _feedback(self) -> Feedback:
-        return Feedback(self._moment, _MEASURED.bits, _MEASURED.block, WEIGHTED_DAMPING)
+        return Feedback(self._moment, _MEASURED.bits, _MEASURED.block)
 
     @cached_property
     def _extremes(self) -> dict[int, tuple[Floats, Floats]]:

@@ -15,10 +15,9 @@ from __future__ import annotations
 import numpy as np
 import torch
 
-# A share of the mean square input is added to all: calibration text does not hold all there is.
-_DAMPING = 0.01
-# Of moments weighted by gradients, which few tokens make up: 0.01 costs a seventh more divergence.
-WEIGHTED_DAMPING = 0.1
+# A share of the mean square input is added to all: calibration text does not hold all there is, and
+# few tokens make up a moment that gradients weigh. 0.01 costs a seventh more divergence.
+_DAMPING = 0.1
 _STRIDE = 64  # columns whose errors are carried among themselves before they are to all others
 
 
