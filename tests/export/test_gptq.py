@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 from edge_memllm_export.weights.gptq import Feedback, damped
 from edge_memllm_export.weights.grids import searched_grid
 from edge_memllm_export.weights.quantizer import BLOCKS, quantize
+from edge_memllm_export.weights.stored_matrix import packed, unpacked
 from support.matrices import dequantize
 
 FLOAT16 = np.dtype("float16")
@@ -32,11 +33,23 @@ def row_errors(weight: np.ndarray, rounded: np.ndarray, moment: np.ndarray) -> n
     return np.einsum("nk,kj,nj->n", missed, damped(moment).astype(np.float64), missed)
 
 
+def chosen_by(
+    choose: Feedback, weight: np.ndarray, bits: int, block: int, scale_dtype: np.dtype = FLOAT16
+) -> tuple[np.ndarray, np.ndarray]:
+    """Codes and scales as those of `quantize`, the codes chosen anew."""
+    codes, scales = quantize(weight, bits, block, scale_dtype, "w")
+    flat = unpacked(codes, bits).reshape(len(codes), -1)
+    wide = np.pad(weight, ((0, 0), (0, flat.shape[1] - weight.shape[1])))
+    half = 2 ** (bits - 1)
+    signed = choose(wide, flat.astype(np.float32) - half, scales.astype(np.float32))
+    return packed((signed + half).reshape(*scales.shape, block), bits), scales
+
+
 def both(
     weight: np.ndarray, moment: np.ndarray, bits: int, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The matrix with codes chosen and with nearest codes."""
-    chosen = quantize(weight, bits, block, FLOAT16, "w", Feedback(moment, bits, block))
+    chosen = chosen_by(Feedback(moment, bits, block), weight, bits, block)
     nearest = quantize(weight, bits, block, FLOAT16, "w")
     np.testing.assert_array_equal(chosen[1], nearest[1])
     assert chosen[0].shape == nearest[0].shape
@@ -117,7 +130,7 @@ def test_padding_and_idle_inputs_get_no_codes(random: np.random.Generator) -> No
     x[:, 7] = 0
     weight = random.standard_normal((3, 40)).astype(np.float32)
     weight[:, 9] = 0
-    codes, _ = quantize(weight, 8, 32, FLOAT16, "w", Feedback(moment_of(x), 8, 32))
+    codes, _ = chosen_by(Feedback(moment_of(x), 8, 32), weight, 8, 32)
     assert (codes[:, 1, 8:] == 128).all()
     nearest, _ = quantize(weight, 8, 32, FLOAT16, "w")
     assert (codes[:, 0, 7] == nearest[:, 0, 7]).all()
@@ -135,7 +148,8 @@ def test_inputs_without_any_spread_do(moment: np.ndarray, random: np.random.Gene
 def test_weights_too_small_for_a_step_become_zero() -> None:
     weight = np.full((1, 32), 1.6e-39, np.float32)
     choose = Feedback(np.eye(32, dtype=np.float32), 4, 32)
-    assert not dequantize(*quantize(weight, 4, 32, np.dtype("float32"), "w", choose), 4, 32).any()
+    codes, scales = chosen_by(choose, weight, 4, 32, np.dtype("float32"))
+    assert not dequantize(codes, scales, 4, 32).any()
 
 
 def test_zero_points_leave_less_of_the_error(random: np.random.Generator) -> None:

@@ -22,7 +22,7 @@ _STRIDE = 64  # columns whose errors are carried among themselves before they ar
 
 
 class Feedback:
-    """Chooses the codes of matrices that read the same inputs; a ``quantizer.ChooseCodes``.
+    """Chooses the codes of matrices that read the same inputs.
 
     ``moment`` is M, float32 [K, K], symmetric; ``damping`` as in `damped`.
     """

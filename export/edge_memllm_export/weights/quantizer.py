@@ -5,7 +5,7 @@ It knows numpy and nothing of graphs.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Collection, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 
 import numpy as np
 
@@ -19,11 +19,6 @@ _WIDE_BLOCK, _NARROW_BLOCK, _WIDE_FROM = 128, 32, 1024
 # code beyond -8 clips the extreme a little. Against plain -8 this takes a tenth off the error.
 _EXTREME_CODES = {4: (-8.5, -8.0, -7.5, -7.0, -6.5, -6.0), 8: (-128.0, -127.0)}
 CHUNK_WEIGHTS = 1 << 20  # weights worked on at a time: the temporaries stay in the cache
-_CHOICE_CHUNKS = 4  # chunks at once for a choice of codes, which is products of matrices
-
-# weight [n, blocks * G], its nearest signed codes and scales [n, blocks] -> codes to take instead.
-# All float32, K filled up with zeros to whole blocks.
-ChooseCodes = Callable[[np.ndarray, np.ndarray, np.ndarray], np.ndarray]
 
 # Graph weights -> (dtype of all activations, bits of a quantised matrix or None).
 # float16 activations are the one form that runs on CPU and CUDA alike.
@@ -55,18 +50,17 @@ def quantize(
     block: int,
     scale_dtype: np.dtype,
     name: str,
-    choose: ChooseCodes | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """``weight`` [N, K] of any float dtype -> codes uint8 and scales, laid out as in `Blocks`.
 
-    Without ``choose``, every weight takes the nearest code. Raises ExportError naming the weight
+    Every weight takes the nearest code. Raises ExportError naming the weight
     when a value is not finite or a scale leaves the range of ``scale_dtype``.
     """
     N, K = weight.shape
     blocks = -(-K // block)
     codes = np.empty((N, blocks, block * bits // 8), np.uint8)
     scales = np.empty((N, blocks), scale_dtype)
-    step = max(1, CHUNK_WEIGHTS * (_CHOICE_CHUNKS if choose else 1) // (blocks * block))
+    step = max(1, CHUNK_WEIGHTS // (blocks * block))
     for start in range(0, N, step):
         stop = min(start + step, N)
         chunk = np.zeros((stop - start, blocks * block), np.float32)
@@ -79,9 +73,6 @@ def quantize(
                 "graph weights fp32."
             )
         scales[start:stop] = scale.reshape(stop - start, blocks)
-        if choose is not None:
-            steps = scales[start:stop].astype(np.float32)
-            signed = choose(chunk, signed.reshape(chunk.shape), steps).reshape(-1, block)
         unsigned = (signed + 2 ** (bits - 1)).astype(np.uint8)
         codes[start:stop] = packed(unsigned, bits).reshape(stop - start, blocks, -1)
     return codes, scales
