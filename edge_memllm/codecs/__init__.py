@@ -7,6 +7,7 @@ from functools import lru_cache
 
 from edge_memllm.codecs.codec import (
     EMBEDDING_DTYPES,
+    GROUPS,
     PLAIN_CODECS,
     Codec,
     EmbeddingForm,
@@ -22,7 +23,7 @@ from edge_memllm.codecs.grouped import (
     Int6Codec,
     Int8Codec,
 )
-from edge_memllm.codecs.layered import PART_GROUPS, layered_codec
+from edge_memllm.codecs.layered import layered_codec
 from edge_memllm.codecs.levels import CodebookCodec, Int2Codec, Int3Codec, NormalFloat4Codec
 from edge_memllm.codecs.lowrank import LowRankCodec
 from edge_memllm.codecs.nested8 import Nested8Codec
@@ -32,6 +33,7 @@ from edge_memllm.errors import ArtifactError
 __all__ = [
     "EMBEDDING_DTYPES",
     "FAITHFUL",
+    "GROUPS",
     "MIXED",
     "PLAIN_CODECS",
     "Codec",
@@ -53,23 +55,21 @@ _CODECS: dict[str, Codec] = {
         Float32Codec(),
         Float16Codec(),
         BFloat16Codec(),
-        *(Float8Codec(group) for group in PART_GROUPS),
-        *(Int8Codec(group) for group in PART_GROUPS),
-        *(Nested8Codec(group) for group in PART_GROUPS),
-        *(Int6Codec(group) for group in PART_GROUPS),
-        *(Int5Codec(group) for group in PART_GROUPS),
-        *(Int4Codec(group) for group in PART_GROUPS),
-        *(AsymmetricInt4Codec(group) for group in PART_GROUPS),
-        *(NormalFloat4Codec(group) for group in PART_GROUPS),
-        *(Int3Codec(group) for group in PART_GROUPS),
-        *(Int2Codec(group) for group in PART_GROUPS),
-        *(CodebookCodec(bits, group) for bits in (4, 3, 2) for group in PART_GROUPS),
+        *(Float8Codec(group) for group in GROUPS),
+        *(Int8Codec(group) for group in GROUPS),
+        *(Nested8Codec(group) for group in GROUPS),
+        *(Int6Codec(group) for group in GROUPS),
+        *(Int5Codec(group) for group in GROUPS),
+        *(Int4Codec(group) for group in GROUPS),
+        *(AsymmetricInt4Codec(group) for group in GROUPS),
+        *(NormalFloat4Codec(group) for group in GROUPS),
+        *(Int3Codec(group) for group in GROUPS),
+        *(Int2Codec(group) for group in GROUPS),
+        *(CodebookCodec(bits, group) for bits in (4, 3, 2) for group in GROUPS),
         NoneCodec(),
     )
 }
-MIXED = tuple(
-    f"mixed-g{group}" for group in PART_GROUPS
-)  # tables in sections; no codec of their own
+MIXED = tuple(f"mixed-g{group}" for group in GROUPS)  # tables in sections; no codec of their own
 _LOWRANK = re.compile(r"lowrank-r([1-9]\d{0,5})-(.+)")
 _LOWRANK_INNER = ("f16", "int8-g32", "int4-g32")
 

@@ -34,6 +34,7 @@ EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
     "float32": np.dtype("<f4"),
 }
 PLAIN_CODECS = {"float16": "f16", "float32": "f32"}
+GROUPS = (32, 64, 128, 256)  # values that may share a scale
 # A decoded value may be a little larger than what was encoded, and is still to be a float16.
 _FLOAT16_LIMIT = 65024.0
 

@@ -13,7 +13,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
-from edge_memllm.codecs.codec import Codec, Fit
+from edge_memllm.codecs.codec import GROUPS, Codec, Fit
 from edge_memllm.codecs.grouped import Int4Codec, Int5Codec, Int6Codec, Int8Codec
 from edge_memllm.codecs.levels import CodebookCodec, Int2Codec, Int3Codec
 from edge_memllm.codecs.wire import CodecSizes, Wire, unpack_nibbles
@@ -30,14 +30,13 @@ PART_NAMES = (
     "int3",
     "int2",
 )
-PART_GROUPS = (32, 64, 128)
-PARTS = tuple(f"{name}-g{group}" for name in PART_NAMES for group in PART_GROUPS)
+PARTS = tuple(f"{name}-g{group}" for name in PART_NAMES for group in GROUPS)
 
 _Q4_TO_Q8 = np.uint8(128 - 8)  # between the zero points of the wire forms
 
 _PARTS: dict[str, Codec] = {
     codec.id: codec
-    for group in PART_GROUPS
+    for group in GROUPS
     for codec in (
         Int8Codec(group),
         Int6Codec(group),
@@ -97,7 +96,7 @@ def check_classes(classes: tuple[TokenClass, ...]) -> None:
         if unknown := [part for part in each.layers if part not in PARTS]:
             raise ValueError(
                 f"class {number}: codec '{unknown[0]}' cannot be mixed with others, expected one "
-                f"of {', '.join(PART_NAMES)} with a group of 32, 64 or 128."
+                f"of {', '.join(PART_NAMES)} with a group of {', '.join(map(str, GROUPS))}."
             )
 
 

@@ -16,8 +16,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.arrays import Doubles, Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, TableLayout
-from edge_memllm.codecs import Codec, get_codec
-from edge_memllm.codecs.layered import PART_GROUPS
+from edge_memllm.codecs import GROUPS, Codec, get_codec
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.progress import Counted
 from edge_memllm.runtime_protocol import Runtime
@@ -44,9 +43,7 @@ class Candidates:
 
 def candidate_ids(width: int) -> tuple[str, ...]:
     """Return the ids of the codecs that rows of `width` values can be stored by."""
-    return tuple(
-        f"{name}-g{each}" for name in _NAMES for each in PART_GROUPS[::-1] if width % each == 0
-    )
+    return tuple(f"{name}-g{each}" for name in _NAMES for each in GROUPS[::-1] if width % each == 0)
 
 
 def measure_candidates(rows: Floats, search: bool = False) -> Candidates:

@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.artifact.manifest import Manifest
-from edge_memllm.codecs import Codec, UnencodableRowError, get_codec
+from edge_memllm.codecs import GROUPS, Codec, UnencodableRowError, get_codec
 from edge_memllm.codecs.wire import CodecSizes
 from edge_memllm.errors import RequestError
 
@@ -26,7 +26,7 @@ Operation = Literal["replace", "add", "scale", "blank"]
 
 OPERATIONS: tuple[Operation, ...] = get_args(Operation)  # the place is the number in a file
 WITH_ROW = 2  # the first two come with a row
-CODECS = ("f32", "f16", *(f"int{bits}-g{group}" for bits in (8, 4) for group in (32, 64, 128)))
+CODECS = ("f32", "f16", *(f"int{bits}-g{group}" for bits in (8, 4) for group in GROUPS))
 MOST_TOKENS, MOST_LAYERS, MOST_WIDTH = 1 << 24, 1024, 1 << 17
 MOST_DESCRIPTION = 2000
 LARGEST_FACTOR = 65504.0  # of a scale operation, in magnitude

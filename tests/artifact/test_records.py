@@ -31,6 +31,15 @@ def test_a_full_record_has_no_padding() -> None:
     assert layout.record_bytes == layout.stride == 512
 
 
+def test_one_scale_for_each_layer_fits_gemmas_record_into_fifteen_sectors() -> None:
+    layouts = [
+        RecordLayout(35, 256, get_codec(f"int4-g{group}"), "float16", 512, 1536)
+        for group in (128, 256)
+    ]
+    assert [each.record_bytes for each in layouts] == [7692, 7622]
+    assert [each.stride for each in layouts] == [8192, 7680]
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
@@ -48,16 +57,16 @@ def test_layout_refuses(change: dict[str, Any], message: str) -> None:
         dataclasses.replace(LAYOUT, **change)
 
 
-def layout_of(codec_id: str) -> RecordLayout:
+def layout_of(codec_id: str, width: int = 128) -> RecordLayout:
     layers = 0 if codec_id == "none" else 2
-    return RecordLayout(layers, 128, ready(codec_id, layers, 128), "float16")
+    return RecordLayout(layers, width, ready(codec_id, layers, width), "float16")
 
 
 @pytest.mark.parametrize("codec_id", IDS)
 def test_buffer_shows_what_was_read_into_it(codec_id: str, random: np.random.Generator) -> None:
-    layout = layout_of(codec_id)
-    embedding = random.standard_normal((3, 128)).astype(np.float16)
-    rows = random.standard_normal((3, layout.layers, 128)).astype(np.float32)
+    layout = layout_of(codec_id, 256)
+    embedding = random.standard_normal((3, 256)).astype(np.float16)
+    rows = random.standard_normal((3, layout.layers, 256)).astype(np.float32)
     scales, codes = layout.codec.encode(rows)
     buffer = RecordBuffer(layout, capacity=4)
     for slot in range(3):
@@ -69,7 +78,7 @@ def test_buffer_shows_what_was_read_into_it(codec_id: str, random: np.random.Gen
     buffer.transcode(3)
     np.testing.assert_array_equal(buffer.embedding(3), embedding)
     np.testing.assert_array_equal(
-        buffer.rows(2), layout.codec.decode(scales[:2], codes[:2], layout.layers, 128)
+        buffer.rows(2), layout.codec.decode(scales[:2], codes[:2], layout.layers, 256)
     )
     assert not buffer.embedding(4)[3].any()
     fed = buffer.wire(3)

@@ -16,7 +16,7 @@ from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.tokens import token_inputs
 from support.ready_codecs import WITH_ROWS, ready
 
-LAYERS, WIDTH, TOKENS = 2, 128, 5
+LAYERS, WIDTH, TOKENS = 2, 256, 5
 
 
 def no_matrix(*_: object) -> NoReturn:

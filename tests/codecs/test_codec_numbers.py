@@ -17,7 +17,7 @@ from edge_memllm.codecs.wire import pack, unpack
 from edge_memllm.errors import RuntimeUnavailableError
 from support.ready_codecs import ready
 
-WIDTH = 128
+WIDTH = 256
 UNIFORM = [each for each in codec_ids() if each.startswith(("int8-", "int4-"))]
 LEVELED = [each for each in codec_ids() if each.startswith(("nf4", "int3", "int2"))]
 

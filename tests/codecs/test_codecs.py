@@ -13,7 +13,7 @@ from edge_memllm.codecs import Codec, UnencodableRowError, codec_ids, get_codec
 from edge_memllm.errors import ArtifactError
 from support.ready_codecs import IDS, LOW_RANK, WITH_ROWS, ready
 
-WIDTH = 128  # a multiple of every group size
+WIDTH = 256  # a multiple of every group size
 SEARCHING = [each for each in WITH_ROWS if get_codec(each).searches]
 GROUPED = [each for each in codec_ids() if get_codec(each).group]
 COARSE = [each for each in codec_ids() if get_codec(each).coarse]
@@ -269,6 +269,6 @@ def test_ids_are_the_documented_ones() -> None:
         "fp8", "int8", "nested8", "int6", "int5", "int4", "int4a", "nf4", "int3", "int2",
         "codebook4", "codebook3", "codebook2",
     )  # fmt: skip
-    with_groups = [f"{name}-g{group}" for name in grouped for group in (32, 64, 128)]
+    with_groups = [f"{name}-g{group}" for name in grouped for group in (32, 64, 128, 256)]
     assert codec_ids() == ("f32", "f16", "bf16", *with_groups, "none")
     assert all(get_codec(codec).id == codec for codec in IDS)

@@ -16,7 +16,7 @@ from edge_memllm.codecs import UnencodableRowError, codec_ids, embedding_form, g
 from support.ready_codecs import FOR_EMBEDDINGS, LOW_RANK, mixed
 from support.small_model import IDENTITY
 
-WIDTH = 128  # a multiple of every group size
+WIDTH = 256  # a multiple of every group size
 DTYPES = ("float16", "float32")
 OTHERS = [each for each in (*codec_ids(), *LOW_RANK) if each not in FOR_EMBEDDINGS]
 EMBEDDINGS = arrays(

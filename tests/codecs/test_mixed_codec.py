@@ -19,7 +19,7 @@ from edge_memllm.codecs import Codec, embedding_form, get_codec
 from edge_memllm.codecs.layered import PARTS, Allocation, TokenClass
 from support.ready_codecs import MIXED, mixed, ready_mixed
 
-WIDTH = 128
+WIDTH = 256
 EVERY_CLASS = range(len(MIXED))
 
 
@@ -126,7 +126,7 @@ def test_sizes_are_those_of_the_largest_class() -> None:
     assert layout.payload_bytes(600) == len(layout.parameters) + sum(
         count * size for count, size in zip(counts, sizes, strict=True)
     )
-    assert layout.fed_bytes == 256 + 2 * WIDTH + 2 * WIDTH // 32 * 2
+    assert layout.fed_bytes == 2 * WIDTH + 2 * WIDTH + 2 * WIDTH // 32 * 2
     # The most scales and the most codes need not be of the same class.
     most = [max(each.codec.sizes(2, WIDTH).scales_bytes for each in layout.kinds)]
     most.append(max(each.codec.sizes(2, WIDTH).codes_bytes for each in layout.kinds))

@@ -45,16 +45,16 @@ def untouched() -> np.ndarray:
 
 @pytest.mark.parametrize("codec", CODECS)
 def test_every_operation_on_every_codec(tmp_path: Path, codec: str) -> None:
-    small = write_artifact(tmp_path / "artifact", codec=codec, width=128)
+    small = write_artifact(tmp_path / "artifact", codec=codec, width=256)
     edits = [
-        Edit(each.token, each.layer, each.operation, each.row if each.row is None else row(5, 128))
+        Edit(each.token, each.layer, each.operation, each.row if each.row is None else row(5, 256))
         if each.operation != "scale"
         else each
         for each in every_operation()
     ]
     table = open_table(small)
     base = table.rows(EVERY)
-    over = laid_over(table, made(edits, width=128))
+    over = laid_over(table, made(edits, width=256))
     expected = applied(edits, base)
     plain = plain_codec(table.layout)
     bound = np.broadcast_to(plain.bound(expected), expected.shape)

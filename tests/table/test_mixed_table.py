@@ -27,7 +27,7 @@ from edge_memllm_runtimes.fake import FakeRuntime
 from support.ready_codecs import mixed
 from support.small_model import SmallArtifact, write_artifact
 
-TOKENS, WIDTH = 40, 128
+TOKENS, WIDTH = 40, 256
 EVERY = np.arange(TOKENS)
 
 

@@ -28,7 +28,7 @@ def test_what_was_written_is_read(
     tmp_path: Path, codec_id: str, embedding_dtype: str, reader: str
 ) -> None:
     small = write_artifact(
-        tmp_path / "written", codec=codec_id, width=128, embedding_dtype=embedding_dtype
+        tmp_path / "written", codec=codec_id, width=256, embedding_dtype=embedding_dtype
     )
     with Artifact.open(small.path) as artifact:
         table = Table.open(artifact, reader)
