@@ -11,7 +11,6 @@ import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
 from gguf.quants import dequantize
-from transformers import AutoConfig, AutoModelForCausalLM
 
 from edge_memllm.errors import ExportError
 from edge_memllm_export.sources.gguf_config import GGUFConfig
@@ -23,6 +22,7 @@ from support.gguf_files import (
     LAYERS,
     VOCABULARY,
     WIDTH,
+    built,
     metadata_of,
     permuted,
     random_model,
@@ -157,18 +157,6 @@ def written(
         stored_tensors(architecture, model) | tensors,
         kind,
     )
-    return model
-
-
-def built(file: GGUFFile) -> Any:
-    """Transformers' network of the file's configuration and weights."""
-    fields = dict(file.config)
-    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
-    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
-    state = {name: torch.from_numpy(file.read(name)) for name in file.names}
-    missing, unexpected = model.load_state_dict(state, strict=False)
-    assert set(missing) <= {"lm_head.weight"} and not unexpected
-    model.tie_weights()
     return model
 
 

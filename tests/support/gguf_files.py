@@ -16,6 +16,8 @@ import torch
 from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM
 
+from edge_memllm_export.sources.gguf_file import GGUFFile
+
 VOCABULARY, WIDTH, HEADS, KEYS, HEAD, INNER, LAYERS = 96, 64, 4, 2, 32, 96, 3
 SIZES = {
     "vocab_size": VOCABULARY,
@@ -145,6 +147,18 @@ def rounded(model: Any, kind: gguf.GGMLQuantizationType) -> Any:
             if parameter.ndim == 2:
                 stored = quantize(parameter.numpy(), kind)
                 parameter.copy_(torch.from_numpy(dequantize(stored, kind)))
+    return model
+
+
+def built(file: GGUFFile) -> Any:
+    """Transformers' network of the file's configuration and weights."""
+    fields = dict(file.config)
+    config = AutoConfig.for_model(fields.pop("model_type"), **fields)
+    model = AutoModelForCausalLM.from_config(config, dtype=torch.float32).eval()
+    state = {name: torch.from_numpy(file.read(name)) for name in file.names}
+    missing, unexpected = model.load_state_dict(state, strict=False)
+    assert set(missing) <= {"lm_head.weight"} and not unexpected
+    model.tie_weights()
     return model
 
 

@@ -6,116 +6,42 @@ the same: what that cannot be done with is refused by the key or tensor that ask
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
-from functools import cache
-from typing import Any, NoReturn
+from collections.abc import Callable, Iterator, Mapping, Set
+from typing import Any, Protocol
 
-import numpy as np
-from gguf.constants import Keys
-
-from edge_memllm.arrays import Doubles, Floats
-from edge_memllm.errors import ExportError
-
-ROTARY_FACTORS = "rope_freqs.weight"
-_EMBEDDING, _HEAD = "token_embd.weight", "output.weight"
-_LLAMA_ROTARY = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
-_LLAMA_CONTEXTS = (8192, 4096, 2048, 16384, 32768)  # the first is that of all of Llama 3
-_GEMMA_PATTERN = 6  # one layer of so many sees the whole text, where the file does not say
-_GEMMA_27B_LAYERS = 62  # the one size whose attention is scaled by the width a head would have
-
-_LAYER = {
-    "attn_norm.weight": "input_layernorm.weight",
-    "attn_q.weight": "self_attn.q_proj.weight",
-    "attn_k.weight": "self_attn.k_proj.weight",
-    "attn_v.weight": "self_attn.v_proj.weight",
-    "attn_output.weight": "self_attn.o_proj.weight",
-    "ffn_gate.weight": "mlp.gate_proj.weight",
-    "ffn_up.weight": "mlp.up_proj.weight",
-    "ffn_down.weight": "mlp.down_proj.weight",
-}
-_PRE_NORM = {"ffn_norm.weight": "post_attention_layernorm.weight"}
-_SANDWICH_NORMS = {
-    "post_attention_norm.weight": "post_attention_layernorm.weight",
-    "ffn_norm.weight": "pre_feedforward_layernorm.weight",
-    "post_ffw_norm.weight": "post_feedforward_layernorm.weight",
-}
-_HEAD_NORMS = {
-    "attn_q_norm.weight": "self_attn.q_norm.weight",
-    "attn_k_norm.weight": "self_attn.k_norm.weight",
-}
-_INPUT_BIASES = {
-    "attn_q.bias": "self_attn.q_proj.bias",
-    "attn_k.bias": "self_attn.k_proj.bias",
-    "attn_v.bias": "self_attn.v_proj.bias",
-}
-_ATTENTION_BIASES = {**_INPUT_BIASES, "attn_output.bias": "self_attn.o_proj.bias"}
-_FEED_FORWARD_BIASES = {
-    "ffn_gate.bias": "mlp.gate_proj.bias",
-    "ffn_up.bias": "mlp.up_proj.bias",
-    "ffn_down.bias": "mlp.down_proj.bias",
-}
+from edge_memllm.arrays import Floats
+from edge_memllm_export.sources import gguf_dense
+from edge_memllm_export.sources.gguf_dense import DenseNetwork
+from edge_memllm_export.sources.gguf_gemma4 import Gemma4Network
+from edge_memllm_export.sources.gguf_metadata import ROTARY_FACTORS, Expected, Metadata
 
 
-@dataclass(frozen=True)
-class Family:
-    """What the files of one architecture hold, and what transformers calls it.
+class Network(Protocol):
+    """What the files of one architecture hold."""
 
-    Attributes:
-        model_type: And `class_name`, as transformers names them.
-        layer: Tensors of each layer: their names in the file and in transformers.
-        switches: Tensors that all layers have or none, by the field that says so.
-        permuted: Whether rows of queries and keys are interleaved for llama.cpp's rotary form.
-        shifted_norms: Whether transformers adds one to the weights of norms.
-    """
+    @property
+    def fields(self) -> Mapping[str, Any]:
+        """The configuration, in transformers' names."""
 
-    model_type: str
-    class_name: str
-    layer: Mapping[str, str]
-    switches: Mapping[str, Mapping[str, str]]
-    permuted: bool = False
-    shifted_norms: bool = False
+    @property
+    def permuted(self) -> bool:
+        """Whether rows of queries and keys are interleaved for llama.cpp's rotary form."""
+
+    @property
+    def shifted_norms(self) -> bool:
+        """Whether the file has one more in the weights of norms than transformers."""
+
+    @property
+    def idle(self) -> Set[str]:
+        """Tensors that may be there and are never computed with."""
+
+    def expected(self) -> Iterator[Expected]:
+        """Every parameter, in transformers' and in the file's names."""
 
 
-FAMILIES: Mapping[str, Family] = {
-    "llama": Family(
-        "llama",
-        "LlamaForCausalLM",
-        {**_LAYER, **_PRE_NORM},
-        {"attention_bias": _ATTENTION_BIASES, "mlp_bias": _FEED_FORWARD_BIASES},
-        permuted=True,
-    ),
-    "qwen2": Family("qwen2", "Qwen2ForCausalLM", {**_LAYER, **_PRE_NORM, **_INPUT_BIASES}, {}),
-    "qwen3": Family(
-        "qwen3",
-        "Qwen3ForCausalLM",
-        {**_LAYER, **_PRE_NORM, **_HEAD_NORMS},
-        {"attention_bias": _ATTENTION_BIASES},
-    ),
-    "gemma3": Family(
-        "gemma3_text",
-        "Gemma3ForCausalLM",
-        {**_LAYER, **_SANDWICH_NORMS, **_HEAD_NORMS},
-        {"attention_bias": _ATTENTION_BIASES},
-        shifted_norms=True,
-    ),
-}
-
-# Keys under the architecture's name that are read here, or that change nothing.
-_FOLLOWED = {
-    *("context_length", "embedding_length", "block_count", "feed_forward_length"),
-    *("attention.head_count", "attention.head_count_kv", "attention.key_length"),
-    *("attention.value_length", "attention.layer_norm_rms_epsilon", "attention.causal"),
-    *("rope.dimension_count", "rope.freq_base", "rope.scaling.type", "rope.scaling.factor"),
-    *("rope.scaling.original_context_length", "rope.scaling.attn_factor", "rope.scale_linear"),
-    *("rope.scaling.yarn_ext_factor", "rope.scaling.yarn_attn_factor"),
-    *("rope.scaling.yarn_beta_fast", "rope.scaling.yarn_beta_slow"),
-}
-_OF_NO_EFFECT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
-_FOLLOWED_BY_GEMMA = {
-    *("attention.sliding_window", "attention.sliding_window_pattern", "rope.freq_base_swa"),
-    "final_logit_softcapping",
+_NETWORKS: Mapping[str, Callable[[Metadata, Floats | None], Network]] = {
+    **dict.fromkeys(gguf_dense.FAMILIES, DenseNetwork),
+    "gemma4": Gemma4Network,
 }
 
 
@@ -132,286 +58,28 @@ class GGUFConfig:
         """Take the metadata, the shape of every tensor and what `ROTARY_FACTORS` holds, if any.
 
         Raises:
-            ExportError: The network is none of `FAMILIES`, incomplete, or cannot be said exactly.
+            ExportError: The network is none that is known, incomplete, or cannot be said exactly.
         """
-        self._metadata = metadata
-        self._shapes = shapes
-        self._where = where
-        self.architecture = self._architecture()
-        self.family = FAMILIES[self.architecture]
-        self._refuse_unfollowed()
-        self.fields = self._fields(rotary_factors)
+        self._read = Metadata(metadata, shapes, where, _NETWORKS)
+        self.network = _NETWORKS[self._read.architecture](self._read, rotary_factors)
+        self.fields = self.network.fields
         self.tensors = self._tensors()
-
-    def _refuse(self, what: str, advice: str = "Give the model as a folder instead.") -> NoReturn:
-        raise ExportError(f"{self._where}: {what} {advice}")
-
-    def _architecture(self) -> str:
-        kind = self._metadata.get("general.type", "model")
-        if kind != "model":
-            self._refuse(f"is of type {kind!a:.40}, expected a model.", "Give the model's file.")
-        parts = self._metadata.get("split.count", 0)
-        if parts not in (0, 1):
-            self._refuse(
-                f"is one of {parts!a:.20} parts of a model.",
-                "Join them with llama-gguf-split --merge.",
-            )
-        found = self._metadata.get("general.architecture")
-        if not isinstance(found, str) or found not in FAMILIES:
-            self._refuse(
-                f"general.architecture is {found!a:.40}, expected one of {', '.join(FAMILIES)}.",
-                "Models of other families are not read.",
-            )
-        return found
-
-    def _key(self, name: str) -> str:
-        return f"{self.architecture}.{name}"
-
-    def _refuse_unfollowed(self) -> None:
-        followed = _FOLLOWED | _OF_NO_EFFECT
-        if self.architecture == "gemma3":
-            followed |= _FOLLOWED_BY_GEMMA
-        for name in sorted(_known_keys() - followed):
-            value = self._metadata.get(self._key(name))
-            if value is not None and np.any(np.asarray(value) != 0):
-                self._refuse(
-                    f"{self._key(name)} is {value!a:.60}, which the network here does not follow."
-                )
-        if self._metadata.get(self._key("attention.causal"), True) is not True:
-            self._refuse("attends to what comes later, so it does not generate text.")
-
-    def _number(self, name: str, least: float, most: float, default: Any = None) -> Any:
-        """A number of the metadata; one for each layer only where all are equal."""
-        key = self._key(name)
-        found = self._metadata.get(key, default)
-        if isinstance(found, np.ndarray) and found.size and (found == found[0]).all():
-            found = found[0].item()
-        whole = isinstance(least, int)
-        if type(found) not in ((int,) if whole else (int, float)) or not least <= found <= most:
-            same = ", the same in all layers" if isinstance(found, np.ndarray) else ""
-            self._refuse(
-                f"{key} is {found!a:.60}, expected a {'whole ' if whole else ''}number "
-                f"from {least} to {most}{same}."
-            )
-        return found if whole else float(found)
-
-    def _count(self, name: str, default: int | None = None) -> int:
-        return int(self._number(name, 1, 1 << 24, default))
-
-    def _fields(self, rotary_factors: Floats | None) -> dict[str, Any]:
-        width, heads = self._count("embedding_length"), self._count("attention.head_count")
-        head_width = self._count("attention.key_length", width // heads)
-        for name in ("attention.value_length", "rope.dimension_count"):
-            if self._count(name, head_width) != head_width:
-                self._refuse(
-                    f"{self._key(name)} is {self._count(name)}, expected {head_width}, the width "
-                    "of a head."
-                )
-        layers, context = self._count("block_count"), self._count("context_length")
-        fields = {
-            "architectures": [self.family.class_name],
-            "attention_bias": False,
-            "dtype": "float32",
-            "head_dim": head_width,
-            "hidden_size": width,
-            "intermediate_size": self._count("feed_forward_length"),
-            "max_position_embeddings": context,
-            "model_type": self.family.model_type,
-            "num_attention_heads": heads,
-            "num_hidden_layers": layers,
-            "num_key_value_heads": self._count("attention.head_count_kv", heads),
-            "rms_norm_eps": self._number("attention.layer_norm_rms_epsilon", 0.0, 1.0),
-            "tie_word_embeddings": _HEAD not in self._shapes,
-            "vocab_size": self._shape(_EMBEDDING)[0],
-        }
-        if heads % fields["num_key_value_heads"]:
-            self._refuse(
-                f"{self._key('attention.head_count')} is {heads}, expected a multiple of "
-                f"attention.head_count_kv, {fields['num_key_value_heads']}."
-            )
-        rotary = self._rotary(head_width, context, rotary_factors)
-        fields |= {field: self._has_all(names) for field, names in self.family.switches.items()}
-        if self.architecture == "gemma3":
-            return fields | self._gemma(fields, rotary)
-        return fields | {"hidden_act": "silu", "rope_parameters": rotary}
-
-    def _gemma(self, fields: Mapping[str, Any], rotary: dict[str, Any]) -> dict[str, Any]:
-        """What Gemma 3 has besides: windows, a second rotary base, its own scale of attention."""
-        layers, head_width = fields["num_hidden_layers"], fields["head_dim"]
-        window = self._number("attention.sliding_window", 0, 1 << 24, 0)
-        scaled_by = head_width
-        if layers == _GEMMA_27B_LAYERS:
-            scaled_by = fields["hidden_size"] // fields["num_attention_heads"]
-        local = self._number("rope.freq_base_swa", 1.0, 1e12, 10_000.0)
-        return {
-            "attn_logit_softcapping": None,
-            "final_logit_softcapping": self._number("final_logit_softcapping", 0.0, 1e6, 0.0)
-            or None,
-            "hidden_activation": "gelu_pytorch_tanh",
-            "layer_types": self._layer_types(layers, window),
-            "query_pre_attn_scalar": scaled_by,
-            "rope_parameters": {
-                "full_attention": rotary,
-                "sliding_attention": {"rope_type": "default", "rope_theta": local},
-            },
-            "sliding_window": window or fields["max_position_embeddings"],
-            "use_bidirectional_attention": False,
-        }
-
-    def _layer_types(self, layers: int, window: int) -> list[str]:
-        key = self._key("attention.sliding_window_pattern")
-        found = self._metadata.get(key, _GEMMA_PATTERN)
-        if not window:
-            sliding = [False] * layers
-        elif isinstance(found, np.ndarray) and found.dtype == np.bool_ and len(found) == layers:
-            sliding = found.tolist()
-        elif type(found) is int and found >= 1:
-            sliding = [bool((layer + 1) % found) for layer in range(layers)]
-        else:
-            self._refuse(f"{key} is {found!a:.60}, expected a number or {layers} truth values.")
-        return ["sliding_attention" if each else "full_attention" for each in sliding]
-
-    def _rotary(self, width: int, context: int, factors: Floats | None) -> dict[str, Any]:
-        theta = self._number("rope.freq_base", 1.0, 1e12, 10_000.0)
-        plain = {"rope_type": "default", "rope_theta": theta}
-        kind = self._metadata.get(self._key("rope.scaling.type"), "none")
-        factor = self._number("rope.scaling.factor", 0.0, 1e6, 0.0)
-        factor = factor or self._number("rope.scale_linear", 0.0, 1e6, 0.0)
-        if kind == "none" and self._key("rope.scaling.type") not in self._metadata and factor:
-            kind = "linear"  # as llama.cpp takes a factor alone
-        if self._number("rope.scaling.attn_factor", 0.0, 1e6, 1.0) != 1:
-            self._refuse(f"{self._key('rope.scaling.attn_factor')} is not 1.")
-        if kind in ("none", "linear") and factor in (0, 1):
-            kind = "none"
-        if factors is not None:
-            if kind != "none" or self.architecture == "gemma3":
-                self._refuse(f"has {ROTARY_FACTORS} besides a scaling of type {kind!a:.20}.")
-            return plain | self._llama_rotary(theta, width, factors)
-        if kind == "none":
-            return plain
-        if kind == "linear":
-            return plain | {"rope_type": "linear", "factor": factor}
-        if kind == "yarn" and factor and self.architecture != "gemma3":
-            return plain | self._yarn(factor, context)
-        return self._refuse(
-            f"{self._key('rope.scaling.type')} is {kind!a:.40} with a factor of {factor}, expected "
-            "none, linear or (but in Gemma) yarn."
-        )
-
-    def _yarn(self, factor: float, context: int) -> dict[str, Any]:
-        # -1 is llama.cpp's word for "as the type says", which is 1 here.
-        if self._number("rope.scaling.yarn_ext_factor", -1.0, 1e6, 1.0) not in (1.0, -1.0):
-            self._refuse(f"{self._key('rope.scaling.yarn_ext_factor')} is not 1.")
-        scale = self._number("rope.scaling.yarn_attn_factor", 0.0, 1e6, 1.0)
-        return {
-            "rope_type": "yarn",
-            "factor": factor,
-            "original_max_position_embeddings": self._count(
-                "rope.scaling.original_context_length", context
-            ),
-            "attention_factor": scale * (1 + 0.1 * math.log(factor)),
-            "beta_fast": self._number("rope.scaling.yarn_beta_fast", 0.0, 1e6, 32.0),
-            "beta_slow": self._number("rope.scaling.yarn_beta_slow", 0.0, 1e6, 1.0),
-        }
-
-    def _llama_rotary(self, theta: float, width: int, factors: Floats) -> dict[str, Any]:
-        """The fields that llama.cpp's converter made the factors [width / 2] of."""
-        factor = float(str(factors.max(initial=0)))
-        for context in _LLAMA_CONTEXTS:
-            fields = {
-                "rope_type": "llama3",
-                "factor": factor,
-                **_LLAMA_ROTARY,
-                "original_max_position_embeddings": context,
-            }
-            expected = _llama_factors(theta, width, factor, context)
-            if expected.shape == factors.shape and np.allclose(factors, expected, 1e-6, 0):
-                return fields
-        return self._refuse(f"{ROTARY_FACTORS} has factors that no form of Llama 3's gives.")
-
-    def _shape(self, tensor: str) -> tuple[int, ...]:
-        if tensor not in self._shapes:
-            self._refuse(f"has no tensor {tensor}.", "The file is incomplete: get it again.")
-        return self._shapes[tensor]
-
-    def _has_all(self, names: Mapping[str, str]) -> bool:
-        return all(f"blk.0.{name}" in self._shapes for name in names)
 
     def _tensors(self) -> dict[str, str]:
         """The file's names by transformers'; complete, in shape, and nothing left over."""
         found = {}
-        for theirs, ours, shape in self._expected():
-            if self._shape(ours) != shape:
-                self._refuse(
-                    f"tensor {ours} has the shape {list(self._shapes[ours])}, expected "
+        for theirs, ours, shape in self.network.expected():
+            if self._read.shape(ours) != shape:
+                self._read.refuse(
+                    f"tensor {ours} has the shape {list(self._read.shape(ours))}, expected "
                     f"{list(shape)}.",
                     "The file is damaged, or its metadata is another model's.",
                 )
             found[theirs] = ours
-        left = sorted(set(self._shapes) - set(found.values()) - {ROTARY_FACTORS})
-        if left:
-            self._refuse(
-                f"has the tensor {left[0]!a:.80}, which no {self.architecture} network here has."
+        known = {*found.values(), ROTARY_FACTORS, *self.network.idle}
+        if left := sorted(set(self._read.shapes) - known):
+            self._read.refuse(
+                f"has the tensor {left[0]!a:.80}, which no {self._read.architecture} network here "
+                "has."
             )
         return found
-
-    def _expected(self) -> Iterator[tuple[str, str, tuple[int, ...]]]:
-        """Every parameter: its name in transformers and in the file, and its shape."""
-        fields = self.fields
-        width, vocabulary = fields["hidden_size"], fields["vocab_size"]
-        yield "model.embed_tokens.weight", _EMBEDDING, (vocabulary, width)
-        yield "model.norm.weight", "output_norm.weight", (width,)
-        if not fields["tie_word_embeddings"]:
-            yield "lm_head.weight", _HEAD, (vocabulary, width)
-        names = dict(self.family.layer)
-        for field, optional in self.family.switches.items():
-            names |= optional if fields[field] else {}
-        shapes = _layer_shapes(fields)
-        for layer in range(fields["num_hidden_layers"]):
-            for ours, theirs in names.items():
-                yield f"model.layers.{layer}.{theirs}", f"blk.{layer}.{ours}", shapes[ours]
-
-
-def _layer_shapes(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:
-    """The shape of every tensor that a layer of any family may have."""
-    width, inner = fields["hidden_size"], fields["intermediate_size"]
-    queries = fields["num_attention_heads"] * fields["head_dim"]
-    keys = fields["num_key_value_heads"] * fields["head_dim"]
-    sides = {
-        "attn_q": (queries, width),
-        "attn_k": (keys, width),
-        "attn_v": (keys, width),
-        "attn_output": (width, queries),
-        "ffn_gate": (inner, width),
-        "ffn_up": (inner, width),
-        "ffn_down": (width, inner),
-    }
-    shapes: dict[str, tuple[int, ...]] = {f"{name}.weight": side for name, side in sides.items()}
-    shapes |= {f"{name}.bias": side[:1] for name, side in sides.items()}
-    shapes |= {f"{name}.weight": (width,) for name in ("attn_norm", "ffn_norm")}
-    shapes |= {f"{name}.weight": (width,) for name in ("post_attention_norm", "post_ffw_norm")}
-    return shapes | dict.fromkeys(_HEAD_NORMS, (fields["head_dim"],))
-
-
-def _llama_factors(theta: float, width: int, factor: float, context: int) -> Doubles:
-    """What divides each frequency [width / 2] by Llama 3's rule: 1 to `factor`."""
-    low, high = _LLAMA_ROTARY["low_freq_factor"], _LLAMA_ROTARY["high_freq_factor"]
-    wavelengths = 2 * np.pi * theta ** (np.arange(0, width, 2) / width)
-    smooth = np.clip((context / wavelengths - low) / (high - low), 0, 1)
-    factors: Doubles = 1 / ((1 - smooth) / max(factor, 1.0) + smooth)
-    return factors
-
-
-@cache
-def _known_keys() -> frozenset[str]:
-    """Every key under an architecture's name that the gguf library knows, without that name."""
-    prefix = "{arch}."
-    found: set[str] = set()
-    groups: list[type] = [Keys]
-    while groups:
-        for value in vars(groups.pop()).values():
-            if isinstance(value, type):
-                groups.append(value)
-            elif isinstance(value, str) and value.startswith(prefix):
-                found.add(value.removeprefix(prefix))
-    return frozenset(found)

@@ -19,9 +19,10 @@ from numpy.typing import NDArray
 
 from edge_memllm.arrays import Bytes, Floats
 from edge_memllm.errors import ExportError
-from edge_memllm_export.sources.gguf_config import ROTARY_FACTORS, GGUFConfig
+from edge_memllm_export.sources.gguf_config import GGUFConfig
 from edge_memllm_export.sources.gguf_grids import Grid, has_grid, read_grid
 from edge_memllm_export.sources.gguf_header import StoredTensor, read_header
+from edge_memllm_export.sources.gguf_metadata import ROTARY_FACTORS
 from edge_memllm_export.sources.gguf_tokenizer import GGUFTokenizer
 
 _CHUNK = 1 << 22  # weights that are dequantised at once: 16 MB as floats
@@ -115,7 +116,7 @@ class GGUFFile:
             weights = np.empty((len(rows), stored.shape[1]), np.float32)
             for chunk in _chunks(*weights.shape):
                 weights[chunk] = self._dequantised(stored, rows[chunk])
-        if self._config.family.shifted_norms and name.endswith("norm.weight"):
+        if self._config.network.shifted_norms and name.endswith("norm.weight"):
             weights -= np.float32(1)
         return weights
 
@@ -167,7 +168,7 @@ class GGUFFile:
     def _rows(self, name: str) -> NDArray[np.int64]:
         """Where each row of a matrix, or number of a vector, lies in the file."""
         rows = np.arange(self._stored(name).shape[0])
-        if self._config.family.permuted and any(part in name for part in _ROTATED):
+        if self._config.network.permuted and any(part in name for part in _ROTATED):
             half = self._config.fields["head_dim"] // 2
             return rows.reshape(-1, half, 2).swapaxes(1, 2).reshape(-1)
         return rows
