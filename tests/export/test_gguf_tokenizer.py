@@ -64,8 +64,9 @@ ORIGINALS: dict[str, tuple[Any, list[dict[str, Any]], bool]] = {
     "llama-bpe": (None, [split(LLAMA3), SPELLING], True),
     "tekken": (None, [split(TEKKEN), SPELLING], True),
 }
-SENTENCEPIECE = ("llama", "gemma3")
+SENTENCEPIECE = ("llama", "gemma3", "gemma4")
 ADDED = ("<|im_start|>", "<|im_end|>", "<think>", "a  b")
+GEMMA4 = ("<|turn>", "<turn|>", "<|tool_response>")
 LETTERS = [
     *"abcdeABC 012'.,!\n\t\r",
     *(
@@ -85,7 +86,17 @@ LETTERS = [
         "²",
     ),
     *("  ", "    ", " " * 40, "\n\n", "'s", "'LL", " the", " and", SPACE, SPACE * 2),
-    *("<|im_start|>", "<|im_end|>", "<think>", "a  b", "<s>", "<0x41>", "[PAD299]", "\U000e0001"),
+    *(
+        "<turn|>",
+        "<|im_start|>",
+        "<|im_end|>",
+        "<think>",
+        "a  b",
+        "<s>",
+        "<0x41>",
+        "[PAD299]",
+        "\U000e0001",
+    ),
 ]
 TEXTS = st.lists(st.sampled_from(LETTERS), max_size=30).map("".join) | st.text(max_size=20)
 
@@ -128,10 +139,12 @@ def byte_level(pre: str) -> dict[str, Any]:
 
 
 def sentencepiece(family: str) -> dict[str, Any]:
-    """A tokenizer.json as those of Llama 2 or Gemma 3, with merges that transformers derives."""
-    gemma = family == "gemma3"
+    """A tokenizer.json as those of Llama 2 or Gemma, with merges that transformers derives."""
+    gemma = family != "llama"
     special = ("<pad>", "<eos>", "<bos>", "<unk>") if gemma else ("<unk>", "<s>", "</s>")
-    own = (*special, *((SPACE * 2, SPACE * 3) if gemma else ()))
+    own = (*special, *((SPACE * 2, SPACE * 3) if family == "gemma3" else ()))
+    # Gemma 4 has them as tokens like others, beside ends of turns and answers of tools.
+    plain = ("\n", "\n\n", "\n\n\n", SPACE, SPACE * 2) if family == "gemma4" else ()
     trainer = tokenizers.trainers.BpeTrainer(vocab_size=400, show_progress=False)
     trained = tokenizers.Tokenizer(tokenizers.models.BPE())
     trained.train_from_iterator(
@@ -141,7 +154,7 @@ def sentencepiece(family: str) -> dict[str, Any]:
     pieces = [each for each in pieces if len(each) > 1] + [
         each for each in pieces if len(each) == 1
     ]
-    tokens = [*own, *(f"<0x{byte:02X}>" for byte in range(256)), *pieces]
+    tokens = [*own, *(f"<0x{byte:02X}>" for byte in range(256)), *plain, *pieces]
     vocabulary = {token: number for number, token in enumerate(dict.fromkeys(tokens))}
     ranks = {
         token: 1.0 if gemma and token in own else -float(number)
@@ -157,7 +170,8 @@ def sentencepiece(family: str) -> dict[str, Any]:
         "version": "1.0",
         "truncation": None,
         "padding": None,
-        "added_tokens": added(0, own) + ([] if gemma else added(len(vocabulary), ADDED)),
+        "added_tokens": added(0, own)
+        + added(len(vocabulary), {"llama": ADDED, "gemma4": GEMMA4}.get(family, ())),
         "normalizer": {"type": "Sequence", "normalizers": marks},
         "pre_tokenizer": None,
         "post_processor": {
@@ -196,24 +210,27 @@ def metadata_for(pre: str, original: dict[str, Any]) -> dict[str, Any]:
         types[number] = TokenType.BYTE if byte else TokenType.NORMAL
     for number, each in named.items():
         content, scores[number] = each["content"], -1000
-        types[number] = TokenType.CONTROL if each["special"] else TokenType.USER_DEFINED
+        seen = not each["special"] or content == "<|tool_response>"  # by who reads what it says
+        types[number] = TokenType.USER_DEFINED if seen else TokenType.CONTROL
         tokens[number] = content.replace(SPACE, " ") if pieces else content
     found = {
         "general.architecture": pre if pieces else "llama",
-        "tokenizer.ggml.model": "llama" if pieces else "gpt2",
+        "tokenizer.ggml.model": {"llama": "llama", "gemma3": "llama"}.get(
+            pre, pre if pieces else "gpt2"
+        ),
         "tokenizer.ggml.tokens": tokens,
         "tokenizer.ggml.token_type": np.array(types, np.int32),
     }
-    if pre == "gemma3":
+    if pre.startswith("gemma"):
         ids = {"padding": 0, "eos": 1, "bos": 2, "unknown": 3}
         found |= {f"tokenizer.ggml.{name}_token_id": each for name, each in ids.items()}
         found["tokenizer.ggml.add_space_prefix"] = False
+    merges = {"tokenizer.ggml.merges": [" ".join(pair) for pair in original["model"]["merges"]]}
     if pieces:
-        return found | {"tokenizer.ggml.scores": scores}
-    merges = [" ".join(pair) for pair in original["model"]["merges"]]
+        return found | (merges if pre == "gemma4" else {"tokenizer.ggml.scores": scores})
     return found | {
         "tokenizer.ggml.pre": pre,
-        "tokenizer.ggml.merges": merges,
+        **merges,
         "tokenizer.ggml.eos_token_id": tokens.index("<|im_end|>"),
         "tokenizer.ggml.add_bos_token": False,
     }
@@ -291,6 +308,20 @@ def test_beginnings_and_ends_are_put_around_as_the_file_says() -> None:
     assert ids_of(files_with("llama", **{"tokenizer.ggml.add_bos_token": False}), "a")[0] != 1
 
 
+def test_gemma_4_begins_every_text_and_ends_turns_and_calls_of_tools() -> None:
+    _, ours, _ = pair("gemma4")
+    turn, call = ours.token("<turn|>"), ours.token("<|tool_response>")
+    files = files_with("gemma4", **{"tokenizer.ggml.add_bos_token": False})
+    assert ids_of(files, "a")[0] == 2
+    assert json.loads(files["generation_config.json"])["eos_token_id"] == [1, turn, call]
+
+
+def test_tokens_that_llama_cpp_never_draws_are_told() -> None:
+    metadata = {**pair("gemma4")[2], "tokenizer.ggml.suppress_tokens": np.array([4, 5], np.int32)}
+    (remark,) = GGUFTokenizer(metadata, "m.gguf").remarks
+    assert remark.startswith("tokenizer.ggml.suppress_tokens: 2 tokens")
+
+
 def test_names_ends_and_recommendations_go_into_their_files() -> None:
     files = files_with(
         "smollm",
@@ -359,8 +390,8 @@ def test_a_file_gives_its_tokenizer_and_its_special_ids(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("pre", "changes", "message"),
     [
-        ("gpt-2", {"model": "t5"}, "is of kind 't5', expected gpt2 or llama"),
-        ("llama", {"precompiled_charsmap": np.zeros(2, np.uint8)}, "without a map of characters"),
+        ("gpt-2", {"model": "t5"}, "is of kind 't5', expected gpt2, llama or gemma4"),
+        ("llama", {"precompiled_charsmap": np.zeros(2, np.uint8)}, ", without a map of characters"),
         ("gpt-2", {"pre": "minerva"}, "cuts words by 'minerva', expected one of default, gpt-2"),
         ("gpt-2", {"pre": 7}, "cuts words by 7"),
         ("gpt-2", {"tokens": None}, "has no list of texts in tokenizer.ggml.tokens"),

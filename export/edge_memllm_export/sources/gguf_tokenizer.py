@@ -2,9 +2,9 @@
 
 A GGUF file holds the vocabulary and names the rest: which pattern cuts texts into words
 (`tokenizer.ggml.pre`), or that the vocabulary is SentencePiece's, whose merges are not stored and
-are derived from its order. What the original said besides is lost to the format: whether a token
-that looks special also was, so that decoding may leave out `<|fim_prefix|>`, which the original
-shows.
+are derived from its order; of Gemma 4 they are stored. What the original said besides is lost to
+the format: whether a token that looks special also was, so that decoding may leave out
+`<|fim_prefix|>`, which the original shows, or show `<|channel>`, which the original leaves out.
 """
 
 from __future__ import annotations
@@ -27,8 +27,9 @@ _SPACE = "\u2581"  # SentencePiece's mark of a space
 # Ends of a text or a turn, beside those that the metadata names; as llama.cpp takes them.
 _ENDS = {
     *("<|eot_id|>", "<|im_end|>", "<|end|>", "<|return|>", "<end_of_turn>", "<|endoftext|>"),
-    *("<|eom_id|>", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "</s>"),
+    *("<|eom_id|>", "<|end_of_text|>", "<end_of_utterance>", "<eos>", "</s>", "<turn|>"),
 }
+_VISIBLE_END = "<|tool_response>"  # of Gemma 4: its files call it no control token
 _NAMED = {
     "bos_token": "bos_token_id",
     "eos_token": "eos_token_id",
@@ -99,9 +100,10 @@ class GGUFTokenizer:
         """
         self._metadata = metadata
         self._where = where
-        self._sentencepiece = self._of_sentencepiece()
+        self._model = self._checked_model()
+        self._sentencepiece = self._model == "llama"
         self._of_gemma = metadata.get("general.architecture") == "gemma3"
-        self._words = None if self._sentencepiece else self._cutting()
+        self._words = self._cutting() if self._model == "gpt2" else None
         self._tokens = self._strings("tokens")
         self._check_lengths()
         self._types = self._token_types()
@@ -117,13 +119,19 @@ class GGUFTokenizer:
     @property
     def remarks(self) -> tuple[str, ...]:
         """What a user should know, in sentences."""
-        if self._words is not _UNKNOWN:
-            return ()
-        unknown = (
-            "tokenizer.ggml.pre: the file does not say how its tokenizer cuts texts into words; "
-            "they are cut as llama.cpp does then, which may not be what the model learnt."
-        )
-        return (unknown,)
+        found = []
+        if self._words is _UNKNOWN:
+            found.append(
+                "tokenizer.ggml.pre: the file does not say how its tokenizer cuts texts into "
+                "words; they are cut as llama.cpp does then, which may not be what the model "
+                "learnt."
+            )
+        if (kept := self._value("suppress_tokens")) is not None and len(kept):
+            found.append(
+                f"tokenizer.ggml.suppress_tokens: {len(kept)} tokens that llama.cpp never draws "
+                "may be drawn here."
+            )
+        return tuple(found)
 
     def special_ids(self) -> dict[str, int | list[int] | None]:
         """The fields of a configuration that name tokens: bos, eos and pad."""
@@ -169,14 +177,17 @@ class GGUFTokenizer:
     def _value(self, name: str) -> Any:
         return self._metadata.get(f"tokenizer.ggml.{name}")
 
-    def _of_sentencepiece(self) -> bool:
+    def _checked_model(self) -> str:
+        """Bytes as letters (gpt2), SentencePiece's (llama), or that with merges (gemma4)."""
         found = self._value("model")
-        if found not in ("gpt2", "llama") or self._value("precompiled_charsmap") is not None:
+        known = ("gpt2", "llama", "gemma4")
+        if found not in known or self._value("precompiled_charsmap") is not None:
             self._refuse(
-                f"is of kind {found!a:.40}, expected gpt2 or llama without a map of characters.",
+                f"is of kind {found!a:.40}, expected {', '.join(known[:-1])} or {known[-1]}, "
+                "without a map of characters.",
                 "Give the model as a folder with a tokenizer.json instead.",
             )
-        return bool(found == "llama")
+        return str(found)
 
     def _cutting(self) -> _Words:
         found = self._value("pre")
@@ -240,7 +251,8 @@ class GGUFTokenizer:
         spelled = [
             number
             for number, (token, kind) in enumerate(zip(self._tokens, self._types, strict=True))
-            if kind == TokenType.CONTROL and token in _ENDS
+            if (kind == TokenType.CONTROL and token in _ENDS)
+            or (kind == TokenType.USER_DEFINED and token == _VISIBLE_END)
         ]
         return list(dict.fromkeys(each for each in (*named, *spelled) if each is not None))
 
@@ -312,7 +324,9 @@ class GGUFTokenizer:
     def _around(self) -> dict[str, Any] | None:
         """What is put around a text: its beginning, its end."""
         begins = self._sentencepiece or (self._words is not None and self._words.begins)
-        first = self._marker("bos", self._flag("add_bos_token", begins))
+        # Early files of Gemma 4 say false, and the model fails without; llama.cpp does not ask.
+        begins = self._flag("add_bos_token", begins) or self._model == "gemma4"
+        first = self._marker("bos", begins)
         last = self._marker("eos", self._flag("add_eos_token", False))
         if first is None and last is None:
             return None
@@ -342,10 +356,6 @@ class GGUFTokenizer:
     def _bytes(self, vocabulary: Mapping[str, int]) -> dict[str, Any]:
         """The parts of a tokenizer that spells bytes as letters, and merges them by rank."""
         words = self._words or _UNKNOWN
-        merges = [_halves(merge) for merge in self._strings("merges")]
-        for left, right in merges:
-            if not {left, right, left + right} <= vocabulary.keys():
-                self._refuse(f"merges {left!a:.40} and {right!a:.40}, which are no tokens.")
         cuts = [
             {"type": "Split", "pattern": {"Regex": each}, "behavior": "Isolated", "invert": False}
             for each in words.patterns
@@ -354,12 +364,22 @@ class GGUFTokenizer:
             "normalizer": {"type": "NFC"} if words.composed else None,
             "pre_tokenizer": {"type": "Sequence", "pretokenizers": [*cuts, _byte_level()]},
             "decoder": _byte_level(),
-            "model": _bpe(vocabulary, merges, ignore_merges=words.whole_words),
+            "model": _bpe(
+                vocabulary, self._stored_merges(vocabulary), ignore_merges=words.whole_words
+            ),
         }
+
+    def _stored_merges(self, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+        """The pairs of tokens that are merged, by rank, as the file has them."""
+        merges = [_halves(merge) for merge in self._strings("merges")]
+        for left, right in merges:
+            if not {left, right, left + right} <= vocabulary.keys():
+                self._refuse(f"merges {left!a:.40} and {right!a:.40}, which are no tokens.")
+        return merges
 
     def _pieces(self, vocabulary: Mapping[str, int]) -> dict[str, Any]:
         """The parts of a SentencePiece tokenizer with merges, as transformers has them."""
-        prefixed = self._flag("add_space_prefix", True)
+        prefixed = self._flag("add_space_prefix", self._sentencepiece)
         marks: list[dict[str, Any]] = [
             {"type": "Replace", "pattern": {"String": " "}, "content": _SPACE}
         ]
@@ -378,12 +398,18 @@ class GGUFTokenizer:
             "decoder": {"type": "Sequence", "decoders": spaces},
             "model": _bpe(
                 vocabulary,
-                _derived_merges(vocabulary, self._ranks(vocabulary), longest_first=self._of_gemma),
+                self._derived(vocabulary)
+                if self._sentencepiece
+                else self._stored_merges(vocabulary),
                 unk_token=None if unknown is None else self._tokens[unknown],
                 fuse_unk=True,
                 byte_fallback=TokenType.BYTE in self._types,
             ),
         }
+
+    def _derived(self, vocabulary: Mapping[str, int]) -> list[tuple[str, str]]:
+        ranks = self._ranks(vocabulary)
+        return _derived_merges(vocabulary, ranks, longest_first=self._of_gemma)
 
     def _ranks(self, vocabulary: Mapping[str, int]) -> Mapping[str, float]:
         """What a merge is put in order by: the greater, the earlier.
