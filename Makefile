@@ -70,6 +70,7 @@ check: setup  ## format, lint, types, generated documents
 	$(BIN)/python docs/roofline.py --check
 	$(BIN)/python -m benchmarks.paper page --check
 	$(BIN)/python -m benchmarks.real page --check
+	$(BIN)/python -m benchmarks.gemma page --check
 
 pytest: setup  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)

@@ -11,7 +11,9 @@ import json
 import subprocess
 import sys
 import time
+from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from edge_memllm.statistics import parse_proc_status
 
@@ -20,16 +22,25 @@ _PERIOD = 0.02
 
 def main(checkpoint: str, out: str, *options: str) -> int:
     """Export in a child process and report its peaks; the child's exit code."""
-    command = [sys.executable, "-m", "edge_memllm.cli.main", "export", checkpoint, out, *options]
+    report = measured_export(Path(checkpoint), Path(out), options)
+    print(json.dumps(report, indent=2))
+    return int(report["exit_code"])
+
+
+def measured_export(checkpoint: Path, out: Path, options: Sequence[str]) -> dict[str, Any]:
+    """Export in a child process; return its exit code, seconds and peaks of memory."""
+    words = ["export", str(checkpoint), str(out), *options]
     start = time.monotonic()
-    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    child = subprocess.Popen(
+        [sys.executable, "-m", "edge_memllm.cli.main", *words], stdout=subprocess.DEVNULL
+    )
     anon = file = 0
     while child.poll() is None:
         memory = _memory(child.pid)
         anon, file = max(anon, memory[0]), max(file, memory[1])
         time.sleep(_PERIOD)
-    weights = sum(path.stat().st_size for path in Path(checkpoint).glob("*.safetensors"))
-    report = {
+    weights = sum(path.stat().st_size for path in checkpoint.glob("*.safetensors"))
+    return {
         "exit_code": child.returncode,
         "seconds": round(time.monotonic() - start, 1),
         "checkpoint_bytes": weights,
@@ -37,8 +48,6 @@ def main(checkpoint: str, out: str, *options: str) -> int:
         "peak_file_backed_bytes": file,
         "within_model_plus_1_gb": anon <= weights + 10**9,
     }
-    print(json.dumps(report, indent=2))
-    return child.returncode
 
 
 def _memory(process: int) -> tuple[int, int]:

@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.generated import write_files
 from benchmarks.paper.layout import (
     MISSING,
     TABLE_6,
@@ -58,16 +58,7 @@ that `benchmarks/paper/judging.py` names.
 
 def write_page(*, check: bool) -> int:
     """Write page and pictures, or with `check` return 1 when they are not what they would be."""
-    wanted = page_files()
-    if not check:
-        for path, text in wanted.items():
-            path.write_text(text, encoding="utf-8")
-        return 0
-    wrong = [path.name for path, text in wanted.items() if not _is(path, text)]
-    if wrong:
-        words = f"{', '.join(wrong)}: not of today, run `python -m benchmarks.paper page`."
-        print(words, file=sys.stderr)
-    return 1 if wrong else 0
+    return write_files(page_files(), "python -m benchmarks.paper page", check=check)
 
 
 def page_files(folder: Path = FOLDER) -> Mapping[Path, str]:
@@ -122,10 +113,6 @@ def _shape(entries: Entries) -> str:
         f"{model['layers']} layers of width {model['width']}, a vocabulary of "
         f"{model['vocabulary']:,}, {tokens / 1e6:.1f} million tokens of Wikipedia and novels"
     )
-
-
-def _is(path: Path, text: str) -> bool:
-    return path.exists() and path.read_text("utf-8") == text
 
 
 def decode_section(entries: Entries) -> Section:

@@ -9,11 +9,14 @@ import ctypes
 import json
 import os
 from collections.abc import Callable, Generator, Sequence
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+
+from benchmarks.peers.page_cache import drop
 
 _UBATCH = 512  # of llama.cpp
 
@@ -50,15 +53,19 @@ class Engine:
 class EdgeMemLLM(Engine):
     """edge-memllm through its public API; ``cold``: its table leaves the page cache before steps.
 
-    The dense baseline goes the same way; its records hold the embedding alone.
+    The dense baseline goes the same way; its records hold the embedding alone. ``options`` are
+    those of `edge_memllm.load`.
     """
 
-    def __init__(self, model: Path, threads: int, context: int, cold: bool = False) -> None:
+    def __init__(
+        self, model: Path, threads: int, context: int, cold: bool = False, **options: Any
+    ) -> None:
         import edge_memllm
 
-        self._model = edge_memllm.load(model, device="cpu", threads=threads)
+        self._model = edge_memllm.load(model, device="cpu", threads=threads, **options)
         self._pieces: Generator[Any, None, None] | None = None
-        self._evict = _evictor(model / self._model.manifest.table.file) if cold else _nothing
+        table = model / self._model.manifest.table.file
+        self._evict = partial(drop, table) if cold else _nothing
 
     def before_step(self) -> None:
         """Done before each step, off the clock."""
@@ -100,12 +107,6 @@ class EdgeMemLLM(Engine):
         }
 
 
-def _evictor(table: Path) -> Callable[[], None]:
-    file = os.open(table, os.O_RDONLY)
-    os.fsync(file)  # pages that are not yet written cannot be dropped
-    return lambda: os.posix_fadvise(file, 0, 0, os.POSIX_FADV_DONTNEED)
-
-
 def _nothing() -> None:
     """What precedes a step with a warm table."""
 
@@ -113,13 +114,24 @@ def _nothing() -> None:
 class LlamaCpp(Engine):
     """A GGUF file through llama.cpp's C functions; ``mmap`` and ``flash`` as llama.cpp means them.
 
+    ``lazy``: rows of a table of per-layer embeddings are read where they are mapped, also from
+    tables of less than 4 GiB. ``cold`` is the place of that table in the file, offset and length,
+    which leaves the page cache before steps.
+
     Nothing of the binding's own Python runs per token but one call each of ``llama_decode`` and
     ``llama_get_logits_ith`` and a numpy argmax. Keys and values are float16, weights are repacked
     for the processor when they are loaded.
     """
 
     def __init__(
-        self, model: Path, threads: int, context: int, mmap: bool = True, flash: bool = True
+        self,
+        model: Path,
+        threads: int,
+        context: int,
+        mmap: bool = True,
+        flash: bool = True,
+        lazy: bool = False,
+        cold: tuple[int, int] | None = None,
     ) -> None:
         from benchmarks.peers.llama_library import is_compiled, llama_library
 
@@ -130,6 +142,9 @@ class LlamaCpp(Engine):
         load = library.llama_model_default_params()
         load.n_gpu_layers = 0
         load.load_mode = library.LLAMA_LOAD_MODE_MMAP if mmap else library.LLAMA_LOAD_MODE_NONE
+        if lazy or hasattr(library, "LLAMA_LAZY_MODE_ON"):  # releases before September 2026: none
+            mode = library.LLAMA_LAZY_MODE_ON if lazy else library.LLAMA_LAZY_MODE_OFF
+            load.lazy_mode = mode
         self._model = library.llama_model_load_from_file(str(model).encode(), load)
         if not self._model:
             raise RuntimeError(f"{model}: llama.cpp cannot load it.")
@@ -148,7 +163,13 @@ class LlamaCpp(Engine):
         self._vocabulary = library.llama_vocab_n_tokens(library.llama_model_get_vocab(self._model))
         self._one = (library.llama_token * 1)()
         self._settings = {"mmap": mmap, "flash_attention": flash, "kv": "f16", "ubatch": _UBATCH}
+        self._settings["lazy"] = lazy
         self._settings["build"] = "compiled here" if is_compiled() else "prebuilt"
+        self._evict = _nothing if cold is None else partial(drop, model, *cold)
+
+    def before_step(self) -> None:
+        """Done before each step, off the clock."""
+        self._evict()
 
     def start(self, tokens: list[int], new_tokens: int) -> int:
         """Read the prompt; the first token of the answer."""

@@ -116,6 +116,7 @@ class _Prebuilt:
     """Functions and names of llama.cpp, as llama-cpp-python has them."""
 
     LLAMA_LOAD_MODE_NONE, LLAMA_LOAD_MODE_MMAP = 0, 1
+    LLAMA_LAZY_MODE_OFF, LLAMA_LAZY_MODE_ON = 0, 2
     GGML_TYPE_F16 = 1
     llama_token = _INT
     llama_log_callback = ctypes.CFUNCTYPE(None, ctypes.c_int, ctypes.c_char_p, _POINTER)

@@ -14,7 +14,9 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
+from threading import Timer
 from time import monotonic, perf_counter, process_time, sleep
 from types import TracebackType
 from typing import IO, Any, Self
@@ -25,6 +27,7 @@ from benchmarks.peers.contenders import Contender
 from benchmarks.peers.engines import ENGINES, Engine
 
 _MODULE = "benchmarks.peers.worker"
+_ENTER = 'echo $$ > "$1"; shift; exec "$@"'
 _LOOK_SECONDS = 0.3
 _STATUS_KEYS = {"VmHWM": "peak_rss_bytes", "RssAnon": "anon_bytes", "RssFile": "file_bytes"}
 
@@ -32,8 +35,20 @@ _STATUS_KEYS = {"VmHWM": "peak_rss_bytes", "RssAnon": "anon_bytes", "RssFile": "
 class Worker:
     """A running worker. Use it as a context manager: its process ends with it."""
 
-    def __init__(self, contender: Contender, model: Path, threads: int, context: int) -> None:
-        """Start the process and wait until it has loaded; ``loaded`` is what it said then."""
+    def __init__(
+        self,
+        contender: Contender,
+        model: Path,
+        threads: int,
+        context: int,
+        group: Path | None = None,
+        most_seconds: float | None = None,
+    ) -> None:
+        """Start the process and wait until it has loaded; ``loaded`` is what it said then.
+
+        ``group`` is the folder of a control group that it starts in; after ``most_seconds`` it is
+        killed.
+        """
         self.contender = contender
         specification = {
             "engine": contender.engine,
@@ -44,9 +59,14 @@ class Worker:
         }
         # The name is for people who look at the list of processes.
         command = [sys.executable, "-m", _MODULE, contender.name, json.dumps(specification)]
+        if group is not None:
+            command = ["sh", "-c", _ENTER, "sh", str(group / "cgroup.procs"), *command]
         self._process = subprocess.Popen(
             command, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
         )
+        self._end = Timer(most_seconds or 0, self._process.kill)
+        if most_seconds:
+            self._end.start()
         self.loaded = self._answer()
 
     def __enter__(self) -> Self:
@@ -59,13 +79,20 @@ class Worker:
         traceback: TracebackType | None,
     ) -> None:
         assert self._process.stdin is not None
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # of one that was killed
+            self._process.stdin.close()
         self._process.wait()
+        self._end.cancel()
 
-    def run(self, prompt: list[int], steps: int, **logits: str) -> dict[str, Any]:
-        """Read ``prompt`` and decode ``steps`` tokens more than the first."""
+    def run(
+        self, prompt: list[int], steps: int, *, cold: bool = True, **logits: str
+    ) -> dict[str, Any]:
+        """Read ``prompt`` and decode ``steps`` tokens more than the first.
+
+        ``cold`` false leaves the table of a contender in the page cache that is cold otherwise.
+        """
         assert self._process.stdin is not None
-        asked = {"prompt": prompt, "steps": steps, **logits}
+        asked = {"prompt": prompt, "steps": steps, "cold": cold, **logits}
         self._process.stdin.write(json.dumps(asked) + "\n")
         self._process.stdin.flush()
         return self._answer()
@@ -74,6 +101,7 @@ class Worker:
         assert self._process.stdout is not None
         line = self._process.stdout.readline()
         if not line:
+            self._end.cancel()
             raise RuntimeError(f"{self.contender.name}: its process ended; it said why above.")
         answer: dict[str, Any] = json.loads(line)
         return answer
@@ -99,15 +127,16 @@ def main(specification: str) -> int:
 def _run(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
     """Read a prompt, then decode; each step timed alone. The first token belongs to the prompt."""
     prompt, steps = asked["prompt"], asked["steps"]
+    before_step = engine.before_step if asked.get("cold", True) else _nothing
     before = perf_counter(), busy_seconds(), process_time()
-    engine.before_step()
+    before_step()
     start = perf_counter()
     tokens = [engine.start(prompt, steps + 1)]
     prefill = perf_counter() - start
     _keep(engine, asked.get("first_logits"))
     seconds = []
     for _ in range(steps):
-        engine.before_step()
+        before_step()
         start = perf_counter()
         tokens.append(engine.step())
         seconds.append(perf_counter() - start)
@@ -125,6 +154,10 @@ def _run(engine: Engine, asked: dict[str, Any]) -> dict[str, Any]:
         "taken_by_others": max(0.0, busy - own) / (elapsed * (os.cpu_count() or 1)),
         **used,
     }
+
+
+def _nothing() -> None:
+    """What precedes the steps of a run that is warm."""
 
 
 def _keep(engine: Engine, path: str | None) -> None:

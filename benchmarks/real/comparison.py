@@ -7,18 +7,16 @@ bytes. What an earlier run has made is used as it is; the stored figures of a pa
 from __future__ import annotations
 
 import json
-import os
-import platform
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
+from benchmarks.environment import environment
 from benchmarks.real import llama_types, speed
 from benchmarks.real.check import command
 from benchmarks.real.quality import Scores, artifact_scores, judged
@@ -157,27 +155,5 @@ def _exported(source: Path, out: Path, options: Sequence[str], may_refuse: bool 
 
 def _store(part: str, found: Mapping[str, Any]) -> None:
     stored = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
-    stored[part] = {**found, "environment": _environment()}
+    stored[part] = {**found, "environment": environment(_PACKAGES)}
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
-
-
-def _environment() -> dict[str, Any]:
-    """Where this was measured, without names or paths."""
-    return {
-        "processor": _first("/proc/cpuinfo", "model name"),
-        "cores": os.cpu_count(),
-        "system": f"{platform.system()} {platform.machine()}, Python {platform.python_version()}",
-        **{name: version for name in _PACKAGES if (version := _version(name)) is not None},
-    }
-
-
-def _version(name: str) -> str | None:
-    try:
-        return metadata.version(name)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _first(file: str, key: str) -> str:
-    lines = Path(file).read_text("utf-8").splitlines()
-    return next((each.split(":", 1)[1].strip() for each in lines if each.startswith(key)), "?")

@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import json
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks.generated import write_files
 from benchmarks.peers.page import markdown
 from benchmarks.real.comparison import RESULTS
 from benchmarks.real.speed import FIGURES, OURS, POSITIONS
@@ -49,20 +49,8 @@ _WIDTH, _HEIGHT, _LEFT, _RIGHT, _TOP, _BOTTOM = 760, 420, 72, 720, 48, 356
 
 def write_page(*, check: bool) -> int:
     """Write page and picture, or with `check` return 1 when they are not what they would be."""
-    wanted = page_files(json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {})
-    if not check:
-        for file, content in wanted.items():
-            file.write_text(content, encoding="utf-8")
-        return 0
-    wrong = [
-        file.name
-        for file, content in wanted.items()
-        if not file.exists() or file.read_text("utf-8") != content
-    ]
-    if wrong:
-        words = f"{', '.join(wrong)}: not of today, run `python -m benchmarks.real page`."
-        print(words, file=sys.stderr)
-    return 1 if wrong else 0
+    stored = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
+    return write_files(page_files(stored), "python -m benchmarks.real page", check=check)
 
 
 def page_files(results: Mapping[str, Any]) -> dict[Path, str]:

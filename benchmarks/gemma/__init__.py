@@ -1,0 +1,1 @@
+"""Gemma 4 at its sizes with random weights: our artifact and llama.cpp on the same network."""
