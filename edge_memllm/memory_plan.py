@@ -22,13 +22,15 @@ from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.codecs import EMBEDDING_DTYPES
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.errors import RequestError
-from edge_memllm.text import TOKENIZER_FILE
+from edge_memllm.text import TOKENIZER_FILE, VOCABULARY_FILE
 
 # Measured with ONNX Runtime 1.31 on a CPU; docs/results/speed.md has the figures.
 # The interpreter with all libraries and an open session, no model:
 BASE_BYTES = 40_000_000
-# Bytes per byte of tokenizer.json (byte-level BPE of 8 k and 60 k tokens):
-_TOKENIZER_FACTOR = 14
+# Of a tokenizer in the library, once what it has freed is given back: a sum and bytes per token,
+# above all that were measured, of 8,192 to 262,145. With a vocabulary file: besides the file.
+_LIBRARY_TOKENIZER = (3_000_000, 400)
+_READ_TOKENIZER = 6_000_000
 # Bytes per byte of graph, by how its weights are stored and where they are read from. Low-bit
 # matrices are repacked, so the packed copy stays; reading them from the graph file itself leaves
 # a rest behind. Float16 ones become float32 where the processor computes in that, float32 ones
@@ -122,7 +124,6 @@ def memory_items(
     `base_bytes` is what the process has without a model. Without `graph`, that and what it works
     on lie elsewhere, on a device.
     """
-    tokenizer = manifest.files.get(TOKENIZER_FILE)
     vocabulary = manifest.model.vocab_size
     places = manifest.layout.offsets_bytes(vocabulary)
     records = min(choices.prefill_chunk, vocabulary)
@@ -131,7 +132,7 @@ def memory_items(
     items = [
         Item("interpreter and libraries", base_bytes),
         *([_graph_item(manifest, packed=choices.packed)] if graph else []),
-        Item("tokenizer", tokenizer.bytes * _TOKENIZER_FACTOR if tokenizer else 0),
+        Item("tokenizer", tokenizer_bytes(manifest)),
         Item("checksums of the table's records", vocabulary * CHECKSUM_BYTES),
         Item("places of the table's records", places),
         Item("parameters of the table's codec, widened", 2 * manifest.layout.parameters_bytes),
@@ -176,6 +177,16 @@ def graph_file_bytes(manifest: Manifest) -> int:
     """Bytes of the graph with its external data."""
     names = (manifest.graph.file, manifest.graph.external_data)
     return sum(manifest.files[name].bytes for name in names if name is not None)
+
+
+def tokenizer_bytes(manifest: Manifest) -> int:
+    """Bytes that the tokenizer takes, if there is one."""
+    if TOKENIZER_FILE not in manifest.files:
+        return 0
+    if (vocabulary := manifest.files.get(VOCABULARY_FILE)) is not None:
+        return vocabulary.bytes + _READ_TOKENIZER
+    fixed, each = _LIBRARY_TOKENIZER
+    return fixed + each * manifest.model.vocab_size
 
 
 def _graph_item(manifest: Manifest, *, packed: bool) -> Item:

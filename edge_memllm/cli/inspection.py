@@ -28,8 +28,9 @@ from edge_memllm.cli.output import (
     write_json,
 )
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.memory_plan import Footprint, footprint
+from edge_memllm.memory_plan import Footprint, footprint, tokenizer_bytes
 from edge_memllm.options import Option, positive_int
+from edge_memllm.text import TOKENIZER_FILE, VOCABULARY_FILE
 
 if TYPE_CHECKING:
     from edge_memllm_export import ParityCheck
@@ -143,6 +144,7 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
         ("", _computed(parameters(model))),
         ("table", f"{table_codecs(stored)}: {byte_count(needs.table_bytes)}"),
         ("", f"{records}, one every {most}{byte_count(stored.stride)}"),
+        ("tokenizer", _tokenizer(manifest)),
         ("made by", manifest.producer),
         ("", ""),
         ("needs", f"for a text of {number(needs.tokens)} tokens"),
@@ -155,6 +157,14 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
     classes = _class_rows(manifest.layout)
     parts: list[list[tuple[str, ...]]] = [[*rows], classes, [("file", "size"), *files]]
     return "\n\n".join(table(part) for part in parts if part)
+
+
+def _tokenizer(manifest: Manifest) -> str:
+    if TOKENIZER_FILE not in manifest.files:
+        return "none"
+    read = VOCABULARY_FILE in manifest.files
+    kind = "its vocabulary file is read" if read else "the library tokenizers reads it"
+    return f"{kind}, about {byte_count(tokenizer_bytes(manifest))} of memory"
 
 
 def _class_rows(layout: TableLayout) -> list[tuple[str, ...]]:

@@ -30,7 +30,6 @@ from edge_memllm.server.lanes import Lane
 from edge_memllm.server.settings import Settings
 from edge_memllm.statistics import ProcessMemory
 from edge_memllm.text.chat import ChatTemplate
-from edge_memllm.text.token_bound import TokenBound
 from edge_memllm.text.token_texts import TokenTexts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -85,7 +84,7 @@ class Service:
         self.spec = self.model.manifest.model
         self.grammars = Grammars(self.model.tokenizer, self.spec)
         self.texts = TokenTexts(self.model.tokenizer, self.spec.vocab_size)
-        self.token_bound = TokenBound(self.model.tokenizer.definition)
+        self.token_bound = self.model.tokenizer.bound
         self.quick = Lane("short requests", _QUICK_THREADS)
         self.thorough = Lane("long requests", 1)
         self.schemas = Lane("schemas", 1, settings.limits.schemas_waiting)

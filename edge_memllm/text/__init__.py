@@ -9,6 +9,8 @@ CONFIG_FILE = "tokenizer_config.json"
 TOKENS_FILE = "special_tokens_map.json"
 TEMPLATE_FILE = "chat_template.jinja"
 GENERATION_FILE = "generation_config.json"
+# What an artifact has of its own, made of the files above; no checkpoint has it.
+VOCABULARY_FILE = "tokenizer.safetensors"
 
 TOKEN_FILES = (TOKENIZER_FILE, CONFIG_FILE, TOKENS_FILE, TEMPLATE_FILE)
 TEXT_FILES = (*TOKEN_FILES, GENERATION_FILE)

@@ -25,10 +25,15 @@ _BYTES = [f"<0x{byte:02X}>" for byte in range(256)]
 
 
 class TokenBound:
-    """The bound of one tokenizer, from the text of its `tokenizer.json`."""
+    """The bound of one tokenizer, where a token stands for at most so many characters."""
 
-    def __init__(self, definition: str) -> None:
-        self._characters = _characters_per_token(json.loads(definition))
+    def __init__(self, characters: int | None) -> None:
+        self._characters = characters
+
+    @classmethod
+    def of(cls, definition: str) -> TokenBound:
+        """Find the bound from the text of a `tokenizer.json`."""
+        return cls(_characters_per_token(json.loads(definition)))
 
     @property
     def characters(self) -> int | None:
@@ -117,10 +122,12 @@ def _entries(definition: Json) -> Mapping[str, int] | None:
     if model.get("type") != "BPE":
         return None
     vocabulary: Mapping[str, int] = model["vocab"]
-    if model.get("unk_token") is not None:
+    if model.get("byte_fallback") and all(each in vocabulary for each in _BYTES):
+        complete = True  # no character is unknown
+    elif model.get("unk_token") is not None:
         complete = not model.get("fuse_unk")
     elif model.get("byte_fallback"):
-        complete = all(each in vocabulary for each in _BYTES)
+        complete = False
     else:
         complete = _bytes_become_letters(definition) and all(
             letter in vocabulary for letter in _letters()

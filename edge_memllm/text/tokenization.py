@@ -1,7 +1,7 @@
 """Text to token ids and back, from the tokenizer files of an artifact.
 
-Decoding also works token by token, without ever giving out half a character. Knows the
-`tokenizers` library; nothing of graphs, tables or sampling.
+Decoding also works token by token, without ever giving out half a character. Knows nothing of
+graphs, tables or sampling.
 
 A stop string ends a text wherever its pieces are cut: what could be its beginning is held back
 until it is clear.
@@ -9,23 +9,27 @@ until it is clear.
 
 from __future__ import annotations
 
-import json
 import re
 from codecs import getincrementaldecoder
 from collections.abc import Callable, Sequence
 from functools import cache, cached_property
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Protocol
 
 from edge_memllm.artifact.strict_json import parse_json_object
 from edge_memllm.errors import ArtifactError, RequestError
-from edge_memllm.text import CONFIG_FILE, TEMPLATE_FILE, TOKENIZER_FILE, TOKENS_FILE
-from edge_memllm.text.chat import ChatTemplate
-from edge_memllm.text.tokenizer_file import (
-    TokenizerConfig,
-    is_unicode,
-    library_errors,
-    open_tokenizer,
+from edge_memllm.text import (
+    CONFIG_FILE,
+    TEMPLATE_FILE,
+    TOKENIZER_FILE,
+    TOKENS_FILE,
+    VOCABULARY_FILE,
 )
+from edge_memllm.text.byte_pairs import BytePairTokenizer
+from edge_memllm.text.chat import ChatTemplate
+from edge_memllm.text.library_tokenizer import LibraryTokenizer
+from edge_memllm.text.token_bound import TokenBound
+from edge_memllm.text.tokenizer_file import TokenizerConfig, is_unicode
+from edge_memllm.text.vocabulary import Vocabulary
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
@@ -35,10 +39,45 @@ MAX_CONFIG_BYTES = 16 << 20  # thousands of added tokens take about a million by
 _UNFINISHED = "\ufffd"  # what bytes are decoded to that are no character, or not yet
 _MOST_BYTES = 3  # of a character that is not complete
 _BYTE = re.compile(r"<0x([0-9A-Fa-f]{2})>")
-_BRIEF = 4096  # characters that are encoded in a few milliseconds
 
 MAX_STOPS = 64
 MAX_STOP_CHARACTERS = 4096
+
+
+class Reader(Protocol):
+    """What encodes and decodes: the library, or a vocabulary file. Several threads share it."""
+
+    @property
+    def reader(self) -> str:
+        """A word for people: "tokenizers" or "vocabulary file"."""
+
+    @property
+    def special(self) -> frozenset[int]:
+        """The ids that have no text."""
+
+    @property
+    def decoders(self) -> tuple[str, ...]:
+        """The parts of the decoder, as a tokenizer.json names them."""
+
+    @property
+    def definition(self) -> str:
+        """The text of a `tokenizer.json` that makes the same tokenizer."""
+
+    @property
+    def bound(self) -> TokenBound:
+        """How few tokens a text can have."""
+
+    def encode(self, text: str, special: bool) -> list[int]:
+        """Return the ids of a text; `special` puts what belongs around it."""
+
+    def decode(self, ids: Sequence[int]) -> str:
+        """Return the text of ids: without those that are special or none."""
+
+    def spelling(self, token: int) -> str | None:
+        """Return how an entry is spelt; None for an id that is none."""
+
+    def token(self, spelling: str) -> int | None:
+        """Return the id of the entry that is spelt so; None where there is none."""
 
 
 class Tokenizer:
@@ -46,37 +85,46 @@ class Tokenizer:
 
     def __init__(
         self,
-        definition: bytes,
+        definition: bytes | bytearray | Reader,
         *,
         config: TokenizerConfig | None = None,
         template: ChatTemplate | None = None,
     ) -> None:
         """Take the bytes of a `tokenizer.json`, and what else is said of it.
 
-        Raises `ArtifactError` for what is no tokenizer.
+        In place of the bytes, what reads them already. Raises `ArtifactError` for what is no
+        tokenizer.
         """
-        self._tokenizer = open_tokenizer(definition)
-        if config is not None:
-            config.apply(self._tokenizer)
+        if isinstance(definition, bytes | bytearray):
+            definition = LibraryTokenizer(bytes(definition), config)
+        self._reader = definition
         self.named_tokens = {} if config is None else config.named
         self._template = template
-        added = self._tokenizer.get_added_tokens_decoder()
-        self._special = {number for number, token in added.items() if token.special}
-        self._spelling, self.mixes_bytes = _bytes_in(self._tokenizer.decoder)
+        self._spelling, self.mixes_bytes = _bytes_in(self._reader.decoders)
         self._bytes: dict[int, bytes | None] = {}
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Tokenizer:
         """Read `tokenizer.json`, what is said of its tokens and, if there is one, the template.
 
-        A template that is none ends chat only: it is found out when it is used.
+        With a vocabulary file, `tokenizer.json` is left alone. A template that is none ends chat
+        only: it is found out when it is used. Raises `ArtifactError`.
         """
         files = artifact.manifest.files
 
         def read(name: str) -> bytes | None:
             return artifact.read_bytes(name) if name in files else None
 
-        return cls.from_files(read, str(artifact.path))
+        where = str(artifact.path)
+        if VOCABULARY_FILE not in files or TOKENIZER_FILE not in files:
+            return cls.from_files(read, where)
+        config, template = _said_of(read, where)
+        vocabulary = Vocabulary.from_artifact(artifact)
+
+        def definition() -> str:
+            return LibraryTokenizer(artifact.read_bytes(TOKENIZER_FILE), config).definition
+
+        return cls(BytePairTokenizer(vocabulary, definition), config=config, template=template)
 
     @classmethod
     def from_files(cls, read: Callable[[str], bytes | None], where: str) -> Tokenizer:
@@ -90,21 +138,23 @@ class Tokenizer:
                 f"{where}: no tokenizer.json in the manifest, so text cannot be read. "
                 "Export again from a checkpoint folder that has a tokenizer."
             )
-        fields, tokens = (
-            parse_json_object(read(name) or b"{}", f"{where}/{name}", MAX_CONFIG_BYTES)
-            for name in (CONFIG_FILE, TOKENS_FILE)
-        )
-        config, source = TokenizerConfig(fields, tokens), fields.get("chat_template")
-        if (text := read(TEMPLATE_FILE)) is not None:
-            source = text
-        template = None if source is None else ChatTemplate(source, config.named)
+        config, template = _said_of(read, where)
         return cls(definition, config=config, template=template)
+
+    @property
+    def reader(self) -> str:
+        """What reads the vocabulary: "tokenizers", the library, or "vocabulary file"."""
+        return self._reader.reader
 
     @property
     def definition(self) -> str:
         """The text of a `tokenizer.json` that makes the same tokenizer."""
-        text: str = self._tokenizer.to_str()
-        return text
+        return self._reader.definition
+
+    @property
+    def bound(self) -> TokenBound:
+        """How few tokens a text can have, told from its length."""
+        return self._reader.bound
 
     @cached_property
     def beginning(self) -> list[int]:
@@ -130,20 +180,11 @@ class Tokenizer:
             raise RequestError(
                 f"{text!a:.80} is not text: expected a str that can be written as UTF-8."
             )
-        with library_errors(f"{TOKENIZER_FILE}: fails to encode a text"):
-            # The first is quicker to call, but holds the interpreter; the second does not, and
-            # leaves out the offsets, which take half of the time. Both give the same ids.
-            if len(text) <= _BRIEF:
-                encoding = self._tokenizer.encode(text, add_special_tokens=special)
-            else:
-                (encoding,) = self._tokenizer.encode_batch_fast([text], add_special_tokens=special)
-        ids: list[int] = encoding.ids
-        return ids
+        return self._reader.encode(text, special)
 
     def spelling(self, token: int) -> str | None:
         """Return a token as the vocabulary spells it; None for an id that has no token."""
-        found: str | None = self._tokenizer.id_to_token(token)
-        return found
+        return self._reader.spelling(token)
 
     def decode(self, ids: Sequence[int]) -> str:
         """Return the text of `ids` without special tokens.
@@ -162,23 +203,20 @@ class Tokenizer:
         Where only some tokens stand for bytes, it gives up all bytes in a row when they are not
         all characters.
         """
-        with library_errors(f"{TOKENIZER_FILE}: fails to decode tokens"):
-            text: str = self._tokenizer.decode(ids, skip_special_tokens=True)
-        return text
+        return self._reader.decode(ids)
 
     def special_token(self, text: str) -> int | None:
         """Return the special token that is spelt so; None where there is none."""
         token = self.token(text)
-        return token if token in self._special else None
+        return token if token in self._reader.special else None
 
     def token(self, spelling: str) -> int | None:
         """Return the token that the vocabulary spells so; None where there is none."""
-        found: int | None = self._tokenizer.token_to_id(spelling)
-        return found
+        return self._reader.token(spelling)
 
     def is_silent(self, token: int) -> bool:
         """Whether a token has no text, wherever it stands: a special one, or none at all."""
-        return token in self._special or self.spelling(token) is None
+        return token in self._reader.special or self.spelling(token) is None
 
     def bytes_of(self, token: int) -> bytes | None:
         """Return the bytes that a token stands for; None where its neighbours have a say."""
@@ -265,20 +303,27 @@ class Detokenizer:
         return piece
 
 
-def _bytes_in(decoder: Any) -> tuple[Callable[[str], bytes | None], bool]:
+def _said_of(
+    read: Callable[[str], bytes | None], where: str
+) -> tuple[TokenizerConfig, ChatTemplate | None]:
+    """Read what is said of a tokenizer's tokens, and the template if there is one."""
+    fields, tokens = (
+        parse_json_object(read(name) or b"{}", f"{where}/{name}", MAX_CONFIG_BYTES)
+        for name in (CONFIG_FILE, TOKENS_FILE)
+    )
+    config, source = TokenizerConfig(fields, tokens), fields.get("chat_template")
+    if (text := read(TEMPLATE_FILE)) is not None:
+        source = text
+    return config, None if source is None else ChatTemplate(source, config.named)
+
+
+def _bytes_in(decoders: Sequence[str]) -> tuple[Callable[[str], bytes | None], bool]:
     """Return how to tell a token's bytes from its spelling, and whether there is other text too."""
-    parts = _parts(decoder)
-    if parts == ["ByteLevel"]:
+    if list(decoders) == ["ByteLevel"]:
         return _byte_level, False
-    if "ByteFallback" in parts:
+    if "ByteFallback" in decoders:
         return _byte_fallback, True
     return lambda spelling: None, False
-
-
-def _parts(decoder: Any) -> list[str]:
-    """The names of what a decoder does, in its order."""
-    fields = {} if decoder is None else json.loads(decoder.__getstate__())
-    return [each["type"] for each in fields.get("decoders", [fields]) if each]
 
 
 def _byte_level(spelling: str) -> bytes:

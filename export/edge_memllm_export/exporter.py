@@ -26,7 +26,7 @@ from edge_memllm.options import called_with
 from edge_memllm.options.export import COMPUTE_DTYPES, EXPORT_DEVICES, GRAPH_FORMS, ExportOptions
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import Rows
-from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE
+from edge_memllm.text import TEXT_FILES, TOKENIZER_FILE, VOCABULARY_FILE
 from edge_memllm_export.artifact_writer import ArtifactWriter, writing_artifact
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.embedding import EmbeddingChoice, choose_embedding, default_form
@@ -65,6 +65,7 @@ from edge_memllm_export.texts import (
     judging_text,
     table_text,
 )
+from edge_memllm_export.vocabulary import vocabulary_file
 from edge_memllm_export.weights.allocation import Allocation
 from edge_memllm_export.weights.kept_grids import GridStore
 from edge_memllm_export.weights.kv_steps import kv_scales
@@ -416,6 +417,8 @@ class _Export:
         for name in TEXT_FILES:
             if (content := self._source.text_file(name)) is not None:
                 self._writer.copy(name, BytesIO(content))
+        if (vocabulary := vocabulary_file(self._source)) is not None:
+            self._writer.copy(VOCABULARY_FILE, BytesIO(vocabulary))
         graph = self._write_graph(identity, calibration_text)
         table = self._writer.write_table(self._table, rows, TABLE_FILE, identity, self._progress)
         model = replace(self._source.spec, identity=identity)

@@ -45,7 +45,7 @@ def test_the_lines_are_what_was_chosen(manifest: Manifest) -> None:
     assert found == {
         "interpreter and libraries": 40_000_000,
         "graph: int4 weights repacked": 190_000_000,
-        "tokenizer": 3 * 14,
+        "tokenizer": 3_000_000 + 400 * 24,
         "checksums of the table's records": 24 * 8,
         "records of 2 x 8 tokens of a prompt": 2 * 8 * record,
         "work on 8 tokens of a prompt": 8 * (layers + 60) * width * 4,
@@ -55,6 +55,17 @@ def test_the_lines_are_what_was_chosen(manifest: Manifest) -> None:
         ("record cache", 5000),
         ("table in memory", 24 * manifest.table.stride),
     }
+
+
+def test_a_tokenizer_with_its_vocabulary_file_takes_little_more_than_that(
+    manifest: Manifest,
+) -> None:
+    files = manifest.files | {"tokenizer.safetensors": FileSpec(13_000_000, "0" * 64)}
+    found = lines(memory_items(dataclasses.replace(manifest, files=files), Choices()))
+    assert found["tokenizer"] == 19_000_000
+    files = {name: spec for name, spec in files.items() if not name.startswith("tokenizer")}
+    found = lines(memory_items(dataclasses.replace(manifest, files=files), Choices()))
+    assert "tokenizer" not in found
 
 
 def test_mapped_and_packed_weights_take_less(manifest: Manifest) -> None:

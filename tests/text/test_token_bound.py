@@ -31,12 +31,14 @@ def byte_level(**parts: Any) -> Tokenizer:
     return with_parts(made, **parts)
 
 
-def byte_fallback(**parts: Any) -> Tokenizer:
+def byte_fallback(unknown: str | None = None, **parts: Any) -> Tokenizer:
     """Words with a mark for the space, and bytes for what is not among them."""
     words = ["\u2581", "a", "b", "\u2581a", "aa", "aaa"]
     vocabulary = {entry: number for number, entry in enumerate([*_BYTES, *words])}
     merges = [("\u2581", "a"), ("a", "a"), ("aa", "a")]
-    made = Tokenizer(models.BPE(vocabulary, merges, byte_fallback=True))
+    made = Tokenizer(
+        models.BPE(vocabulary, merges, byte_fallback=True, unk_token=unknown, fuse_unk=True)
+    )
     made.normalizer = normalizers.Sequence(
         [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
     )
@@ -84,6 +86,7 @@ BOUNDED = {
     ),
     "around": (byte_level(post_processor=around("a $A a")), 4),
     "fallback": (byte_fallback(), 6),
+    "fallback where nothing is unknown": (byte_fallback(unknown="a"), 6),
     "one for each unknown": (
         with_parts(Tokenizer(models.BPE({"a": 0, "?": 1}, [], unk_token="?"))),
         1,
@@ -112,7 +115,7 @@ UNBOUNDED = {
 @pytest.mark.parametrize("name", BOUNDED)
 def test_no_text_has_fewer_tokens(name: str) -> None:
     tokenizer, characters = BOUNDED[name]
-    bound = TokenBound(tokenizer.to_str())
+    bound = TokenBound.of(tokenizer.to_str())
     assert bound.characters == characters
 
     @settings(max_examples=150, deadline=None)
@@ -133,7 +136,7 @@ def test_no_text_has_fewer_tokens(name: str) -> None:
 
 @pytest.mark.parametrize("name", UNBOUNDED)
 def test_what_drops_or_joins_without_a_limit_has_no_bound(name: str) -> None:
-    bound = TokenBound(UNBOUNDED[name].to_str())
+    bound = TokenBound.of(UNBOUNDED[name].to_str())
     assert bound.characters is None
     assert bound.fewest(1 << 40) == 0
 
