@@ -107,7 +107,7 @@ class Runtime(Protocol):
 
         `buffer` holds the `distinct` (U) records of the step in its first slots; `token_index`
         int64 [B, T] says which of them stands at each position. `logits_index` int64 [B, K]
-        picks the positions within T whose logits are wanted; None wants none.
+        holds the positions within T whose logits are wanted: the last K, in order; None wants none.
 
         Without `sequence`, B is the cache's batch and T must be 1 unless B is 1. With a number
         as `sequence`, B is 1 and only that sequence grows; with a range of numbers, B is its

@@ -112,7 +112,8 @@ class ExportOptions:
         Mapping[str, str] | None,
         Option(
             "store some matrices of an int4 or int8 graph in the other form, such as lm_head=int8: "
-            "qkv_proj, o_proj, gate_up_proj, down_proj, lm_head",
+            "qkv_proj, o_proj, gate_up_proj, down_proj, lm_head, and of Gemma 3n and 4 q_proj, "
+            "per_layer_model_projection, per_layer_input_gate, per_layer_projection",
             metavar="NAME=FORM,...",
             parse=matrix_forms,
             several="list",
@@ -135,6 +136,15 @@ class ExportOptions:
             "prefill slower",
             choices=KV_DTYPES,
             unset="what the graph computes in",
+        ),
+    ] = None
+    context: Annotated[
+        int | None,
+        Option(
+            "positions that a text may have; less makes the tables of angles smaller",
+            parse=positive_int,
+            metavar="POSITIONS",
+            unset="the model's, or what 32 MiB of those tables are for",
         ),
     ] = None
     alignment: Annotated[

@@ -58,6 +58,10 @@ class Checkpoint:
         except UnusableCheckpointError as error:
             raise ExportError(str(error)) from error
 
+    def limited(self, context: int) -> Checkpoint:
+        """The same checkpoint for texts of at most so many positions."""
+        return Checkpoint(self._source, self.architecture.limited(context))
+
     def text_file(self, name: str) -> bytes | None:
         """The content of one of `edge_memllm.text.TEXT_FILES`; None where there is none.
 

@@ -14,6 +14,7 @@ from dataclasses import dataclass, replace
 from io import BytesIO
 from pathlib import Path
 
+import numpy as np
 import torch
 
 from edge_memllm.artifact.layout import RecordLayout
@@ -82,6 +83,10 @@ TABLE_FILE = "table.safetensors"
 # it would be most of the table.
 _ALIGNMENT, _DENSE_ALIGNMENT = 512, 64
 
+_DELICATE_BITS = 8
+# Of the tables of angles: where those of all positions are more, a model's context is cut.
+_ANGLES_BYTES = 32 << 20
+
 # What `auto` promises of perplexity; it plans by divergence (`graph_matrices.PROMISE`).
 _PROMISED_INCREASE = 0.02
 
@@ -122,6 +127,8 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         )
     matrices = dict(options.matrix_weights or {})
     check_matrix_forms(matrices, asked, source.architecture.kinds)
+    if bits is not None and bits < _DELICATE_BITS:
+        matrices = dict.fromkeys(source.architecture.delicate_kinds, "int8") | matrices
     return GraphForm(
         graph_weights,
         get_codec(chosen),
@@ -131,6 +138,29 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         matrices=matrices,
         rounded=options.rounded_inputs or 0.0,
         method=None if kept else method,
+    )
+
+
+def context_of(source: Checkpoint, form: GraphForm, asked: int | None) -> tuple[int, str | None]:
+    """How many positions a text may have, and what to say where that is not the model's context.
+
+    Raises ExportError for more than the model has.
+    """
+    most = source.spec.max_position_embeddings
+    if asked is not None:
+        if asked > most:
+            raise ExportError(
+                f"context {asked}: {source.path} is for {most} positions. Ask for that at most."
+            )
+        return asked, None
+    values = source.architecture.rotary_values * np.dtype(compute_dtype(form.weights)).itemsize
+    room = _ANGLES_BYTES // values
+    if most <= room:
+        return most, None
+    context = 1 << room.bit_length() - 1
+    return context, (
+        f"context: {context:,} of the model's {most:,} positions, whose tables of angles would "
+        f"take {most * values >> 20} MB of memory. Ask for more with --context."
     )
 
 
@@ -264,9 +294,11 @@ def export_model(options: ExportOptions) -> ExportReport:
     takes 128 for matrices of 1,024 columns or more and 32 below. `graph_method` is "rtn" or "gptq"
     (calibrated on `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights`
     stores kinds of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md.
-    `kv_dtype` of keys and values is the graph's own float or "int8", whose steps are calibrated on
-    `calibration_text` too. `rounded_inputs` is for GGUF files whose grids are kept: nats that
-    inputs rounded to 8 bits may cost, which is faster; None rounds none. `device` (cpu or cuda),
+    `context` is how many positions a text may have: None takes the model's, or as many as 32 MiB of
+    the tables of angles are for. `kv_dtype` of keys and values is the graph's own float or "int8",
+    whose steps are calibrated on `calibration_text` too. `rounded_inputs` is for GGUF files whose
+    grids are kept: nats that inputs rounded to 8 bits may cost, which is faster; None rounds none.
+    `device` (cpu or cuda),
     `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
     computed. `verify` climbs the parity ladder and
     measures the loss of quality on `quality_text`; a loss beyond the bounds of `quality` is refused
@@ -280,6 +312,8 @@ def export_model(options: ExportOptions) -> ExportReport:
     keep_to_quota()
     source = Checkpoint.open(Path(options.checkpoint))
     form = graph_form(source, options)
+    context, limited = context_of(source, form, options.context)
+    source = source.limited(context)
     check_calibration(form, options.calibration_text)
     text = judging_text() if options.quality_text is None else options.quality_text
     calibrated = f"{fitting_text()}\n{encyclopaedia_text()}"
@@ -294,7 +328,7 @@ def export_model(options: ExportOptions) -> ExportReport:
     if options.table_target is None:
         check_table_options(layout, search=options.table_search, text=options.table_text)
     check_target(source, options)
-    notes = (*source.architecture.notes, *check_text_files(source))
+    notes = (*source.architecture.notes, *check_text_files(source), *([limited] if limited else []))
     report = options.progress or (lambda stage, done, total: None)
     out = Path(os.path.abspath(options.out))
     with writing_artifact(out, overwrite=options.overwrite) as writer:

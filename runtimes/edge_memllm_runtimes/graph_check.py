@@ -316,16 +316,24 @@ def _gather(step: _Step) -> Results:
     if axis:  # one layer's memory out of all layers'
         data, index = step.given("xn")
         step.expect("an index of shape", index.dims, ())
-        assert index.numbers is not None
         step.expect("values of", len(data.dims), 4)
-        layers = step.count(data.dims[2:3])
-        if not 0 <= index.numbers[0] < layers:
-            step.refuse(f"takes number {index.numbers[0]} of {layers}")
+        _expect_number(step, index, step.count(data.dims[2:3]))
         return [_Known(data.data_type, (*data.dims[:2], *data.dims[3:]))]
+    if step.inputs[1] is not None and step.inputs[1].tensor is not None:  # a layer's gain
+        data, index = step.given("xn")
+        step.expect("an index of shape", (index.dims, len(data.dims)), ((), 1))
+        _expect_number(step, index, step.count(data.dims))
+        return [_Known(data.data_type, ())]
     data, index = step.given("xx")  # the records of a step, by position
     step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "T")))
     step.expect("rows of", (len(data.dims), data.dims[0]), (2, "U"))
     return [_Known(data.data_type, (*index.dims, *data.dims[1:]))]
+
+
+def _expect_number(step: _Step, index: _Known, count: int) -> None:
+    assert index.numbers is not None
+    if not 0 <= index.numbers[0] < count:
+        step.refuse(f"takes number {index.numbers[0]} of {count}")
 
 
 def _gather_quantized(step: _Step) -> Results:
@@ -348,8 +356,8 @@ def _gather_nd(step: _Step) -> Results:
     data, index = step.given("xx")
     step.integer("batch_dims", 1, 1)
     step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "K", 1)))
-    step.expect("values of", (len(data.dims), data.dims[:2]), (3, ("B", "T")))
-    return [_Known(data.data_type, ("B", "K", data.width))]
+    step.expect("values of", (len(data.dims) in (3, 4), data.dims[:2]), (True, ("B", "T")))
+    return [_Known(data.data_type, ("B", "K", *data.dims[2:]))]
 
 
 def _unsqueeze(step: _Step) -> Results:
@@ -416,6 +424,18 @@ def _split(step: _Step) -> Results:
         step.refuse(f"makes parts of {list(parts.numbers)}")
     step.expect("parts of", sum(parts.numbers), data.width)
     return [_Known(data.data_type, (*data.dims[:-1], size)) for size in parts.numbers]
+
+
+def _slice(step: _Step) -> Results:
+    """The one cut there is: no positions, and the first of the numbers of each."""
+    data, starts, ends, axes = step.given("xnnn")
+    step.expect("values of", len(data.dims), 3)
+    step.expect("starts and axes", (starts.numbers, axes.numbers), ((0, 0), (1, 2)))
+    step.expect("ends of", ends.dims, (2,))
+    assert ends.numbers is not None
+    none, width = ends.numbers
+    step.expect("positions", (none, 0 < width <= step.count(data.dims[2:])), (0, True))
+    return [_Known(data.data_type, (*data.dims[:1], 0, width))]
 
 
 def _norm(step: _Step) -> Results:
@@ -513,8 +533,15 @@ def _attention(step: _Step) -> Results:
     step.expect("heads in groups", heads % kv_heads, 0)
     head = step.count(cache[3:])
     widths = [heads * head, kv_heads * head, kv_heads * head]
-    for known, width in zip(queries, [sum(widths)] if packed else widths, strict=True):
-        step.expect("queries of", known.dims, ("B", "T", width))
+    steps: Dims = ("T", "T", "T")
+    shared = not packed and queries[1].dims[1:2] == (0,)  # keys and values of another layer
+    if shared:
+        steps = (queries[0].dims[1], 0, 0)
+        step.expect("queries at", steps[0] in ("T", "K"), True)
+    for known, size, width in zip(
+        queries, steps[: len(queries)], [sum(widths)] if packed else widths, strict=True
+    ):
+        step.expect("queries of", known.dims, ("B", size, width))
     integer = _CODES["int32"]
     step.expect("lengths of", (lengths.data_type, lengths.dims), (integer, ("B",)))
     step.expect("a length of", (total.data_type, total.dims), (integer, ()))
@@ -522,7 +549,8 @@ def _attention(step: _Step) -> Results:
         step.expect("angles of", angles.dims, (step.positions, head // 2))
     for scale in scales:
         step.expect("steps of", (scale.data_type, scale.dims), (_CODES["float32"], (widths[1],)))
-    return [_Known(queries[0].data_type, ("B", "T", widths[0])), key, value]
+    attended = _Known(queries[0].data_type, (*queries[0].dims[:2], widths[0]))
+    return [attended] if shared else [attended, key, value]
 
 
 def _rules() -> dict[tuple[str, str], _Rule]:
@@ -538,7 +566,9 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "RMSNormalization": _Rule(_norm, frozenset({"axis", "epsilon"})),
         "Reshape": _Rule(_reshape, frozenset()),
         "Sigmoid": _Rule(_activation, frozenset()),
+        "Slice": _Rule(_slice, frozenset()),
         "Split": _Rule(_split, frozenset({"axis"})),
+        "Tanh": _Rule(_activation, frozenset()),
         "Unsqueeze": _Rule(_unsqueeze, frozenset()),
     }
     contrib = {

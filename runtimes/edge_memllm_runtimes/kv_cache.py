@@ -250,7 +250,21 @@ def check_step(
     if logits_index.shape[0] != batch:
         raise ValueError(f"logits_index {logits_index.shape}, expected [{batch}, K].")
     _check_range("token_index", token_index, distinct)
-    _check_range("logits_index", logits_index, tokens)
+    _check_wanted(logits_index, tokens)
+
+
+def _check_wanted(index: NDArray[np.int64], tokens: int) -> None:
+    """Layers that keep nothing compute wanted positions alone and count them from the end."""
+    wanted = index.shape[1]
+    if index.size == 1:  # every decode step
+        last = index.item() == tokens - 1
+    else:
+        last = bool((index == np.arange(tokens - wanted, tokens)).all())
+    if wanted > tokens or not last:
+        raise ValueError(
+            f"logits_index {index.tolist()!s:.80}, expected the last K of {tokens} positions in "
+            "order."
+        )
 
 
 def _check_range(name: str, index: NDArray[np.int64], limit: int) -> None:

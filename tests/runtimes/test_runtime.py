@@ -63,14 +63,24 @@ def test_logits_are_floats_of_the_positions_asked_for(case: Case) -> None:
     distinct, index = np.unique(TEXT, return_inverse=True)
     case.table.fetch(distinct, buffer)
     cache = case.runtime.new_cache(1)
-    wanted = np.array([[3, 0]])
+    wanted = np.array([[len(TEXT) - 2, len(TEXT) - 1]])
     logits = case.runtime.step(buffer, len(distinct), index.reshape(1, -1), cache, wanted)
     assert logits.dtype in (np.float32, np.float16)
     assert logits.shape == (1, 2, VOCABULARY)
-    case.same(logits[0], everything[[3, 0]])
+    case.same(logits[0], everything[-2:])
     assert cache.lengths.tolist() == [len(TEXT)]
     assert cache.batch == 1
     cache.close()
+
+
+@pytest.mark.parametrize("wanted", [[0], [1, 0], [0, 2], [-1]])
+def test_others_than_the_last_positions_are_refused(case: Case, wanted: list[int]) -> None:
+    buffer = RecordBuffer(case.table.layout, 3)
+    case.table.fetch(np.array([5, 6, 7]), buffer)
+    cache = case.runtime.new_cache(1)
+    with pytest.raises(ValueError, match="expected the last K of 3 positions in order"):
+        case.runtime.step(buffer, 3, np.array([[0, 1, 2]]), cache, np.array([wanted]))
+    assert cache.lengths.tolist() == [0]
 
 
 def test_no_logits_can_be_asked_for(case: Case) -> None:

@@ -49,11 +49,18 @@ def _fill(network: Any, seed: int, norm: float = 1.0) -> None:
         for name, weight in network.named_parameters():
             noise = torch.randn(weight.shape, generator=generator)
             if weight.dim() == 1:
-                weight.copy_(norm + 0.2 * noise)
+                # Scores that nothing else scales are kept from choosing one position each.
+                unscaled = "k_norm" in name and hasattr(network.config, "num_kv_shared_layers")
+                weight.copy_((norm + 0.2 * noise) * (weight.shape[0] ** -0.5 if unscaled else 1))
+            elif "embed_tokens_per_layer" in name:
+                weight.copy_(noise / network.config.hidden_size_per_layer_input**0.5)
             elif name in ("lm_head.weight", "model.embed_tokens.weight"):
                 weight.copy_(noise * 2.5 / weight.shape[1] ** 0.5)
             else:
                 weight.copy_(noise / weight.shape[1] ** 0.5)
+        for name, buffer in network.named_buffers():
+            if "layer_scalar" in name:
+                buffer.copy_(0.3 + 0.8 * torch.rand(buffer.shape, generator=generator))
 
 
 def raw_byte_tokenizer() -> Any:
@@ -109,6 +116,23 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "head_dim": 16,
         "sliding_window": 24,
         "layer_types": ["sliding_attention", "full_attention", "sliding_attention"],
+    },
+    # Windows of 24, keys and values of the last three layers are those of the third and the fourth.
+    "gemma4_text": {
+        "num_hidden_layers": 7,
+        "num_key_value_heads": 1,
+        "head_dim": 16,
+        "global_head_dim": 32,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 300,
+        "num_kv_shared_layers": 3,
+        "use_double_wide_mlp": True,
+        "sliding_window": 24,
+        "final_logit_softcapping": 30.0,
+        "layer_types": [
+            f"{kind}_attention"
+            for kind in ("sliding", "full", "sliding", "full", "sliding", "sliding", "full")
+        ],
     },
     "edge_memllm": {"beta": 8, "eos_token_id": 257},
 }

@@ -36,7 +36,7 @@ from edge_memllm_export.graph.blocks import (
 )
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
-from edge_memllm_export.graph.tokens import layer_memory
+from edge_memllm_export.graph.tokens import layer_gain, layer_memory
 from edge_memllm_runtimes.torch_reference import TorchReference
 from support.checkpoints import BOS, EOS, VOCABULARY, raw_byte_tokenizer
 
@@ -149,6 +149,8 @@ class Gated:
     fields: Mapping[str, Any] = {"eos_token_id": EOS}
     facts: Mapping[str, Any] = {"family": MODEL_TYPE}
     kinds = ("qkv_proj", "o_proj", "gate", "up", "lm_head")
+    delicate_kinds = ()
+    rotary_values = sum(shape.head_dim for shape in SHAPES)
 
     def __init__(self, source: Source) -> None:
         expected = dict(Network().named_parameters())
@@ -173,6 +175,10 @@ class Gated:
             ),
             details={"odd": True, "layers_with_windows": 1},
         )
+
+    def limited(self, context: int) -> Gated:
+        assert context == CONTEXT
+        return self
 
     @property
     def notes(self) -> Sequence[str]:
@@ -210,6 +216,9 @@ class Gated:
             opened = graph.op(f"{path}/Sigmoid", "Sigmoid", [gate])
             product = graph.op(f"{path}/gate/Mul", "Mul", [opened, row])
             pending = graph.linear(f"{path}/up", product, self._array(f"{name}.up.weight"))
+            assert step.tokens.gain is not None
+            gain = layer_gain(graph, step.tokens.gain, layer)
+            pending = graph.op(f"{path}/up/Mul", "Mul", [pending, gain])
         assert pending is not None
         x, pending = wanted_positions(graph, step, x=x, pending=pending)
         normed, _ = graph.add_norm("/norm", x, pending, self._array("norm.weight"), _EPSILON)

@@ -142,6 +142,17 @@ class Architecture(Protocol):
         """The names that the graph gives its matrices, as they lie in it."""
 
     @property
+    def delicate_kinds(self) -> tuple[str, ...]:
+        """Those of them that are stored in 8 bits where all are to have fewer."""
+
+    @property
+    def rotary_values(self) -> int:
+        """Numbers that the tables of angles hold for each position."""
+
+    def limited(self, context: int) -> Architecture:
+        """The same network for texts of at most so many positions."""
+
+    @property
     def notes(self) -> Sequence[str]:
         """What is left out of the model, and the like, in sentences."""
 

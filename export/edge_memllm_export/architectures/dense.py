@@ -10,7 +10,8 @@ from typing import Any, ClassVar
 
 import onnx_ir as ir
 import torch
-from transformers import AutoConfig, AutoModelForCausalLM
+import transformers
+from transformers import CONFIG_MAPPING, AutoConfig, AutoModelForCausalLM
 
 from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.modeling.stored_weights import describing
@@ -34,7 +35,6 @@ _FACTS = (
     "model_type",
     "num_attention_heads",
     "num_hidden_layers",
-    "num_key_value_heads",
     "rms_norm_eps",
     "rope_parameters",
     "tie_word_embeddings",
@@ -56,17 +56,23 @@ class Dense(LayerWeights):
         """
         with describing(source.where, "describes no network that can be exported"):
             fields = self.text_fields(source.fields)
-            self.config: Any = AutoConfig.for_model(fields.pop("model_type"), **fields)
+            kind = fields.pop("model_type")
+            if kind not in CONFIG_MAPPING:
+                raise ValueError(
+                    f"transformers {transformers.__version__} has no {kind}. Upgrade transformers."
+                )
+            self.config: Any = AutoConfig.for_model(kind, **fields)
             self.refuse(self.config)
-            expected = dict(_empty_network(self.config).named_parameters())
+            expected = self.expected(_empty_network(self.config))
         self.weights: Weights = source.weights(
             expected,
             tied=self.config.tie_word_embeddings,
             described=f"{self.config.model_type}, {self.config.num_hidden_layers} layers",
             named=self.text_name,
         )
-        self.shapes = _attention_shapes(self.config)
+        self.shapes = self.attention_shapes()
         self.epsilon: float = self.config.rms_norm_eps
+        self.context: int = self.config.max_position_embeddings
 
     def text_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
         """Return the configuration of the network that makes text, out of a source's."""
@@ -79,6 +85,32 @@ class Dense(LayerWeights):
     def refuse(self, config: Any) -> None:
         """Name, in a ValueError, what the network computes and the graph would not."""
         raise NotImplementedError
+
+    def expected(self, network: Any) -> Weights:
+        """Return the weights that a network has, without values."""
+        return dict(network.named_parameters())
+
+    def attention_shapes(self) -> tuple[AttentionShape, ...]:
+        """Return the heads of each layer; a window that holds the whole context is none."""
+        config = self.config
+        head_dim = getattr(config, "head_dim", None)
+        head_dim = head_dim or config.hidden_size // config.num_attention_heads
+        heads = config.num_attention_heads, config.num_key_value_heads, head_dim
+        every = ["sliding_attention"] * config.num_hidden_layers
+        kinds = getattr(config, "layer_types", None) or every
+        squared = getattr(config, "query_pre_attn_scalar", None) or head_dim
+        return tuple(AttentionShape(*heads, self.window(kind), squared) for kind in kinds)
+
+    def window(self, kind: str) -> int | None:
+        """Return how many positions layers of a kind look at; None for all there are."""
+        window: int | None = getattr(self.config, "sliding_window", None)
+        if kind != "sliding_attention" or window is None:
+            return None
+        return window if window < self.config.max_position_embeddings else None
+
+    def source(self, layer: int) -> int | None:
+        """Return the layer whose keys and values a layer reads; None for its own."""
+        return None
 
     def rotary_kinds(self) -> tuple[RotaryKind, ...]:
         """Return which angles each layer turns by."""
@@ -95,13 +127,14 @@ class Dense(LayerWeights):
         """What changes a logit besides the weights."""
         windows = [shape.window for shape in self.shapes]
         facts = {name: getattr(self.config, name) for name in (*_FACTS, *self.own_facts)}
-        return facts | {"head_dim": self.shapes[0].head_dim, "windows": windows}
+        first = self.shapes[0]
+        heads = {"head_dim": first.head_dim, "num_key_value_heads": first.kv_heads}
+        return facts | heads | {"windows": windows}
 
     @property
     def spec(self) -> ModelSpec:
         """What a manifest says of it."""
         config = self.config
-        feed_forward = 3 * config.hidden_size * config.intermediate_size
         return ModelSpec(
             identity="",
             architecture=config.model_type,
@@ -109,16 +142,27 @@ class Dense(LayerWeights):
             num_hidden_layers=config.num_hidden_layers,
             num_attention_heads=config.num_attention_heads,
             vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=self.context,
             bos_token_id=config.bos_token_id,
             eos_token_ids=(),
-            memory=MemorySpec(),
+            memory=self.memory(),
             caches=tuple(
                 CacheSpec(layer, shape.kv_heads, shape.graph_head_dim, shape.window)
                 for layer, shape in enumerate(self.shapes)
+                if self.source(layer) is None
             ),
-            details={"feed_forward_parameters": config.num_hidden_layers * feed_forward},
+            details={"feed_forward_parameters": self.feed_forward_parameters()},
         )
+
+    def memory(self) -> MemorySpec:
+        """Return the rows of a token, of which a dense model has none."""
+        return MemorySpec()
+
+    def feed_forward_parameters(self) -> int:
+        """Return how many weights all feed-forward networks have."""
+        config = self.config
+        each: int = 3 * config.hidden_size * config.intermediate_size
+        return each * int(config.num_hidden_layers)
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -143,8 +187,19 @@ class Dense(LayerWeights):
         network.tie_weights()
         self.complete(network)
         network = network.requires_grad_(False).eval().to(device)
-        network = converting(network, compute_dtype)
+        return self.judge(converting(network, compute_dtype))
+
+    def judge(self, network: Any) -> DenseReference:
+        """Return the frozen network as a judge."""
         return DenseReference(network, self.shapes, self.parts, heads_first=self.heads_first)
+
+    @property
+    def rotary_values(self) -> int:
+        """Numbers that the tables of angles hold for each position."""
+        kinds = {
+            (k, s.graph_head_dim) for k, s in zip(self.rotary_kinds(), self.shapes, strict=True)
+        }
+        return sum(width for _, width in kinds)
 
     def heads(self, layer: int) -> AttentionShape:
         """Return the heads of a layer."""
@@ -169,7 +224,8 @@ class Dense(LayerWeights):
     ) -> ir.Value:
         """Return the output of a layer's attention, biases included: [B,T,D]."""
         path, name = f"/model/layers.{layer}/self_attn", f"model.layers.{layer}.self_attn"
-        output = attention(layer, path, normed, self.attention_weights(name))
+        weights = self.attention_weights(name)
+        output = attention(layer, path, normed, weights, self.source(layer))
         return self.biased(graph, f"{path}/o_proj", output)
 
     def biased(self, graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
@@ -185,14 +241,18 @@ class Dense(LayerWeights):
         """Return the logits [B,K,V] out of the last layer's sum, which is still to be made."""
         x, pending = wanted_positions(graph, step, x=x, pending=pending)
         normed, _ = self.add_norm(graph, "/model/norm", x, pending)
+        return self.logits(graph, normed)
+
+    def logits(self, graph: GraphBuilder, normed: ir.Value) -> ir.Value:
+        """Return the product with the head, which may be the embedding."""
         head = "model.embed_tokens" if self.config.tie_word_embeddings else "lm_head"
         return graph.linear("/lm_head", normed, self.array(f"{head}.weight"))
 
     def _rotary(self, *kind: str) -> Rotary:
         """The network's own rotary embedding at every position: half of it, for it repeats."""
-        positions = torch.arange(self.config.max_position_embeddings).unsqueeze(0)
+        positions = torch.arange(self.context).unsqueeze(0)
         cosine, sine = self._rotary_embedding()(torch.zeros(1), positions, *kind)
-        half = self.shapes[0].head_dim // 2  # of [1, P, head_dim]
+        half = cosine.shape[-1] // 2  # of [1, P, head_dim]
         return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())
 
     def _rotary_embedding(self) -> Any:
@@ -212,19 +272,3 @@ def _empty_network(config: Any) -> Any:
     """The network of transformers without weights."""
     with torch.device("meta"):
         return AutoModelForCausalLM.from_config(config)
-
-
-def _attention_shapes(config: Any) -> tuple[AttentionShape, ...]:
-    """The attention of each layer; a window that holds the whole context is none."""
-    head_dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-    heads = config.num_attention_heads, config.num_key_value_heads, head_dim
-    window = getattr(config, "sliding_window", None)
-    if window is not None and window >= config.max_position_embeddings:
-        window = None
-    every = ["sliding_attention"] * config.num_hidden_layers
-    kinds = getattr(config, "layer_types", None) or every
-    squared = getattr(config, "query_pre_attn_scalar", None) or head_dim
-    return tuple(
-        AttentionShape(*heads, window if kind == "sliding_attention" else None, squared)
-        for kind in kinds
-    )

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from types import SimpleNamespace
-from typing import Any
+from typing import Any, Self
 
 import numpy as np
 import torch
@@ -113,13 +113,17 @@ class FedNetwork:
         self.cache_shapes = [(shape.kv_heads, shape.head_dim) for shape in shapes]
         # Without windows, for whose caches nothing can be forgotten: what is seen is masked.
         self.config: Any = LlamaConfig(
-            num_hidden_layers=network.config.num_hidden_layers,
+            num_hidden_layers=len(shapes),
             max_position_embeddings=network.config.max_position_embeddings,
         )
 
-    def eval(self) -> FedNetwork:
+    def eval(self) -> Self:
         """Return the network, which is ready to compute."""
         return self
+
+    def fed(self, token_rows: TokenRows) -> dict[str, torch.Tensor]:
+        """Return what the network takes in place of tokens."""
+        return {"inputs_embeds": functional.embedding(token_rows.index, token_rows.embedding)}
 
     def __call__(
         self,
@@ -131,9 +135,8 @@ class FedNetwork:
         logits_to_keep: torch.Tensor,
     ) -> Any:
         """Return logits [B, K, V] of the positions to keep."""
-        fed = functional.embedding(token_rows.index, token_rows.embedding)
         found = self._network(
-            inputs_embeds=fed,
+            **self.fed(token_rows),
             use_cache=use_cache,
             logits_to_keep=logits_to_keep,
             **{CACHE: cache},

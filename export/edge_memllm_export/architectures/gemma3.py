@@ -13,7 +13,6 @@ comes out of norms and of the embedding.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -22,6 +21,7 @@ import torch
 
 from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, RotaryKind, refuse_rotary
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
+from edge_memllm_export.architectures.multimodal import MultimodalText
 from edge_memllm_export.graph.blocks import geglu
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
@@ -30,38 +30,16 @@ MODEL_TYPES = ("gemma3_text", "gemma3")
 # A power of two, so that nothing is rounded: sums up to four million in float16.
 _PART_OF_SUM = 2.0**-6
 _LAYER_TYPES = ("full_attention", "sliding_attention")
-# Of a checkpoint that sees as well: where its text lies, by the releases of transformers.
-_TEXT = {"model.language_model.": "model.", "language_model.": ""}
-_VISION = ("vision_tower.", "multi_modal_projector.")
-_OF_BOTH = ("bos_token_id", "eos_token_id", "pad_token_id", "tie_word_embeddings")
 
 
-class Gemma3(Dense):
+class Gemma3(MultimodalText, Dense):
     """A network of the family; see `Architecture`."""
 
+    whole_type = "gemma3"
+    other_modules = ("vision_tower", "multi_modal_projector")
     own_facts = ("hidden_activation", "layer_types", "query_pre_attn_scalar")
     heads_first = True
     feed_forward_norm = "pre_feedforward_layernorm"
-    sees = False  # whether the checkpoint is of images too
-
-    def text_fields(self, fields: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the configuration of the text's network, which may be a part of a larger one."""
-        if fields["model_type"] != "gemma3":
-            return dict(fields)
-        self.sees = True
-        text = dict(fields["text_config"])
-        return {**text, **{name: fields[name] for name in _OF_BOTH if name in fields}}
-
-    def text_name(self, stored: str) -> str | None:
-        """Return what the text's network calls a stored weight; None for one that sees."""
-        if not self.sees:
-            return stored
-        if stored.removeprefix("model.").startswith(_VISION):
-            return None
-        for theirs, ours in _TEXT.items():
-            if stored.startswith(theirs):
-                return ours + stored.removeprefix(theirs)
-        return stored
 
     def refuse(self, config: Any) -> None:
         """Name, in a ValueError, what the network computes and the graph would not."""
@@ -82,12 +60,6 @@ class Gemma3(Dense):
     def rotary_kinds(self) -> tuple[RotaryKind, ...]:
         """Return the types of the layers, each of which has its angles."""
         return tuple((kind,) for kind in self.config.layer_types)
-
-    @property
-    def notes(self) -> Sequence[str]:
-        """Return that the model no longer sees, where it did."""
-        left_out = "vision_tower, multi_modal_projector: left out; the artifact reads text alone."
-        return (left_out,) if self.sees else ()
 
     def build(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
         """Record the graph: the drawing at the top of this file, layer by layer."""

@@ -43,12 +43,20 @@ class LayerWeights:
 
     weights: Mapping[str, torch.Tensor]
     epsilon: float  # of every norm
+    delicate_kinds: tuple[str, ...] = ()
+    context: int  # positions that a text may have
     feed_forward_norm = "post_attention_layernorm"  # before the feed-forward network
     _scaled: Mapping[str, _Scales] = {}
 
     def heads(self, layer: int) -> AttentionShape:
         """Return the heads of a layer."""
         raise NotImplementedError
+
+    def limited(self, context: int) -> Self:
+        """Return the same network for texts of at most so many positions."""
+        found = copy(self)
+        found.context = context
+        return found
 
     def add_norm(
         self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None
@@ -60,8 +68,9 @@ class LayerWeights:
     def attention_weights(self, path: str) -> AttentionWeights:
         """Return what attention at `path` multiplies by."""
         normed = f"{path}.q_norm.weight" in self.weights
+        queries = [name for name in _QUERIES if f"{path}.{name}.weight" in self.weights]
         return AttentionWeights(
-            self.arrays(path, (*_QUERIES, "o_proj")),
+            self.arrays(path, (*queries, "o_proj")),
             self.biases(path, _QUERIES),
             self.arrays(path, ("q_norm", "k_norm")) if normed else None,
             self.epsilon,
@@ -77,12 +86,13 @@ class LayerWeights:
         if matrix == HEAD:
             return (HEAD if HEAD in self.weights else TIED_HEAD,)
         path, kind, weight = matrix.rsplit(".", 2)
-        return tuple(f"{path}.{part}.{weight}" for part in _PARTS.get(kind, (kind,)))
+        parts = (f"{path}.{part}.{weight}" for part in _PARTS.get(kind, (kind,)))
+        return tuple(part for part in parts if part in self.weights)
 
     def arranged(self, matrix: str, values: np.ndarray, side: Side) -> np.ndarray:
         """Return values of rows or columns with zeros for wider heads; see `Architecture`."""
         path, kind = _place(matrix)
-        if (kind, side) not in (("qkv_proj", "rows"), ("o_proj", "columns")):
+        if (kind, side) not in (("qkv_proj", "rows"), ("q_proj", "rows"), ("o_proj", "columns")):
             return values
         return widen_heads(values, self.heads(_layer(path)))
 
@@ -98,7 +108,8 @@ class LayerWeights:
             return Folding(self._present(f"{path}.v_proj"), shared, shape.head_dim)
         if kind == "down_proj":
             return Folding(self._present(f"{path}.up_proj"))
-        norms = {"qkv_proj": "input_layernorm", "gate_up_proj": self.feed_forward_norm}
+        norms = dict.fromkeys(("qkv_proj", "q_proj"), "input_layernorm")
+        norms["gate_up_proj"] = self.feed_forward_norm
         norm = "model.norm" if matrix == HEAD else f"{layer}.{norms[kind]}"
         return Folding((f"{norm}.weight",))
 

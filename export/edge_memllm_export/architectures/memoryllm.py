@@ -107,6 +107,7 @@ class MemoryLLM(LayerWeights):
             described=network_described(config),
         )
         self.epsilon: float = config.rms_norm_eps
+        self.context: int = config.max_position_embeddings
         self.shape = Shape(
             layers=config.num_hidden_layers,
             heads=AttentionShape(
@@ -149,7 +150,7 @@ class MemoryLLM(LayerWeights):
             num_hidden_layers=shape.layers,
             num_attention_heads=shape.heads.heads,
             vocab_size=config.vocab_size,
-            max_position_embeddings=config.max_position_embeddings,
+            max_position_embeddings=self.context,
             bos_token_id=config.bos_token_id,
             eos_token_ids=(),
             memory=memory,
@@ -205,6 +206,11 @@ class MemoryLLM(LayerWeights):
         network = network_over(self.config, self.weights).to(device)
         return MemoryLLMReference(converting(network, compute_dtype), self.shape, self.parts)
 
+    @property
+    def rotary_values(self) -> int:
+        """Numbers that the tables of angles hold for each position."""
+        return self.shape.heads.graph_head_dim
+
     def heads(self, layer: int) -> AttentionShape:
         """Return the heads of a layer, which are the same in all."""
         return self.shape.heads
@@ -218,7 +224,7 @@ class MemoryLLM(LayerWeights):
 
     def _rotary(self) -> Rotary:
         """The network's own rotary embedding at every position: half of it, for it repeats."""
-        positions = torch.arange(self.config.max_position_embeddings).unsqueeze(0)
+        positions = torch.arange(self.context).unsqueeze(0)
         cosine, sine = LlamaRotaryEmbedding(self.config)(torch.zeros(1), positions)
         half = self.shape.heads.head_dim // 2  # of [1, P, head_dim]
         return Rotary(cosine[0, :, :half].numpy(), sine[0, :, :half].numpy())

@@ -27,8 +27,13 @@ class TextReference:
             hidden = self.network.model(tokens, use_cache=False).last_hidden_state[0]
         for start in range(0, len(ids), chunk):
             with torch.inference_mode():
-                logits = self.network.lm_head(hidden[start : start + chunk])
+                logits = self.head(hidden[start : start + chunk])
             yield logits.float().cpu().numpy()
+
+    def head(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Return the logits [N, V] of what the last norm gives [N, D]."""
+        logits: torch.Tensor = self.network.lm_head(hidden)
+        return logits
 
     def run(self, ids: torch.Tensor) -> None:
         """Compute a text [1, T], for what listens."""

@@ -5,12 +5,14 @@ Attention: x [B,T,D] -- qkv_proj [-- + bias] --> GroupQueryAttention --> o_proj 
                                           |  seqlens_k, total_sequence_length
                                           |  cos_cache, sin_cache [P,d/2]
 
-With norms of query and key, the packed projection is split and they are normed head by head.
+With norms, the packed projection is split and query, key and value are normed head by head. A layer
+that reads another's keys and values gives none of its own, [B,0,Hk*d], and that layer's present as
+past; one whose values are its keys has no projection for them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -23,6 +25,7 @@ from edge_memllm_export.graph.step import KVScales, StepInputs
 # GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
 _HEAD_MULTIPLE = 16
 _PACKED = ("q_proj", "k_proj", "v_proj")
+_NORMS = ("q_norm", "k_norm", "v_norm")
 _INT8_CACHE = {
     "kv_cache_bit_width": 8,
     "k_quant_type": "PER_CHANNEL",
@@ -58,9 +61,11 @@ class Rotary:
 class AttentionWeights:
     """Arrays of one layer, as in the network. Biases and norms are None where it has none."""
 
-    projections: Mapping[str, np.ndarray]  # q_proj, k_proj, v_proj [N, D] and o_proj [D, N]
+    # q_proj, k_proj, v_proj [N, D] and o_proj [D, N]. Without v_proj the keys are the values too;
+    # without both they are another layer's.
+    projections: Mapping[str, np.ndarray]
     biases: Mapping[str, np.ndarray] | None = None  # of q_proj, k_proj, v_proj [N]
-    norms: Mapping[str, np.ndarray] | None = None  # q_norm, k_norm [head_dim]
+    norms: Mapping[str, np.ndarray] | None = None  # q_norm, k_norm and maybe v_norm [head_dim]
     epsilon: float = 0.0  # of the norms
 
 
@@ -99,29 +104,40 @@ class Attention:
             graph.vector(f"{kind}sin_cache", np.pad(rotary.sine, extra)),
         )
 
-    def __call__(self, layer: int, path: str, x: ir.Value, weights: AttentionWeights) -> ir.Value:
-        """The output [B,T,D]; keys and values of the layer go to the step's `present`."""
+    def __call__(
+        self,
+        layer: int,
+        path: str,
+        x: ir.Value,
+        weights: AttentionWeights,
+        source: int | None = None,
+    ) -> ir.Value:
+        """The output [B,T,D]; keys and values of the layer go to the step's `present`.
+
+        Those of the layer ``source`` are read where the layer has none of its own.
+        """
         graph, step, shape = self._graph, self._step, self._shape
-        packed = self._packed_projection(path, x, weights)
-        queries: list[ir.Value | None] = [packed, None, None]
-        if weights.norms is not None:
-            queries = self._normed_heads(path, packed, weights.norms, weights.epsilon)
+        own = source is None
+        queries = self._queries(path, x, weights)
+        past = step.past[layer] if source is None else step.present[source]
         lengths = [step.seqlens_k, step.total_sequence_length]
-        inputs = [*queries, *step.past[layer], *lengths, *self._rotary]
+        inputs = [*queries, *past, *lengths, *self._rotary]
         kv_dtype = graph.compute_dtype
         if step.kv_scales is not None:
             inputs += [None, None, None, *self._scale_inputs(path, step.kv_scales[layer])]
             kv_dtype = "int8"
         name = f"{path}/GroupQueryAttention"
-        attended, key, value = graph.op_outputs(
+        present = [f"present.{layer}.key", f"present.{layer}.value"] if own else []
+        attended, *stored = graph.op_outputs(
             name,
             "GroupQueryAttention",
             inputs,
-            [f"{name}/output_0", f"present.{layer}.key", f"present.{layer}.value"],
+            [f"{name}/output_0", *present],
             self._attributes(),
-            dtypes=[graph.compute_dtype, kv_dtype, kv_dtype],
+            dtypes=[graph.compute_dtype, *[kv_dtype] * len(present)],
         )
-        step.present[layer] = key, value
+        if own:
+            step.present[layer] = stored[0], stored[1]
         output = widen_heads(weights.projections["o_proj"].T, shape).T
         return graph.linear(f"{path}/o_proj", attended, output)
 
@@ -137,44 +153,76 @@ class Attention:
             attributes["local_window_size"] = shape.window
         return attributes if self._step.kv_scales is None else attributes | _INT8_CACHE
 
-    def _packed_projection(self, path: str, x: ir.Value, weights: AttentionWeights) -> ir.Value:
-        """Query, key and value side by side: [B, T, (H + 2 Hk) * d]."""
+    def _queries(self, path: str, x: ir.Value, weights: AttentionWeights) -> list[ir.Value | None]:
+        """Query, key and value as the operator takes them: packed, or normed and apart."""
+        names = [name for name in _PACKED if name in weights.projections]
+        packed = self._packed_projection(path, x, weights, names)
+        if weights.norms is None:
+            return [packed, None, None]
+        parts = self._apart(path, packed, names)
+        normed: list[ir.Value | None] = [
+            part if norm not in weights.norms else self._normed(path, norm, part, weights)
+            for norm, part in zip(_NORMS, parts, strict=False)
+        ]
+        if len(parts) == 1:
+            normed += [self._no_keys(path, normed[0])] * 2
+        return normed
+
+    def _packed_projection(
+        self, path: str, x: ir.Value, weights: AttentionWeights, names: Sequence[str]
+    ) -> ir.Value:
+        """Query, key and value side by side: [B, T, (H + 2 Hk) * d], those of them there are."""
         graph, shape = self._graph, self._shape
-        rows = [widen_heads(weights.projections[name], shape) for name in _PACKED]
-        packed = graph.linear(f"{path}/qkv_proj", x, np.concatenate(rows))
+        rows = [widen_heads(weights.projections[name], shape) for name in names]
+        kind = "qkv_proj" if len(rows) > 1 else names[0]
+        packed = graph.linear(f"{path}/{kind}", x, np.concatenate(rows))
         if weights.biases is None:
             return packed
-        parts = [widen_heads(weights.biases[name][:, None], shape)[:, 0] for name in _PACKED]
-        bias = graph.vector(f"{path[1:].replace('/', '.')}.qkv_proj.bias", np.concatenate(parts))
-        return graph.op(f"{path}/qkv_proj/Add", "Add", [packed, bias])
+        parts = [widen_heads(weights.biases[name][:, None], shape)[:, 0] for name in names]
+        bias = graph.vector(f"{path[1:].replace('/', '.')}.{kind}.bias", np.concatenate(parts))
+        return graph.op(f"{path}/{kind}/Add", "Add", [packed, bias])
 
-    def _normed_heads(
-        self, path: str, packed: ir.Value, norms: Mapping[str, np.ndarray], epsilon: float
-    ) -> list[ir.Value | None]:
-        """Query, key and value apart, the first two normed over each head."""
+    def _apart(self, path: str, packed: ir.Value, names: Sequence[str]) -> list[ir.Value]:
+        """Query, key and value [B, T, heads * d]; the query alone where it is all there is."""
+        if len(names) == 1:
+            return [packed]
         graph, shape = self._graph, self._shape
-        name = path[1:].replace("/", ".")
-        width = shape.graph_head_dim
-        sizes = np.array([shape.heads, shape.kv_heads, shape.kv_heads]) * width
-        query, key, value = graph.op_outputs(
+        heads = [shape.heads, *[shape.kv_heads] * (len(names) - 1)]
+        sizes = np.array(heads) * shape.graph_head_dim
+        parts = graph.op_outputs(
             f"{path}/Split",
             "Split",
-            [packed, graph.constant(f"{name}.parts", sizes)],
-            [f"{path}/{part}" for part in ("query", "key", "value")],
+            [packed, graph.constant(f"{path[1:].replace('/', '.')}.parts", sizes)],
+            [f"{path}/{part}" for part in ("query", "key", "value")[: len(names)]],
             {"axis": -1},
             domain="",
         )
-        heads = graph.constant(f"{name}.heads", np.array([0, 0, -1, width]))
-        flat = graph.constant(f"{name}.flat", np.array([0, 0, -1]))
+        return parts if len(parts) == 3 else [*parts, parts[1]]
 
-        def normed(part: str, x: ir.Value) -> ir.Value:
-            apart = graph.op(f"{path}/{part}/Heads", "Reshape", [x, heads])
-            # Zeros that widen a head leave its squares' sum as it is, and change their mean.
-            scale = widen_heads(norms[part][:, None], shape)[:, 0]
-            out = graph.norm(f"{path}/{part}", apart, scale, epsilon, shape.head_dim / width)
-            return graph.op(f"{path}/{part}/Flat", "Reshape", [out, flat])
+    def _normed(self, path: str, norm: str, x: ir.Value, weights: AttentionWeights) -> ir.Value:
+        """``x`` [B, T, heads * d] normed head by head."""
+        assert weights.norms is not None
+        graph, shape = self._graph, self._shape
+        width = shape.graph_head_dim
+        heads = shape.heads if norm == "q_norm" else shape.kv_heads
+        name = f"{path[1:].replace('/', '.')}.{norm}"
+        apart = graph.constant(f"{name}.heads", np.array([0, 0, heads, width]))
+        flat = graph.constant(f"{name}.flat", np.array([0, 0, heads * width]))
+        x = graph.op(f"{path}/{norm}/Heads", "Reshape", [x, apart])
+        # Zeros that widen a head leave its squares' sum as it is, and change their mean.
+        scale = widen_heads(weights.norms[norm][:, None], shape)[:, 0]
+        filled = shape.head_dim / width
+        out = graph.norm(f"{path}/{norm}", x, scale, weights.epsilon, filled)
+        return graph.op(f"{path}/{norm}/Flat", "Reshape", [out, flat])
 
-        return [normed("q_norm", query), normed("k_norm", key), value]
+    def _no_keys(self, path: str, query: ir.Value | None) -> ir.Value:
+        """Keys, or values, of no position: [B, 0, Hk * d], cut from the query."""
+        graph, shape = self._graph, self._shape
+        name = f"{path[1:].replace('/', '.')}.no_keys"
+        ends = np.array([0, shape.kv_heads * shape.graph_head_dim])
+        numbers = {"starts": np.array([0, 0]), "ends": ends, "axes": np.array([1, 2])}
+        inputs = [graph.constant(f"{name}.{part}", each) for part, each in numbers.items()]
+        return graph.op(f"{path}/no_keys/Slice", "Slice", [query, *inputs])
 
     def _scale_inputs(self, path: str, scales: KVScales) -> list[ir.Value]:
         """Scales of keys and values as initialisers [Hk * d]; those of padding do not matter."""
@@ -215,9 +263,13 @@ def geglu(
 ) -> ir.Value:
     """``down(gelu(gate(x)) * up(x))``, GELU in its form with tanh; [B,T,D] -> [B,T,D]."""
     gate, up = _gate_and_up(graph, path, x, weights, None)
-    gelu = graph.op(f"{path}/act_fn/FastGelu", "FastGelu", [gate], domain=CONTRIB)
-    product = graph.op(f"{path}/Mul", "Mul", [gelu, up])
+    product = graph.op(f"{path}/Mul", "Mul", [gelu(graph, path, gate), up])
     return graph.linear(f"{path}/down_proj", product, weights["down_proj"])
+
+
+def gelu(graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
+    """GELU in its form with tanh."""
+    return graph.op(f"{path}/act_fn/FastGelu", "FastGelu", [x], domain=CONTRIB)
 
 
 def _gate_and_up(
@@ -247,7 +299,7 @@ def _gate_and_up(
 
 
 def wanted_positions(graph: GraphBuilder, step: StepInputs, **values: ir.Value) -> list[ir.Value]:
-    """Values [B,T,D], by their names in the graph, at the positions that want logits: [B,K,D]."""
+    """Values [B,T,...], by their names, at the positions that want logits: [B,K,...]."""
     axis = graph.constant("model.positions.axis", np.array([-1]))
     positions = graph.op(
         "/model/positions/Unsqueeze", "Unsqueeze", [step.logits_index, axis], dtype="int64"

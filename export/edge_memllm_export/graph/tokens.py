@@ -7,7 +7,8 @@
     [B,T,L*W] -- Reshape [B,T,L,W] -- Gather(layer) --> M_l [B,T,W]
 
 The gain multiplies rows (or their scales) while they are still one per distinct token; but the
-one row [B,T,1,W] that all layers may share becomes [B,T,L,W] by it.
+one row [B,T,1,W] that all layers may share becomes [B,T,L,W] by it. Rows that are gates stay as
+they are: whoever computes with them has the gain act where it matters.
 """
 
 from __future__ import annotations
@@ -30,7 +31,8 @@ class TokenInputs:
 
     inputs: list[ir.Value]
     embedding: ir.Value  # [B,T,D]
-    memory: ir.Value | None  # [B,T,L,W], gain applied; None without token memory
+    memory: ir.Value | None  # [B,T,L,W], gain applied to rows that are added; None without memory
+    gain: ir.Value | None = None  # [L]
 
 
 def token_inputs(
@@ -47,7 +49,7 @@ def token_inputs(
         return TokenInputs(inputs, x, None)
     gain = graph_input("memory_gain", graph.compute_dtype, [len(memory.gain)])
     wire, rows = memory_rows(graph, memory, codec, gain, index)
-    return TokenInputs([*inputs, *wire, gain], x, rows)
+    return TokenInputs([*inputs, *wire, gain], x, rows, gain)
 
 
 def memory_rows(
@@ -63,7 +65,7 @@ def memory_rows(
         wire, rows = _float_rows(graph, memory, codec, gain, index)
     apart = graph.constant("model.memory.shape", np.array([0, 0, memory.layers, memory.width]))
     rows = graph.op("/model/memory/Reshape", "Reshape", [rows, apart])
-    if _shared(memory):
+    if _shared(memory) and memory.kind != "gate":
         factor = _gain_column(graph, gain, len(memory.gain))
         rows = graph.op("/model/memory/gain/Mul", "Mul", [rows, factor])
     return wire, rows
@@ -73,6 +75,12 @@ def layer_memory(graph: GraphBuilder, memory: ir.Value, layer: int) -> ir.Value:
     """``M_l`` [B,T,W] of one layer, out of [B,T,L,W]."""
     number = graph.constant(f"model.layers.{layer}.memory.layer", np.array(layer))
     return graph.op(f"/model/layers.{layer}/memory/Gather", "Gather", [memory, number], {"axis": 2})
+
+
+def layer_gain(graph: GraphBuilder, gain: ir.Value, layer: int) -> ir.Value:
+    """The gain [] of one layer, out of [L]."""
+    number = graph.constant(f"model.layers.{layer}.memory.gain.layer", np.array(layer))
+    return graph.op(f"/model/layers.{layer}/memory/gain/Gather", "Gather", [gain, number])
 
 
 def _float_rows(
@@ -108,11 +116,11 @@ def _gained(
 ) -> ir.Value:
     """``x`` [U, L*width] in the compute dtype, each layer's part times its gain.
 
-    A row that layers share stays as it is: each will need it with another gain.
+    A row that layers share stays as it is: each will need it with another gain. So does a gate.
     """
     if stored != graph.compute_dtype:
         x = _cast(graph, "/model/memory/Cast", x)
-    if _shared(memory):
+    if _shared(memory) or memory.kind == "gate":
         return x
     apart = graph.constant("model.memory.gain.apart", np.array([0, len(memory.gain), width]))
     together = graph.constant("model.memory.gain.together", np.array([0, len(memory.gain) * width]))
