@@ -147,7 +147,8 @@ def _low_rank(codec_id: str) -> Codec | None:
 def codec_id(word: str, width: int) -> str:
     """Return the codec id that a word or an id stands for, for rows of `width` values.
 
-    Raises `ValueError` that lists what there is.
+    A word's groups are narrower where the width is no multiple of them. Raises `ValueError` that
+    lists what there is.
     """
     found = _LOW_RANK.fullmatch(word)
     if found is not None and 1 <= int(found[1]) <= 100:
@@ -155,6 +156,8 @@ def codec_id(word: str, width: int) -> str:
         rank = min(max(rank, _MULTIPLE), width)
         return f"lowrank-r{rank}-{_INNER[found[2]]}"
     named = CODEC_WORDS.get(word, word)
+    if word in CODEC_WORDS and width % _MULTIPLE == 0 and width % (get_codec(named).group or 1):
+        named = f"{word}-g{_MULTIPLE}"
     try:
         return get_codec(named).id
     except ArtifactError:

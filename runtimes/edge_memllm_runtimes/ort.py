@@ -130,7 +130,7 @@ class OrtRuntime:
                     buffer, distinct, token_index, logits_index, sequence, memory_gain
                 )
                 _run(session, own.binding, how)
-                logits: StepLogits = buffers.logits()
+                logits: StepLogits = buffers.logits()[:, : logits_index.shape[1]]
             except Exception as error:  # the library's exceptions share no base
                 raise EdgeMemLLMError(
                     f"{self._where}: ONNX Runtime failed on {self.device} in this step: {error}"

@@ -98,9 +98,6 @@ class CudaBuffers:
     """For CUDA: fixed places on the device, which the host's values are copied to."""
 
     def __init__(self, graph: GraphShape, step: StepShape, buffer: RecordBuffer) -> None:
-        # The graph is not asked for no logits at all: its last operators would get empty tensors.
-        self._wanted = step.wanted
-        step = StepShape(step.distinct, step.batch, step.tokens, max(1, step.wanted))
         self._gain = graph.memory_gain
         self._distinct = step.distinct
         self._host = _small_inputs(graph, step)
@@ -121,8 +118,7 @@ class CudaBuffers:
     def write(self, binding: Any, buffer: RecordBuffer, values: StepValues) -> None:
         """Copy to the device, each to the place it always has."""
         for name, value in _small_values(values, self._gain):
-            if value.size:  # no positions wanted: the first one stays asked for
-                self._host[name][:] = value
+            self._host[name][:] = value
             self._inputs[name].update_inplace(self._host[name])
         for name, records in _records(buffer, self._distinct).items():
             self._inputs[name].update_inplace(np.ascontiguousarray(records))
@@ -133,7 +129,7 @@ class CudaBuffers:
     def logits(self) -> Array:
         """Copy to the host."""
         values: Array = self._logits.numpy()
-        return values[:, : self._wanted]
+        return values
 
 
 def place(array: Array) -> tuple[str, int, type[np.generic], tuple[int, ...], int]:
@@ -228,6 +224,9 @@ class OrtCache(GrowingCache):
         self._shape = shape
         self._device = device
         self._graphs = graphs
+        # Some operators take no empty tensors: all on CUDA, and attention of layers that see wanted
+        # positions alone. So those are asked for one when none is wanted.
+        self._asks_always = device != "cpu" or shape.keeps_less
         self._tensors: dict[str, Any] = {}  # OrtValues [B, Hk, C, d], on the device
         self._bound_part: tuple[int, int | range | None] | None = None
         self._bound_step: tuple[RecordBuffer | None, StepShape] | None = None
@@ -256,6 +255,8 @@ class OrtCache(GrowingCache):
         replay = self._graphs is not None and sequence is None and tokens == 1
         if replay:  # one shape for every step: records beyond the distinct ones are not looked at
             distinct = min(batch, buffer.capacity)
+        if not logits_index.size and self._asks_always:
+            logits_index = np.full((batch, 1), tokens - 1)
         step = StepShape(distinct, batch, tokens, logits_index.shape[1])
         self._bind_part(sequence, batch)
         buffers = self._bound_buffers(buffer, step, replay)

@@ -40,6 +40,7 @@ class GraphShape:
     dtype: np.dtype[Any]  # of logits and gains
     kv_dtype: np.dtype[Any]  # of keys and values
     memory_gain: tuple[float, ...]  # one per layer, none without token memory
+    keeps_less: bool  # whether some layers have no keys and values of their own
 
     @classmethod
     def of(cls, manifest: Manifest) -> GraphShape:
@@ -52,6 +53,7 @@ class GraphShape:
             dtype=np.dtype(manifest.graph.compute_dtype),
             kv_dtype=np.dtype(manifest.graph.kv_dtype),
             memory_gain=model.memory.gain,
+            keeps_less=len(model.caches) < model.num_hidden_layers,
         )
 
     def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, int, int, int]]:
