@@ -36,9 +36,9 @@ _READ_TOKENIZER = 6_000_000
 # a rest behind. Float16 ones become float32 where the processor computes in that, float32 ones
 # stay as they are read.
 _GRAPH_FACTORS = {
-    "inside": {"int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
-    "beside": {"int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
-    "packed": {"int4": 0.3, "int8": 0.3},
+    "inside": {"int2": 1.9, "int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
+    "beside": {"int2": 1.65, "int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
+    "packed": {"int2": 0.3, "int4": 0.3, "int8": 0.3},
 }
 _GRAPH_WORDS = {
     "inside": "graph: {} weights repacked",

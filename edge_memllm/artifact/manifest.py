@@ -31,7 +31,7 @@ from edge_memllm.errors import ArtifactError, CorruptionError
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
 FORMAT_VERSION = 3
-UNIFORM_WEIGHTS = ("int4", "int8", "fp16", "fp32")
+UNIFORM_WEIGHTS = ("int2", "int4", "int8", "fp16", "fp32")
 # mixed: matrices have codes of several widths; the graph says which
 GRAPH_WEIGHTS = (*UNIFORM_WEIGHTS, "mixed")
 KV_DTYPES = ("float16", "float32", "int8")

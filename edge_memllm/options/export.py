@@ -111,9 +111,9 @@ class ExportOptions:
     matrix_weights: Annotated[
         Mapping[str, str] | None,
         Option(
-            "store some matrices of an int4 or int8 graph in the other form, such as lm_head=int8: "
-            "qkv_proj, o_proj, gate_up_proj, down_proj, lm_head, and of Gemma 3n and 4 q_proj, "
-            "per_layer_model_projection, per_layer_input_gate, per_layer_projection",
+            "store some matrices of an int2, int4 or int8 graph in another of these forms, such as "
+            "lm_head=int8: qkv_proj, o_proj, gate_up_proj, down_proj, lm_head, and of Gemma 3n and "
+            "4 q_proj, per_layer_model_projection, per_layer_input_gate, per_layer_projection",
             metavar="NAME=FORM,...",
             parse=matrix_forms,
             several="list",
@@ -123,8 +123,8 @@ class ExportOptions:
     graph_block: Annotated[
         int | None,
         Option(
-            "weights of an int4 or int8 matrix that share a scale: 32, 64, 128 or 256; more is "
-            "faster and less exact",
+            "weights of a matrix of few bits that share a scale: 32, 64, 128 or, but for int2, "
+            "256; more is faster and less exact",
             parse=positive_int,
             unset="128 from 1,024 columns on, else 32",
         ),
@@ -163,7 +163,7 @@ class ExportOptions:
             "rtn rounds every weight to nearest; gptq makes up for the error by what the model "
             "feeds the matrix on a text",
             choices=GRAPH_METHODS,
-            unset="gptq for int4, rtn for int8",
+            unset="gptq",
             group=_ROUNDING,
         ),
     ] = None
@@ -195,7 +195,7 @@ class ExportOptions:
             "how the table stores embeddings: the same words and ids, but for those that learn; a "
             "GGUF file's blocks are kept where they can be",
             metavar="CODEC",
-            unset="int8-g32 for dense models in int4 and int8, else what the graph computes in",
+            unset="int8-g32 for dense models in 8 bits or less, else what the graph computes in",
             group=_TABLE,
         ),
     ] = None

@@ -71,10 +71,11 @@ from edge_memllm_export.weights.allocation import Allocation
 from edge_memllm_export.weights.kept_grids import GridStore
 from edge_memllm_export.weights.kv_steps import kv_scales
 from edge_memllm_export.weights.quantizer import (
-    BLOCKS,
-    WEIGHT_FORMS,
+    QUANTISED,
+    check_block,
     check_matrix_forms,
     compute_dtype,
+    named_form,
     quantisation_method,
 )
 
@@ -83,7 +84,7 @@ TABLE_FILE = "table.safetensors"
 # it would be most of the table.
 _ALIGNMENT, _DENSE_ALIGNMENT = 512, 64
 
-_DELICATE_BITS = 8
+_DELICATE_FORM = "int8"  # of matrices of delicate kinds, where the others have fewer bits
 # Of the tables of angles: where those of all positions are more, a model's context is cut.
 _ANGLES_BYTES = 32 << 20
 
@@ -117,8 +118,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
             f"table codec none is for models without token memory (dense), {source.path} has "
             "one. Choose a codec that stores rows."
         )
-    dtype, bits = compute_dtype(graph_weights), WEIGHT_FORMS.get(graph_weights, ("", None))[1]
-    _check_block(asked, bits, options.graph_block)
+    dtype = compute_dtype(graph_weights)
     _check_kv_dtype(asked, dtype, kv_dtype)
     if options.rounded_inputs is not None and not kept:
         raise ExportError(
@@ -127,8 +127,9 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         )
     matrices = dict(options.matrix_weights or {})
     check_matrix_forms(matrices, asked, source.architecture.kinds)
-    if bits is not None and bits < _DELICATE_BITS:
-        matrices = dict.fromkeys(source.architecture.delicate_kinds, "int8") | matrices
+    check_block(options.graph_block, (asked, *matrices.values()))
+    if asked in QUANTISED and asked != _DELICATE_FORM:
+        matrices = dict.fromkeys(source.architecture.delicate_kinds, _DELICATE_FORM) | matrices
     return GraphForm(
         graph_weights,
         get_codec(chosen),
@@ -171,19 +172,6 @@ def check_calibration(form: GraphForm, text: str | None) -> None:
             f"calibration text: graph weights {form.weights} by the method {form.method or 'none'} "
             "are not calibrated, nor are keys and values. Leave it out, or choose the graph method "
             "gptq or int8 keys and values."
-        )
-
-
-def _check_block(graph_weights: str, bits: int | None, block: int | None) -> None:
-    if block is None:
-        return
-    if block not in BLOCKS:
-        known = ", ".join(map(str, BLOCKS))
-        raise ExportError(f"graph block {block}, expected one of {known}.")
-    if bits is None:
-        raise ExportError(
-            f"graph block {block} is for quantised matrices, the graph weights are "
-            f"{graph_weights}. Leave it out, or choose int4 or int8."
         )
 
 
@@ -282,28 +270,27 @@ class ExportReport:
 def export_model(options: ExportOptions) -> ExportReport:
     """Export a checkpoint, a folder or a GGUF file, as an artifact folder.
 
-    `graph_weights` is int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md (a
-    dense model has no memory rows and always gets the codec `none`), None takes int8; instead of
+    `graph_weights` is int2, int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md
+    (a dense model has no memory rows and always gets the codec `none`), None takes int8; instead of
     it, `table_target` has the bits of each layer and class of tokens chosen for a size
     (docs/quantisation.md). `embedding_codec` stores the embeddings, by a word or id of the same
     page; None keeps the grid of a GGUF file where a codec holds it, takes int8-g32 beside a dense
     model's matrices of few bits, and what the graph is fed otherwise. `table_search` tries several
     scales for each group of values. A codec with parameters learns them from all rows, each as
     often as its token stands in `table_text` (None: all once; a target takes a text that comes
-    along). `graph_block` weights of an int8 or int4 matrix share a scale: 32, 64, 128 or 256, None
-    takes 128 for matrices of 1,024 columns or more and 32 below. `graph_method` is "rtn" or "gptq"
-    (calibrated on `calibration_text`), None takes gptq for int4 and rtn for int8; `matrix_weights`
-    stores kinds of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md.
-    `context` is how many positions a text may have: None takes the model's, or as many as 32 MiB of
-    the tables of angles are for. `kv_dtype` of keys and values is the graph's own float or "int8",
-    whose steps are calibrated on `calibration_text` too. `rounded_inputs` is for GGUF files whose
-    grids are kept: nats that inputs rounded to 8 bits may cost, which is faster; None rounds none.
-    `device` (cpu or cuda),
-    `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the rows are
-    computed. `verify` climbs the parity ladder and
-    measures the loss of quality on `quality_text`; a loss beyond the bounds of `quality` is refused
-    unless accepted. Two texts come along for those that are None: one that judges, and another for
-    all that is fitted or planned. `progress(stage, done, total)` is called on the way.
+    along). `graph_block` weights of a matrix of few bits share a scale: 32, 64, 128 or 256 (int2:
+    up to 128), None takes 128 for matrices of 1,024 columns or more and 32 below. `graph_method` is
+    "rtn" or "gptq" (calibrated on `calibration_text`), None takes gptq; `matrix_weights` stores
+    kinds of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md. `context` is
+    how many positions a text may have: None takes the model's, or as many as 32 MiB of the tables
+    of angles are for. `kv_dtype` of keys and values is the graph's own float or "int8", whose steps
+    are calibrated on `calibration_text` too. `rounded_inputs` is for GGUF files whose grids are
+    kept: nats that inputs rounded to 8 bits may cost, which is faster; None rounds none. `device`
+    (cpu or cuda), `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the
+    rows are computed. `verify` climbs the parity ladder and measures the loss of quality on
+    `quality_text`; a loss beyond the bounds of `quality` is refused unless accepted. Two texts come
+    along for those that are None: one that judges, and another for all that is fitted or planned.
+    `progress(stage, done, total)` is called on the way.
 
     Raises ExportError, or RuntimeUnavailableError for a device that is not there; an artifact that
     was in OUT is untouched then. Nothing is left behind but an artifact whose loss is refused: it
@@ -534,7 +521,7 @@ class _Export:
         return GraphSpec(
             file=GRAPH_FILE,
             external_data=EXTERNAL_FILE if EXTERNAL_FILE in names else None,
-            weights=self._form.weights,
+            weights=named_form(self._form.weights, self._form.matrices),
             compute_dtype=dtype,
             kv_dtype="int8" if self._form.int8_cache else dtype,
             wire=self._form.codec.wire,

@@ -42,7 +42,7 @@ if TYPE_CHECKING:
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
 # Every error comes back as an exception; the library need not write it to stderr as well.
 _FATAL_ONLY = 4
-QUANTIZED_WEIGHTS = ("int4", "int8", "mixed")
+QUANTIZED_WEIGHTS = ("int2", "int4", "int8", "mixed")
 # The library's words when a node found no kernel on the device.
 _ON_CPU = ("fallback to CPU EP", "nodes have not been")
 

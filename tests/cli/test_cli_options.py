@@ -218,7 +218,7 @@ def real_defaults() -> dict[tuple[str, str], object]:
         ("bench", "--beta"): 0,
         ("export", "--table-codec"): "int8",
         ("export", "--graph-block"): "128 from 1,024 columns on, else 32",
-        ("export", "--graph-method"): "gptq for int4, rtn for int8",
+        ("export", "--graph-method"): "gptq",
         ("sweep", "--graph-weights"): "int8, so that the table is judged and not the graph",
     }
 

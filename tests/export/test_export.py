@@ -161,12 +161,16 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
     [
         (
             {"graph_weights": "int5"},
-            r"graph weights 'int5', expected one of auto, int4, int8, fp16, fp32",
+            r"graph weights 'int5', expected one of auto, int2, int4, int8, fp16, fp32",
         ),
         ({"graph_block": 48}, r"graph block 48, expected one of 32, 64, 128, 256"),
         (
             {"graph_block": 64, "graph_weights": "fp16"},
-            r"graph block 64 is for quantised matrices, the graph weights are fp16",
+            r"graph block 64 is for graphs in int2, int4, int8; the graph weights are fp16",
+        ),
+        (
+            {"graph_block": 256, "graph_weights": "int8", "matrix_weights": {"o_proj": "int2"}},
+            r"graph block 256 for int2: products of 2 bits are fast up to blocks of 128",
         ),
         ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights auto compute in"),
         ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),

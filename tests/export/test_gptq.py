@@ -41,7 +41,7 @@ def chosen_by(
     flat = unpacked(codes, bits).reshape(len(codes), -1)
     wide = np.pad(weight, ((0, 0), (0, flat.shape[1] - weight.shape[1])))
     half = 2 ** (bits - 1)
-    signed = choose(wide, flat.astype(np.float32) - half, scales.astype(np.float32))
+    signed = choose(wide, flat.astype(np.float32) - half, scales.astype(np.float32), bits)
     return packed((signed + half).reshape(*scales.shape, block), bits), scales
 
 
@@ -49,7 +49,7 @@ def both(
     weight: np.ndarray, moment: np.ndarray, bits: int, block: int
 ) -> tuple[np.ndarray, np.ndarray]:
     """The matrix with codes chosen and with nearest codes."""
-    chosen = chosen_by(Feedback(moment, bits, block), weight, bits, block)
+    chosen = chosen_by(Feedback(moment, block), weight, bits, block)
     nearest = quantize(weight, bits, block, FLOAT16, "w")
     np.testing.assert_array_equal(chosen[1], nearest[1])
     assert chosen[0].shape == nearest[0].shape
@@ -62,7 +62,7 @@ def both(
     st.integers(1, 6),
     st.integers(1, 150),
     st.sampled_from([1, 7, None]),
-    st.sampled_from([4, 8]),
+    st.sampled_from([2, 4, 8]),
     st.sampled_from(BLOCKS),
 )
 def test_no_row_is_worse_than_rounded_to_nearest(
@@ -76,16 +76,15 @@ def test_no_row_is_worse_than_rounded_to_nearest(
     assert (row_errors(weight, chosen, moment) <= least * (1 + 1e-4) + 1e-9).all()
 
 
-@pytest.mark.parametrize("bits", [4, 8])
+@pytest.mark.parametrize(("bits", "part"), [(2, 0.35), (4, 0.25), (8, 0.25)])
 def test_correlated_inputs_leave_a_fraction_of_the_error(
-    bits: int, random: np.random.Generator
+    bits: int, part: float, random: np.random.Generator
 ) -> None:
     moment = moment_of(inputs(random, 256, 64))
     weight = random.standard_normal((64, 256)).astype(np.float32)
     chosen, nearest = both(weight, moment, bits, 128)
-    assert (
-        row_errors(weight, chosen, moment).sum() <= 0.25 * row_errors(weight, nearest, moment).sum()
-    )
+    least = row_errors(weight, nearest, moment).sum()
+    assert row_errors(weight, chosen, moment).sum() <= part * least
 
 
 def test_inputs_that_have_nothing_in_common_change_nothing(random: np.random.Generator) -> None:
@@ -130,7 +129,7 @@ def test_padding_and_idle_inputs_get_no_codes(random: np.random.Generator) -> No
     x[:, 7] = 0
     weight = random.standard_normal((3, 40)).astype(np.float32)
     weight[:, 9] = 0
-    codes, _ = chosen_by(Feedback(moment_of(x), 8, 32), weight, 8, 32)
+    codes, _ = chosen_by(Feedback(moment_of(x), 32), weight, 8, 32)
     assert (codes[:, 1, 8:] == 128).all()
     nearest, _ = quantize(weight, 8, 32, FLOAT16, "w")
     assert (codes[:, 0, 7] == nearest[:, 0, 7]).all()
@@ -147,7 +146,7 @@ def test_inputs_without_any_spread_do(moment: np.ndarray, random: np.random.Gene
 
 def test_weights_too_small_for_a_step_become_zero() -> None:
     weight = np.full((1, 32), 1.6e-39, np.float32)
-    choose = Feedback(np.eye(32, dtype=np.float32), 4, 32)
+    choose = Feedback(np.eye(32, dtype=np.float32), 32)
     codes, scales = chosen_by(choose, weight, 4, 32, np.dtype("float32"))
     assert not dequantize(codes, scales, 4, 32).any()
 
@@ -159,7 +158,7 @@ def test_zero_points_leave_less_of_the_error(random: np.random.Generator) -> Non
     zeros = grid.zeros.astype(np.float32)
     shift = np.repeat(zeros, 32, axis=1)
     nearest = grid.nearest(weight) - shift
-    signed = Feedback(moment, 4, 32)(weight, nearest, grid.scales, zeros)
+    signed = Feedback(moment, 32)(weight, nearest, grid.scales, 4, zeros)
     codes = signed + shift
     assert codes.min() >= 0
     assert codes.max() <= 15

@@ -121,7 +121,7 @@ def test_batch_of_unequal_lengths_decodes_like_one_at_a_time(
         assert np.abs(logits[number, 0] - graph.logits(text, len(text))[-1]).max() <= 1e-4
 
 
-@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["fp32", "fp16", "int8", "int4", "int2"])
 def test_only_wanted_positions_get_logits(
     weights: str, make_checkpoint: MakeCheckpoint, tmp_path: Path
 ) -> None:
@@ -135,7 +135,9 @@ def test_only_wanted_positions_get_logits(
     assert all(value[:, :, :5].any() for value in cache.values())
 
 
-@pytest.mark.parametrize(("weights", "bound"), [("fp16", 1e-4), ("int8", 4e-3), ("int4", 4e-3)])
+@pytest.mark.parametrize(
+    ("weights", "bound"), [("fp16", 1e-4), ("int8", 4e-3), ("int4", 4e-3), ("int2", 4e-3)]
+)
 @pytest.mark.parametrize("shape", [SHAPES[1], SHAPES[4], SHAPES[8], DENSE[0]], ids=name_of)
 def test_narrow_graph_is_the_network_with_rounded_weights(
     weights: str,

@@ -45,7 +45,8 @@ def matrices(artifact: Path) -> dict[str, tuple[int, np.ndarray]]:
 
 
 @pytest.mark.parametrize(
-    ("weights", "method", "like"), [("int4", None, "gptq"), ("int8", None, "gptq")]
+    ("weights", "method", "like"),
+    [("int2", None, "gptq"), ("int4", None, "gptq"), ("int8", None, "gptq")],
 )
 def test_the_default_method_is_that_of_the_form(
     weights: str, method: str | None, like: str, checkpoint: Path, tmp_path: Path
@@ -155,6 +156,18 @@ def test_kinds_of_matrices_have_forms_of_their_own(checkpoint: Path, tmp_path: P
     assert report.manifest.graph.weights == "int4"
 
 
+def test_the_manifest_names_the_form_of_fewest_bits(checkpoint: Path, tmp_path: Path) -> None:
+    """By it the artifact is judged: what loses most."""
+    report = export_model(
+        checkpoint,
+        tmp_path / "out",
+        **QUICK,
+        matrix_weights={"lm_head": "int8", "gate_up_proj": "int2"},
+    )
+    assert {bits for bits, _ in matrices(tmp_path / "out").values()} == {2, 4, 8}
+    assert report.manifest.graph.weights == "int2"
+
+
 def test_without_a_tokenizer_random_tokens_do(checkpoint: Path, tmp_path: Path) -> None:
     (checkpoint / "tokenizer.json").unlink()
     for method in ("gptq", "rtn"):
@@ -175,9 +188,9 @@ def test_without_a_tokenizer_random_tokens_do(checkpoint: Path, tmp_path: Path) 
         ({"graph_method": "awq"}, r"graph method 'awq', expected one of rtn, gptq"),
         (
             {"graph_method": "gptq", "graph_weights": "fp16"},
-            r"graph method gptq is for int4 and int8 graphs, the graph weights are fp16",
+            r"graph method gptq is for graphs in int2, int4, int8; the graph weights are fp16",
         ),
-        ({"graph_method": "rtn"}, r"for int4 and int8 graphs, the graph weights are auto"),
+        ({"graph_method": "rtn"}, r"for graphs in int2, int4, int8; the graph weights are auto"),
         (
             {"calibration_text": TEXT, "graph_method": "rtn", "graph_weights": "int4"},
             r"calibration text: graph weights int4 by the method rtn are not calibrated",
@@ -189,11 +202,11 @@ def test_without_a_tokenizer_random_tokens_do(checkpoint: Path, tmp_path: Path) 
         ({"calibration_text": ""}, r"tokenizer\.json: gives 0 tokens of the calibration text"),
         (
             {"matrix_weights": {"lm_head": "int8"}, "graph_weights": "fp32"},
-            r"matrix weights are for int4 and int8 graphs, the graph weights are fp32",
+            r"matrix weights are for graphs in int2, int4, int8; the graph weights are fp32",
         ),
         (
             {"matrix_weights": {"lm_head": "int8"}},
-            r"matrix weights are for int4 and int8 graphs, the graph weights are auto",
+            r"matrix weights are for graphs in int2, int4, int8; the graph weights are auto",
         ),
         (
             {"matrix_weights": {"projections": "int8"}, "graph_weights": "int4"},
@@ -201,7 +214,7 @@ def test_without_a_tokenizer_random_tokens_do(checkpoint: Path, tmp_path: Path) 
         ),
         (
             {"matrix_weights": {"lm_head": "fp16"}, "graph_weights": "int8"},
-            r"matrix weights 'fp16' for lm_head, expected int4 or int8",
+            r"matrix weights 'fp16' for lm_head, expected one of int2, int4, int8",
         ),
     ],
 )

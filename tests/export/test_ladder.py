@@ -169,7 +169,7 @@ def blind_at_the_edge(whole: Any, ids: list[int], size: int) -> Iterator[np.ndar
 
 
 @pytest.mark.parametrize(("name", "chunk"), [("cache", 1), ("chunks", 7)])
-@pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
+@pytest.mark.parametrize("weights", ["fp16", "int8", "int4", "int2"])
 @pytest.mark.parametrize("fault", [forgetting, repeating, blind_at_the_edge])
 def test_rungs_5_and_6_see_faults_in_narrow_graphs(
     fault: Callable[..., Iterator[np.ndarray]],

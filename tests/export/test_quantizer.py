@@ -21,7 +21,7 @@ FLOAT16, FLOAT32 = np.dtype("float16"), np.dtype("float32")
         st.tuples(st.integers(1, 5), st.integers(1, 70)),
         elements=st.floats(-1000, 1000, width=32),
     ),
-    st.sampled_from([4, 8]),
+    st.sampled_from([2, 4, 8]),
     st.sampled_from(BLOCKS),
     st.sampled_from([FLOAT16, FLOAT32]),
 )
@@ -40,7 +40,7 @@ def test_error_is_at_most_a_step_per_block(
             assert np.linalg.norm(block - block_back) <= step * len(block) ** 0.5
 
 
-@pytest.mark.parametrize(("bits", "width"), [(4, 16), (8, 32)])
+@pytest.mark.parametrize(("bits", "width"), [(2, 8), (4, 16), (8, 32)])
 def test_layout(bits: int, width: int) -> None:
     codes, scales = quantize(np.ones((3, 80), np.float32), bits, 32, FLOAT16, "w")
     assert codes.shape == (3, 3, width)

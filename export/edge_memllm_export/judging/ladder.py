@@ -35,12 +35,15 @@ _LOGIT_BOUND = 1e-4  # two float32 computations of the same logits, summed in di
 _ROW_SLACK = {"float32": 1e-5, "bfloat16": 0.03}
 # Mean KL, nats. What quantisation costs is measured on a text; here a wrong wire must
 # show, which costs half a nat and more, also on small networks with random weights.
-_GRAPH_KL_BOUNDS = {"int4": 0.4, "mixed": 0.4, "int8": 0.02, "fp16": 1e-3}
+_GRAPH_KL_BOUNDS = {"int2": 5.0, "int4": 0.4, "mixed": 0.4, "int8": 0.02, "fp16": 1e-3}
 # How much further from the network a graph may be in parts than whole: nats, and a share of what
 # it is off whole. Kernels round one row and many rows in their own ways, and on real networks the
 # two results are as far from each other as from the network, yet equally far from that: within a
 # tenth. A fault in the parts is an error of its own, and its divergence comes on top.
 _PARTS_KL, _PARTS_SHARE = 1e-3, 0.5
+# Matrices of 2 bits are so far from the network's that a fault hardly adds to it. In parts such a
+# graph is held against itself whole: kernels move it by thousandths of a nat, faults by tenths.
+_PARTS_OF_2_BITS = 0.05
 
 _REPORT = "Whatever the options, this is a fault of ours: please report it."
 _CODES = (
@@ -204,8 +207,13 @@ def _parts(
     parts: np.ndarray,
 ) -> ParityCheck:
     """Logits of float32 graphs by their difference, of others by how far both are off."""
-    if judged.artifact.manifest.graph.weights == "fp32":
+    weights = judged.artifact.manifest.graph.weights
+    if weights == "fp32":
         return _exact(number, name, whole, parts)
+    if weights == "int2":
+        measured = float(divergences(whole, parts).mean())
+        note = f"mean KL divergence over {len(network)} positions from the graph whole, nats"
+        return ParityCheck(number, name, measured, _PARTS_OF_2_BITS, note)
     near, found = (float(divergences(network, logits).mean()) for logits in (whole, parts))
     more = max(found - near, 0.0)  # in this order what is no number stays none
     bound = _PARTS_KL + _PARTS_SHARE * near

@@ -13,6 +13,7 @@ _TOKENS = 256  # that the table is tried on
 
 # What can be asked of graphs, the least costly first.
 _GRAPH_REMEDIES = {
+    "int2": "graph weights int4, or int2 for fewer kinds of matrices (matrix weights)",
     "int4": "more bits for the head (matrix weights lm_head=int8), graph block 32, or graph "
     "weights int8",
     "mixed": "a larger target, or graph weights int8",

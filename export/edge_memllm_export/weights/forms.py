@@ -80,6 +80,8 @@ class WeighedMatrix:
         self.weight = weight
         self._moment = moment
         self._shares = shares
+        self._feedbacks: dict[int, Feedback] = {}
+        self._shared: dict[MatrixForm, float] = {}
 
     def expected(self, form: MatrixForm) -> float:
         """Return the damage of the codes in a form, nats per token, before they are made."""
@@ -92,16 +94,14 @@ class WeighedMatrix:
             steps = np.minimum(
                 np.maximum(-low / below, high / above), np.maximum(-low / above, high / below)
             )
-        powers = self._feedback.powers[: self.weight.shape[1]]
+        powers = self._feedback_in(_MEASURED.block).powers[: self.weight.shape[1]]
         powers = np.pad(powers, (0, -len(powers) % form.block))
         spread = np.square(steps) @ powers.reshape(-1, form.block).sum(axis=1)
         return float(self._shares.astype(np.float64) @ spread) / 24
 
     def stored(self, form: MatrixForm, scale_dtype: np.dtype, name: str) -> StoredMatrix:
         """Return the matrix in a form. Raises ExportError for scales beyond ``scale_dtype``."""
-        feedback = self._feedback
-        if (form.bits, form.block) != (_MEASURED.bits, _MEASURED.block):
-            feedback = Feedback(self._moment, form.bits, form.block)
+        feedback = self._feedback_in(form.block)
         rows, columns = self.weight.shape
         step = max(1, _CHUNK // columns)
         found = [
@@ -113,23 +113,34 @@ class WeighedMatrix:
         )
         return StoredMatrix(_parts(form, columns, codes, scales, zeros), level=form.level)
 
-    def measured_share(self) -> float:
+    def measured_share(self, form: MatrixForm = _MEASURED) -> float:
         """Return what codes really cost of what `expected` says, measured on some of the rows.
 
-        It is nearly the same for all forms (docs/results/few-bits.md).
+        It is nearly the same for all forms of 4 bits and more (docs/results/few-bits.md). Grids of
+        2 bits clip most extremes, by how much depends on the block.
         """
+        if form.bits != 2:
+            form = _MEASURED
+        if form not in self._shared:
+            self._shared[form] = self._measure(form)
+        return self._shared[form]
+
+    def _measure(self, form: MatrixForm) -> float:
         rows = np.unique(np.linspace(0, len(self.weight) - 1, _SAMPLE).astype(np.intp))
         some = WeighedMatrix(self.weight[rows], self._moment, self._shares[rows])
-        some._feedback = self._feedback
-        expected = some.expected(_MEASURED)
-        missed = some.stored(_MEASURED, np.dtype(np.float32), "").weights() - some.weight
+        some._feedbacks = self._feedbacks
+        expected = some.expected(form)
+        missed = some.stored(form, np.dtype(np.float32), "").weights() - some.weight
         found = np.einsum("nk,nk->n", missed @ self._moment, missed)
         real = float(some._shares.astype(np.float64) @ found) / 2
         return real / expected if expected > 0 else 1.0
 
-    @cached_property
-    def _feedback(self) -> Feedback:
-        return Feedback(self._moment, _MEASURED.bits, _MEASURED.block)
+    def _feedback_in(self, block: int) -> Feedback:
+        """That of rows which are filled up to whole blocks."""
+        width = -(-len(self._moment) // block) * block
+        if width not in self._feedbacks:
+            self._feedbacks[width] = Feedback(self._moment, block)
+        return self._feedbacks[width]
 
     @cached_property
     def _extremes(self) -> dict[int, tuple[Floats, Floats]]:
@@ -160,7 +171,7 @@ class WeighedMatrix:
         zeros = grid.zeros.astype(np.float32)
         spread = np.repeat(zeros, form.block, axis=1)
         nearest = grid.nearest(flat).astype(np.float32) - spread
-        signed = feedback(flat, nearest, grid.scales, grid.zeros)
+        signed = feedback(flat, nearest, grid.scales, form.bits, grid.zeros)
         codes = (signed + spread).astype(np.uint8)
         return codes, grid.scales.astype(dtype), grid.zeros
 

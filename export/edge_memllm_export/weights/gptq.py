@@ -24,14 +24,11 @@ _STRIDE = 64  # columns whose errors are carried among themselves before they ar
 class Feedback:
     """Chooses the codes of matrices that read the same inputs.
 
-    ``moment`` is M, float32 [K, K], symmetric; ``damping`` as in `damped`.
+    ``moment`` is M, float32 [K, K], symmetric; rows of the matrices are filled up to a multiple of
+    ``block``; ``damping`` as in `damped`.
     """
 
-    def __init__(
-        self, moment: np.ndarray, bits: int, block: int, damping: float = _DAMPING
-    ) -> None:
-        self._bits = bits
-        self._block = block
+    def __init__(self, moment: np.ndarray, block: int, damping: float = _DAMPING) -> None:
         wide = _widened(damped(moment, damping), block)
         self._order = np.argsort(-wide.diagonal(), kind="stable")
         # M = U D U^T with U unit upper triangular, out of the lower factor of M turned around.
@@ -58,17 +55,21 @@ class Feedback:
         weight: np.ndarray,
         nearest: np.ndarray,
         scales: np.ndarray,
+        bits: int,
         zeros: np.ndarray | None = None,
     ) -> np.ndarray:
         """Signed codes [n, K]; a row whose error would not shrink keeps its nearest codes.
 
-        ``zeros`` [n, blocks] are what signed codes lie below the stored ones, None for the middle.
+        ``scales`` [n, blocks] are those of ``nearest`` [n, K]. ``zeros`` [n, blocks] are what
+        signed codes lie below the stored ones, None for the middle.
         """
+        block = len(self._order) // scales.shape[1]
         # Transposed: a column of the matrix is worked on as one run of memory.
         columns, rounded = weight.T[self._order], nearest.T[self._order]
-        steps = scales.T[self._order // self._block]
-        low = np.full_like(scales, -(2 ** (self._bits - 1))) if zeros is None else -1.0 * zeros
-        codes, error = self._round(columns, steps, low.T[self._order // self._block])
+        steps = scales.T[self._order // block]
+        low = np.full_like(scales, -(2 ** (bits - 1))) if zeros is None else -1.0 * zeros
+        least = low.T[self._order // block]
+        codes, error = self._round(columns, steps, least, least + (2**bits - 1))
         carried = _product(self._carry, columns - rounded * steps)
         before = (self._powers * np.square(carried)).sum(axis=0)
         chosen = np.empty_like(codes)
@@ -76,13 +77,12 @@ class Feedback:
         return chosen.T
 
     def _round(
-        self, columns: np.ndarray, steps: np.ndarray, low: np.ndarray
+        self, columns: np.ndarray, steps: np.ndarray, low: np.ndarray, high: np.ndarray
     ) -> tuple[np.ndarray, np.ndarray]:
         """Codes [K, n] of columns [K, n] with their steps, and the error of each row [n].
 
-        ``low`` [K, n] are the least codes there are.
+        ``low`` and ``high`` [K, n] are the least and the greatest codes there are.
         """
-        high = low + (2**self._bits - 1)
         # The inverse of a subnormal step would be infinite; such a block is zero.
         usable = np.abs(steps) >= np.finfo(np.float32).tiny
         inverse = np.divide(1, steps, out=np.zeros_like(steps), where=usable)

@@ -16,8 +16,10 @@ import numpy as np
 
 from edge_memllm.arrays import Bytes, Floats
 
-# Tried widths of a grid, in parts of the distance between a block's extremes.
+# Tried widths of a grid, in parts of the distance between a block's extremes. With 2 bits it is
+# best to clip far more, which takes a sixth off the error of blocks of 128.
 _WIDTHS = np.linspace(1.05, 0.65, 9, dtype=np.float32)
+_WIDTHS_OF_2_BITS = np.linspace(1.05, 0.35, 9, dtype=np.float32)
 
 
 @dataclass(frozen=True, slots=True)
@@ -124,7 +126,7 @@ def _starts(blocks: Floats, bits: int) -> Iterator[tuple[Floats, Floats]]:
     low = np.minimum(blocks.min(axis=-1), 0)
     high = np.maximum(blocks.max(axis=-1), 0)
     top = np.float32(2**bits - 1)
-    for width in _WIDTHS:
+    for width in _widths(bits):
         scales = (high - low) * (width / top)
         middle = (high + low) / 2
         zeros = np.rint(top / 2 - middle * _inverse(scales))
@@ -136,9 +138,13 @@ def _around(blocks: Floats, bits: int, zero: int) -> Iterator[tuple[Floats, Floa
     low, high = np.minimum(blocks.min(axis=-1), 0), np.maximum(blocks.max(axis=-1), 0)
     below, above = np.float32(zero), np.float32(2**bits - 1 - zero)
     zeros = np.full_like(low, zero)
-    for width in _WIDTHS:
+    for width in _widths(bits):
         yield width * np.maximum(-low / below, high / above), zeros
         yield -width * np.maximum(-low / above, high / below), zeros
+
+
+def _widths(bits: int) -> Floats:
+    return _WIDTHS_OF_2_BITS if bits == 2 else _WIDTHS
 
 
 def _counted(importance: Floats) -> Floats:

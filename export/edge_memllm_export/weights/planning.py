@@ -66,7 +66,7 @@ class WeighedForms:
         return [
             self._option(form, exact=exact)
             for form in self.rounding
-            if not (exact and form.bits == 6)  # no kernel of 2 bits is fast with such inputs
+            if not (exact and 2 in form.parts)  # no kernel of 2 bits is fast with such inputs
         ]
 
     def _option(self, form: MatrixForm, *, exact: bool) -> Option:
@@ -136,8 +136,7 @@ class MatrixPlanner:
             self._factors[name] = factors
             weight = weight * factors
         matrix = self._matrix(name, weight)
-        scale = matrix.measured_share()
-        rounding = {form: scale * matrix.expected(form) for form in forms}
+        rounding = {form: matrix.measured_share(form) * matrix.expected(form) for form in forms}
         rows, columns = weight.shape
         return WeighedForms(rows, columns, rounding, inputs)
 

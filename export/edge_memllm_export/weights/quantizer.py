@@ -1,4 +1,4 @@
-"""Rounding to nearest: a weight matrix in 4 or 8 bits, one scale a block, without zero points.
+"""Rounding to nearest: a weight matrix in 2, 4 or 8 bits, one scale a block, no zero points.
 
 It knows numpy and nothing of graphs.
 """
@@ -13,21 +13,31 @@ from edge_memllm.errors import ExportError
 from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix, packed
 
 BLOCKS = (32, 64, 128, 256)
+# ONNX Runtime has no kernel of 2 bits for larger ones: such products take 200 times as long.
+_LARGEST_OF_2_BITS = 128
 # Large blocks are read faster and keep less of the weights. Matrices that fit a cache gain little.
 _WIDE_BLOCK, _NARROW_BLOCK, _WIDE_FROM = 128, 32, 1024
 # The extreme weight of a block lands on one of these codes; the least squared error wins. A last
-# code beyond -8 clips the extreme a little. Against plain -8 this takes a tenth off the error.
-_EXTREME_CODES = {4: (-8.5, -8.0, -7.5, -7.0, -6.5, -6.0), 8: (-128.0, -127.0)}
+# code beyond -8 clips the extreme a little. Against plain -8 this takes a tenth off the error; of 2
+# bits, where most is clipped, a fifth against plain -2. With -1 and -2 grids of 2 bits stay exact.
+_EXTREME_CODES = {
+    2: (-4.0, -3.5, -3.0, -2.5, -2.25, -2.0, -1.5, -1.0),
+    4: (-8.5, -8.0, -7.5, -7.0, -6.5, -6.0),
+    8: (-128.0, -127.0),
+}
 CHUNK_WEIGHTS = 1 << 20  # weights worked on at a time: the temporaries stay in the cache
 
 # Graph weights -> (dtype of all activations, bits of a quantised matrix or None).
 # float16 activations are the one form that runs on CPU and CUDA alike.
 WEIGHT_FORMS: dict[str, tuple[str, int | None]] = {
+    "int2": ("float16", 2),
     "int4": ("float16", 4),
     "int8": ("float16", 8),
     "fp16": ("float16", None),
     "fp32": ("float32", None),
 }
+# Fewest bits first.
+QUANTISED = tuple(form for form, (_, bits) in WEIGHT_FORMS.items() if bits is not None)
 
 
 def compute_dtype(weights: str) -> str:
@@ -36,7 +46,7 @@ def compute_dtype(weights: str) -> str:
 
 
 METHODS = ("rtn", "gptq")
-_DEFAULT_METHODS = dict.fromkeys(("auto", "int4", "int8"), "gptq")
+_CALIBRATED = ("auto", *QUANTISED)  # unless another method is asked for
 
 
 def block_for(columns: int, block: int | None) -> int:
@@ -137,37 +147,63 @@ def kind_of(name: str) -> str:
     return name.removesuffix(".weight").rsplit(".", 1)[-1]
 
 
+def named_form(graph_weights: str, matrices: Mapping[str, str]) -> str:
+    """The form that a manifest names, by which the graph is judged: that of fewest bits."""
+    if graph_weights not in QUANTISED:
+        return graph_weights
+    return min((graph_weights, *matrices.values()), key=QUANTISED.index)
+
+
+def check_block(block: int | None, forms: Collection[str]) -> None:
+    """Refuse a block that there is not, or that matrices in one of these forms cannot have."""
+    if block is None:
+        return
+    if block not in BLOCKS:
+        known = ", ".join(map(str, BLOCKS))
+        raise ExportError(f"graph block {block}, expected one of {known}.")
+    main, *_ = forms
+    if main not in QUANTISED:
+        raise ExportError(
+            f"graph block {block} is for graphs in {', '.join(QUANTISED)}; the graph weights are "
+            f"{main}. Leave it out, or choose one of these."
+        )
+    if block > _LARGEST_OF_2_BITS and any(WEIGHT_FORMS[form][1] == 2 for form in forms):
+        raise ExportError(
+            f"graph block {block} for int2: products of 2 bits are fast up to blocks of "
+            f"{_LARGEST_OF_2_BITS}. Choose that or less."
+        )
+
+
 def check_matrix_forms(
     forms: Mapping[str, str], graph_weights: str, kinds: Collection[str]
 ) -> None:
     """Refuse kinds that are not the graph's, and forms that do not go with the main one."""
     if forms and WEIGHT_FORMS.get(graph_weights, ("", None))[1] is None:
         raise ExportError(
-            f"matrix weights are for int4 and int8 graphs, the graph weights are {graph_weights}. "
-            "Leave them out, or choose int4 or int8."
+            f"matrix weights are for graphs in {', '.join(QUANTISED)}; the graph weights are "
+            f"{graph_weights}. Leave them out, or choose one of these."
         )
-    quantised = [form for form, (_, bits) in WEIGHT_FORMS.items() if bits is not None]
     for kind, form in forms.items():
         if kind not in kinds:
             raise ExportError(
                 f"matrix weights for {kind!r}, this network's graph has {', '.join(kinds)}."
             )
-        if form not in quantised:
+        if form not in QUANTISED:
             raise ExportError(
-                f"matrix weights {form!r} for {kind}, expected {' or '.join(quantised)}."
+                f"matrix weights {form!r} for {kind}, expected one of {', '.join(QUANTISED)}."
             )
 
 
 def quantisation_method(method: str | None, graph_weights: str) -> str | None:
     """The method asked for, or the form's own; None where nothing is quantised."""
-    default = _DEFAULT_METHODS.get(graph_weights)
+    default = "gptq" if graph_weights in _CALIBRATED else None
     if method is None:
         return default
     if method not in METHODS:
         raise ExportError(f"graph method {method!r}, expected one of {', '.join(METHODS)}.")
     if default is None or graph_weights == "auto":
         raise ExportError(
-            f"graph method {method} is for int4 and int8 graphs, the graph weights are "
-            f"{graph_weights}. Leave it out, or choose int4 or int8."
+            f"graph method {method} is for graphs in {', '.join(QUANTISED)}; the graph weights are "
+            f"{graph_weights}. Leave it out, or choose one of these."
         )
     return method
