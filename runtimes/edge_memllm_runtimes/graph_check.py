@@ -319,11 +319,11 @@ def _gather(step: _Step) -> Results:
         step.expect("values of", len(data.dims), 4)
         _expect_number(step, index, step.count(data.dims[2:3]))
         return [_Known(data.data_type, (*data.dims[:2], *data.dims[3:]))]
-    if step.inputs[1] is not None and step.inputs[1].tensor is not None:  # a layer's gain
-        data, index = step.given("xn")
-        step.expect("an index of shape", (index.dims, len(data.dims)), ((), 1))
-        _expect_number(step, index, step.count(data.dims))
-        return [_Known(data.data_type, ())]
+    if step.inputs[1] is not None and step.inputs[1].tensor is not None:
+        data, index = step.given("xn")  # one layer's weights of a norm, gain applied
+        step.expect("an index of shape", (index.dims, len(data.dims)), ((), 2))
+        _expect_number(step, index, step.count(data.dims[:1]))
+        return [_Known(data.data_type, data.dims[1:])]
     data, index = step.given("xx")  # the records of a step, by position
     step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "T")))
     step.expect("rows of", (len(data.dims), data.dims[0]), (2, "U"))
@@ -439,7 +439,8 @@ def _slice(step: _Step) -> Results:
 
 
 def _norm(step: _Step) -> Results:
-    data, weight = step.given("xw")
+    gained = step.inputs[-1] is not None and step.inputs[-1].tensor is None
+    data, weight = step.given("xx" if gained else "xw")
     step.integer("axis", -1, -1)
     step.positive("epsilon")
     step.expect_float(data, weight)

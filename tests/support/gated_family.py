@@ -36,7 +36,7 @@ from edge_memllm_export.graph.blocks import (
 )
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
-from edge_memllm_export.graph.tokens import layer_gain, layer_memory
+from edge_memllm_export.graph.tokens import gained_weights, layer_memory, layer_weights
 from edge_memllm_runtimes.torch_reference import TorchReference
 from support.checkpoints import BOS, EOS, VOCABULARY, raw_byte_tokenizer
 
@@ -201,7 +201,8 @@ class Gated:
 
     def build(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
         x, pending = step.tokens.embedding, None
-        assert step.tokens.memory is not None
+        assert step.tokens.memory is not None and step.tokens.gain is not None
+        gains = gained_weights(graph, step.tokens.gain, np.ones((len(SHAPES), WIDTH)))
         for layer, shape in enumerate(SHAPES):
             path, name = f"/layers.{layer}", f"layers.{layer}"
             attention = Attention(graph, step, shape, rotary(shape), f"{name}.")
@@ -216,8 +217,7 @@ class Gated:
             opened = graph.op(f"{path}/Sigmoid", "Sigmoid", [gate])
             product = graph.op(f"{path}/gate/Mul", "Mul", [opened, row])
             pending = graph.linear(f"{path}/up", product, self._array(f"{name}.up.weight"))
-            assert step.tokens.gain is not None
-            gain = layer_gain(graph, step.tokens.gain, layer)
+            gain = layer_weights(graph, gains, layer)
             pending = graph.op(f"{path}/up/Mul", "Mul", [pending, gain])
         assert pending is not None
         x, pending = wanted_positions(graph, step, x=x, pending=pending)

@@ -13,6 +13,7 @@ after the sum: the norm does not see it but for its sign and its epsilon.
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 from typing import Any
 
 import onnx_ir as ir
@@ -20,7 +21,7 @@ import onnx_ir as ir
 from edge_memllm.errors import ExportError
 from edge_memllm_export.architectures.architecture import Weights
 from edge_memllm_export.architectures.dense import FEED_FORWARD
-from edge_memllm_export.architectures.per_layer_inputs import PerLayerInputs
+from edge_memllm_export.architectures.per_layer_inputs import LayerInputs, PerLayerInputs
 from edge_memllm_export.graph.blocks import AttentionShape, geglu, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
@@ -100,7 +101,7 @@ class Gemma4(PerLayerInputs):
             pending = self._norm(graph, f"{path}/post_feedforward_layernorm", output)
             if inputs is not None:
                 x = graph.op(f"{path}/mlp/Add", "Add", [x, pending])
-                pending = self.gated(graph, step, layer, x, inputs)
+                pending = self.gated(graph, layer, x, inputs)
         if self.own_layers == len(self.shapes):
             x, pending, _ = self._wanted(graph, step, x, pending, None)
         normed, _ = self._sum_norm(graph, len(self.shapes), "/model/norm", x, pending)
@@ -112,15 +113,14 @@ class Gemma4(PerLayerInputs):
         step: StepInputs,
         x: ir.Value,
         pending: ir.Value | None,
-        inputs: ir.Value | None,
-    ) -> tuple[ir.Value, ir.Value | None, ir.Value | None]:
+        inputs: LayerInputs | None,
+    ) -> tuple[ir.Value, ir.Value | None, LayerInputs | None]:
         """What a layer works on, at the wanted positions."""
-        values = {"x": x, "pending": pending, "inputs": inputs}
-        there = {name: value for name, value in values.items() if value is not None}
-        values |= dict(zip(there, wanted_positions(graph, step, **there), strict=True))
-        found = values["x"]
-        assert found is not None  # it was there
-        return found, values["pending"], values["inputs"]
+        assert pending is not None  # there is a layer before
+        if inputs is None:
+            return *wanted_positions(graph, step, x=x, pending=pending), None
+        x, pending, rows = wanted_positions(graph, step, x=x, pending=pending, rows=inputs.rows)
+        return x, pending, replace(inputs, rows=rows)
 
     def _norm(self, graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
         weight = self.array(f"{path[1:].replace('/', '.')}.weight")

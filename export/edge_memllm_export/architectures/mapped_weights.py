@@ -23,6 +23,7 @@ from edge_memllm_export.architectures.architecture import Folding, Side
 from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, widen_heads
 from edge_memllm_export.graph.builder import GraphBuilder
 
+_CONVERTED_WEIGHTS = 1 << 26  # of a matrix that are alive in another dtype: a head has many more
 _QUERIES = ("q_proj", "k_proj", "v_proj")
 _PARTS = {"qkv_proj": _QUERIES, "gate_up_proj": ("gate_proj", "up_proj")}
 HEAD, TIED_HEAD = "lm_head.weight", "model.embed_tokens.weight"
@@ -199,8 +200,12 @@ class _ConvertingLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         dtype = self.compute_dtype
-        bias = None if self.bias is None else self.bias.to(dtype)
-        return functional.linear(x.to(dtype), self.weight.to(dtype), bias)
+        x, bias = x.to(dtype), None if self.bias is None else self.bias.to(dtype)
+        rows = max(1, _CONVERTED_WEIGHTS // self.in_features)
+        if self.weight.dtype == dtype or self.out_features <= rows:
+            return functional.linear(x, self.weight.to(dtype), bias)
+        found = torch.cat([functional.linear(x, w.to(dtype)) for w in self.weight.split(rows)], -1)
+        return found if bias is None else found + bias
 
 
 class FloatEmbedding(nn.Module):

@@ -14,6 +14,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import Any, ClassVar
 
 import numpy as np
@@ -37,10 +38,10 @@ from edge_memllm_export.architectures.dense_reference import (
 )
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
 from edge_memllm_export.architectures.multimodal import MultimodalText
-from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, gelu
+from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, gated
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
-from edge_memllm_export.graph.tokens import layer_gain, layer_memory
+from edge_memllm_export.graph.tokens import gained_weights, layer_memory, layer_weights
 from edge_memllm_runtimes.torch_reference import TorchReference
 
 _ROWS = "model.embed_tokens_per_layer.weight"
@@ -49,6 +50,14 @@ _OF_LAYER = ("per_layer_input_gate", "per_layer_projection")
 _LAYER_TYPES = ("full_attention", "sliding_attention")
 # What a checkpoint may carry for layers that read another's keys and values, and nobody uses.
 _UNUSED = ("k_proj", "v_proj", "k_norm", "v_norm")
+
+
+@dataclass(frozen=True)
+class LayerInputs:
+    """What rows bring to all layers."""
+
+    rows: ir.Value  # in_l times the root of 2, float32 [B,T,L,P]
+    norms: ir.Value  # weights of the norms behind W_u, gains applied, [L,D]
 
 
 class PerLayerInputs(MultimodalText, Dense):
@@ -153,8 +162,8 @@ class PerLayerInputs(MultimodalText, Dense):
             normed["v_norm"] = np.ones_like(normed["k_norm"], np.float32)
         return AttentionWeights(self.arrays(path, there), None, normed, self.epsilon)
 
-    def layer_inputs(self, graph: GraphBuilder, step: StepInputs) -> ir.Value | None:
-        """Return in_l of all layers times the root of 2, [B,T,L,P]; None without rows."""
+    def layer_inputs(self, graph: GraphBuilder, step: StepInputs) -> LayerInputs | None:
+        """Return what rows bring to all layers; None without rows."""
         if step.tokens.memory is None:
             return None
         memory, path = self.memory(), f"/model/{_PROJECTION}"
@@ -168,24 +177,31 @@ class PerLayerInputs(MultimodalText, Dense):
         epsilon = self.epsilon * self.config.hidden_size
         norm = self.array("model.per_layer_projection_norm.weight")
         x = graph.norm("/model/per_layer_projection_norm", x, norm, epsilon)
-        return graph.op(f"{path}/Add", "Add", [x, step.tokens.memory])
+        both = (
+            graph.cast(f"{path}/{name}", value, "float32")
+            for name, value in (("projected", x), ("rows", step.tokens.memory))
+        )
+        rows = graph.op(f"{path}/Add", "Add", list(both), dtype="float32")
+        return LayerInputs(rows, self._gained_norms(graph, step))
 
-    def gated(
-        self, graph: GraphBuilder, step: StepInputs, layer: int, x: ir.Value, inputs: ir.Value
-    ) -> ir.Value:
-        """Return what a layer's row adds to the sum, out of ``x`` [B,T,D] and `layer_inputs`."""
+    def _gained_norms(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
+        names = range(self.config.num_hidden_layers)
+        norms = [
+            self.array(f"model.layers.{layer}.post_per_layer_input_norm.weight") for layer in names
+        ]
+        assert step.tokens.gain is not None  # there are rows
+        return gained_weights(graph, step.tokens.gain, np.stack(norms))
+
+    def gated(self, graph: GraphBuilder, layer: int, x: ir.Value, inputs: LayerInputs) -> ir.Value:
+        """Return what a layer's row adds to the sum, out of ``x`` [B,T,D]."""
         path, name = f"/model/layers.{layer}", f"model.layers.{layer}"
         gate, up = (self.array(f"{name}.{each}.weight") for each in _OF_LAYER)
-        opened = graph.linear(f"{path}/{_OF_LAYER[0]}", x, gate)
-        opened = gelu(graph, f"{path}/{_OF_LAYER[0]}", opened)
-        row = layer_memory(graph, inputs, layer)
-        product = graph.op(f"{path}/{_OF_LAYER[0]}/Mul", "Mul", [opened, row])
-        added = graph.linear(f"{path}/{_OF_LAYER[1]}", product, up)
-        norm = self.array(f"{name}.post_per_layer_input_norm.weight")
-        added = graph.norm(f"{path}/post_per_layer_input_norm", added, norm, 2 * self.epsilon)
-        assert step.tokens.gain is not None  # there are rows
-        gain = layer_gain(graph, step.tokens.gain, layer)
-        return graph.op(f"{path}/post_per_layer_input_norm/Mul", "Mul", [added, gain])
+        below = f"{path}/{_OF_LAYER[0]}"
+        opened = graph.cast(below, graph.linear(below, x, gate), "float32")
+        row = layer_memory(graph, inputs.rows, layer, "float32")
+        added = graph.linear(f"{path}/{_OF_LAYER[1]}", gated(graph, below, opened, row), up)
+        norm = layer_weights(graph, inputs.norms, layer)
+        return graph.norm_by(f"{path}/post_per_layer_input_norm", added, norm, 2 * self.epsilon)
 
     def logits(self, graph: GraphBuilder, normed: ir.Value) -> ir.Value:
         """Return c tanh(z / c) of the head's z, where there is a cap c."""

@@ -262,14 +262,22 @@ def geglu(
     graph: GraphBuilder, path: str, x: ir.Value, weights: Mapping[str, np.ndarray]
 ) -> ir.Value:
     """``down(gelu(gate(x)) * up(x))``, GELU in its form with tanh; [B,T,D] -> [B,T,D]."""
-    gate, up = _gate_and_up(graph, path, x, weights, None)
-    product = graph.op(f"{path}/Mul", "Mul", [gelu(graph, path, gate), up])
+    both = np.concatenate([weights["gate_proj"], weights["up_proj"]])
+    wide = graph.linear(f"{path}/gate_up_proj", x, both)
+    wide = graph.cast(f"{path}/gate_up_proj", wide, "float32")
+    product = gated(graph, path, *_halves(graph, path, wide, len(both) // 2, "float32"))
     return graph.linear(f"{path}/down_proj", product, weights["down_proj"])
 
 
-def gelu(graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
-    """GELU in its form with tanh."""
-    return graph.op(f"{path}/act_fn/FastGelu", "FastGelu", [x], domain=CONTRIB)
+def gated(graph: GraphBuilder, path: str, gate: ir.Value, x: ir.Value) -> ir.Value:
+    """``gelu(gate) * x`` of two float32 values, in the compute dtype; GELU in its form with tanh.
+
+    On a CPU the operators are there for float32 alone: GELU in float16 would be a dozen of them.
+    """
+    kind = "float32"
+    gelu = graph.op(f"{path}/act_fn/FastGelu", "FastGelu", [gate], domain=CONTRIB, dtype=kind)
+    product = graph.op(f"{path}/Mul", "Mul", [gelu, x], dtype=kind)
+    return graph.cast(f"{path}/Mul", product, graph.compute_dtype)
 
 
 def _gate_and_up(
@@ -280,7 +288,6 @@ def _gate_and_up(
     biases: Mapping[str, np.ndarray] | None,
 ) -> list[ir.Value]:
     """Both projections of x, out of one product."""
-    width = len(weights["gate_proj"])
     name = path[1:].replace("/", ".")
     both = np.concatenate([weights["gate_proj"], weights["up_proj"]])
     wide = graph.linear(f"{path}/gate_up_proj", x, both)
@@ -288,13 +295,22 @@ def _gate_and_up(
         shifts = np.concatenate([biases["gate_proj"], biases["up_proj"]])
         bias = graph.vector(f"{name}.gate_up_proj.bias", shifts)
         wide = graph.op(f"{path}/gate_up_proj/Add", "Add", [wide, bias])
+    return _halves(graph, path, wide, len(both) // 2, graph.compute_dtype)
+
+
+def _halves(
+    graph: GraphBuilder, path: str, wide: ir.Value, width: int, kind: str
+) -> list[ir.Value]:
+    """Both halves of the last axis."""
+    name = f"{path[1:].replace('/', '.')}.parts"
     return graph.op_outputs(
         f"{path}/Split",
         "Split",
-        [wide, graph.constant(f"{name}.parts", np.array([width, width]))],
+        [wide, graph.constant(name, np.array([width, width]))],
         [f"{path}/gate", f"{path}/up"],
         {"axis": -1},
         domain="",
+        dtypes=[kind, kind],
     )
 
 
@@ -306,7 +322,11 @@ def wanted_positions(graph: GraphBuilder, step: StepInputs, **values: ir.Value) 
     )
     return [
         graph.op(
-            f"/model/positions/{name}/GatherND", "GatherND", [value, positions], {"batch_dims": 1}
+            f"/model/positions/{name}/GatherND",
+            "GatherND",
+            [value, positions],
+            {"batch_dims": 1},
+            dtype=graph.type_of(value),
         )
         for name, value in values.items()
     ]

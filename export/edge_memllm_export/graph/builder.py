@@ -99,6 +99,16 @@ class GraphBuilder:
         _require_finite(name, array, self.compute_dtype)
         return self.constant(name, array.astype(self.compute_dtype))
 
+    def cast(self, path: str, x: ir.Value, dtype: str) -> ir.Value:
+        """``x`` in another float type; itself where it has that one."""
+        if self.type_of(x) == dtype:
+            return x
+        return self.op(f"{path}/Cast", "Cast", [x], {"to": DATA_TYPES[dtype]}, dtype=dtype)
+
+    def type_of(self, x: ir.Value) -> str:
+        """The dtype of a value, as a word."""
+        return next(word for word, kind in DATA_TYPES.items() if kind == x.dtype)
+
     def linear(self, path: str, x: ir.Value, weight: np.ndarray) -> ir.Value:
         """``x [..., K] @ weight [N, K].T``, the weight as it is stored."""
         name = f"{path[1:].replace('/', '.')}.weight"
@@ -175,7 +185,11 @@ class GraphBuilder:
         """RMSNorm of ``x``, over the part ``filled`` of its last axis; the rest of it is zero."""
         name = f"{path[1:].replace('/', '.')}.weight"
         scale = self.vector(name, weight if filled == 1 else weight * filled**0.5)
-        attributes = {"axis": -1, "epsilon": epsilon * filled}
+        return self.norm_by(path, x, scale, epsilon * filled)
+
+    def norm_by(self, path: str, x: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
+        """RMSNorm of ``x`` by weights that are a value, [last axis]."""
+        attributes = {"axis": -1, "epsilon": epsilon}
         return self.op(f"{path}/RMSNormalization", "RMSNormalization", [x, scale], attributes)
 
     def add_norm(

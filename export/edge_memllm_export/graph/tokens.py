@@ -71,16 +71,27 @@ def memory_rows(
     return wire, rows
 
 
-def layer_memory(graph: GraphBuilder, memory: ir.Value, layer: int) -> ir.Value:
-    """``M_l`` [B,T,W] of one layer, out of [B,T,L,W]."""
+def layer_memory(
+    graph: GraphBuilder, memory: ir.Value, layer: int, dtype: str | None = None
+) -> ir.Value:
+    """``M_l`` [B,T,W] of one layer, out of [B,T,L,W], which is of the compute dtype or another."""
     number = graph.constant(f"model.layers.{layer}.memory.layer", np.array(layer))
-    return graph.op(f"/model/layers.{layer}/memory/Gather", "Gather", [memory, number], {"axis": 2})
+    name, attributes = f"/model/layers.{layer}/memory/Gather", {"axis": 2}
+    return graph.op(name, "Gather", [memory, number], attributes, dtype=dtype)
 
 
-def layer_gain(graph: GraphBuilder, gain: ir.Value, layer: int) -> ir.Value:
-    """The gain [] of one layer, out of [L]."""
-    number = graph.constant(f"model.layers.{layer}.memory.gain.layer", np.array(layer))
-    return graph.op(f"/model/layers.{layer}/memory/gain/Gather", "Gather", [gain, number])
+def gained_weights(graph: GraphBuilder, gain: ir.Value, weights: np.ndarray) -> ir.Value:
+    """Weights [L, D] of norms that follow rows, each layer's times its gain out of [L]."""
+    shape = graph.constant("model.row_norms.column", np.array([len(weights), 1]))
+    column = graph.op("/model/row_norms/Reshape", "Reshape", [gain, shape])
+    stored = graph.vector("model.row_norms.weight", weights)
+    return graph.op("/model/row_norms/Mul", "Mul", [column, stored])
+
+
+def layer_weights(graph: GraphBuilder, weights: ir.Value, layer: int) -> ir.Value:
+    """Those [D] of one layer, out of [L, D]."""
+    number = graph.constant(f"model.row_norms.{layer}", np.array(layer))
+    return graph.op(f"/model/row_norms/{layer}/Gather", "Gather", [weights, number])
 
 
 def _float_rows(
