@@ -250,7 +250,7 @@ class ExportOptions:
             f"how the table stores its rows: {', '.join(CODEC_WORDS)}, lowrank-50 or another share "
             "of the rank, or an id with a group size such as int4-g64",
             metavar="CODEC",
-            unset="int8",
+            unset="int8, or as a GGUF file has the rows of Gemma 4",
             one_of="table",
         ),
     ] = None

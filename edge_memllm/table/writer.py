@@ -25,7 +25,7 @@ from edge_memllm.artifact.atomic import reason, write_all
 from edge_memllm.artifact.layout import RecordLayout, TableLayout, checksum_seed
 from edge_memllm.artifact.manifest import FileSpec, TableSpec
 from edge_memllm.artifact.tensor_header import build_header
-from edge_memllm.codecs import EmbeddingForm, UnencodableRowError
+from edge_memllm.codecs import Codec, EmbeddingForm, UnencodableRowError
 from edge_memllm.errors import ExportError
 
 _FLAGS = (
@@ -38,6 +38,8 @@ _FULL = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG)
 # The bytes [N, embedding_bytes] that a record holds for embeddings of tokens [N], where they are
 # known already: to encode decoded ones again would move them to another grid.
 StoredEmbeddings = Callable[[Ids], Bytes]
+# Those of memory rows of tokens [N]: scales [N, scales_bytes] and codes [N, codes_bytes].
+StoredRows = Callable[[Ids], tuple[Bytes, Bytes]]
 
 
 class TableWriter:
@@ -46,9 +48,10 @@ class TableWriter:
     That order is `layout.stored_order`: 0, 1, 2, ... unless there are classes of tokens.
 
     The codec of `layout` has its parameters already, if it needs some; with `search` it looks for
-    the best scales (see `Codec.encode`), and `stored` gives the bytes of embeddings. Use it in a
-    with-statement, which removes a file that was not finished. Raises `ExportError` when `path`
-    exists, the file does not fit on the disk or there is nothing to search for.
+    the best scales (see `Codec.encode`). `stored` gives the bytes of embeddings, `stored_rows`
+    those of memory rows; both are compared with what is appended. Use it in a with-statement,
+    which removes a file that was not finished. Raises `ExportError` when `path` exists, the file
+    does not fit on the disk or there is nothing to search for.
     """
 
     def __init__(
@@ -60,6 +63,7 @@ class TableWriter:
         *,
         search: bool = False,
         stored: StoredEmbeddings | None = None,
+        stored_rows: StoredRows | None = None,
     ) -> None:
         if search and not layout.searches:
             raise ExportError(f"{path}: codec {layout.codec_id} has no scales to search for.")
@@ -69,6 +73,7 @@ class TableWriter:
         self._seed = checksum_seed(identity)
         self._search = search
         self._stored = stored
+        self._stored_rows = stored_rows
         self._tokens = layout.stored_order(vocab_size)
         self._sections = list(layout.sections(vocab_size, len(self._header)))
         self._checksums = np.zeros((vocab_size, layout.checksums), "<u8")
@@ -180,13 +185,29 @@ class TableWriter:
     def _encode(self, layout: RecordLayout, embedding: Floats, rows: Floats) -> Bytes:
         """Return whole records [N, stride], padding included."""
         stored = self._encode_embedding(layout.embedding, embedding)
-        try:
-            search = self._search and layout.codec.searches  # a class may have none
-            scales, codes = layout.codec.encode(rows, search=search)
-        except UnencodableRowError as error:
-            raise self._unencodable(error, f"memory row of layer {error.layer}") from error
+        scales, codes = self._encode_rows(layout.codec, rows)
         padding = np.zeros((len(rows), layout.stride - layout.record_bytes), np.uint8)
         return np.concatenate([stored, scales, codes, padding], axis=1)
+
+    def _encode_rows(self, codec: Codec, rows: Floats) -> tuple[Bytes, Bytes]:
+        if self._stored_rows is None:
+            try:
+                # A class of tokens may have a codec without scales to search for.
+                return codec.encode(rows, search=self._search and codec.searches)
+            except UnencodableRowError as error:
+                raise self._unencodable(error, f"memory row of layer {error.layer}") from error
+        tokens = self._tokens[self._count : self._count + len(rows)]
+        scales, codes = self._stored_rows(tokens)
+        with np.errstate(invalid="ignore"):  # an infinite scale is found below
+            decoded = codec.decode(scales, codes, *rows.shape[1:])
+        within = np.abs(decoded - rows) <= codec.bound(rows)
+        if not within.all():
+            row, layer, _ = np.argwhere(~within)[0].tolist()
+            raise ExportError(
+                f"{self._path}: token {tokens[row]}, memory row of layer {layer}: it is stored as "
+                "another than the network's, or too large for float16. Choose another table codec."
+            )
+        return scales, codes
 
     def _encode_embedding(self, form: EmbeddingForm, embedding: Floats) -> Bytes:
         if self._stored is None:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from functools import cached_property
 from pathlib import Path
@@ -34,6 +34,7 @@ from edge_memllm_export.sources.folder import Folder
 from edge_memllm_export.sources.gguf_grids import Grid, has_grid
 from edge_memllm_export.sources.gguf_model import GGUFModel
 
+_PART_VALUES = 1 << 22  # of a weight that is read in parts
 _EMBEDDING = "model.embed_tokens.weight"  # of every family
 
 
@@ -122,6 +123,15 @@ class Checkpoint:
         """
         return self._source.grid(_EMBEDDING, start, stop)
 
+    def row_grid(self, start: int, stop: int) -> Grid | None:
+        """Memory rows of tokens as they are stored, from `start` to before `stop`; None if no grid.
+
+        Raises:
+            ExportError: They are damaged.
+        """
+        table = self.architecture.row_table
+        return None if table is None else self._source.grid(table, start, stop)
+
     def identity(self) -> str:
         """``sha256:...`` over the configuration and every weight (name, dtype, shape, values).
 
@@ -132,8 +142,18 @@ class Checkpoint:
         for name in self.weight_names:
             weight = self.architecture.weights[name]
             digest.update(f"\n{name} {weight.dtype} {list(weight.shape)}\n".encode())
-            digest.update(weight.view(torch.uint8).numpy())
+            for part in self._parts(name, weight):
+                digest.update(part.view(torch.uint8).numpy())
         return f"sha256:{digest.hexdigest()}"
+
+    def _parts(self, name: str, weight: torch.Tensor) -> Iterator[torch.Tensor]:
+        """All values of a weight; one that has none here is read in parts."""
+        if not weight.is_meta:
+            yield weight
+            return
+        step = max(1, _PART_VALUES // weight.shape[1])
+        for start in range(0, len(weight), step):
+            yield self._source.rows(name, start, start + step)
 
     def _eos_token_ids(self) -> tuple[int, ...]:
         """Ids that end a text: those of generation_config.json, else those of config.json."""

@@ -50,6 +50,7 @@ from edge_memllm_export.judging.quality import (
     with_answers,
 )
 from edge_memllm_export.judging.remedies import remedy
+from edge_memllm_export.kept_rows import RowsChoice, choose_rows
 from edge_memllm_export.table import (
     MixedFigures,
     TableForm,
@@ -197,6 +198,26 @@ def _embedding(source: Checkpoint, form: GraphForm, asked: str | None) -> Embedd
     return choose_embedding(asked, default, source.embedding_grid, rows, spec.vocab_size)
 
 
+def _memory_rows(source: Checkpoint, form: GraphForm, options: ExportOptions) -> RowsChoice:
+    """How memory rows are stored, unless a target is to choose it for each layer."""
+    if options.table_target is not None or source.architecture.row_table is None:
+        return RowsChoice(form.codec)
+    found = choose_rows(
+        form.codec,
+        source.row_grid,
+        source.architecture.reference().rows(),
+        source.spec.vocab_size,
+        asked=options.table_codec is not None,
+        dtype=form.embedding_dtype,
+    )
+    if found.stored is not None and options.table_search:
+        raise ExportError(
+            f"table search: the memory rows of {source.path} are kept as {found.codec.id}, as they "
+            "are there, so no scales are searched for. Leave it out, or name another table codec."
+        )
+    return found
+
+
 def record_layout(
     source: Checkpoint, form: GraphForm, alignment: int | None, embedding_codec: str | None = None
 ) -> RecordLayout:
@@ -271,26 +292,27 @@ def export_model(options: ExportOptions) -> ExportReport:
     """Export a checkpoint, a folder or a GGUF file, as an artifact folder.
 
     `graph_weights` is int2, int4, int8, fp16 or fp32; `table_codec` a word or id of docs/codecs.md
-    (a dense model has no memory rows and always gets the codec `none`), None takes int8; instead of
-    it, `table_target` has the bits of each layer and class of tokens chosen for a size
-    (docs/quantisation.md). `embedding_codec` stores the embeddings, by a word or id of the same
-    page; None keeps the grid of a GGUF file where a codec holds it, takes int8-g32 beside a dense
-    model's matrices of few bits, and what the graph is fed otherwise. `table_search` tries several
-    scales for each group of values. A codec with parameters learns them from all rows, each as
-    often as its token stands in `table_text` (None: all once; a target takes a text that comes
-    along). `graph_block` weights of a matrix of few bits share a scale: 32, 64, 128 or 256 (int2:
-    up to 128), None takes 128 for matrices of 1,024 columns or more and 32 below. `graph_method` is
-    "rtn" or "gptq" (calibrated on `calibration_text`), None takes gptq; `matrix_weights` stores
-    kinds of matrices in another form, {"lm_head": "int8"}: see docs/quantisation.md. `context` is
-    how many positions a text may have: None takes the model's, or as many as 32 MiB of the tables
-    of angles are for. `kv_dtype` of keys and values is the graph's own float or "int8", whose steps
-    are calibrated on `calibration_text` too. `rounded_inputs` is for GGUF files whose grids are
-    kept: nats that inputs rounded to 8 bits may cost, which is faster; None rounds none. `device`
-    (cpu or cuda), `compute_dtype` (float32 or bfloat16) and `chunk` (tokens at a time) say how the
-    rows are computed. `verify` climbs the parity ladder and measures the loss of quality on
-    `quality_text`; a loss beyond the bounds of `quality` is refused unless accepted. Two texts come
-    along for those that are None: one that judges, and another for all that is fitted or planned.
-    `progress(stage, done, total)` is called on the way.
+    (a dense model has no memory rows and always gets the codec `none`), None takes int8, or keeps
+    the grid that a GGUF file has rows on; instead of it, `table_target` has the bits of each layer
+    and class of tokens chosen for a size (docs/quantisation.md). `embedding_codec` stores the
+    embeddings, by a word or id of the same page; None keeps the grid of a GGUF file where a codec
+    holds it, takes int8-g32 beside a dense model's matrices of few bits, and what the graph is fed
+    otherwise. `table_search` tries several scales for each group of values. A codec with parameters
+    learns them from all rows, each as often as its token stands in `table_text` (None: all once; a
+    target takes a text that comes along). `graph_block` weights of a matrix of few bits share a
+    scale: 32, 64, 128 or 256 (int2: up to 128), None takes 128 for matrices of 1,024 columns or
+    more and 32 below. `graph_method` is "rtn" or "gptq" (calibrated on `calibration_text`), None
+    takes gptq; `matrix_weights` stores kinds of matrices in another form, {"lm_head": "int8"}: see
+    docs/quantisation.md. `context` is how many positions a text may have: None takes the model's,
+    or as many as 32 MiB of the tables of angles are for. `kv_dtype` of keys and values is the
+    graph's own float or "int8", whose steps are calibrated on `calibration_text` too.
+    `rounded_inputs` is for GGUF files whose grids are kept: nats that inputs rounded to 8 bits may
+    cost, which is faster; None rounds none. `device` (cpu or cuda), `compute_dtype` (float32 or
+    bfloat16) and `chunk` (tokens at a time) say how the rows are computed. `verify` climbs the
+    parity ladder and measures the loss of quality on `quality_text`; a loss beyond the bounds of
+    `quality` is refused unless accepted. Two texts come along for those that are None: one that
+    judges, and another for all that is fitted or planned. `progress(stage, done, total)` is called
+    on the way.
 
     Raises ExportError, or RuntimeUnavailableError for a device that is not there; an artifact that
     was in OUT is untouched then. Nothing is left behind but an artifact whose loss is refused: it
@@ -310,6 +332,8 @@ def export_model(options: ExportOptions) -> ExportReport:
     }
     check_separate(text, fitted)
     check_computation(options.device, options.compute_dtype, options.chunk)
+    memory = _memory_rows(source, form, options)
+    form = replace(form, codec=memory.codec)
     embedding = _embedding(source, form, options.embedding_codec)
     layout = record_layout(source, form, options.alignment, embedding.form.codec.id)
     if options.table_target is None:
@@ -322,7 +346,7 @@ def export_model(options: ExportOptions) -> ExportReport:
         dtype = getattr(torch, options.compute_dtype)
         rows = source.architecture.reference(options.device, dtype).rows(options.chunk)
         size, search = source.spec.vocab_size, options.table_search
-        table = TableForm(layout, size, search, stored=embedding.stored)
+        table = TableForm(layout, size, search, stored=embedding.stored, stored_rows=memory.stored)
         target, budget = options.table_target, None
         if target is not None and not layout.layers:
             budget = Budget(target, layout.table_bytes(size))
@@ -342,7 +366,13 @@ def export_model(options: ExportOptions) -> ExportReport:
                 kept = writer.set_aside() if options.keep_refused else None
                 raise _told(refusal, kept, out) from refusal
         writer.publish()
-    notes = (*notes, *embedding.notes, *export.notes, *_broken_promise(form, budget, quality))
+    notes = (
+        *notes,
+        *embedding.notes,
+        *memory.notes,
+        *export.notes,
+        *_broken_promise(form, budget, quality),
+    )
     return ExportReport(out, manifest, rungs, quality, table.figures, export.allocation, notes)
 
 

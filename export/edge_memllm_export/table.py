@@ -20,7 +20,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.mixed_precision import ExactModel, Sizing, Target, plan_allocation
 from edge_memllm.progress import Progress
 from edge_memllm.table.source import Rows, counted
-from edge_memllm.table.writer import StoredEmbeddings, TableWriter
+from edge_memllm.table.writer import StoredEmbeddings, StoredRows, TableWriter
 from edge_memllm_export.texts import TableText
 
 
@@ -48,6 +48,7 @@ class TableForm:
     search: bool = False  # for the best scale of each group
     figures: MixedFigures | None = None  # where bits are mixed
     stored: StoredEmbeddings | None = None  # bytes of embeddings that are known already
+    stored_rows: StoredRows | None = None  # those of memory rows
 
 
 def check_table_options(layout: TableLayout, *, search: bool, text: str | None) -> None:
@@ -108,7 +109,13 @@ def write_table(
     """Write a table whose codec has its parameters. Raises ExportError as `TableWriter` does."""
     order = form.layout.stored_order(form.vocab_size)
     with TableWriter(
-        path, form.layout, form.vocab_size, identity, search=form.search, stored=form.stored
+        path,
+        form.layout,
+        form.vocab_size,
+        identity,
+        search=form.search,
+        stored=form.stored,
+        stored_rows=form.stored_rows,
     ) as writer:
         for embedding, rows in _counted(source, order, "table", progress):
             writer.append(embedding, rows)

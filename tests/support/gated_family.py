@@ -187,6 +187,10 @@ class Gated:
     def makes_rows(self, weight: str) -> bool:
         return weight == "rows.weight"
 
+    @property
+    def row_table(self) -> str | None:
+        return None
+
     def parts(self, matrix: str) -> tuple[str, ...]:
         return tuple(_names(matrix))
 

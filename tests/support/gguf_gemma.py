@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from transformers import Gemma4ForCausalLM, Gemma4TextConfig
 
-VOCABULARY, WIDTH, ROW, WINDOW = 300, 64, 32, 6
+VOCABULARY, WIDTH, ROW, WINDOW = 300, 64, 64, 6
 SLIDING, FULL = "sliding_attention", "full_attention"
 _SHAPE = {
     "vocab_size": VOCABULARY,

@@ -98,6 +98,46 @@ def test_refuses_values_that_cannot_be_stored(tmp_path: Path, where: str, value:
     assert not path.exists()
 
 
+def test_rows_whose_bytes_are_known_are_written_as_they_are(tmp_path: Path) -> None:
+    random = np.random.default_rng(0)
+    embedding = np.zeros((24, 64), np.float32)
+    scales = random.random((24, 4)).astype("<f2").view(np.uint8)
+    codes = random.integers(0, 256, (24, 128), dtype=np.uint8)  # 0 is none that the codec chooses
+    rows = LAYOUT.codec.decode(scales, codes, 2, 64)
+    asked = []
+
+    def stored(tokens: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        asked.extend(tokens.tolist())
+        return scales[tokens], codes[tokens]
+
+    with TableWriter(tmp_path / "table", LAYOUT, 24, IDENTITY, stored_rows=stored) as writer:
+        writer.append(embedding[:7], rows[:7])
+        writer.append(embedding[7:], rows[7:])
+        writer.finish()
+    assert asked == list(range(24))
+    content = np.frombuffer((tmp_path / "table").read_bytes(), np.uint8, 24 * 512, 4096)
+    records = content.reshape(24, 512)[:, 128 : LAYOUT.record_bytes]
+    np.testing.assert_array_equal(records, np.concatenate([scales, codes], axis=1))
+
+
+@pytest.mark.parametrize("stored", [1.0, np.inf])
+def test_refuses_bytes_of_rows_that_are_not_the_networks(tmp_path: Path, stored: float) -> None:
+    rows = np.zeros((3, 2, 64), np.float32)
+    scales, codes = LAYOUT.codec.encode(rows)
+    scales.view("<f2")[1, 3], codes[1, 100] = stored, 130
+    with (
+        TableWriter(
+            tmp_path / "table",
+            LAYOUT,
+            3,
+            IDENTITY,
+            stored_rows=lambda tokens: (scales[tokens], codes[tokens]),
+        ) as writer,
+        pytest.raises(ExportError, match=r"token 1, memory row of layer 1: it is stored as"),
+    ):
+        writer.append(np.zeros((3, 64), np.float32), rows)
+
+
 def test_refuses_other_shapes_and_counts(tmp_path: Path) -> None:
     with TableWriter(tmp_path / "table", LAYOUT, 3, IDENTITY) as writer:
         with pytest.raises(ExportError, match=r"embedding \(2, 32\) .* expected \(2, 64\)"):

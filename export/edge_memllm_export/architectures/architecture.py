@@ -44,13 +44,23 @@ class Source(Protocol):
         """The configuration, as it was given."""
 
     def weights(
-        self, expected: Weights, *, tied: bool, described: str, named: NameOf = str
+        self,
+        expected: Weights,
+        *,
+        tied: bool,
+        described: str,
+        named: NameOf = str,
+        apart: str | None = None,
     ) -> Weights:
         """The weights, which are those that `expected` names, in the dtype they are stored in.
 
         `tied` says that the head is the embedding, `named` what the network calls a stored weight.
+        The weight `apart` may come without values, on the meta device: see `rows`.
         Raises UnusableCheckpointError for others than the network that is `described` has.
         """
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a weight that came without values, from `start` to before `stop`."""
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -173,6 +183,10 @@ class Architecture(Protocol):
 
     def makes_rows(self, weight: str) -> bool:
         """Whether a weight does nothing but make memory rows."""
+
+    @property
+    def row_table(self) -> str | None:
+        """The weight [V, L * W] that is the memory rows, times one number; None if computed."""
 
     def build(self, graph: GraphBuilder, step: StepInputs) -> ir.Value:
         """Record the graph; returns its logits [B, K, V]."""

@@ -69,7 +69,9 @@ class Dense(LayerWeights):
             tied=self.config.tie_word_embeddings,
             described=f"{self.config.model_type}, {self.config.num_hidden_layers} layers",
             named=self.text_name,
+            apart=self.row_table,
         )
+        self.read_rows = source.rows
         self.shapes = self.attention_shapes()
         self.epsilon: float = self.config.rms_norm_eps
         self.context: int = self.config.max_position_embeddings

@@ -6,7 +6,7 @@ memory stays that of the largest one.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from copy import copy
 from dataclasses import dataclass
 from typing import Any, Self
@@ -47,6 +47,7 @@ class LayerWeights:
     delicate_kinds: tuple[str, ...] = ()
     context: int  # positions that a text may have
     feed_forward_norm = "post_attention_layernorm"  # before the feed-forward network
+    row_table: str | None = None
     _scaled: Mapping[str, _Scales] = {}
 
     def heads(self, layer: int) -> AttentionShape:
@@ -206,6 +207,24 @@ class _ConvertingLinear(nn.Linear):
             return functional.linear(x, self.weight.to(dtype), bias)
         found = torch.cat([functional.linear(x, w.to(dtype)) for w in self.weight.split(rows)], -1)
         return found if bias is None else found + bias
+
+
+class ReadEmbedding(nn.Module):
+    """An embedding as `FloatEmbedding`, whose rows are read wherever they are asked for."""
+
+    def __init__(self, read: Callable[[int, int], torch.Tensor], factor: float) -> None:
+        """Take what reads rows, from the first to before the second."""
+        super().__init__()
+        self._read = read
+        self._factor = factor
+
+    def forward(self, ids: torch.Tensor) -> torch.Tensor:
+        """Return the rows of ids [...]: [..., D]."""
+        distinct, index = torch.unique(ids.cpu(), return_inverse=True)
+        ends = (distinct.diff() != 1).nonzero().flatten() + 1
+        runs = distinct.tensor_split(ends)
+        rows = torch.cat([self._read(int(run[0]), int(run[-1]) + 1) for run in runs])
+        return (rows.float() * self._factor)[index].to(ids.device)
 
 
 class FloatEmbedding(nn.Module):

@@ -15,6 +15,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, ClassVar
 
 import numpy as np
@@ -36,7 +37,7 @@ from edge_memllm_export.architectures.dense_reference import (
     EmbeddingRows,
     FedNetwork,
 )
-from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
+from edge_memllm_export.architectures.mapped_weights import FloatEmbedding, ReadEmbedding
 from edge_memllm_export.architectures.multimodal import MultimodalText
 from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, gated
 from edge_memllm_export.graph.builder import GraphBuilder
@@ -129,6 +130,11 @@ class PerLayerInputs(MultimodalText, Dense):
     def makes_rows(self, weight: str) -> bool:
         """Whether a weight does nothing but make memory rows."""
         return weight == _ROWS
+
+    @property
+    def row_table(self) -> str | None:  # type: ignore[override]
+        """The weight that is the rows, but for their factor."""
+        return _ROWS if self.config.hidden_size_per_layer_input else None
 
     @property
     def kinds(self) -> tuple[str, ...]:
@@ -224,10 +230,15 @@ class PerLayerInputs(MultimodalText, Dense):
         """
         super().complete(network)
         model, config = network.model, self.config
-        model.embed_tokens = _scaled(model.embed_tokens, config.hidden_size)
-        if config.hidden_size_per_layer_input:
-            width = config.hidden_size_per_layer_input
-            model.embed_tokens_per_layer = _scaled(model.embed_tokens_per_layer, width)
+        factor = _root(config.hidden_size, model.embed_tokens.weight.dtype)
+        model.embed_tokens = FloatEmbedding(model.embed_tokens, factor)
+        if self.row_table is not None:
+            factor = _root(config.hidden_size_per_layer_input, self.weights[_ROWS].dtype)
+            model.embed_tokens_per_layer = (
+                ReadEmbedding(partial(self.read_rows, _ROWS), factor)
+                if self.weights[_ROWS].is_meta
+                else FloatEmbedding(model.embed_tokens_per_layer, factor)
+            )
 
     def judge(self, network: Any) -> DenseReference:
         """Return the frozen network as a judge."""
@@ -235,9 +246,9 @@ class PerLayerInputs(MultimodalText, Dense):
         return PerLayerReference(network, self.shapes, self.parts, self.memory(), own)
 
 
-def _scaled(embedding: nn.Embedding, width: int) -> FloatEmbedding:
-    factor = torch.tensor(width**0.5).to(embedding.weight.dtype)
-    return FloatEmbedding(embedding, factor.float().item())
+def _root(width: int, dtype: torch.dtype) -> float:
+    """The root of a width as a number of this dtype."""
+    return torch.tensor(width**0.5).to(dtype).item()
 
 
 class PerLayerReference(DenseReference):
@@ -303,13 +314,16 @@ class PerLayerRows(EmbeddingRows):
     def __init__(self, model: Any, memory: MemorySpec, chunk: int | None) -> None:
         """Take how many tokens go at a time; None takes as many as have 128 MiB at most."""
         super().__init__(model.embed_tokens, chunk or default_chunk(memory.layers, memory.width))
-        self._rows = model.embed_tokens_per_layer
+        self._rows, self._count = (
+            model.embed_tokens_per_layer,
+            model.config.vocab_size_per_layer_input,
+        )
         self._shape = memory.layers, memory.width
 
     def rows(self, ids: Ids) -> Floats:
         """Return the rows [U, L, P] of tokens; those beyond the table have its first."""
-        known = torch.from_numpy(np.where(ids < len(self._rows.weight), ids, 0))
-        found: Floats = self._rows(known.to(self._rows.weight.device)).cpu().numpy()
+        known = torch.from_numpy(np.where(ids < self._count, ids, 0))
+        found: Floats = self._rows(known.to(self._embedding.weight.device)).cpu().numpy()
         return found.reshape(len(ids), *self._shape)
 
 

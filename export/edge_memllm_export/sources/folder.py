@@ -7,6 +7,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from edge_memllm.modeling.stored_weights import (
     CONFIG_FILE,
     NameOf,
@@ -29,10 +31,20 @@ class Folder:
         return self.path / CONFIG_FILE
 
     def weights(
-        self, expected: Weights, *, tied: bool, described: str, named: NameOf = str
+        self,
+        expected: Weights,
+        *,
+        tied: bool,
+        described: str,
+        named: NameOf = str,
+        apart: str | None = None,
     ) -> Weights:
         """The folder's weights, mapped, in their dtype; see `Source`."""
         return read_weights(self.path, expected, tied=tied, described=described, named=named)
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Never asked for: all weights come with values; see `Source`."""
+        raise NotImplementedError(f"{self.path}: {name} has values.")
 
     @property
     def kinds(self) -> Mapping[str, str]:

@@ -33,9 +33,18 @@ class GGUFModel:
         return self.path
 
     def weights(
-        self, expected: Weights, *, tied: bool, described: str, named: NameOf = str
+        self,
+        expected: Weights,
+        *,
+        tied: bool,
+        described: str,
+        named: NameOf = str,
+        apart: str | None = None,
     ) -> Weights:
-        """The file's weights, dequantised; its names are the networks' own. See `Source`."""
+        """The file's weights, dequantised; its names are the networks' own. See `Source`.
+
+        That which is `apart` has no values: a table of rows is larger than all others together.
+        """
         names = set(self._file.names)
         if odd := sorted(names ^ expected.keys()):
             what = "holds" if odd[0] in names else "lacks"
@@ -43,7 +52,14 @@ class GGUFModel:
                 f"{self.path}: {what} the weight {odd[0]}, which does not fit its metadata "
                 f"({described}). Get the file again, or give the model as a folder."
             )
-        return {name: self._weight(name) for name in sorted(names)}
+        return {
+            name: self._empty(name) if name == apart else self._weight(name)
+            for name in sorted(names)
+        }
+
+    def rows(self, name: str, start: int, stop: int) -> torch.Tensor:
+        """Rows of a matrix, dequantised; see `Source`."""
+        return torch.from_numpy(self._file.read(name, start, stop)).to(self._dtype(name))
 
     @property
     def kinds(self) -> Mapping[str, str]:
@@ -63,7 +79,13 @@ class GGUFModel:
     def _text_files(self) -> dict[str, bytes]:
         return self._file.text_files()
 
+    def _dtype(self, name: str) -> torch.dtype:
+        return _HALVES.get(self._file.kind(name), torch.float32)
+
+    def _empty(self, name: str) -> torch.Tensor:
+        return torch.empty(self._file.shape(name), dtype=self._dtype(name), device="meta")
+
     def _weight(self, name: str) -> torch.Tensor:
         weight = torch.from_numpy(self._file.read(name))
-        half = weight.to(_HALVES.get(self._file.kind(name), torch.float32))
+        half = weight.to(self._dtype(name))
         return half if torch.equal(half.float(), weight) else weight
