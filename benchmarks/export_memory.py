@@ -8,6 +8,7 @@ Prints one JSON object. Linux only: it samples /proc/PID/status of the export ev
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 import time
@@ -28,9 +29,9 @@ def main(checkpoint: str, out: str, *options: str) -> int:
 
 
 def measured_export(checkpoint: Path, out: Path, options: Sequence[str]) -> dict[str, Any]:
-    """Export in a child process; return its exit code, seconds and peaks of memory."""
+    """Export in a child process; return its exit code, times and peaks of memory."""
     words = ["export", str(checkpoint), str(out), *options]
-    start = time.monotonic()
+    start, before = time.monotonic(), os.times()
     child = subprocess.Popen(
         [sys.executable, "-m", "edge_memllm.cli.main", *words], stdout=subprocess.DEVNULL
     )
@@ -43,11 +44,16 @@ def measured_export(checkpoint: Path, out: Path, options: Sequence[str]) -> dict
     return {
         "exit_code": child.returncode,
         "seconds": round(time.monotonic() - start, 1),
+        "processor_seconds": round(_children(os.times()) - _children(before), 1),
         "checkpoint_bytes": weights,
         "peak_anonymous_bytes": anon,
         "peak_file_backed_bytes": file,
         "within_model_plus_1_gb": anon <= weights + 10**9,
     }
+
+
+def _children(times: os.times_result) -> float:
+    return times.children_user + times.children_system
 
 
 def _memory(process: int) -> tuple[int, int]:

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 from pathlib import Path
+from typing import Any
 
 from benchmarks.gemma.shapes import Shape, config_of
 from benchmarks.gemma.weights import chunks, tensor_shapes
@@ -17,7 +18,10 @@ _ALIGNMENT = 8
 
 
 def write_folder(shape: Shape, seed: int, out: Path, tokenizer: Path | None = None) -> None:
-    """Write the new folder `out`; files of a tokenizer are copied from a folder that has them."""
+    """Write the new folder `out`.
+
+    Files of a tokenizer are copied from the folder of one; without, it has one token per byte.
+    """
     out.mkdir(parents=True)
     sizes = tensor_shapes(shape)
     shards = _shards(sizes)
@@ -30,8 +34,21 @@ def write_folder(shape: Shape, seed: int, out: Path, tokenizer: Path | None = No
     index = {"metadata": {"total_size": total}, "weight_map": places}
     (out / "model.safetensors.index.json").write_text(json.dumps(index, indent=1), "utf-8")
     (out / "config.json").write_text(json.dumps(config_of(shape), indent=1), "utf-8")
-    for each in tokenizer.glob("*token*") if tokenizer else ():
-        shutil.copy(each, out / each.name)
+    if tokenizer is None:
+        _byte_tokenizer().save(str(out / "tokenizer.json"))
+    else:
+        for each in tokenizer.glob("tokenizer*.json"):
+            shutil.copy(each, out / each.name)
+
+
+def _byte_tokenizer() -> Any:
+    from tokenizers import Tokenizer, decoders, models, pre_tokenizers
+
+    letters = sorted(pre_tokenizers.ByteLevel.alphabet())
+    found = Tokenizer(models.BPE({letter: token for token, letter in enumerate(letters)}, []))
+    found.pre_tokenizer = pre_tokenizers.ByteLevel(add_prefix_space=False, use_regex=False)
+    found.decoder = decoders.ByteLevel()
+    return found
 
 
 def _shards(sizes: dict[str, tuple[int, ...]]) -> list[list[str]]:

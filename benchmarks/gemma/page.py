@@ -137,12 +137,18 @@ def _exports_part(exports: Mapping[str, Any]) -> Iterator[str]:
             form,
             f"{each['checkpoint_bytes'] / 1e9:.2f}",
             f"{each['seconds'] / 60:.1f}",
+            f"{each['processor_seconds'] / 60:.1f}",
             f"{each['peak_anonymous_bytes'] / 1e9:.2f}",
             f"`{each['options']}`",
         ]
         for form, each in exports.items()
     ]
-    yield markdown(["", "folder, GB", "minutes", "peak own memory, GB", "options"], rows) + "\n"
+    yield (
+        markdown(
+            ["", "folder, GB", "minutes", "of a processor", "peak own memory, GB", "options"], rows
+        )
+        + "\n"
+    )
 
 
 def _environment(found: Mapping[str, Any]) -> str:
