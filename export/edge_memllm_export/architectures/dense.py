@@ -18,7 +18,7 @@ from edge_memllm.modeling.stored_weights import describing
 from edge_memllm_export.architectures.architecture import Source, Weights
 from edge_memllm_export.architectures.dense_reference import DenseReference
 from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
-from edge_memllm_export.graph.blocks import Attention, AttentionShape, Rotary, wanted_positions
+from edge_memllm_export.graph.blocks import Attention, AttentionShape, Rotary
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
 
@@ -222,12 +222,18 @@ class Dense(LayerWeights):
             yield made[shape, kind]
 
     def attended(
-        self, graph: GraphBuilder, attention: Attention, layer: int, normed: ir.Value
+        self,
+        graph: GraphBuilder,
+        attention: Attention,
+        layer: int,
+        normed: ir.Value,
+        *,
+        wanted: bool = False,
     ) -> ir.Value:
-        """Return the output of a layer's attention, biases included: [B,T,D]."""
+        """Return the output of a layer's attention, biases included, at all or wanted positions."""
         path, name = f"/model/layers.{layer}/self_attn", f"model.layers.{layer}.self_attn"
         weights = self.attention_weights(name)
-        output = attention(layer, path, normed, weights, self.source(layer))
+        output = attention(layer, path, normed, weights, self.source(layer), wanted=wanted)
         return self.biased(graph, f"{path}/o_proj", output)
 
     def biased(self, graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
@@ -237,11 +243,8 @@ class Dense(LayerWeights):
             return x
         return graph.op(f"{path}/Add", "Add", [x, graph.vector(name, self.array(name))])
 
-    def head(
-        self, graph: GraphBuilder, step: StepInputs, x: ir.Value, pending: ir.Value
-    ) -> ir.Value:
+    def head(self, graph: GraphBuilder, x: ir.Value, pending: ir.Value) -> ir.Value:
         """Return the logits [B,K,V] out of the last layer's sum, which is still to be made."""
-        x, pending = wanted_positions(graph, step, x=x, pending=pending)
         normed, _ = self.add_norm(graph, "/model/norm", x, pending)
         return self.logits(graph, normed)
 

@@ -22,7 +22,7 @@ import torch
 from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, RotaryKind, refuse_rotary
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
 from edge_memllm_export.architectures.multimodal import MultimodalText
-from edge_memllm_export.graph.blocks import geglu
+from edge_memllm_export.graph.blocks import geglu, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
 
@@ -69,14 +69,17 @@ class Gemma3(MultimodalText, Dense):
         for layer, attention in enumerate(self.attentions(graph, step)):
             path = f"/model/layers.{layer}"
             normed, x = self.add_norm(graph, f"{path}/input_layernorm", x, pending)
-            output = self.attended(graph, attention, layer, normed)
+            last = layer + 1 == len(self.shapes)
+            output = self.attended(graph, attention, layer, normed, wanted=last)
+            if last:  # nothing behind its attention is kept
+                (x,) = wanted_positions(graph, step, x=x)
             pending = self._part(graph, f"{path}/post_attention_layernorm", output)
             normed, x = self.add_norm(graph, f"{path}/pre_feedforward_layernorm", x, pending)
             matrices = self.arrays(f"model.layers.{layer}.mlp", FEED_FORWARD)
             output = geglu(graph, f"{path}/mlp", normed, matrices)
             pending = self._part(graph, f"{path}/post_feedforward_layernorm", output)
         assert pending is not None  # there are layers
-        return self.head(graph, step, x, pending)
+        return self.head(graph, x, pending)
 
     def add_norm(
         self, graph: GraphBuilder, path: str, x: ir.Value, pending: ir.Value | None

@@ -89,11 +89,12 @@ class Gemma4(PerLayerInputs):
         x, pending = step.tokens.embedding, None
         inputs = self.layer_inputs(graph, step)
         for layer, attention in enumerate(self.attentions(graph, step)):
-            if layer == self.own_layers:  # from here on nothing is kept
-                x, pending, inputs = self._wanted(graph, step, x, pending, inputs)
             path = f"/model/layers.{layer}"
             normed, x = self._sum_norm(graph, layer, f"{path}/input_layernorm", x, pending)
-            output = self.attended(graph, attention, layer, normed)
+            last = layer + 1 == self.own_layers  # behind its attention nothing is kept
+            output = self.attended(graph, attention, layer, normed, wanted=last)
+            if last:
+                x, inputs = self._wanted(graph, step, x, inputs)
             output = self._norm(graph, f"{path}/post_attention_layernorm", output)
             normed, x = self.add_norm(graph, f"{path}/pre_feedforward_layernorm", x, output)
             matrices = self.arrays(f"model.layers.{layer}.mlp", FEED_FORWARD)
@@ -102,25 +103,17 @@ class Gemma4(PerLayerInputs):
             if inputs is not None:
                 x = graph.op(f"{path}/mlp/Add", "Add", [x, pending])
                 pending = self.gated(graph, layer, x, inputs)
-        if self.own_layers == len(self.shapes):
-            x, pending, _ = self._wanted(graph, step, x, pending, None)
         normed, _ = self._sum_norm(graph, len(self.shapes), "/model/norm", x, pending)
         return self.logits(graph, normed)
 
     def _wanted(
-        self,
-        graph: GraphBuilder,
-        step: StepInputs,
-        x: ir.Value,
-        pending: ir.Value | None,
-        inputs: LayerInputs | None,
-    ) -> tuple[ir.Value, ir.Value | None, LayerInputs | None]:
-        """What a layer works on, at the wanted positions."""
-        assert pending is not None  # there is a layer before
+        self, graph: GraphBuilder, step: StepInputs, x: ir.Value, inputs: LayerInputs | None
+    ) -> tuple[ir.Value, LayerInputs | None]:
+        """What layers work on, at the wanted positions."""
         if inputs is None:
-            return *wanted_positions(graph, step, x=x, pending=pending), None
-        x, pending, rows = wanted_positions(graph, step, x=x, pending=pending, rows=inputs.rows)
-        return x, pending, replace(inputs, rows=rows)
+            return wanted_positions(graph, step, x=x)[0], None
+        x, rows = wanted_positions(graph, step, x=x, rows=inputs.rows)
+        return x, replace(inputs, rows=rows)
 
     def _norm(self, graph: GraphBuilder, path: str, x: ir.Value) -> ir.Value:
         weight = self.array(f"{path[1:].replace('/', '.')}.weight")

@@ -19,7 +19,7 @@ from typing import Any
 import onnx_ir as ir
 
 from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, refuse_rotary
-from edge_memllm_export.graph.blocks import swiglu
+from edge_memllm_export.graph.blocks import swiglu, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
 
@@ -41,7 +41,10 @@ class Llama(Dense):
         for layer, attention in enumerate(self.attentions(graph, step)):
             path = f"/model/layers.{layer}"
             normed, x = self.add_norm(graph, f"{path}/input_layernorm", x, pending)
-            pending = self.attended(graph, attention, layer, normed)
+            last = layer + 1 == len(self.shapes)
+            pending = self.attended(graph, attention, layer, normed, wanted=last)
+            if last:  # nothing behind its attention is kept
+                (x,) = wanted_positions(graph, step, x=x)
             normed, x = self.add_norm(graph, f"{path}/post_attention_layernorm", x, pending)
             name = f"model.layers.{layer}.mlp"
             matrices = self.arrays(name, FEED_FORWARD)
@@ -49,4 +52,4 @@ class Llama(Dense):
             pending = swiglu(graph, f"{path}/mlp", normed, matrices, biases)
             pending = self.biased(graph, f"{path}/mlp/down_proj", pending)
         assert pending is not None  # there are layers
-        return self.head(graph, step, x, pending)
+        return self.head(graph, x, pending)

@@ -111,10 +111,13 @@ class Attention:
         x: ir.Value,
         weights: AttentionWeights,
         source: int | None = None,
+        *,
+        wanted: bool = False,
     ) -> ir.Value:
         """The output [B,T,D]; keys and values of the layer go to the step's `present`.
 
-        Those of the layer ``source`` are read where the layer has none of its own.
+        Those of the layer ``source`` are read where the layer has none of its own. With ``wanted``
+        the output is that of the wanted positions, [B,K,D].
         """
         graph, step, shape = self._graph, self._step, self._shape
         own = source is None
@@ -138,6 +141,8 @@ class Attention:
         )
         if own:
             step.present[layer] = stored[0], stored[1]
+        if wanted:
+            (attended,) = wanted_positions(graph, step, attended=attended)
         output = widen_heads(weights.projections["o_proj"].T, shape).T
         return graph.linear(f"{path}/o_proj", attended, output)
 
@@ -316,15 +321,16 @@ def _halves(
 
 def wanted_positions(graph: GraphBuilder, step: StepInputs, **values: ir.Value) -> list[ir.Value]:
     """Values [B,T,...], by their names, at the positions that want logits: [B,K,...]."""
-    axis = graph.constant("model.positions.axis", np.array([-1]))
-    positions = graph.op(
-        "/model/positions/Unsqueeze", "Unsqueeze", [step.logits_index, axis], dtype="int64"
-    )
+    if step.positions is None:
+        axis = graph.constant("model.positions.axis", np.array([-1]))
+        step.positions = graph.op(
+            "/model/positions/Unsqueeze", "Unsqueeze", [step.logits_index, axis], dtype="int64"
+        )
     return [
         graph.op(
             f"/model/positions/{name}/GatherND",
             "GatherND",
-            [value, positions],
+            [value, step.positions],
             {"batch_dims": 1},
             dtype=graph.type_of(value),
         )

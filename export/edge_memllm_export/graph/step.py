@@ -35,6 +35,7 @@ class StepInputs:
     past: dict[int, KeyValue]  # [B, Hk, C, d] by layer
     kv_scales: Mapping[int, KVScales] | None  # by layer, where keys and values are int8
     present: dict[int, KeyValue] = field(default_factory=dict)
+    positions: ir.Value | None = None  # those that want logits [B, K, 1], once something asked
 
     @property
     def inputs(self) -> list[ir.Value]:
