@@ -11,7 +11,7 @@ import os
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
-from dataclasses import KW_ONLY, dataclass
+from dataclasses import KW_ONLY, dataclass, replace
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -19,8 +19,8 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.engine.request import check_positive
-from edge_memllm.errors import RequestError, RuntimeUnavailableError
-from edge_memllm.memory_plan import Choices, MemoryPlan, plan_memory
+from edge_memllm.errors import EdgeMemLLMError, RequestError, RuntimeUnavailableError
+from edge_memllm.memory_plan import Choices, MemoryPlan, packs_by_itself, plan_memory
 from edge_memllm.model import Model
 from edge_memllm.options import DEVICES, Option, byte_size, called_with, positive_int
 from edge_memllm.overlays import Overlay, open_overlay
@@ -29,7 +29,7 @@ from edge_memllm.progress import Progress
 from edge_memllm.readers import reader_names
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import give_back, process_memory
-from edge_memllm.store import ExportPlan, artifact_of, refuse
+from edge_memllm.store import ExportPlan, artifact_of, home_folder, refuse
 from edge_memllm.table.table import QUALITIES, Table
 from edge_memllm.text.tokenization import Tokenizer
 
@@ -37,6 +37,14 @@ _log = logging.getLogger(__name__)
 
 # How far the estimate may be off before that is worth a warning, beyond the share.
 _ESTIMATE_SHARE, _ESTIMATE_BYTES = 1.1, 16_000_000
+
+
+AUTO = "auto"  # of packed_cache; a folder of that name is ./auto
+_PACKED = "packed"  # the folder in the user's cache
+
+
+def _packed_place(word: str) -> str | Path | None:
+    return {AUTO: AUTO, "off": None}.get(word, Path(word))
 
 
 @dataclass(frozen=True)
@@ -120,11 +128,12 @@ class LoadOptions:
         str | os.PathLike[str] | None,
         Option(
             "keep low-bit weights here as this CPU wants them: mapped from there they take no "
-            "memory of the process; made on first use, 2.4 times the graph",
-            metavar="DIR",
-            parse=Path,
+            "memory of the process; made on first use, 2.4 times the graph. auto keeps those of "
+            "large graphs in the user's cache where there is room, off keeps none",
+            metavar="DIR|auto|off",
+            parse=_packed_place,
         ),
-    ] = None
+    ] = AUTO
     overlays: Annotated[
         Sequence[str | os.PathLike[str] | Overlay],
         Option(
@@ -162,7 +171,9 @@ def load(options: LoadOptions) -> Model:
     `hot_text` for good, in at most half of it. `memory_limit` bounds the anonymous memory of the
     process, `vram_limit` that of a CUDA device, both in bytes: refused now if the estimate has no
     room for a first text, and later when a text grows beyond what fits. `packed_cache` is a
-    folder that keeps weights as this CPU wants them, which takes them out of anonymous memory.
+    folder that keeps weights as this CPU wants them, which takes them out of anonymous memory;
+    "auto" takes one in the user's cache for large graphs, and goes without where that cannot be;
+    None keeps nothing.
     `cuda_graph` records a decode step on CUDA and replays it.
 
     `overlays` are files (docs/overlays.md) that change rows of chosen tokens, in this order; a
@@ -200,6 +211,8 @@ def load(options: LoadOptions) -> Model:
             model.add_overlay(overlay)
         opened.pop_all()
     _log.info("%s: %s on %s, reader %s", options.path, runtime.name, model.device, model.reader)
+    if plan.packed_cache is not None:
+        _log.info("%s: weights mapped from %s", options.path, plan.packed_cache)
     _compare(plan, before)
     return model
 
@@ -257,22 +270,53 @@ def _planned_runtime(
 def _runtime_on(
     device: str, options: LoadOptions, artifact: Artifact, before: int | None
 ) -> tuple[MemoryPlan, Runtime]:
+    packed = _packed_folder(device, options, artifact)
+    plan = _plan(device, options, artifact, before, packed)
+    try:
+        return plan, _opened(device, options, artifact, plan)
+    except EdgeMemLLMError as error:
+        if packed is None or options.packed_cache != AUTO:
+            raise
+        # Nobody asked for it, so nothing may fail for it; what is wrong with the artifact, loading
+        # without it tells.
+        _log.info("%s: no packed weights: %s", options.path, error)
+    plan = _plan(device, options, artifact, before, None)
+    return plan, _opened(device, options, artifact, plan)
+
+
+def _packed_folder(device: str, options: LoadOptions, artifact: Artifact) -> Path | None:
+    """Return the folder of packed weights, if there are to be some."""
+    asked = options.packed_cache
+    if asked != AUTO:
+        return None if asked is None else Path(asked)
+    if device != "cpu" or not packs_by_itself(artifact.manifest):
+        return None
+    try:
+        return home_folder() / _PACKED
+    except RequestError as error:  # no home
+        _log.info("%s: no packed weights: %s", options.path, error)
+        return None
+
+
+def _opened(device: str, options: LoadOptions, artifact: Artifact, plan: MemoryPlan) -> Runtime:
     from edge_memllm_runtimes import open_runtime
     from edge_memllm_runtimes.options import RuntimeOptions
 
-    plan = _plan(device, options, artifact, before)
     wanted = RuntimeOptions(
         threads=options.threads,
         kv_bytes=plan.kv_bytes,
         score_bytes=plan.score_bytes,
-        packed_cache=None if options.packed_cache is None else Path(options.packed_cache),
+        packed_cache=plan.packed_cache,
+        packed_unasked=options.packed_cache == AUTO,
         arena_bytes=plan.arena_bytes,
         cuda_graph=options.cuda_graph,
     )
-    return plan, open_runtime(artifact, device, wanted)
+    return open_runtime(artifact, device, wanted)
 
 
-def _plan(device: str, options: LoadOptions, artifact: Artifact, before: int | None) -> MemoryPlan:
+def _plan(
+    device: str, options: LoadOptions, artifact: Artifact, before: int | None, packed: Path | None
+) -> MemoryPlan:
     """Plan what a model takes on a device; `before` is the anonymous memory that is in use now."""
     if device == "cpu" and options.vram_limit is not None:
         raise RequestError(
@@ -282,10 +326,10 @@ def _plan(device: str, options: LoadOptions, artifact: Artifact, before: int | N
         options.prefill_chunk or PREFILL_CHUNKS[device],
         options.record_cache,
         options.reader,
-        options.packed_cache is not None,
+        packed is not None,
         CACHE_BYTES if options.overlays else 0,
     )
-    return plan_memory(
+    plan = plan_memory(
         artifact.manifest,
         device,
         choices,
@@ -293,6 +337,7 @@ def _plan(device: str, options: LoadOptions, artifact: Artifact, before: int | N
         vram_limit=options.vram_limit,
         base_bytes=before,
     )
+    return replace(plan, packed_cache=packed)
 
 
 def _open_table(options: LoadOptions, artifact: Artifact, tokenizer: Tokenizer) -> Table:

@@ -12,12 +12,13 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from edge_memllm.artifact.layout import CHECKSUM_BYTES
-from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS, Manifest
 from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.codecs import EMBEDDING_DTYPES
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
@@ -45,6 +46,9 @@ _GRAPH_WORDS = {
     "beside": "graph: {} weights repacked",
     "packed": "graph: {} weights mapped from the packed cache, what is left of them",
 }
+# Graphs from here on are kept packed unless that is refused: below, it is not worth the disk.
+_PACKED_FROM = 256_000_000
+_PACKED_DISK = 2.4
 # What a step works on besides the rows of all layers, in values per token and unit of width:
 # activations of one layer and what the library's arena keeps of them.
 _WORK_FACTOR = 60
@@ -58,7 +62,7 @@ _CUDA_LIBRARY_BYTES = 64_000_000
 # Tensors made from Python lie in an arena that grows by powers of two, whatever the session asks.
 _CUDA_ROUNDING = 2
 _CUDA_ADVICE = "Raise the limit, lower prefill_chunk, or use the CPU."
-_ADVICE = "Raise the limit, lower prefill_chunk, or keep repacked weights in a packed_cache."
+_ADVICE = "Raise the limit, lower prefill_chunk, or have repacked weights kept (packed_cache)."
 
 
 @dataclass(frozen=True, slots=True)
@@ -96,12 +100,15 @@ class Footprint:
 
 
 def footprint(manifest: Manifest, tokens: int, choices: Choices | None = None) -> Footprint:
-    """Estimate for one sequence of ``tokens`` tokens, at most the model's context, on a CPU."""
+    """Estimate for one sequence of ``tokens`` tokens, at most the model's context, on a CPU.
+
+    Without `choices`, of a model that is loaded with no options.
+    """
     from edge_memllm_runtimes.kv_cache import grown_capacity
 
     capacity = grown_capacity(tokens, manifest.model.max_position_embeddings)
     kv_bytes = capacity * position_bytes(manifest)
-    chosen = choices or Choices()
+    chosen = choices or Choices(packed=packs_by_itself(manifest))
     scores = capacity * score_bytes(manifest, chosen.prefill_chunk)
     resident = total(memory_items(manifest, chosen)) + kv_bytes + scores
     return Footprint(
@@ -173,6 +180,18 @@ def score_bytes(manifest: Manifest, prefill_chunk: int) -> int:
     return manifest.model.num_attention_heads * prefill_chunk * _SCORE_BYTES
 
 
+def packs_by_itself(manifest: Manifest) -> bool:
+    """Whether weights are kept repacked, on a CPU, where nothing is said about it."""
+    return (
+        manifest.graph.weights in QUANTISED_WEIGHTS and graph_file_bytes(manifest) >= _PACKED_FROM
+    )
+
+
+def packed_disk_bytes(manifest: Manifest) -> int:
+    """Bytes of disk that repacked weights take: beside them lie the stored ones."""
+    return round(graph_file_bytes(manifest) * _PACKED_DISK)
+
+
 def graph_file_bytes(manifest: Manifest) -> int:
     """Bytes of the graph with its external data."""
     names = (manifest.graph.file, manifest.graph.external_data)
@@ -227,6 +246,7 @@ class MemoryPlan:
     score_bytes: int  # what attention works on per position, one sequence at a time
     kv_bytes: int | None  # what all keys and values may take; None without a limit
     arena_bytes: int | None  # what the session may take on a CUDA device
+    packed_cache: Path | None = None  # where repacked weights lie, if they are mapped
 
     @property
     def loaded_bytes(self) -> int:
@@ -242,6 +262,7 @@ class MemoryPlan:
             "kv_position_bytes": self.position_bytes,
             "score_position_bytes": self.score_bytes,
             "kv_limit_bytes": self.kv_bytes,
+            "packed_cache": None if self.packed_cache is None else str(self.packed_cache),
         }
         if self.device_items:
             plan["device_limit_bytes"] = self.device_limit

@@ -19,7 +19,7 @@ from types import TracebackType
 from typing import Self
 from weakref import finalize
 
-from edge_memllm.artifact.atomic import share_lock
+from edge_memllm.artifact.atomic import WholeFile, share_lock
 from edge_memllm.artifact.manifest import MANIFEST_NAME, Manifest
 from edge_memllm.artifact.open_files import READ_FLAGS, close_file, reading
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES
@@ -192,6 +192,19 @@ class Artifact:
                 raise StorageError(f"{where}: no memory for its {size:,} bytes.") from None
         self._compare(name, digest.hexdigest())
         return data
+
+    def copy_checked(self, name: str, path: Path) -> None:
+        """Copy a file the manifest names to `path`, which is not there if its digest differs.
+
+        Raises as `read_checked` does, and `StorageError` when writing fails.
+        """
+        digest, buffer = hashlib.sha256(), memoryview(bytearray(_CHUNK_BYTES))
+        with reading(self.open_file(name), self.path / name) as file, WholeFile(path) as copy:
+            while count := file.readinto(buffer):
+                digest.update(buffer[:count])
+                copy.write(buffer[:count])
+            self._compare(name, digest.hexdigest())
+            copy.publish()
 
     def verify_digests(self) -> None:
         """Read every file, the table too, and compare its sha256 digest with the manifest's.

@@ -34,6 +34,8 @@ FORMAT_VERSION = 3
 UNIFORM_WEIGHTS = ("int2", "int4", "int8", "fp16", "fp32")
 # mixed: matrices have codes of several widths; the graph says which
 GRAPH_WEIGHTS = (*UNIFORM_WEIGHTS, "mixed")
+# a processor repacks matrices of these
+QUANTISED_WEIGHTS = tuple(each for each in GRAPH_WEIGHTS if each not in ("fp16", "fp32"))
 KV_DTYPES = ("float16", "float32", "int8")
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")

@@ -28,7 +28,14 @@ from edge_memllm.cli.output import (
     write_json,
 )
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.memory_plan import Footprint, footprint, tokenizer_bytes
+from edge_memllm.memory_plan import (
+    Choices,
+    Footprint,
+    footprint,
+    packed_disk_bytes,
+    packs_by_itself,
+    tokenizer_bytes,
+)
 from edge_memllm.options import Option, positive_int
 from edge_memllm.text import TOKENIZER_FILE, VOCABULARY_FILE
 
@@ -151,6 +158,7 @@ def _page(manifest: Manifest, needs: Footprint) -> str:
         ("disk", byte_count(needs.disk_bytes)),
         ("memory", f"about {byte_count(needs.resident_bytes)}, {kv_part}"),
         ("", f"{whole} (--reader ram)"),
+        *_packed(manifest, needs),
         ("reads", f"{most}{byte_count(needs.record_bytes)} from the table per generated token"),
     ]
     files = [(name, byte_count(spec.bytes)) for name, spec in sorted(manifest.files.items())]
@@ -165,6 +173,18 @@ def _tokenizer(manifest: Manifest) -> str:
     read = VOCABULARY_FILE in manifest.files
     kind = "its vocabulary file is read" if read else "the library tokenizers reads it"
     return f"{kind}, about {byte_count(tokenizer_bytes(manifest))} of memory"
+
+
+def _packed(manifest: Manifest, needs: Footprint) -> list[tuple[str, str]]:
+    """What loading keeps in the user's cache, where it does."""
+    if not packs_by_itself(manifest):
+        return []
+    without = footprint(manifest, needs.tokens, Choices(packed=False)).resident_bytes
+    disk = byte_count(packed_disk_bytes(manifest))
+    return [
+        ("", f"about {byte_count(without)} without repacked weights in the user's cache, which"),
+        ("", f"take {disk} of disk from the first load on (--packed-cache off)"),
+    ]
 
 
 def _class_rows(layout: TableLayout) -> list[tuple[str, ...]]:

@@ -5,6 +5,6 @@ business, which is imported when something is to be exported.
 """
 
 from edge_memllm.store.exporting import ExportPlan, artifact_of, refuse
-from edge_memllm.store.store import Entry, Store
+from edge_memllm.store.store import Entry, Store, home_folder
 
-__all__ = ["Entry", "ExportPlan", "Store", "artifact_of", "refuse"]
+__all__ = ["Entry", "ExportPlan", "Store", "artifact_of", "home_folder", "refuse"]

@@ -24,6 +24,7 @@ class RuntimeOptions:
     kv_bytes: int | None = None  # keys and values of all generations together
     score_bytes: int = 0  # part of `kv_bytes` that a position takes of attention, once per batch
     packed_cache: Path | None = None  # CPU only: where repacked weights are kept between loads
+    packed_unasked: bool = False  # nobody chose that folder: it must leave space, and stay small
     arena_bytes: int | None = None  # CUDA only: weights and what steps work on
     cuda_graph: bool = False  # CUDA only: record a decode step once, then replay it
 

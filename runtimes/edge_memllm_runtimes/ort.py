@@ -29,9 +29,9 @@ from edge_memllm_runtimes.ort_session import (
     open_packed,
     open_session,
     pack_graph,
-    packed_graph,
     require_device,
 )
+from edge_memllm_runtimes.packed_weights import packed_graph
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
@@ -156,7 +156,8 @@ def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
         options.packed_cache,
         artifact,
         import_library().__version__,
-        lambda folder: pack_graph(read_checked_graph(artifact), artifact, options, folder),
+        lambda stored, folder: pack_graph(stored, artifact, options, folder),
+        unasked=options.packed_unasked,
     )
     return open_packed(graph, artifact, options)
 

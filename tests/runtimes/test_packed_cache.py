@@ -18,12 +18,15 @@ import onnxruntime
 import pytest
 
 import edge_memllm
+from edge_memllm import loading, memory_plan
 from edge_memllm.artifact.atomic import FolderLock
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RequestError
-from edge_memllm_runtimes import ort_session as packed_cache
-from edge_memllm_runtimes.ort_session import packed_graph, processor_kind
+from edge_memllm.store import store
+from edge_memllm_runtimes import ort
+from edge_memllm_runtimes import packed_weights as packed_cache
+from edge_memllm_runtimes.packed_weights import packed_graph, processor_kind
 from support.checkpoints import MakeArtifact, files_of
 from support.runtimes import ARTIFACTS
 
@@ -229,7 +232,7 @@ def logits_of(artifact: Path, **options: Any) -> np.ndarray:
 
 def test_float_weights_are_not_repacked(make_artifact: MakeArtifact, tmp_path: Path) -> None:
     with pytest.raises(
-        RequestError, match="packed_cache is for graphs with int4, int8, mixed weights"
+        RequestError, match="packed_cache is for graphs with int2, int4, int8, mixed weights"
     ):
         text_of(make_artifact(**ARTIFACTS["fp32"]), packed_cache=tmp_path / "cache")
     assert not (tmp_path / "cache").exists()
@@ -292,7 +295,8 @@ def test_too_little_space_is_told_before_anything_is_written(
 def test_a_failure_leaves_nothing_and_old_leftovers_go(artifact: Path, tmp_path: Path) -> None:
     cache = tmp_path / "cache"
 
-    def fail(folder: Path) -> None:
+    def fail(stored: Path, folder: Path) -> None:
+        assert stored.read_bytes() == (artifact / "graph.onnx").read_bytes()
         (folder / "graph.onnx").write_text("half")
         raise OSError(28, "No space left on device")
 
@@ -318,7 +322,7 @@ def test_who_comes_second_takes_what_is_there(
     aside = tmp_path / "aside"
     place.rename(aside)
 
-    def meanwhile(folder: Path) -> None:
+    def meanwhile(_: Path, folder: Path) -> None:
         shutil.copytree(aside, place)
         for file in aside.iterdir():
             shutil.copy(file, folder)
@@ -354,3 +358,129 @@ def test_packed_weights_the_library_cannot_load_are_named(
         EdgeMemLLMError, match=r"the packed weights cannot be used: .* Delete this folder"
     ):
         text_of(artifact, packed_cache=cache)
+
+
+# --- where nobody asked -------------------------------------------------------------------------
+
+
+@pytest.fixture
+def home(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """The user's cache, and every graph counts as large."""
+    monkeypatch.setattr(memory_plan, "_PACKED_FROM", 0)
+    monkeypatch.setenv("EDGE_MEMLLM_HOME", str(tmp_path / "home"))
+    return tmp_path / "home"
+
+
+def loaded(artifact: Path, **options: Any) -> dict[str, Any]:
+    """What a model that was loaded says of its memory."""
+    with edge_memllm.load(artifact, device="cpu", threads=1, **options) as model:
+        memory: dict[str, Any] = model.describe()["memory"]
+        return memory
+
+
+def test_a_large_graph_is_kept_packed_in_the_users_cache(artifact: Path, home: Path) -> None:
+    memory = loaded(artifact)
+    assert memory["packed_cache"] == str(home / "packed")
+    assert "mapped from the packed cache" in memory["estimate"][1]["what"]
+    assert sorted(files_of(made(home / "packed"))) == [
+        *("graph.onnx", "graph.onnx.data", "packed.json")
+    ]
+
+
+def test_nothing_is_kept_where_that_is_said_or_the_graph_is_small(
+    artifact: Path, home: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    assert loaded(artifact, packed_cache=None)["packed_cache"] is None
+    monkeypatch.undo()
+    monkeypatch.setenv("EDGE_MEMLLM_HOME", str(home))
+    assert loaded(artifact)["packed_cache"] is None
+    assert not home.exists()
+
+
+def test_the_words_for_it_are_those_of_the_command_line() -> None:
+    assert [loading._packed_place(word) for word in ("auto", "off", "./auto", "folder")] == [
+        *("auto", None, Path("./auto"), Path("folder"))
+    ]
+
+
+def no_room(home: Path, patch: pytest.MonkeyPatch) -> None:
+    usage = shutil.disk_usage(home.parent)
+    patch.setattr(shutil, "disk_usage", lambda _: usage._replace(free=30_000_000))
+
+
+def no_folder(home: Path, patch: pytest.MonkeyPatch) -> None:
+    home.write_text("")
+
+
+def no_home(home: Path, patch: pytest.MonkeyPatch) -> None:
+    patch.delenv("EDGE_MEMLLM_HOME")
+    patch.setattr(store, "_caches", lambda: Path.home())
+    patch.setattr(Path, "home", no_such_home)
+
+
+def no_such_home() -> Path:
+    raise RuntimeError("Could not determine home directory.")
+
+
+def no_packing(home: Path, patch: pytest.MonkeyPatch) -> None:
+    def fail(*_: object) -> None:
+        raise ArtifactError("cannot be saved")
+
+    patch.setattr(ort, "pack_graph", fail)
+
+
+@pytest.mark.parametrize(
+    ("trouble", "reason"),
+    [
+        (no_room, "are free"),
+        (no_folder, "cannot be written"),
+        (no_home, "no home folder"),
+        (no_packing, "cannot be saved"),
+    ],
+)
+def test_what_nobody_asked_for_fails_no_load(
+    artifact: Path,
+    home: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+    trouble: Callable[[Path, pytest.MonkeyPatch], None],
+    reason: str,
+) -> None:
+    trouble(home, monkeypatch)
+    with caplog.at_level(logging.INFO):
+        memory = loaded(artifact)
+    assert memory["packed_cache"] is None
+    assert "graph: int4 weights repacked" in memory["estimate"][1]["what"]
+    (told,) = [each for each in caplog.messages if "no packed weights" in each]
+    assert reason in told
+    assert not (home / "packed").is_dir() or not list((home / "packed").iterdir())
+
+
+def test_what_is_wrong_with_the_artifact_is_told_all_the_same(artifact: Path, home: Path) -> None:
+    graph = artifact / "graph.onnx"
+    content = bytearray(graph.read_bytes())
+    content[len(content) // 2] ^= 1
+    graph.write_bytes(content)
+    with pytest.raises(ArtifactError, match=r"graph\.onnx: sha256 is"):
+        loaded(artifact)
+
+
+def test_what_another_version_made_goes_and_what_nobody_used_for_a_month(
+    artifact: Path, cache: Path, home: Path
+) -> None:
+    place = made(cache)
+    shutil.move(cache, home / "packed")
+    old = home / "packed" / place.name
+    others = [home / "packed" / name for name in ("unused", "used", "foreign")]
+    for folder in others:
+        shutil.copytree(old, folder)
+    of_another_library(old)
+    for folder in others[:2]:
+        record = json.loads((folder / "packed.json").read_text())
+        record["facts"]["graph"] = "0" * 64
+        (folder / "packed.json").write_text(json.dumps(record))
+    os.utime(others[0] / "packed.json", (0, 0))
+    forget_record(others[2])
+    old.rename(home / "packed" / "old")
+    loaded(artifact)
+    assert sorted(home.joinpath("packed").iterdir()) == sorted([old, *others[1:]])

@@ -202,7 +202,7 @@ def _settings(loading: LoadOptions) -> dict[str, Any]:
     """The keywords of `load` that have another value than their default, for JSON."""
     defaults = keywords(LoadOptions(""))
     given = {name: value for name, value in keywords(loading).items() if value != defaults[name]}
-    if "packed_cache" in given:
+    if given.get("packed_cache") is not None:
         given["packed_cache"] = str(given["packed_cache"])
     if "overlays" in given:
         given["overlays"] = tuple(map(str, given["overlays"]))
