@@ -17,7 +17,12 @@ from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import RecordSource
 
 _PROC_STATUS = Path("/proc/self/status")
-_PROC_KEYS = {"RssAnon": "anon_bytes", "RssFile": "file_bytes", "VmHWM": "peak_bytes"}
+_PROC_KEYS = {
+    "RssAnon": "anon_bytes",
+    "RssFile": "file_bytes",
+    "VmHWM": "peak_bytes",
+    "VmSwap": "swap_bytes",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,6 +42,8 @@ class GenerationStatistics:
     accepted_tokens: int  # of these, chosen
     rss_anon_bytes: int | None
     rss_file_bytes: int | None
+    peak_rss_bytes: int | None  # the most that both were together, ever
+    swap_bytes: int | None  # of its own, what the system has put elsewhere
     kv_bytes: int
     seed: int
     device: str
@@ -84,6 +91,8 @@ class Meter:
             accepted_tokens=costs.accepted_tokens,
             rss_anon_bytes=memory.anon_bytes,
             rss_file_bytes=memory.file_bytes,
+            peak_rss_bytes=memory.peak_bytes,
+            swap_bytes=memory.swap_bytes,
             kv_bytes=costs.kv_bytes,
             seed=self._seed,
             device=self._runtime.device,
@@ -99,11 +108,12 @@ def rate(count: int, seconds: float) -> float | None:
 
 @dataclass(frozen=True, slots=True)
 class ProcessMemory:
-    """Resident memory of this process in bytes; None where the system does not tell."""
+    """Memory of this process in bytes, resident but for the last; None where nobody tells."""
 
     anon_bytes: int | None = None  # its own: weights, keys and values, buffers
     file_bytes: int | None = None  # pages of mapped files, which the system may drop
     peak_bytes: int | None = None  # the most it ever was, of both together
+    swap_bytes: int | None = None  # its own, but swapped out or compressed
 
 
 def process_memory() -> ProcessMemory:

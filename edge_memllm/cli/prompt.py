@@ -95,12 +95,15 @@ def statistics_line(statistics: GenerationStatistics) -> str:
 
 
 def _memory(statistics: GenerationStatistics) -> str:
-    if statistics.rss_anon_bytes is None or statistics.rss_file_bytes is None:
-        return "resident memory not known on this system"
-    return (
-        f"resident memory {byte_count(statistics.rss_anon_bytes)} of its own "
-        f"and {byte_count(statistics.rss_file_bytes)} of mapped files"
-    )
+    """What the system tells: all of it on Linux, elsewhere the most there was."""
+    parts = [
+        (statistics.rss_anon_bytes, "{} of its own"),
+        (statistics.swap_bytes or None, "{} swapped out"),
+        (statistics.rss_file_bytes, "{} of mapped files"),
+        (statistics.peak_rss_bytes, "{} at most"),
+    ]
+    told = [words.format(byte_count(size)) for size, words in parts if size is not None]
+    return f"memory {' + '.join(told)}" if told else "memory not known on this system"
 
 
 class Conversation:

@@ -311,6 +311,7 @@ def trace_of(
         "memory": {
             "anon_bytes": memory.anon_bytes,
             "file_bytes": memory.file_bytes,
+            "peak_bytes": memory.peak_bytes,
             "kv_bytes": engine.statistics.kv_bytes,
         },
     }

@@ -64,6 +64,8 @@ _ENGINE: Mapping[str, tuple[str, str, str]] = {
 _MEMORY: Mapping[str, tuple[str, str, str]] = {
     "anon_bytes": ("resident_anon_bytes", "gauge", "memory of the process's own"),
     "file_bytes": ("resident_file_bytes", "gauge", "mapped files in memory"),
+    "swap_bytes": ("swapped_bytes", "gauge", "memory of the process's own, swapped out"),
+    "peak_bytes": ("resident_peak_bytes", "gauge", "the most that was ever in memory, of both"),
 }
 
 

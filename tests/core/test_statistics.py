@@ -23,12 +23,13 @@ Name:\tpython
 VmHWM:\t  300 kB
 RssAnon:\t  100 kB
 RssFile:\t   50 kB
+VmSwap:\t    2 kB
 Threads:\t3
 """
 
 
 def test_the_status_file_of_linux_is_read_in_bytes() -> None:
-    assert parse_proc_status(STATUS) == ProcessMemory(102400, 51200, 307200)
+    assert parse_proc_status(STATUS) == ProcessMemory(102400, 51200, 307200, 2048)
 
 
 def test_what_an_old_kernel_does_not_tell_is_none() -> None:

@@ -58,8 +58,8 @@ export class Figures {
     this.#set("replyBytes", read(reply), bytes);
     const cached = [...prompt, ...reply].filter((place) => place.origin === "cache").length;
     this.#set("cached", cached, whole);
-    for (const [name, field] of [["anon", "anon_bytes"], ["kv", "kv_bytes"], ["file", "file_bytes"]]) {
-      this.#set(name, trace.memory?.[field], bytes);
+    for (const name of ["anon", "kv", "file", "peak"]) {
+      this.#set(name, trace.memory?.[`${name}_bytes`], bytes);
     }
     this.#draw(reply);
   }

@@ -80,6 +80,7 @@ def test_figures_are_those_of_the_text(page: Page, served: Served) -> None:
     assert figures["replyBytes"] == shown_bytes(size * 8)  # the last is not fed
     assert re.fullmatch(r"[\d,.]+", figures["speed"])
     assert re.fullmatch(r"[\d.]+ [MG]B", figures["anon"])
+    assert re.fullmatch(r"[\d.]+ [MG]B", figures["peak"])
     assert page.evaluate("document.querySelectorAll('#chart rect').length") == 8
     assert "8 of the last 8 records" in texts(page, "#chart-caption")[0]
 
