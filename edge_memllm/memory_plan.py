@@ -15,11 +15,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
 from edge_memllm.artifact.layout import CHECKSUM_BYTES
 from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS, Manifest
-from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.codecs import EMBEDDING_DTYPES
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.errors import RequestError
@@ -107,7 +104,7 @@ def footprint(manifest: Manifest, tokens: int, choices: Choices | None = None) -
     from edge_memllm_runtimes.kv_cache import grown_capacity
 
     capacity = grown_capacity(tokens, manifest.model.max_position_embeddings)
-    kv_bytes = capacity * position_bytes(manifest)
+    kv_bytes = window_bytes(manifest) + capacity * position_bytes(manifest)
     chosen = choices or Choices(packed=packs_by_itself(manifest))
     scores = capacity * score_bytes(manifest, chosen.prefill_chunk)
     resident = total(memory_items(manifest, chosen)) + kv_bytes + scores
@@ -171,8 +168,13 @@ def total(items: Iterable[Item]) -> int:
 
 
 def position_bytes(manifest: Manifest) -> int:
-    """Bytes of keys and values of one position of one sequence."""
-    return cache_values(manifest.model.caches) * np.dtype(manifest.graph.kv_dtype).itemsize
+    """Bytes of keys and values of one position of one sequence, where all positions are kept."""
+    return _kv_bytes(manifest, 1) - _kv_bytes(manifest, 0)
+
+
+def window_bytes(manifest: Manifest, device: str = "cpu") -> int:
+    """Bytes of keys and values of one sequence in layers that keep a window only."""
+    return _kv_bytes(manifest, 0, device)
 
 
 def score_bytes(manifest: Manifest, prefill_chunk: int) -> int:
@@ -206,6 +208,12 @@ def tokenizer_bytes(manifest: Manifest) -> int:
         return vocabulary.bytes + _READ_TOKENIZER
     fixed, each = _LIBRARY_TOKENIZER
     return fixed + each * manifest.model.vocab_size
+
+
+def _kv_bytes(manifest: Manifest, capacity: int, device: str = "cpu") -> int:
+    from edge_memllm_runtimes.ort_graph import GraphShape
+
+    return GraphShape.of(manifest, device).cache_bytes(capacity)
 
 
 def _graph_item(manifest: Manifest, *, packed: bool) -> Item:
@@ -243,6 +251,7 @@ class MemoryPlan:
     device_items: tuple[Item, ...]  # memory of a CUDA device, the same
     device_limit: int | None
     position_bytes: int  # keys and values of one position of one sequence
+    window_bytes: int  # those of one sequence in layers that keep a window only
     score_bytes: int  # what attention works on per position, one sequence at a time
     kv_bytes: int | None  # what all keys and values may take; None without a limit
     arena_bytes: int | None  # what the session may take on a CUDA device
@@ -260,6 +269,7 @@ class MemoryPlan:
             "estimate_bytes": total(self.items),
             "estimate": _lines(self.items),
             "kv_position_bytes": self.position_bytes,
+            "kv_window_bytes": self.window_bytes,
             "score_position_bytes": self.score_bytes,
             "kv_limit_bytes": self.kv_bytes,
             "packed_cache": None if self.packed_cache is None else str(self.packed_cache),
@@ -288,7 +298,8 @@ def plan_memory(
     base = max(BASE_BYTES, base_bytes or 0)
     position = position_bytes(manifest)
     scores = score_bytes(manifest, choices.prefill_chunk) if device == "cpu" else 0
-    first = Item(*_first_positions(manifest, position + scores))
+    windows = window_bytes(manifest, device)
+    first = Item(*_first_positions(manifest, windows, position + scores))
     if device == "cuda":
         host = memory_items(manifest, choices, base, graph=False)
         _left("memory_limit", memory_limit, host, [], _CUDA_ADVICE)
@@ -303,6 +314,7 @@ def plan_memory(
             device_items=(*fixed, *beside),
             device_limit=vram_limit,
             position_bytes=position,
+            window_bytes=windows,
             score_bytes=scores,
             kv_bytes=None if left is None else left // _CUDA_ROUNDING,
             arena_bytes=None if left is None else total(fixed),
@@ -314,6 +326,7 @@ def plan_memory(
         device_items=(),
         device_limit=None,
         position_bytes=position,
+        window_bytes=windows,
         score_bytes=scores,
         kv_bytes=_left("memory_limit", memory_limit, host, [first], _ADVICE),
         arena_bytes=None,
@@ -341,11 +354,11 @@ def _left(
     return limit - total(fixed)
 
 
-def _first_positions(manifest: Manifest, position: int) -> tuple[str, int]:
+def _first_positions(manifest: Manifest, windows: int, position: int) -> tuple[str, int]:
     from edge_memllm_runtimes.kv_cache import grown_capacity
 
     count = grown_capacity(1, manifest.model.max_position_embeddings)
-    return f"keys, values and attention of the first {count} positions", count * position
+    return f"keys, values and attention of the first {count} positions", windows + count * position
 
 
 def _lines(items: Sequence[Item]) -> list[dict[str, Any]]:

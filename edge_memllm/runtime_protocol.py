@@ -53,17 +53,34 @@ class KVCache(Protocol):
         Raises `RequestError` when that is more than the model's context.
         """
 
+    def rewindable(self, sequence: int, length: int) -> int:
+        """Return the most positions, at most `length`, that a sequence can be cut to.
+
+        It is `length` where all positions are kept. Layers that look at a window may keep little
+        more than that, and then the beginning of a text that is farther back is lost: it must be
+        computed again from where this says, perhaps 0.
+        """
+
+    def revocable(self, sequence: int) -> int:
+        """Return how many positions can be appended so that each of them can be taken back."""
+
     def truncate(self, sequence: int, length: int) -> None:
-        """Forget the positions of one sequence from `length` on."""
+        """Forget the positions of one sequence from `length` on, which must be `rewindable`."""
 
     def copy(self, sequence: int, source: int, length: int) -> None:
-        """Let `sequence` hold the first `length` positions of `source` and nothing else."""
+        """Let `sequence` hold the first `length` positions of `source` and nothing else.
+
+        They must be `rewindable` in `source`, which stays as it is.
+        """
 
     def swap(self, first: int, second: int) -> None:
         """Exchange the places of two sequences."""
 
     def state_layout(self, length: int) -> KVStateLayout:
-        """Return what `state` gives for a sequence of `length` positions: dtypes and shapes."""
+        """Return what `state` gives for a sequence of `length` positions: dtypes and shapes.
+
+        It is what going on needs: of layers that look at a window, that.
+        """
 
     def state(self, sequence: int) -> KVState:
         """Return the keys and values of one sequence, exactly; read them before the next step."""

@@ -191,7 +191,9 @@ class Session:
 
         `to` is that number, or token ids: then what the text has in common with them is left, and
         appending the rest makes it them. Random numbers are not taken back, so that another try
-        gives another text. Raises `RequestError` for a number that is not from 0 to `len`.
+        gives another text. Where layers keep a window only, what is left may have to be computed
+        again when the session goes on. Raises `RequestError` for a number that is not from 0 to
+        `len`.
         """
         with self._turn.whole():
             left = to if isinstance(to, int) else common_length(self._tokens, list(to))
@@ -305,8 +307,9 @@ class Session:
         """Forget what is computed of the last token, or of drafts behind it."""
         self._logits = None
         if not self._feeder.cache.closed:
+            cache = self._feeder.cache
             kept = min(self.computed, max(0, len(self._tokens) - 1))
-            self._feeder.cache.truncate(0, kept)
+            cache.truncate(0, cache.rewindable(0, kept))
 
     def _state(self) -> SessionState:
         return SessionState(

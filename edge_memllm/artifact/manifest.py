@@ -10,7 +10,7 @@ import hashlib
 import json
 import re
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from typing import get_args
 
 from edge_memllm.artifact.layout import ALIGNMENTS, TableLayout
@@ -121,7 +121,7 @@ class Manifest:
         """What names this content to sessions: sha256 of its canonical JSON, without `sha256`.
 
         Of a manifest of version 1 or 2 it is that of version 2, as it was when they were written;
-        of one of version 3 without the codec of embeddings, that of its own content.
+        of one of version 3 that leaves unsaid what was added later, that of its own content.
         """
         if self.earlier is not None:
             return self.earlier
@@ -163,11 +163,11 @@ class Manifest:
             graph=_parse_graph(content["graph"], f"{where}: graph"),
             files=_parse_files(top.mapping("files"), f"{where}: files"),
             producer=top.text("producer", _PRODUCER, "a line of ASCII text"),
-            earlier=_earlier_digest(content, version),
         )
         _check_table(manifest, f"{where}: table")
         _check_graph(manifest, f"{where}: graph")
-        return manifest
+        written = _digest_as_written(content)
+        return manifest if written == manifest.fingerprint else replace(manifest, earlier=written)
 
 
 def sealed(content: Mapping[str, object]) -> bytes:
@@ -199,13 +199,10 @@ def _check_seal(data: bytes, digest: object, where: str) -> None:
         )
 
 
-def _earlier_digest(content: Mapping[str, object], version: int) -> str | None:
-    """Return the fingerprint of a manifest that this version writes otherwise, as it was."""
+def _digest_as_written(content: Mapping[str, object]) -> str:
+    """Return the fingerprint of what was read, whatever this version would write instead."""
     content = {key: value for key, value in content.items() if key != "sha256"}
-    if version < FORMAT_VERSION:
-        content["format_version"] = 2
-    elif _names_embedding_codec(content["table"]):
-        return None
+    content["format_version"] = 2 if content["format_version"] == 1 else content["format_version"]
     return hashlib.sha256(_canonical(content)).hexdigest()
 
 

@@ -28,6 +28,7 @@ _DETAIL = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DETAIL_TEXT = re.compile(r"[ -~]{0,200}")
 _MOST_DETAILS, _MOST_DETAIL = 32, 1e15
 _MOST_GAIN = 1e6
+_ROLLING = "rolling"
 _DENSE_BETA = 8  # of the one family of versions 1 and 2: its networks without memory
 
 Detail = bool | int | float | str | None
@@ -51,6 +52,7 @@ class CacheSpec:
     kv_heads: int
     head_dim: int  # in the graph
     window: int | None = None  # how many positions are looked at, with a token's own; None: all
+    rolling: bool = False  # only about a window of positions is kept
 
 
 @dataclass(frozen=True, slots=True)
@@ -72,7 +74,7 @@ class ModelSpec:
 
 
 def cache_values(caches: Iterable[CacheSpec]) -> int:
-    """Return how many numbers all keys and values of one position are."""
+    """Return how many numbers the keys and values of one position are in these caches."""
     return sum(2 * cache.kv_heads * cache.head_dim for cache in caches)
 
 
@@ -154,13 +156,20 @@ def _parse_memory(value: object, where: str) -> MemorySpec:
 def _parse_caches(model: Fields, where: str) -> tuple[CacheSpec, ...]:
     caches = []
     for number, item in enumerate(model.optional_items("caches", MAX_LAYERS) or ()):
-        cache = exact_fields(item, f"{where}: caches: {number}", field_names(CacheSpec))
+        place = f"{where}: caches: {number}"
+        # The first of version 3 kept all positions and left that unsaid.
+        item = {_ROLLING: False, **item} if isinstance(item, dict) else item
+        cache = exact_fields(item, place, field_names(CacheSpec))
+        rolling = cache.value(_ROLLING)
+        if not isinstance(rolling, bool):
+            raise ArtifactError(f"{place}: rolling is {rolling!a:.80}, expected true or false.")
         caches.append(
             CacheSpec(
                 layer=cache.integer("layer", 0, MAX_LAYERS - 1),
                 kv_heads=cache.integer("kv_heads", 1, MAX_WIDTH),
                 head_dim=cache.integer("head_dim", 1, MAX_WIDTH),
                 window=cache.optional_integer("window", 1, MAX_POSITIONS),
+                rolling=rolling,
             )
         )
     return tuple(caches)
@@ -226,4 +235,10 @@ def _check_caches(model: ModelSpec, where: str) -> None:
             raise ArtifactError(
                 f"{where}: num_attention_heads is {model.num_attention_heads}, expected a "
                 f"multiple of the keys' and values' heads, {cache.kv_heads}."
+            )
+        positions = model.max_position_embeddings
+        if cache.rolling and (cache.window is None or cache.window >= positions):
+            raise ArtifactError(
+                f"{where}: caches: layer {cache.layer} is rolling, which needs a window below the "
+                f"{positions} of max_position_embeddings, and has {cache.window or 'none'}."
             )

@@ -122,13 +122,14 @@ class Cell:
     def _roofline(self, plan: Plan, weights: int) -> dict[str, Any] | None:
         """How near decoding comes to reading weights, keys and values at full bandwidth.
 
-        A step reads every weight once, and the keys and values of the text so far: of half the
-        new tokens on average. None off the CPU: its memory says nothing about that of a GPU.
+        A step reads every weight once, and the keys and values that it looks at of the text so far:
+        of half the new tokens on average. None off the CPU: its memory says nothing about that of a
+        GPU.
         """
         bandwidths = [sample.bandwidth for sample in self.samples if sample.bandwidth is not None]
         if not bandwidths:
             return None
-        kv = self.worker.description["kv_position_bytes"] * (self.context + plan.new_tokens / 2)
+        kv = self.worker.description["kv_read_bytes"][str(self.context)]
         moved = weights + kv
         speeds = self.series("decode_tokens_per_second")
         shares = [

@@ -7,6 +7,7 @@ printed there goes to stderr. It ends when its stdin does.
 from __future__ import annotations
 
 import json
+import math
 import os
 import signal
 import sys
@@ -153,14 +154,11 @@ def fingerprint(model: Model, prompt: Sequence[int]) -> str:
     return digest.hexdigest()
 
 
-def kv_position_bytes(model: Model) -> float:
-    """Return the bytes of keys and values of one position, as the runtime holds them."""
-    cache = model.runtime.new_cache(1)
-    try:
-        cache.ensure(1)
-        return cache.nbytes / cache.capacity
-    finally:
-        cache.close()
+def kv_read_bytes(model: Model, positions: int) -> int:
+    """Return the bytes of keys and values that a step looks at behind so many positions."""
+    with closing(model.runtime.new_cache(1)) as cache:
+        layout = cache.state_layout(positions).values()
+    return sum(kind.itemsize * math.prod(shape) for kind, shape in layout)
 
 
 @dataclass(frozen=True, slots=True)
@@ -216,7 +214,10 @@ class Measurer:
         return {
             **self._model.describe(),
             "load_seconds": self._load_seconds,
-            "kv_position_bytes": kv_position_bytes(self._model),
+            "kv_read_bytes": {
+                str(context): kv_read_bytes(self._model, context + self._plan.new_tokens // 2)
+                for context in self._plan.contexts
+            },
         }
 
     def measure(self, context: int, number: int) -> dict[str, Any]:

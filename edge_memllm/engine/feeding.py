@@ -204,6 +204,15 @@ class Feeder:
             for chunk in chunks:
                 self._append(sequence, chunk, _NO_POSITION)
 
+    def rewind(self, sequence: int, tokens: Sequence[int]) -> None:
+        """Let a sequence hold only these tokens, which are the first of those it holds.
+
+        Where the cache no longer has what they end on, they are computed again.
+        """
+        kept = self.cache.rewindable(sequence, len(tokens))
+        self.cache.truncate(sequence, kept)
+        self.skip(sequence, tokens[kept:])
+
     def score(self, sequence: int, tokens: Sequence[int]) -> Logits:
         """Append at most one chunk of tokens; return the logits [T, V] of every position."""
         chunk = self._reader.read(tokens)
@@ -221,7 +230,8 @@ class Feeder:
     def verify(self, tokens: Sequence[int]) -> StepLogits:
         """Append tokens to the only sequence; return the logits [T, V] of every position.
 
-        Their records are read in one batch. `cache.truncate` takes back what was fed in vain.
+        Their records are read in one batch. `cache.truncate` takes back what was fed in vain, if
+        it was no more than is `revocable`.
         """
         if len(tokens) == 1:
             return self.decode(tokens)

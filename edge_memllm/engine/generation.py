@@ -117,7 +117,7 @@ def _decode_with_drafts(
     the first draft that is not what was chosen ends the round, and what was chosen is kept.
     """
     lookup.extend([*sequence.prompt, *sequence.tokens])
-    drafts: list[int] = lookup.propose(sequence.left - 1)
+    drafts = _drafts(feeder, sequence, lookup)
     costs = feeder.costs
     while not sequence.finish_reason:
         start = perf_counter()
@@ -131,7 +131,7 @@ def _decode_with_drafts(
             if not right:
                 feeder.cache.truncate(0, fed + 1 + accepted)
                 lookup.learn(len(drafts), accepted)
-                drafts = lookup.propose(sequence.left - 1)
+                drafts = _drafts(feeder, sequence, lookup)
                 _announce(feeder, sequence, drafts)
             costs.accepted_tokens += right
             costs.decode_tokens += 1
@@ -140,6 +140,11 @@ def _decode_with_drafts(
             start = perf_counter()
             if not right or sequence.finish_reason:
                 break
+
+
+def _drafts(feeder: Feeder, sequence: TokenSequence, lookup: PromptLookup) -> list[int]:
+    """Propose tokens that may stand behind the last one, no more than can be taken back again."""
+    return lookup.propose(min(sequence.left, feeder.cache.revocable(0)) - 1)
 
 
 def _announce(feeder: Feeder, sequence: TokenSequence, drafts: Sequence[int] = ()) -> None:

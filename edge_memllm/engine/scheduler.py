@@ -212,9 +212,11 @@ class Scheduler:
             )
 
     def _grow_together(self, texts: Sequence[Generation], start: int) -> bool:
-        """Advance some in one step; False if that failed, and each must be tried by itself."""
+        """Advance some in one step; False if that cannot be, and each must be tried by itself."""
         owners = {self._places[text]: text for text in texts}
         places = self._slots.gather(list(owners), start)
+        if places is None:
+            return False
         slots = self._slots.at(places)
         filler = texts[0].sequence.tokens[-1]  # for places between: their records are there
         fed = [owners[slot].sequence.tokens[-1] if slot in owners else filler for slot in slots]

@@ -100,7 +100,9 @@ class Slots:
         if not prompt.like(slot.records):
             return 0
         held = slot.tokens if self._grain == 1 else slot.tokens[: slot.whole_chunks]
-        return self._whole(common_length(held, prompt.tokens[:-1]))
+        length = self._whole(common_length(held, prompt.tokens[:-1]))
+        # Of layers with windows the place may no longer have what so much of it ends on.
+        return self._whole(self._cache.rewindable(slot.place, length))
 
     def worth_waiting(
         self, theirs: Slot, their_prompt: Beginning, own: Slot, prompt: Beginning
@@ -118,7 +120,11 @@ class Slots:
         slot.tokens += chunk
 
     def cut(self, slot: Slot, length: int) -> None:
-        """Forget what a place holds from `length` on, or what a failed step may have left."""
+        """Forget what a place holds from `length` on, or what a failed step may have left.
+
+        Where the cache does not have what so much of it ends on, all of it is forgotten.
+        """
+        length = self._cache.rewindable(slot.place, length)
         del slot.tokens[length:]
         slot.whole_chunks = min(slot.whole_chunks, length)
         self._cache.truncate(slot.place, length)
@@ -130,8 +136,11 @@ class Slots:
         slot.busy = False
         slot.used = next(self._clock)
 
-    def gather(self, slots: Sequence[Slot], start: int = 0) -> range:
-        """Bring slots together from a place on, and return the places that cover them."""
+    def gather(self, slots: Sequence[Slot], start: int = 0) -> range | None:
+        """Bring slots together from a place on, and return the places that cover them.
+
+        None if another text lies between, and a token that is fed to it cannot be taken back.
+        """
         if self._cache.copies:
             goal = range(start, start + len(slots))
             outside = [slot for slot in slots if slot.place not in goal]
@@ -139,7 +148,11 @@ class Slots:
                 if slot not in slots:
                     self._swap(slot, outside.pop())
         places = [slot.place for slot in slots]
-        return range(min(places), max(places) + 1)
+        covered = range(min(places), max(places) + 1)
+        for slot in self.at(covered):
+            if slot.busy and slot not in slots and not self._cache.revocable(slot.place):
+                return None
+        return covered
 
     def at(self, places: range) -> list[Slot]:
         """Return the slots of a range, in its order."""

@@ -157,7 +157,7 @@ class Scorer:
         cut = max(0, len(context) + len(continuation) - self._most - 1)
         self._hold(context, cut)
         total, greedy, place = 0.0, True, 0
-        for logits in self._steps([context[-1], *continuation[:-1]], len(context) - 1 - cut):
+        for logits in self._steps([context[-1], *continuation[:-1]], context[cut:-1]):
             targets = continuation[place : place + len(logits)]
             total -= float(next_token_losses(logits, targets).sum())
             greedy = greedy and bool((logits.argmax(axis=1) == np.asarray(targets)).all())
@@ -171,12 +171,12 @@ class Scorer:
             self._feeder.skip(0, context[cut:-1])
             self._cut, self._logits = cut, None
 
-    def _steps(self, tokens: Sequence[int], held: int) -> Iterator[Logits]:
+    def _steps(self, tokens: Sequence[int], held: Sequence[int]) -> Iterator[Logits]:
         """Yield the logits behind each token, a chunk at a time; the same tokens cost nothing."""
         if self._logits is not None and self._logits[0] == tokens:
             yield self._logits[1]
             return
-        self._feeder.cache.truncate(0, held)
+        self._feeder.rewind(0, held)
         for begin in range(0, len(tokens), _CHUNK):
             logits = self._feeder.score(0, tokens[begin : begin + _CHUNK])
             self._logits = (tokens, logits) if len(tokens) <= _CHUNK else None

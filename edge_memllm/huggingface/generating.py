@@ -159,6 +159,7 @@ class GenerationCache:
         self._chunk = model.prefill_chunk
         self._columns = 0
         self._padding = np.zeros(batch, np.int64)
+        self._fed: list[list[int]] = [[] for _ in range(batch)]
 
     @property
     def batch(self) -> int:
@@ -188,6 +189,8 @@ class GenerationCache:
             result = np.stack(rows)
         self._columns += width
         self._padding += np.asarray(padding)
+        for fed, row, pads in zip(self._fed, tokens, padding, strict=True):
+            fed += row[pads:]
         return result
 
     def crop(self, max_length: int) -> None:
@@ -198,8 +201,9 @@ class GenerationCache:
                 f"crop to {max_length}: expected at most the {self._columns} columns that are held."
             )
         self._padding = np.minimum(self._padding, length)
-        for sequence, padding in enumerate(self._padding):
-            self._feeder.cache.truncate(sequence, length - int(padding))
+        for sequence, (fed, padding) in enumerate(zip(self._fed, self._padding, strict=True)):
+            del fed[length - int(padding) :]
+            self._feeder.rewind(sequence, fed)
         self._columns = length
 
     def reorder_cache(self, beam_idx: torch.Tensor) -> None:
@@ -207,6 +211,7 @@ class GenerationCache:
         sources = beam_idx.tolist()
         reorder(self._feeder.cache, sources)
         self._padding = self._padding[sources]
+        self._fed = [self._fed[source].copy() for source in sources]
 
     def close(self) -> None:
         """Free the memory now."""

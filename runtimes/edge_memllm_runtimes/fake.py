@@ -16,17 +16,23 @@ from xxhash import xxh3_64_intdigest
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
-from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
+from edge_memllm_runtimes.kv_cache import GrowingCache, RollingWindow, check_step, own_cache
 
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _STATE_BYTES = 8
+_LOST = 0  # which is the hash of nothing
 
 
 class FakeCache(GrowingCache):
-    """One hash per position stands for its keys and values."""
+    """One hash per position stands for its keys and values.
 
-    def __init__(self, batch: int, context: int) -> None:
-        super().__init__(batch, context)
+    With a `window`, of two positions or more, those are lost that a rolling cache of so many rows
+    would no longer have; and what is computed where one of a window is lost is something else.
+    """
+
+    def __init__(self, batch: int, context: int, window: int | None = None, rows: int = 0) -> None:
+        windows = () if window is None else (RollingWindow(window, rows, batch),)
+        super().__init__(batch, context, windows=windows)
         self.states: list[list[int]] = [[] for _ in range(batch)]
 
     @property
@@ -49,15 +55,34 @@ class FakeCache(GrowingCache):
         states = self.states
         states[first], states[second] = states[second], states[first]
 
+    def append(self, sequence: int, records: Iterable[int]) -> None:
+        """Append a position for each record."""
+        states = self.states[sequence]
+        looked_at = states[self._first_saved(len(states)) :]
+        state = _LOST if _LOST in looked_at or not states else states[-1]
+        for record in records:
+            state = _chain(state, record)
+            states.append(state)
+
+    def lose(self) -> None:
+        """Forget what a rolling cache no longer has."""
+        for window in self.windows:
+            for sequence, states in enumerate(self.states):
+                lost = window.lowest(sequence, len(states))
+                states[:lost] = [_LOST] * lost
+
     def state_layout(self, length: int) -> KVStateLayout:
-        """Return the hashes, [T]."""
-        return {"states": (np.dtype(np.uint64), (length,))}
+        """Return the hashes, [T], or those that are looked at next."""
+        return {"states": (np.dtype(np.uint64), (length - self._first_saved(length),))}
 
     def _state(self, sequence: int, length: int) -> KVState:
-        return {"states": np.array(self.states[sequence][:length], np.uint64)}
+        return {"states": np.array(self.states[sequence][self._first_saved(length) :], np.uint64)}
 
-    def _load_state(self, sequence: int, state: KVState) -> None:
-        self.states[sequence] = state["states"].tolist()
+    def _load_state(self, sequence: int, length: int, state: KVState) -> None:
+        self.states[sequence] = [_LOST] * self._first_saved(length) + state["states"].tolist()
+
+    def _first_saved(self, length: int) -> int:
+        return max((window.looked_at(length) for window in self.windows), default=0)
 
     def _free(self) -> None:
         self.states.clear()
@@ -69,13 +94,17 @@ class FakeRuntime:
     name = "fake"
     device = "cpu"
 
-    def __init__(self, vocab_size: int, context: int = 512) -> None:
+    def __init__(
+        self, vocab_size: int, context: int = 512, *, window: int | None = None, rows: int = 0
+    ) -> None:
+        """Take the sizes of a model; `window` and `rows` as in `FakeCache`."""
         self._context = context
+        self._rolling = window, rows
         self._steps = np.arange(vocab_size, dtype=np.uint64) * np.uint64(0x9E3779B97F4A7C15)
 
     def new_cache(self, batch: int) -> FakeCache:
         """Return an empty cache."""
-        return FakeCache(batch, self._context)
+        return FakeCache(batch, self._context, *self._rolling)
 
     def step(
         self,
@@ -99,11 +128,12 @@ class FakeRuntime:
         # In the order of a record: scales stand in front of codes.
         fed = [buffer.embedding(distinct), *reversed(buffer.wire(distinct).values())]
         records = [_digest([each[slot] for each in fed], gain) for slot in range(distinct)]
-        for states, row in zip(cache.states[active], token_index.tolist(), strict=True):
-            for index in row:
-                states.append(_chain(states[-1] if states else 0, records[index]))
+        for number, row in zip(range(cache.batch)[active], token_index.tolist(), strict=True):
+            cache.append(number, [records[index] for index in row])
+        logits = self._logits(cache.states[active], tokens, wanted)
         cache.lengths[active] += tokens
-        return self._logits(cache.states[active], tokens, wanted)
+        cache.lose()
+        return logits
 
     def close(self) -> None:
         """Nothing is held."""

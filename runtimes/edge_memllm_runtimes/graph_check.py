@@ -32,7 +32,7 @@ _FLOATS = (_CODES["float16"], _CODES["float32"])
 _INT64 = _CODES["int64"]
 _WIRE_BITS = {"q8": 8, "q4": 4}
 # Which sizes that are only known in a step may come together in one value, and how.
-_VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C")]
+_VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C"), ("B", "R")]
 # The most of its other sizes, in widths, where neither all layers nor the vocabulary are more.
 _WIDTHS = 64
 # A layer takes some twenty nodes, and where all its matrices are sums, some eighty.
@@ -213,7 +213,11 @@ def _caches(manifest: Manifest) -> dict[str, _Known]:
     """Type and shape of all keys and values, by `cache_names`."""
     kind = _CODES[manifest.graph.kv_dtype]
     return {
-        name: _Known(kind, ("B", cache.kv_heads, "C", cache.head_dim), window=cache.window)
+        name: _Known(
+            kind,
+            ("B", cache.kv_heads, "R" if cache.rolling else "C", cache.head_dim),
+            window=cache.window,
+        )
         for cache in manifest.model.caches
         for name in cache_names(cache)
     }
@@ -522,7 +526,8 @@ def _attention(step: _Step) -> Results:
     for name in ("k_quant_type", "v_quant_type"):
         step.text(name, "NONE", ("PER_CHANNEL",) if quantised else ("NONE",))
     step.expect_float(*queries, cosine, sine)
-    cache = ("B", kv_heads, "C", key.width)
+    rolling = step.integer("sliding_window_cache", 0, 1, default=0)
+    cache = ("B", kv_heads, "R" if rolling else "C", key.width)
     step.expect("keys of", (key.dims, bits), (cache, 8))
     step.expect("values of", (value.dims, value.data_type), (cache, key.data_type))
     window = (
@@ -539,6 +544,7 @@ def _attention(step: _Step) -> Results:
     if shared:
         steps = (queries[0].dims[1], 0, 0)
         step.expect("queries at", steps[0] in ("T", "K"), True)
+        step.expect("sliding_window_cache", rolling, 0)  # which cannot be read again
     for known, size, width in zip(
         queries, steps[: len(queries)], [sum(widths)] if packed else widths, strict=True
     ):
@@ -580,7 +586,8 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "GroupQueryAttention": _Rule(
             _attention,
             frozenset(
-                {"num_heads", "kv_num_heads", "do_rotary", "scale", "local_window_size"}
+                {"num_heads", "kv_num_heads", "do_rotary", "scale"}
+                | {"local_window_size", "sliding_window_cache"}
                 | {"kv_cache_bit_width", "k_quant_type", "v_quant_type"}
             ),
         ),

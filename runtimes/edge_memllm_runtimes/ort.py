@@ -89,7 +89,7 @@ class OrtRuntime:
         self._where = str(artifact.path / artifact.manifest.graph.file)
         self._session: Any = _session(artifact, device, options)
         self._home = Home(self._session, device)
-        self._shape = GraphShape.of(artifact.manifest)
+        self._shape = GraphShape.of(artifact.manifest, device)
         self._budget = (
             None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
         )
@@ -132,6 +132,8 @@ class OrtRuntime:
                 _run(session, own.binding, how)
                 logits: StepLogits = buffers.logits()[:, : logits_index.shape[1]]
             except Exception as error:  # the library's exceptions share no base
+                if own.moves(sequence, tokens):
+                    own.close()  # some layers' rows may have moved, others not
                 raise EdgeMemLLMError(
                     f"{self._where}: ONNX Runtime failed on {self.device} in this step: {error}"
                 ) from error

@@ -17,7 +17,8 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import KVState, KVStateLayout
-from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget
+from edge_memllm_runtimes.graph_check import cache_names
+from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget, RollingWindow
 from edge_memllm_runtimes.ort_graph import GraphShape
 from edge_memllm_runtimes.ort_library import import_library
 
@@ -216,9 +217,25 @@ class OrtCache(GrowingCache):
         budget: KVBudget | None = None,
         graphs: CudaGraphs | None = None,
     ) -> None:
-        position_bytes = shape.cache_bytes(1, 1)
-        super().__init__(batch, shape.context, position_bytes=position_bytes, budget=budget)
-        self._position_bytes = batch * position_bytes  # of each position
+        window_bytes = shape.cache_bytes(0)
+        windows = {
+            each.window: RollingWindow(each.window, rows, batch)
+            for each in shape.caches
+            if each.window is not None and (rows := shape.rolling_rows(each)) is not None
+        }
+        super().__init__(
+            batch,
+            shape.context,
+            position_bytes=shape.cache_bytes(1) - window_bytes,
+            window_bytes=window_bytes,
+            windows=windows.values(),
+            budget=budget,
+        )
+        self._window_of = {  # None where all positions are kept
+            name: windows[each.window] if each.rolling and each.window is not None else None
+            for each in shape.caches
+            for name in cache_names(each)
+        }
         self.copies = device == "cpu"  # the library moves no part of a tensor on a device
         self.binding: Any = session.io_binding()
         self._shape = shape
@@ -227,7 +244,7 @@ class OrtCache(GrowingCache):
         # Some operators take no empty tensors: all on CUDA, and attention of layers that see wanted
         # positions alone. So those are asked for one when none is wanted.
         self._asks_always = device != "cpu" or shape.keeps_less
-        self._tensors: dict[str, Any] = {}  # OrtValues [B, Hk, C, d], on the device
+        self._tensors: dict[str, Any] = {}  # OrtValues [B, Hk, C or R, d], on the device
         self._bound_part: tuple[int, int | range | None] | None = None
         self._bound_step: tuple[RecordBuffer | None, StepShape] | None = None
         self._buffers: StepBuffers | None = None
@@ -236,7 +253,7 @@ class OrtCache(GrowingCache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self.capacity * self._position_bytes
+        return self.batch * self._shape.cache_bytes(self.capacity) if self.capacity else 0
 
     def bind(
         self,
@@ -275,41 +292,59 @@ class OrtCache(GrowingCache):
             self._tensors[name] = self._grown(self._tensors.get(name), shape)
 
     def _copy(self, sequence: int, source: int, length: int) -> None:
-        for values in self._on_host():
-            values[sequence, :, :length] = values[source, :, :length]
+        held = int(self.lengths[source])
+        for values, window in self._on_host():
+            there = here = slice(0, length)
+            if window is not None:
+                first = window.lowest(source, held)
+                there, here = (window.rows(each, first, length) for each in (held, length))
+            values[sequence, :, here] = values[source, :, there]
 
     def _swap(self, first: int, second: int) -> None:
         length = int(max(self.lengths[first], self.lengths[second]))
-        for values in self._on_host():
+        for values, _ in self._on_host():  # rolling ones have fewer rows, and all are exchanged
             both = values[[second, first], :, :length]  # a copy
             values[first, :, :length], values[second, :, :length] = both
 
     def state_layout(self, length: int) -> KVStateLayout:
-        """Return [Hk, T, d] for all keys and values."""
-        shapes = self._shape.cache_shapes(1, length)
-        return {name: (self._shape.kv_dtype, shape[1:]) for name, shape in shapes.items()}
+        """Return [Hk, T, d] for all keys and values, of rolling ones what is looked at next."""
+        return {
+            name: (self._shape.kv_dtype, (heads, length - self._first_saved(name, length), width))
+            for name, (_, heads, _, width) in self._shape.cache_shapes(1, length).items()
+        }
 
     def _state(self, sequence: int, length: int) -> KVState:
         if not self._tensors:
             return {
                 name: np.empty(shape, kind) for name, (kind, shape) in self.state_layout(0).items()
             }
-        names = self._tensors.keys()
         return {
-            name: array[sequence, :, :length]
-            for name, array in zip(names, self._on_host(), strict=True)
+            name: tensor.numpy()[sequence, :, self._saved_rows(name, length)]
+            for name, tensor in self._tensors.items()
         }
 
-    def _load_state(self, sequence: int, state: KVState) -> None:
+    def _load_state(self, sequence: int, length: int, state: KVState) -> None:
         for name, tensor in self._tensors.items():
             array = tensor.numpy()  # on a CPU where it lies, else a copy
-            array[sequence, :, : state[name].shape[1]] = state[name]
+            array[sequence, :, self._saved_rows(name, length)] = state[name]
             if self._device != "cpu":
                 tensor.update_inplace(array)
 
-    def _on_host(self) -> list[NDArray[Any]]:
-        """Return keys and values [B, Hk, C, d] where they lie, in the memory of the CPU."""
-        return [tensor.numpy() for tensor in self._tensors.values()]
+    def _first_saved(self, name: str, length: int) -> int:
+        """Return the first position that `state` gives of a sequence of `length`."""
+        window = self._window_of[name]
+        return 0 if window is None else window.looked_at(length)
+
+    def _saved_rows(self, name: str, length: int) -> slice:
+        """Return in which rows lies what `state` gives."""
+        window = self._window_of[name]
+        first = self._first_saved(name, length)
+        return slice(first, length) if window is None else window.rows(length, first, length)
+
+    def _on_host(self) -> Iterator[tuple[NDArray[Any], RollingWindow | None]]:
+        """Yield keys and values [B, Hk, C or R, d] where they lie, in the memory of the CPU."""
+        for name, tensor in self._tensors.items():
+            yield tensor.numpy(), self._window_of[name]
 
     def _free(self) -> None:
         # First the bindings, which are addresses; then what lies there.
@@ -322,6 +357,8 @@ class OrtCache(GrowingCache):
         self._buffers = self._bound_part = self._bound_step = None
 
     def _grown(self, old: Any, shape: tuple[int, ...]) -> Any:
+        if old is not None and tuple(old.shape()) == shape:  # a rolling one never grows
+            return old
         array = np.zeros(shape, self._shape.kv_dtype)
         if old is not None:
             array[:, :, : self.capacity] = old.numpy()

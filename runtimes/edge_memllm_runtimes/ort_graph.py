@@ -20,6 +20,7 @@ from edge_memllm.artifact.model_spec import CacheSpec, cache_values
 from edge_memllm.errors import ArtifactError
 from edge_memllm_runtimes.graph_check import cache_names, check_graph
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
+from edge_memllm_runtimes.kv_cache import ROLLING_SLACK, rolling_capacity
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
@@ -41,9 +42,10 @@ class GraphShape:
     kv_dtype: np.dtype[Any]  # of keys and values
     memory_gain: tuple[float, ...]  # one per layer, none without token memory
     keeps_less: bool  # whether some layers have no keys and values of their own
+    slack: int  # rows of rolling caches beyond their windows
 
     @classmethod
-    def of(cls, manifest: Manifest) -> GraphShape:
+    def of(cls, manifest: Manifest, device: str) -> GraphShape:
         """Return the sizes of the graph that `read_checked_graph` lets through."""
         model = manifest.model
         return cls(
@@ -54,19 +56,29 @@ class GraphShape:
             kv_dtype=np.dtype(manifest.graph.kv_dtype),
             memory_gain=model.memory.gain,
             keeps_less=len(model.caches) < model.num_hidden_layers,
+            slack=ROLLING_SLACK if device == "cpu" else 0,  # CUDA's operator takes no more rows
         )
 
+    def rolling_rows(self, cache: CacheSpec) -> int | None:
+        """Return the rows of a rolling cache, R; None for one that grows with the text."""
+        if not cache.rolling or cache.window is None:
+            return None
+        return rolling_capacity(cache.window, self.context, self.slack)
+
     def cache_shapes(self, batch: int, capacity: int) -> dict[str, tuple[int, int, int, int]]:
-        """Return the shapes [B, Hk, C, d] of all keys and values, by `cache_names`."""
+        """Return the shapes [B, Hk, C or R, d] of all keys and values, by `cache_names`."""
         return {
-            name: (batch, cache.kv_heads, capacity, cache.head_dim)
+            name: (batch, cache.kv_heads, self.rolling_rows(cache) or capacity, cache.head_dim)
             for cache in self.caches
             for name in cache_names(cache)
         }
 
-    def cache_bytes(self, batch: int, capacity: int) -> int:
-        """Return the bytes of all keys and values."""
-        return cache_values(self.caches) * batch * capacity * self.kv_dtype.itemsize
+    def cache_bytes(self, capacity: int) -> int:
+        """Return the bytes of all keys and values of one sequence."""
+        values = sum(
+            cache_values([cache]) * (self.rolling_rows(cache) or capacity) for cache in self.caches
+        )
+        return values * self.kv_dtype.itemsize
 
 
 @dataclass(frozen=True, slots=True)

@@ -110,7 +110,7 @@ class TorchCache(GrowingCache):
             for part, tensor in zip(_PARTS, (layer.keys, layer.values), strict=True)
         }
 
-    def _load_state(self, sequence: int, state: KVState) -> None:
+    def _load_state(self, sequence: int, length: int, state: KVState) -> None:
         for layer in range(len(self._network.cache_shapes)):
             keys, values = (torch.tensor(state[f"{layer}.{part}"])[None] for part in _PARTS)
             self.sequences[sequence].update(keys, values, layer)

@@ -48,12 +48,14 @@ CANONICAL = """\
         "head_dim": 16,
         "kv_heads": 2,
         "layer": 0,
+        "rolling": false,
         "window": null
       },
       {
         "head_dim": 16,
         "kv_heads": 2,
         "layer": 1,
+        "rolling": false,
         "window": null
       }
     ],
@@ -151,6 +153,13 @@ def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def rolling_window(window: int) -> Callable[[dict[str, Any]], None]:
+    def change(content: dict[str, Any]) -> None:
+        content["model"]["caches"][0] |= {"rolling": True, "window": window}
+
+    return change
+
+
 def test_canonical_json_is_stable() -> None:
     assert manifest().to_json().decode() == CANONICAL
 
@@ -225,6 +234,16 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("model", "memory", "width", 32), "memory: width is 32, expected 64 for kind 'added'"),
         (put("model", "caches", 0, "kv_heads", 3), "num_attention_heads is 4, expected a multiple"),
         (put("model", "caches", 1, "window", 0), "caches: 1: window is 0, expected an integer"),
+        (
+            put("model", "caches", 0, "rolling", True),
+            "layer 0 is rolling, which needs a window below",
+        ),
+        (rolling_window(128), "a window below the 128 of max_position_embeddings, and has 128"),
+        (
+            put("model", "caches", 1, "rolling", 1),
+            "caches: 1: rolling is 1, expected true or false",
+        ),
+        (put("model", "caches", 0, "rolling", None), "caches: 0: rolling is None, expected true"),
         (put("model", "caches", 0, "head_dim", None), "caches: 0: head_dim is null, expected an"),
         (put("model", "caches", []), "caches are of the layers [], expected some of 2, each once"),
         (put("model", "caches", 1, "layer", 0), "caches are of the layers [0, 0], expected some"),
@@ -345,9 +364,29 @@ def test_any_value_anywhere_is_accepted_whole_or_refused(
     assert json.loads(parsed.to_json()) == json.loads(sealed(content))
 
 
-def test_the_first_manifests_of_version_3_do_not_name_the_codec_of_embeddings() -> None:
+def test_a_rolling_cache_keeps_a_window() -> None:
     content = json.loads(CANONICAL)
-    del content["table"]["embedding_codec"], content["sha256"]
+    rolling_window(127)(content)
+    first, second = Manifest.from_json(sealed(content), "here").model.caches
+    assert (first.window, first.rolling, second.rolling) == (127, True, False)
+
+
+def without_codec(content: dict[str, Any]) -> None:
+    del content["table"]["embedding_codec"]
+
+
+def without_rolling(content: dict[str, Any]) -> None:
+    for cache in content["model"]["caches"]:
+        del cache["rolling"]
+
+
+@pytest.mark.parametrize("leave_out", [without_codec, without_rolling])
+def test_what_the_first_manifests_of_version_3_left_unsaid(
+    leave_out: Callable[[dict[str, Any]], None],
+) -> None:
+    content = json.loads(CANONICAL)
+    del content["sha256"]
+    leave_out(content)
     found = Manifest.from_json(sealed(content), "here")
     assert found == manifest()
     own = json.dumps(content, sort_keys=True, indent=2) + "\n"

@@ -48,7 +48,7 @@ def test_a_worker_measures_what_it_is_asked(make_artifact: MakeArtifact) -> None
     )
     loaded, first, again, other, mark, same, reads, memory = (reply["done"] for reply in replies)
     assert (loaded["device"], loaded["reader"]) == ("cpu", "pread")
-    assert loaded["kv_position_bytes"] == 2 * 2 * 64 * 2
+    assert loaded["kv_read_bytes"]["6"] == 2 * 2 * 64 * 2 * (6 + PLAN.new_tokens // 2)
     assert len(first["step_seconds"]) == 2
     assert first["reads_per_new_token"] == 1
     assert first["tokens"] == again["tokens"]

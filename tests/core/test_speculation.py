@@ -114,8 +114,8 @@ class Repetitive(FakeRuntime):
     cache keeps a rejected draft.
     """
 
-    def __init__(self, answers: int) -> None:
-        super().__init__(VOCABULARY, CONTEXT)
+    def __init__(self, answers: int, window: int | None = None, rows: int = 0) -> None:
+        super().__init__(VOCABULARY, CONTEXT, window=window, rows=rows)
         self.answers = answers
         self.steps: list[tuple[int, int]] = []  # tokens, distinct
 
@@ -156,6 +156,7 @@ SAMPLINGS = [
     limit=st.integers(1, 60),
     sampling=st.sampled_from(SAMPLINGS),
     ends=st.sets(st.integers(0, 299), max_size=60),
+    rolling=st.sampled_from([(None, 0), (2, 2), (8, 8), (8, 9), (8, 15), (12, 40)]),
 )
 def test_drafts_change_no_token(
     table: Table,
@@ -165,12 +166,13 @@ def test_drafts_change_no_token(
     limit: int,
     sampling: Any,
     ends: set[int],
+    rolling: tuple[int | None, int],
 ) -> None:
     found = []
     for drafts in (0, speculate):
         sampler = Sampler(Sampling(**sampling), 5)
         sequence = TokenSequence(prompt, sampler, limit, frozenset(ends))
-        given = list(tokens_of(Repetitive(answers), table, sequence, speculate=drafts))
+        given = list(tokens_of(Repetitive(answers, *rolling), table, sequence, speculate=drafts))
         assert given == sequence.tokens
         found.append((sequence.tokens, sequence.finish_reason))
     assert found[0] == found[1]

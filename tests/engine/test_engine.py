@@ -48,6 +48,7 @@ def loud(model: Model) -> Overlay:
     chunk=st.integers(1, 20),
     invariant=st.booleans(),
     copies=st.booleans(),
+    rolling=st.sampled_from([(None, 0), (2, 2), (8, 8), (8, 15), (12, 40)]),
 )
 def test_replies_are_what_each_request_gets_alone(
     folder: Path,
@@ -56,9 +57,12 @@ def test_replies_are_what_each_request_gets_alone(
     chunk: int,
     invariant: bool,
     copies: bool,
+    rolling: tuple[int | None, int],
 ) -> None:
     """Some are cancelled after so many pieces; the others never notice, and no slot is lost."""
-    with open_small_model(folder, GatedRuntime(copies=copies)) as model:
+    window, rows = rolling
+    runtime = GatedRuntime(copies=copies, window=window, rows=rows)
+    with open_small_model(folder, runtime) as model:
         model.add_overlay(loud(model))
         expected = [serial(model, request) for request, _ in batch]
         with Engine(model, slots=slots, prefill_chunk=chunk, batch_invariant=invariant) as engine:

@@ -203,6 +203,8 @@ FOREIGN = "which no graph of ours has"
         (attribute("GroupQueryAttention", "kv_num_heads", 2), r"keys of .*, expected"),
         (attribute("GroupQueryAttention", "scale", -1.0), "has scale -1.0, expected a number"),
         (attribute("GroupQueryAttention", "local_window_size", 1), r"has a window of \[1, 1\]"),
+        (attribute("GroupQueryAttention", "sliding_window_cache", 1), r"keys of .*'B', 4, 'R', 16"),
+        (attribute("GroupQueryAttention", "sliding_window_cache", 2), "has sliding_window_cache 2"),
         (attribute("GroupQueryAttention", "k_quant_type", "PER_TENSOR"), "has k_quant_type"),
         (attribute("GatherBlockQuantized", "block_size", 1 << 14), "has scales of"),
         (attribute("GatherBlockQuantized", "gather_axis", 1), "has gather_axis 1"),

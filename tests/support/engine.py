@@ -23,8 +23,8 @@ class GatedRuntime(FakeRuntime):
 
     pause_at: int | None = None
 
-    def __init__(self, *, copies: bool = True) -> None:
-        super().__init__(VOCABULARY, CONTEXT)
+    def __init__(self, *, copies: bool = True, window: int | None = None, rows: int = 0) -> None:
+        super().__init__(VOCABULARY, CONTEXT, window=window, rows=rows)
         self.gate = threading.Event()
         self.gate.set()
         self.copies = copies

@@ -114,6 +114,12 @@ class Dense(LayerWeights):
         """Return the layer whose keys and values a layer reads; None for its own."""
         return None
 
+    def keeps_window(self, layer: int) -> bool:
+        """Return whether a layer keeps a window only, which no other layer may read."""
+        window = self.shapes[layer].window
+        read = map(self.source, range(len(self.shapes)))
+        return window is not None and window < self.context and layer not in read
+
     def rotary_kinds(self) -> tuple[RotaryKind, ...]:
         """Return which angles each layer turns by."""
         return ((),) * len(self.shapes)
@@ -149,7 +155,13 @@ class Dense(LayerWeights):
             eos_token_ids=(),
             memory=self.memory(),
             caches=tuple(
-                CacheSpec(layer, shape.kv_heads, shape.graph_head_dim, shape.window)
+                CacheSpec(
+                    layer,
+                    shape.kv_heads,
+                    shape.graph_head_dim,
+                    shape.window,
+                    rolling=self.keeps_window(layer),
+                )
                 for layer, shape in enumerate(self.shapes)
                 if self.source(layer) is None
             ),

@@ -1,7 +1,8 @@
 """Blocks that recipes are made of: attention, a gated feed-forward network, the head.
 
 Attention: x [B,T,D] -- qkv_proj [-- + bias] --> GroupQueryAttention --> o_proj --> [B,T,D]
-                                          |  past.key/value [B,Hk,C,d]  (in, and out as present)
+                                          |  past.key/value [B,Hk,C,d]  (in, and out as present;
+                                          |                   R for C where only a window is kept)
                                           |  seqlens_k, total_sequence_length
                                           |  cos_cache, sin_cache [P,d/2]
 
@@ -136,7 +137,7 @@ class Attention:
             "GroupQueryAttention",
             inputs,
             [f"{name}/output_0", *present],
-            self._attributes(),
+            self._attributes(rolling=own and layer in step.rolling),
             dtypes=[graph.compute_dtype, *[kv_dtype] * len(present)],
         )
         if own:
@@ -146,7 +147,7 @@ class Attention:
         output = widen_heads(weights.projections["o_proj"].T, shape).T
         return graph.linear(f"{path}/o_proj", attended, output)
 
-    def _attributes(self) -> dict[str, Any]:
+    def _attributes(self, *, rolling: bool) -> dict[str, Any]:
         shape = self._shape
         attributes: dict[str, Any] = {
             "num_heads": shape.heads,
@@ -156,6 +157,8 @@ class Attention:
         }
         if shape.window is not None:
             attributes["local_window_size"] = shape.window
+        if rolling:
+            attributes["sliding_window_cache"] = 1
         return attributes if self._step.kv_scales is None else attributes | _INT8_CACHE
 
     def _queries(self, path: str, x: ir.Value, weights: AttentionWeights) -> list[ir.Value | None]:

@@ -32,7 +32,8 @@ class StepInputs:
     logits_index: ir.Value  # int64 [B, K]
     seqlens_k: ir.Value  # int32 [B], valid positions of each sequence - 1
     total_sequence_length: ir.Value  # int32 scalar
-    past: dict[int, KeyValue]  # [B, Hk, C, d] by layer
+    past: dict[int, KeyValue]  # [B, Hk, C, d] by layer, R in place of C where they are rolling
+    rolling: frozenset[int]  # layers that keep a window only
     kv_scales: Mapping[int, KVScales] | None  # by layer, where keys and values are int8
     present: dict[int, KeyValue] = field(default_factory=dict)
     positions: ir.Value | None = None  # those that want logits [B, K, 1], once something asked
@@ -64,12 +65,15 @@ def step_inputs(
         seqlens_k=graph_input("seqlens_k", "int32", ["B"]),
         total_sequence_length=graph_input("total_sequence_length", "int32", []),
         past={cache.layer: _cache_inputs(kv_dtype, cache) for cache in spec.caches},
+        rolling=frozenset(cache.layer for cache in spec.caches if cache.rolling),
         kv_scales=kv_scales,
     )
 
 
 def _cache_inputs(dtype: str, cache: CacheSpec) -> KeyValue:
-    dims: list[str | int] = ["B", cache.kv_heads, "C", cache.head_dim]
+    # Windows of several sizes have several capacities; equal names stand for equal sizes.
+    rows = f"R{cache.window}" if cache.rolling else "C"
+    dims: list[str | int] = ["B", cache.kv_heads, rows, cache.head_dim]
     key, value = (
         graph_input(f"past_key_values.{cache.layer}.{part}", dtype, dims)
         for part in ("key", "value")
