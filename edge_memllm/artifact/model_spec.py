@@ -28,7 +28,7 @@ _DETAIL = re.compile(r"[a-z][a-z0-9_]{0,63}")
 _DETAIL_TEXT = re.compile(r"[ -~]{0,200}")
 _MOST_DETAILS, _MOST_DETAIL = 32, 1e15
 _MOST_GAIN = 1e6
-_ROLLING = "rolling"
+_ROLLING, _READERS = "rolling", "readers"
 _DENSE_BETA = 8  # of the one family of versions 1 and 2: its networks without memory
 
 Detail = bool | int | float | str | None
@@ -53,6 +53,7 @@ class CacheSpec:
     head_dim: int  # in the graph
     window: int | None = None  # how many positions are looked at, with a token's own; None: all
     rolling: bool = False  # only about a window of positions is kept
+    readers: tuple[int, ...] = ()  # later layers that have none of their own and read these
 
 
 @dataclass(frozen=True, slots=True)
@@ -157,8 +158,8 @@ def _parse_caches(model: Fields, where: str) -> tuple[CacheSpec, ...]:
     caches = []
     for number, item in enumerate(model.optional_items("caches", MAX_LAYERS) or ()):
         place = f"{where}: caches: {number}"
-        # The first of version 3 kept all positions and left that unsaid.
-        item = {_ROLLING: False, **item} if isinstance(item, dict) else item
+        # The first of version 3 kept all positions, for one layer each, and left that unsaid.
+        item = {_ROLLING: False, _READERS: [], **item} if isinstance(item, dict) else item
         cache = exact_fields(item, place, field_names(CacheSpec))
         rolling = cache.value(_ROLLING)
         if not isinstance(rolling, bool):
@@ -170,6 +171,7 @@ def _parse_caches(model: Fields, where: str) -> tuple[CacheSpec, ...]:
                 head_dim=cache.integer("head_dim", 1, MAX_WIDTH),
                 window=cache.optional_integer("window", 1, MAX_POSITIONS),
                 rolling=rolling,
+                readers=cache.integers(_READERS, 0, MAX_LAYERS - 1),
             )
         )
     return tuple(caches)
@@ -235,6 +237,18 @@ def _check_caches(model: ModelSpec, where: str) -> None:
             raise ArtifactError(
                 f"{where}: num_attention_heads is {model.num_attention_heads}, expected a "
                 f"multiple of the keys' and values' heads, {cache.kv_heads}."
+            )
+        others = [reader for each in model.caches if each != cache for reader in each.readers]
+        for reader in cache.readers:
+            if reader in (*layers, *others) or not cache.layer < reader < model.num_hidden_layers:
+                raise ArtifactError(
+                    f"{where}: caches: layer {reader} reads those of layer {cache.layer}, expected "
+                    "a later layer that has none of its own and reads no others."
+                )
+        if cache.rolling and cache.readers:
+            raise ArtifactError(
+                f"{where}: caches: layer {cache.layer} is rolling, and layer {cache.readers[0]} "
+                "reads it as well. Only the layer's own attention can."
             )
         positions = model.max_position_embeddings
         if cache.rolling and (cache.window is None or cache.window >= positions):

@@ -370,11 +370,14 @@ class OrtCache(GrowingCache):
             return
         first = self.active(sequence).start or 0
         kind = self._shape.kv_dtype
+        places = {}
         for name, shape in self._shape.cache_shapes(batch, self.capacity).items():
             address = self._tensors[name].data_ptr() + first * math.prod(shape[1:]) * kind.itemsize
-            place = (self._device, 0, kind.type, shape, address)
+            place = places[name] = (self._device, 0, kind.type, shape, address)
             self.binding.bind_input(f"past_key_values.{name}", *place)
             self.binding.bind_output(f"present.{name}", *place)
+        for name, cache in self._shape.rewritten:
+            self.binding.bind_output(f"present.{name}", *places[cache])
         self._bound_part = (self.capacity, sequence)
 
     def _bound_buffers(self, buffer: RecordBuffer, step: StepShape, keep: bool) -> StepBuffers:

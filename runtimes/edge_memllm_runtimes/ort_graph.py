@@ -8,8 +8,9 @@ weights are read once, into memory of our own. Runs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -18,7 +19,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.model_spec import CacheSpec, cache_values
 from edge_memllm.errors import ArtifactError
-from edge_memllm_runtimes.graph_check import cache_names, check_graph
+from edge_memllm_runtimes.graph_check import cache_names, check_graph, reader_names
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
 from edge_memllm_runtimes.kv_cache import ROLLING_SLACK, rolling_capacity
 
@@ -42,6 +43,7 @@ class GraphShape:
     kv_dtype: np.dtype[Any]  # of keys and values
     memory_gain: tuple[float, ...]  # one per layer, none without token memory
     keeps_less: bool  # whether some layers have no keys and values of their own
+    rewritten: tuple[tuple[str, str], ...]  # outputs that are in the place of a cache, int8 alone
     slack: int  # rows of rolling caches beyond their windows
 
     @classmethod
@@ -56,6 +58,7 @@ class GraphShape:
             kv_dtype=np.dtype(manifest.graph.kv_dtype),
             memory_gain=model.memory.gain,
             keeps_less=len(model.caches) < model.num_hidden_layers,
+            rewritten=tuple(_rewritten(model.caches) if manifest.graph.kv_dtype == "int8" else ()),
             slack=ROLLING_SLACK if device == "cpu" else 0,  # CUDA's operator takes no more rows
         )
 
@@ -79,6 +82,12 @@ class GraphShape:
             cache_values([cache]) * (self.rolling_rows(cache) or capacity) for cache in self.caches
         )
         return values * self.kv_dtype.itemsize
+
+
+def _rewritten(caches: Iterable[CacheSpec]) -> Iterator[tuple[str, str]]:
+    """Yield what readers of caches call keys and values, and what `cache_names` calls them."""
+    for cache in caches:
+        yield from zip(reader_names(cache), cycle(cache_names(cache)), strict=False)
 
 
 @dataclass(frozen=True, slots=True)

@@ -48,6 +48,7 @@ CANONICAL = """\
         "head_dim": 16,
         "kv_heads": 2,
         "layer": 0,
+        "readers": [],
         "rolling": false,
         "window": null
       },
@@ -55,6 +56,7 @@ CANONICAL = """\
         "head_dim": 16,
         "kv_heads": 2,
         "layer": 1,
+        "readers": [],
         "rolling": false,
         "window": null
       }
@@ -153,6 +155,17 @@ def put(*path_and_value: Any) -> Callable[[dict[str, Any]], None]:
     return change
 
 
+def read_twice(window: int | None = None, **first: Any) -> Callable[[dict[str, Any]], None]:
+    """Three layers, of which the last reads the keys and values of the first."""
+
+    def change(content: dict[str, Any]) -> None:
+        content["model"] |= {"num_hidden_layers": 3}
+        content["model"]["memory"] |= {"layers": 1, "gain": [1.0] * 3}
+        content["model"]["caches"][0] |= {"window": window, "readers": [2], **first}
+
+    return change
+
+
 def rolling_window(window: int) -> Callable[[dict[str, Any]], None]:
     def change(content: dict[str, Any]) -> None:
         content["model"]["caches"][0] |= {"rolling": True, "window": window}
@@ -243,6 +256,20 @@ def test_writing_is_as_strict_as_reading() -> None:
             put("model", "caches", 1, "rolling", 1),
             "caches: 1: rolling is 1, expected true or false",
         ),
+        (
+            put("model", "caches", 0, "readers", [1]),
+            "layer 1 reads those of layer 0, expected a later",
+        ),
+        (
+            put("model", "caches", 0, "readers", [2]),
+            "layer 2 reads those of layer 0, expected a later",
+        ),
+        (
+            put("model", "caches", 1, "readers", [0]),
+            "layer 0 reads those of layer 1, expected a later",
+        ),
+        (put("model", "caches", 0, "readers", ["1"]), "caches: 0: readers"),
+        (read_twice(rolling=True, window=12), "layer 0 is rolling, and layer 2 reads it as well"),
         (put("model", "caches", 0, "rolling", None), "caches: 0: rolling is None, expected true"),
         (put("model", "caches", 0, "head_dim", None), "caches: 0: head_dim is null, expected an"),
         (put("model", "caches", []), "caches are of the layers [], expected some of 2, each once"),
@@ -288,7 +315,7 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("graph", "external_data", "graph.onnx"), "graph: table, graph and external data must"),
         (put("graph", "external_data", "w.data"), "graph: 'w.data' is not listed under files"),
         (put("graph", "external_data", 0), "graph: external_data is 0, expected a plain file name"),
-        (put("graph", "weights", "int3"), "graph: weights is 'int3', expected one of int4, int8"),
+        (put("graph", "weights", "int3"), "graph: weights is 'int3', expected one of int2, int4, int8"),
         (put("graph", "compute_dtype", "half"), "graph: compute_dtype is 'half', expected one of"),
         (put("graph", "kv_dtype", "int4"), "graph: kv_dtype is 'int4', expected one of float16"),
         (
@@ -371,6 +398,11 @@ def test_a_rolling_cache_keeps_a_window() -> None:
     assert (first.window, first.rolling, second.rolling) == (127, True, False)
 
 
+def without_readers(content: dict[str, Any]) -> None:
+    for cache in content["model"]["caches"]:
+        del cache["readers"]
+
+
 def without_codec(content: dict[str, Any]) -> None:
     del content["table"]["embedding_codec"]
 
@@ -380,7 +412,7 @@ def without_rolling(content: dict[str, Any]) -> None:
         del cache["rolling"]
 
 
-@pytest.mark.parametrize("leave_out", [without_codec, without_rolling])
+@pytest.mark.parametrize("leave_out", [without_codec, without_rolling, without_readers])
 def test_what_the_first_manifests_of_version_3_left_unsaid(
     leave_out: Callable[[dict[str, Any]], None],
 ) -> None:

@@ -175,6 +175,8 @@ def test_the_table_holds_what_transformers_looks_up(tmp_path: Path) -> None:
         assert np.array_equal(artifact.table.rows(ids), rows)
     model = report.manifest.model
     assert model.memory == MemorySpec(LAYERS, ROW, "gate", (1.0,) * LAYERS)
+    assert [each.readers for each in model.caches] == [(), (), (4, 5), (6,)]
+    assert [each.rolling for each in model.caches] == [True, False, False, False]
     shapes = [(each.layer, each.kv_heads, each.head_dim, each.window) for each in model.caches]
     assert shapes == [(0, 1, 16, 24), (1, 1, 32, None), (2, 1, 16, 24), (3, 1, 32, None)]
 
@@ -191,14 +193,20 @@ def test_factors_of_embeddings_are_rounded_as_the_checkpoint_is(tmp_path: Path) 
     assert np.array_equal(rows.embeddings(ids), plain * np.float32(factor))
 
 
+@pytest.mark.parametrize("kv_dtype", [None, "int8"])
 @pytest.mark.parametrize("weights", ["fp16", "int8", "int4"])
-def test_few_bits_lose_little(weights: str, tmp_path: Path) -> None:
+def test_few_bits_lose_little(weights: str, kv_dtype: str | None, tmp_path: Path) -> None:
     checkpoint = write_dense(tmp_path / "dense", KIND, **SHALLOW)
     report = export_model(
-        checkpoint, tmp_path / "out", graph_weights=weights, accept_quality_loss=True
+        checkpoint,
+        tmp_path / "out",
+        graph_weights=weights,
+        kv_dtype=kv_dtype,
+        accept_quality_loss=True,
     )
     assert report.quality is not None
-    assert report.quality.mean_kl < {"fp16": 1e-3, "int8": 0.02, "int4": 0.4}[weights]
+    bound = {"fp16": 1e-3, "int8": 0.02, "int4": 0.4}[weights]
+    assert report.quality.mean_kl < (bound if kv_dtype is None else bound + 2e-3)
 
 
 @pytest.mark.parametrize("reader", ["pread", "direct", "uring", "mmap", "ram"])

@@ -114,11 +114,14 @@ class Dense(LayerWeights):
         """Return the layer whose keys and values a layer reads; None for its own."""
         return None
 
+    def readers(self, layer: int) -> tuple[int, ...]:
+        """Return the layers that read the keys and values of a layer besides itself."""
+        return tuple(each for each in range(len(self.shapes)) if self.source(each) == layer)
+
     def keeps_window(self, layer: int) -> bool:
         """Return whether a layer keeps a window only, which no other layer may read."""
         window = self.shapes[layer].window
-        read = map(self.source, range(len(self.shapes)))
-        return window is not None and window < self.context and layer not in read
+        return window is not None and window < self.context and not self.readers(layer)
 
     def rotary_kinds(self) -> tuple[RotaryKind, ...]:
         """Return which angles each layer turns by."""
@@ -161,6 +164,7 @@ class Dense(LayerWeights):
                     shape.graph_head_dim,
                     shape.window,
                     rolling=self.keeps_window(layer),
+                    readers=self.readers(layer),
                 )
                 for layer, shape in enumerate(self.shapes)
                 if self.source(layer) is None

@@ -121,17 +121,20 @@ class Attention:
         the output is that of the wanted positions, [B,K,D].
         """
         graph, step, shape = self._graph, self._step, self._shape
-        own = source is None
+        own, quantised = source is None, step.kv_scales is not None
         queries = self._queries(path, x, weights)
         past = step.past[layer] if source is None else step.present[source]
         lengths = [step.seqlens_k, step.total_sequence_length]
         inputs = [*queries, *past, *lengths, *self._rotary]
         kv_dtype = graph.compute_dtype
         if step.kv_scales is not None:
-            inputs += [None, None, None, *self._scale_inputs(path, step.kv_scales[layer])]
+            scales = step.kv_scales[layer if source is None else source]
+            inputs += [None, None, None, *self._scale_inputs(path, scales)]
             kv_dtype = "int8"
         name = f"{path}/GroupQueryAttention"
-        present = [f"present.{layer}.key", f"present.{layer}.value"] if own else []
+        # With int8 the operator wants to write what another layer has written already.
+        writes = own or quantised
+        present = [f"present.{layer}.key", f"present.{layer}.value"] if writes else []
         attended, *stored = graph.op_outputs(
             name,
             "GroupQueryAttention",
@@ -140,7 +143,7 @@ class Attention:
             self._attributes(rolling=own and layer in step.rolling),
             dtypes=[graph.compute_dtype, *[kv_dtype] * len(present)],
         )
-        if own:
+        if writes:
             step.present[layer] = stored[0], stored[1]
         if wanted:
             (attended,) = wanted_positions(graph, step, attended=attended)
