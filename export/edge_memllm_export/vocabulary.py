@@ -112,6 +112,8 @@ def _model_fits(model: Json) -> None:
 def _normaliser(part: Json | None) -> tuple[str, str]:
     if part is None:
         return "", ""
+    while part["type"] == "Sequence" and len(part["normalizers"]) == 1:
+        (part,) = part["normalizers"]
     text = part["pattern"].get("String", "") if part["type"] == "Replace" else ""
     _demand(len(text) == len(part.get("content", "")) == 1, "one letter put for another")
     return text, part["content"]

@@ -17,6 +17,8 @@ from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.vocabulary import vocabulary_file
 from support.vocabularies import TEXT, changed, gemma_like
 
+REPLACE = {"type": "Replace", "pattern": {"String": " "}, "content": "▁"}
+
 
 def made(checkpoint: Path, definition: str) -> bytes | None:
     (checkpoint / TOKENIZER_FILE).write_text(definition, encoding="utf-8")
@@ -43,7 +45,14 @@ def test_a_tokenizer_of_another_form_has_none(checkpoint: Path, parts: dict[str,
 
 
 @pytest.mark.parametrize(
-    "parts", [{}, {"pre_tokenizer": None}, {"post_processor": None}, {"model__fuse_unk": False}]
+    "parts",
+    [
+        {},
+        {"pre_tokenizer": None},
+        {"post_processor": None},
+        {"model__fuse_unk": False},
+        {"normalizer": {"type": "Sequence", "normalizers": [REPLACE]}},
+    ],
 )
 def test_a_tokenizer_of_the_form_has_one(checkpoint: Path, parts: dict[str, Any]) -> None:
     assert made(checkpoint, changed(gemma_like(), **parts)) is not None
