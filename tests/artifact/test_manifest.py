@@ -315,7 +315,7 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("graph", "external_data", "graph.onnx"), "graph: table, graph and external data must"),
         (put("graph", "external_data", "w.data"), "graph: 'w.data' is not listed under files"),
         (put("graph", "external_data", 0), "graph: external_data is 0, expected a plain file name"),
-        (put("graph", "weights", "int3"), "graph: weights is 'int3', expected one of int2, int4, int8"),
+        (put("graph", "weights", "int3"), "graph: weights is 'int3', expected one of int2, int4"),
         (put("graph", "compute_dtype", "half"), "graph: compute_dtype is 'half', expected one of"),
         (put("graph", "kv_dtype", "int4"), "graph: kv_dtype is 'int4', expected one of float16"),
         (
