@@ -47,6 +47,10 @@ class KVCache(Protocol):
     def copies(self) -> bool:
         """Whether `copy` and `swap` can be had here."""
 
+    @property
+    def marks(self) -> bool:
+        """Whether `mark` keeps anything: some layers keep a window only."""
+
     def ensure(self, capacity: int) -> None:
         """Make room for `capacity` positions, keeping what is there.
 
@@ -63,6 +67,12 @@ class KVCache(Protocol):
 
     def revocable(self, sequence: int) -> int:
         """Return how many positions can be appended so that each of them can be taken back."""
+
+    def mark(self, sequence: int) -> None:
+        """Let the present length stay `rewindable`, and one position before it, if there is room.
+
+        Only a few marks of a text are kept; where all positions are, there is nothing to do.
+        """
 
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions of one sequence from `length` on, which must be `rewindable`."""

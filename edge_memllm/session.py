@@ -192,8 +192,8 @@ class Session:
         `to` is that number, or token ids: then what the text has in common with them is left, and
         appending the rest makes it them. Random numbers are not taken back, so that another try
         gives another text. Where layers keep a window only, what is left may have to be computed
-        again when the session goes on. Raises `RequestError` for a number that is not from 0 to
-        `len`.
+        again when the session goes on, unless it is where an answer began. Raises `RequestError`
+        for a number that is not from 0 to `len`.
         """
         with self._turn.whole():
             left = to if isinstance(to, int) else common_length(self._tokens, list(to))
@@ -301,6 +301,7 @@ class Session:
         """Return the logits [V] behind the last token, computing what is not yet."""
         if self._logits is None:
             self._logits = self._feeder.prefill(0, self._tokens[self.computed :]).copy()
+            self._feeder.cache.mark(0)  # another try begins here
         return self._logits
 
     def _drop_surplus(self) -> None:

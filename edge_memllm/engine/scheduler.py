@@ -155,11 +155,10 @@ class Scheduler:
         return self._slots.worth_waiting(theirs, older.beginning, own, text.beginning)
 
     def _fill(self, text: Generation) -> None:
-        slot, prompt = self._places[text], text.prompt
+        slot = self._places[text]
         if not text.scores_prompt:
             self._note_reused(text, self._slots.share(slot, text.beginning))
-        begin = len(slot.tokens)
-        chunk = prompt[begin : begin + self._chunk]
+        chunk = self._slots.next_chunk(slot, self._chunk)
         records = text.beginning.records
         self._feeder.use(records.source, records.memory_gain)
         try:

@@ -40,6 +40,8 @@ class Slot:
         self.place = place
         self.records: Selection | None = None
         self.tokens: list[int] = []
+        self.prompt: list[int] = []
+        self.parting = 0  # so much of the prompt another place has too, and goes on otherwise
         # As many from the front were computed in whole chunks, as a fresh prompt would be.
         self.whole_chunks = 0
         self.busy = False
@@ -80,12 +82,14 @@ class Slots:
             likest, kept = min(free, key=lambda slot: slot.used), 0
         self.cut(likest, kept)
         likest.records, likest.busy = prompt.records, True
+        likest.prompt, likest.parting = prompt.tokens, 0
         return likest
 
     def share(self, slot: Slot, prompt: Beginning) -> int:
         """Copy what another place holds of a prompt beyond what `slot` does; return how much."""
         if not self._cache.copies:
             return 0
+        slot.parting = self._parting(slot, prompt) if self._cache.marks else 0
         source = max(self._slots, key=lambda other: self.common(other, prompt))
         length, held = self.common(source, prompt), len(slot.tokens)
         if length < held + LEAST_COPY:
@@ -93,6 +97,7 @@ class Slots:
         self._cache.copy(slot.place, source.place, length)
         slot.tokens = prompt.tokens[:length]
         slot.whole_chunks = min(source.whole_chunks, length)
+        self._mark_parting(slot)
         return length - held
 
     def common(self, slot: Slot, prompt: Beginning) -> int:
@@ -102,7 +107,9 @@ class Slots:
         held = slot.tokens if self._grain == 1 else slot.tokens[: slot.whole_chunks]
         length = self._whole(common_length(held, prompt.tokens[:-1]))
         # Of layers with windows the place may no longer have what so much of it ends on.
-        return self._whole(self._cache.rewindable(slot.place, length))
+        while (kept := self._cache.rewindable(slot.place, length)) != length:
+            length = self._whole(kept)
+        return length
 
     def worth_waiting(
         self, theirs: Slot, their_prompt: Beginning, own: Slot, prompt: Beginning
@@ -118,6 +125,17 @@ class Slots:
         if slot.whole_chunks == len(slot.tokens) and len(chunk) == self._grain:
             slot.whole_chunks += self._grain
         slot.tokens += chunk
+        if len(slot.tokens) == len(slot.prompt):
+            self._cache.mark(slot.place)  # who asks again begins here
+        self._mark_parting(slot)
+
+    def next_chunk(self, slot: Slot, size: int) -> list[int]:
+        """Return what is computed next of a prompt: `size` tokens, or up to where it parts."""
+        begin = len(slot.tokens)
+        end = begin + size
+        if self._grain == 1 and begin < slot.parting < end:
+            end = slot.parting
+        return slot.prompt[begin:end]
 
     def cut(self, slot: Slot, length: int) -> None:
         """Forget what a place holds from `length` on, or what a failed step may have left.
@@ -157,6 +175,20 @@ class Slots:
     def at(self, places: range) -> list[Slot]:
         """Return the slots of a range, in its order."""
         return self._slots[places.start : places.stop]
+
+    def _parting(self, own: Slot, prompt: Beginning) -> int:
+        """Return how much of a prompt another place has as well, or will have; 0 if little."""
+        texts = [
+            max(slot.tokens, slot.prompt, key=len) if slot.busy else slot.tokens
+            for slot in self._slots
+            if slot is not own and prompt.like(slot.records)
+        ]
+        common = max((common_length(text, prompt.tokens[:-1]) for text in texts), default=0)
+        return self._whole(common) if common >= LEAST_COPY else 0
+
+    def _mark_parting(self, slot: Slot) -> None:
+        if slot.parting == len(slot.tokens):
+            self._cache.mark(slot.place)
 
     def _whole(self, length: int) -> int:
         return length - length % self._grain

@@ -169,6 +169,7 @@ class Scorer:
         if cut != self._cut:
             self._feeder.cache.truncate(0, 0)
             self._feeder.skip(0, context[cut:-1])
+            self._feeder.cache.mark(0)
             self._cut, self._logits = cut, None
 
     def _steps(self, tokens: Sequence[int], held: Sequence[int]) -> Iterator[Logits]:

@@ -16,7 +16,7 @@ from xxhash import xxh3_64_intdigest
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
-from edge_memllm_runtimes.kv_cache import GrowingCache, RollingWindow, check_step, own_cache
+from edge_memllm_runtimes.kv_cache import GrowingCache, Mark, RollingWindow, check_step, own_cache
 
 _MIX = np.uint64(0xBF58476D1CE4E5B9)
 _STATE_BYTES = 8
@@ -48,8 +48,15 @@ class FakeCache(GrowingCache):
     def _grow(self, capacity: int) -> None:
         """Lists grow by themselves."""
 
-    def _copy(self, sequence: int, source: int, length: int) -> None:
-        self.states[sequence] = self.states[source][:length]
+    def _copy(self, sequence: int, source: int, length: int, mark: Mark | None) -> None:
+        states = self.states[source][:length]
+        if mark is not None:
+            (first,) = mark.first
+            states[first:] = mark.rows["states"][: length - first].tolist()
+        self.states[sequence] = states
+
+    def _window_rows(self, sequence: int, first: tuple[int, ...]) -> KVState:
+        return {"states": np.array(self.states[sequence][first[0] :], np.uint64)}
 
     def _swap(self, first: int, second: int) -> None:
         states = self.states

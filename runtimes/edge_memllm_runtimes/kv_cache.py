@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from dataclasses import dataclass
 from typing import TypeVar
 
 import numpy as np
@@ -23,6 +24,8 @@ FIRST_CAPACITY = 256
 # costs attention, which works on all rows: at a window of 512, 16 to 64 were the quickest, none
 # 5 % slower, and as many as the window 20 %.
 ROLLING_SLACK = 64
+# Windows that are kept of a text beside its own: where it parts from others, where a prompt ends.
+MOST_MARKS = 2
 
 Cache = TypeVar("Cache", bound=KVCache)
 
@@ -78,6 +81,20 @@ class RollingWindow:
         return slice(first - moved, last - moved)
 
 
+@dataclass(frozen=True, slots=True)
+class Mark:
+    """The windows of a sequence as they were at some length, rows [..., first to length]."""
+
+    length: int
+    first: tuple[int, ...]  # position of the first row, of each `RollingWindow`
+    rows: KVState
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of the rows."""
+        return sum(rows.nbytes for rows in self.rows.values())
+
+
 class KVBudget:
     """Bytes that the texts of all generations under way may take together.
 
@@ -131,6 +148,12 @@ class GrowingCache(ABC):
         self._column_bytes = batch * position_bytes + (budget.score_bytes if budget else 0)
         self._budget = budget
         self._held_bytes = 0
+        self._marks: list[dict[int, Mark]] = [{} for _ in range(batch)]
+
+    @property
+    def marks(self) -> bool:
+        """Whether `mark` keeps anything: some layers keep a window only."""
+        return bool(self.windows) and self.copies
 
     @property
     @abstractmethod
@@ -142,11 +165,16 @@ class GrowingCache(ABC):
         """Make room for exactly `capacity` positions, keeping what is there."""
 
     @abstractmethod
-    def _copy(self, sequence: int, source: int, length: int) -> None:
+    def _copy(self, sequence: int, source: int, length: int, mark: Mark | None) -> None:
         """Write the first `length` positions of `source`, one or more, into a sequence.
 
-        They are `rewindable`. Where rows lie otherwise then, `source` may be the sequence itself.
+        Windows are those of `mark`, if there is one. The sequence may be `source` itself, whose
+        rows are to lie otherwise.
         """
+
+    def _window_rows(self, sequence: int, first: tuple[int, ...]) -> KVState:
+        """Return copies of what rolling caches hold from positions on, one for each window."""
+        raise NotImplementedError
 
     @abstractmethod
     def _swap(self, first: int, second: int) -> None:
@@ -171,6 +199,8 @@ class GrowingCache(ABC):
     def close(self) -> None:
         """Free the memory; the cache cannot be used any more."""
         self._free()
+        for sequence in range(self.batch):
+            self._drop_marks(sequence, 0)
         if self._budget is not None:
             self._budget.exchange(self._held_bytes, 0)
         self._held_bytes = self.capacity = 0
@@ -200,14 +230,31 @@ class GrowingCache(ABC):
 
     def rewindable(self, sequence: int, length: int) -> int:
         """Return the most positions, at most `length`, that a sequence can be cut to."""
-        held = int(self.lengths[sequence])
-        if length == held or all(
-            window.lowest(sequence, held) <= window.looked_at(length)
-            and (self.copies or window.moved(length) == window.moved(held))
-            for window in self.windows
-        ):
+        if self._has(sequence, length):
             return length
-        return 0
+        marks = self._marks[sequence].values()
+        covered = (min(length, mark.length) for mark in marks if self._covers(mark, length))
+        return max(covered, default=0)
+
+    def mark(self, sequence: int) -> None:
+        """Let the present length stay `rewindable`, and one position before it, if there is room.
+
+        The last `MOST_MARKS` of them are kept, for as long as the text goes on from there.
+        """
+        length, marks = int(self.lengths[sequence]), self._marks[sequence]
+        if not (length and self.marks):
+            return
+        if (mark := marks.pop(length, None)) is None:
+            first = tuple(
+                max(window.lowest(sequence, length), length - window.window)
+                for window in self.windows
+            )
+            mark = Mark(length, first, self._window_rows(sequence, first))
+            if self._budget is not None and self._budget.exchange(0, mark.nbytes) is not None:
+                return
+        marks[length] = mark
+        if len(marks) > MOST_MARKS:
+            self._drop_mark(sequence, next(iter(marks)))
 
     def revocable(self, sequence: int) -> int:
         """Return how many positions can be appended so that each of them can be taken back."""
@@ -219,10 +266,12 @@ class GrowingCache(ABC):
     def truncate(self, sequence: int, length: int) -> None:
         """Forget the positions of one sequence from `length` on."""
         self._check_held(sequence, length)
-        held = int(self.lengths[sequence])
-        if length and any(each.moved(length) != each.moved(held) for each in self.windows):
-            self._copy(sequence, sequence, length)
-        self._hold(sequence, sequence, length)
+        held, mark = int(self.lengths[sequence]), self._mark_for(sequence, length)
+        moved = any(each.moved(length) != each.moved(held) for each in self.windows)
+        if length and (moved or mark is not None):
+            self._copy(sequence, sequence, length, mark)
+        self._hold(sequence, sequence, length, mark)
+        self._drop_marks(sequence, length)
 
     def copy(self, sequence: int, source: int, length: int) -> None:
         """Let `sequence` hold the first `length` positions of `source` and nothing else."""
@@ -231,8 +280,10 @@ class GrowingCache(ABC):
         if sequence == source or not length:
             self.truncate(sequence, length)
             return
-        self._copy(sequence, source, length)
-        self._hold(sequence, source, length)
+        mark = self._mark_for(source, length)
+        self._drop_marks(sequence, 0)
+        self._copy(sequence, source, length, mark)
+        self._hold(sequence, source, length, mark)
 
     def swap(self, first: int, second: int) -> None:
         """Exchange the places of two sequences."""
@@ -242,6 +293,8 @@ class GrowingCache(ABC):
             self.lengths[[first, second]] = self.lengths[[second, first]]
             for window in self.windows:
                 window.first[[first, second]] = window.first[[second, first]]
+            marks = self._marks
+            marks[first], marks[second] = marks[second], marks[first]
 
     def state(self, sequence: int) -> KVState:
         """Return the keys and values of one sequence, exactly; read them before the next step."""
@@ -284,11 +337,46 @@ class GrowingCache(ABC):
                 f"expected {self.rewindable(sequence, length)}, which `rewindable` tells."
             )
 
-    def _hold(self, sequence: int, source: int, length: int) -> None:
+    def _has(self, sequence: int, length: int) -> bool:
+        """Whether the caches themselves have what the first positions end on."""
+        held = int(self.lengths[sequence])
+        return length in (0, held) or all(
+            window.lowest(sequence, held) <= window.looked_at(length)
+            and (self.copies or window.moved(length) == window.moved(held))
+            for window in self.windows
+        )
+
+    def _covers(self, mark: Mark, length: int) -> bool:
+        """Whether a mark, or what it has of one position less, is at most `length` long."""
+        before = zip(self.windows, mark.first, strict=True)
+        return mark.length <= length or (
+            mark.length == length + 1
+            and all(first <= window.looked_at(length) for window, first in before)
+        )
+
+    def _mark_for(self, sequence: int, length: int) -> Mark | None:
+        """Return the mark to take the windows from; None where the caches have them."""
+        if self._has(sequence, length):
+            return None
+        marks = self._marks[sequence]
+        return marks[length] if length in marks else marks[length + 1]
+
+    def _drop_marks(self, sequence: int, length: int) -> None:
+        """Forget the marks of a sequence behind a length."""
+        for behind in [each for each in self._marks[sequence] if each > length]:
+            self._drop_mark(sequence, behind)
+
+    def _drop_mark(self, sequence: int, length: int) -> None:
+        mark = self._marks[sequence].pop(length)
+        if self._budget is not None:
+            self._budget.exchange(mark.nbytes, 0)
+
+    def _hold(self, sequence: int, source: int, length: int, mark: Mark | None) -> None:
         """Note that a sequence holds the first positions of `source`, as far as that has them."""
         held = int(self.lengths[source])
-        for window in self.windows:
-            window.first[sequence] = window.lowest(source, held) if length else 0
+        for number, window in enumerate(self.windows):
+            first = window.lowest(source, held) if mark is None else mark.first[number]
+            window.first[sequence] = first if length else 0
         self.lengths[sequence] = length
 
     def _require_copies(self) -> None:

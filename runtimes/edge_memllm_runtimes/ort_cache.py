@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import KVState, KVStateLayout
 from edge_memllm_runtimes.graph_check import cache_names
-from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget, RollingWindow
+from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget, Mark, RollingWindow
 from edge_memllm_runtimes.ort_graph import GraphShape
 from edge_memllm_runtimes.ort_library import import_library
 
@@ -253,7 +253,8 @@ class OrtCache(GrowingCache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        return self.batch * self._shape.cache_bytes(self.capacity) if self.capacity else 0
+        marks = sum(mark.nbytes for kept in self._marks for mark in kept.values())
+        return marks + (self.batch * self._shape.cache_bytes(self.capacity) if self.capacity else 0)
 
     def bind(
         self,
@@ -291,18 +292,32 @@ class OrtCache(GrowingCache):
         for name, shape in self._shape.cache_shapes(self.batch, capacity).items():
             self._tensors[name] = self._grown(self._tensors.get(name), shape)
 
-    def _copy(self, sequence: int, source: int, length: int) -> None:
+    def _copy(self, sequence: int, source: int, length: int, mark: Mark | None) -> None:
         held = int(self.lengths[source])
-        for values, window in self._on_host():
-            there = here = slice(0, length)
-            if window is not None:
+        for name, values, window in self._on_host():
+            if window is None:
+                values[sequence, :, :length] = values[source, :, :length]
+            elif mark is None:
                 first = window.lowest(source, held)
                 there, here = (window.rows(each, first, length) for each in (held, length))
-            values[sequence, :, here] = values[source, :, there]
+                values[sequence, :, here] = values[source, :, there]
+            else:
+                first = mark.first[self.windows.index(window)]
+                kept = mark.rows[name][:, : length - first]
+                values[sequence, :, window.rows(length, first, length)] = kept
+
+    def _window_rows(self, sequence: int, first: tuple[int, ...]) -> KVState:
+        length = int(self.lengths[sequence])
+        firsts = dict(zip(self.windows, first, strict=True))
+        return {
+            name: values[sequence, :, window.rows(length, firsts[window], length)].copy()
+            for name, values, window in self._on_host()
+            if window is not None
+        }
 
     def _swap(self, first: int, second: int) -> None:
         length = int(max(self.lengths[first], self.lengths[second]))
-        for values, _ in self._on_host():  # rolling ones have fewer rows, and all are exchanged
+        for _, values, _ in self._on_host():  # rolling ones have fewer rows, and all are exchanged
             both = values[[second, first], :, :length]  # a copy
             values[first, :, :length], values[second, :, :length] = both
 
@@ -341,10 +356,10 @@ class OrtCache(GrowingCache):
         first = self._first_saved(name, length)
         return slice(first, length) if window is None else window.rows(length, first, length)
 
-    def _on_host(self) -> Iterator[tuple[NDArray[Any], RollingWindow | None]]:
+    def _on_host(self) -> Iterator[tuple[str, NDArray[Any], RollingWindow | None]]:
         """Yield keys and values [B, Hk, C or R, d] where they lie, in the memory of the CPU."""
         for name, tensor in self._tensors.items():
-            yield tensor.numpy(), self._window_of[name]
+            yield name, tensor.numpy(), self._window_of[name]
 
     def _free(self) -> None:
         # First the bindings, which are addresses; then what lies there.

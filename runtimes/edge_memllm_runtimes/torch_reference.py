@@ -18,7 +18,7 @@ from transformers import DynamicCache
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.modeling import TokenRows
 from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
-from edge_memllm_runtimes.kv_cache import GrowingCache, check_step, own_cache
+from edge_memllm_runtimes.kv_cache import GrowingCache, Mark, check_step, own_cache
 
 _PARTS = ("key", "value")
 
@@ -78,7 +78,7 @@ class TorchCache(GrowingCache):
     def _grow(self, capacity: int) -> None:
         """The caches of transformers grow by themselves."""
 
-    def _copy(self, sequence: int, source: int, length: int) -> None:
+    def _copy(self, sequence: int, source: int, length: int, mark: Mark | None) -> None:
         copied = deepcopy(self.sequences[source])
         surplus = int(self.lengths[source]) - length
         if surplus:

@@ -128,7 +128,8 @@ def test_memory_is_planned_for_what_is_kept(models: tuple[Model, Model]) -> None
     with models[0].session() as session:
         session.append(LONG)
         session.prefill()
-        assert session.nbytes == footprint(rolling, len(LONG)).kv_bytes
+        mark = 2 * WINDOW * position  # from where another answer would begin
+        assert session.nbytes == footprint(rolling, len(LONG)).kv_bytes + mark
 
 
 def test_a_limit_counts_windows_once(
@@ -164,3 +165,31 @@ def test_a_graph_that_keeps_all_where_the_manifest_says_a_window_is_refused(
     change_graph(copied, change)
     assert manifest_of(copied).model.caches[0].rolling
     refused(copied, r"graph\.onnx: .* has keys of .*'R'.*, expected .*'C'")
+
+
+def test_another_try_computes_nothing_again(models: tuple[Model, Model]) -> None:
+    session = models[0].session(sampling=GREEDY)
+    session.append(LONG)
+    first = session.generate(max_new_tokens=120, ignore_eos=True)
+    session.rewind(len(LONG))
+    assert session.computed == len(LONG) - 1
+    assert session.generate(max_new_tokens=120, ignore_eos=True) == first
+
+
+def test_prompts_that_begin_alike_compute_the_beginning_once(models: tuple[Model, Model]) -> None:
+    rolling, whole = models
+    shared = LONG[:150]
+    prompts = [[*shared, *LONG[start : start + 30]] for start in (0, 40, 80, 120)]
+    with Engine(rolling, slots=4, prefill_chunk=16) as engine:
+        for number, prompt in enumerate(prompts):
+            request = Request(prompt=prompt, max_new_tokens=100, sampling=GREEDY, ignore_eos=True)
+            pieces = list(engine.submit(request))
+            assert [piece.token for piece in pieces] == tokens(whole, prompt, 100)
+            # The first is too far on; the second is marked where it parts from that.
+            assert pieces[-1].statistics.reused_tokens == (0 if number < 2 else len(shared))
+        replies = [
+            engine.submit(Request(prompt=[*LONG[::-1], n], max_new_tokens=4, sampling=GREEDY))
+            for n in (1, 2, 3)
+        ]
+        reused = [list(reply)[-1].statistics.reused_tokens for reply in replies]
+        assert reused == [0, len(LONG), len(LONG)]

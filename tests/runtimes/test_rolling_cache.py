@@ -20,7 +20,8 @@ from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes import open_runtime
-from edge_memllm_runtimes.kv_cache import RollingWindow
+from edge_memllm_runtimes.fake import FakeRuntime
+from edge_memllm_runtimes.kv_cache import MOST_MARKS, KVBudget, RollingWindow
 from edge_memllm_runtimes.options import RuntimeOptions
 from support.rolling import CONTEXT, ROWS, WINDOW, export_rolling
 
@@ -173,6 +174,68 @@ def test_what_is_revocable_can_be_taken_back(pair: Pair) -> None:
     assert False in rooms
 
 
+@pytest.mark.parametrize("length", [10, WINDOW, ROWS + 1, 150])
+def test_a_mark_can_be_gone_back_to_however_far_the_text_went_on(length: int, pair: Pair) -> None:
+    with pair.feeder(2) as feeder:
+        size = feeder.cache.nbytes
+        for _ in range(2):
+            feeder.skip(0, TEXT[int(feeder.cache.lengths[0]) : length])
+            feeder.cache.mark(0)
+            feeder.skip(0, TEXTS[0][:170])
+            assert feeder.cache.rewindable(0, length + 9) == length
+            feeder.cache.copy(1, 0, length)
+            for sequence in range(2):
+                for left in (length, length - 1):
+                    if sequence == 0:  # the copy has no mark
+                        assert feeder.cache.rewindable(0, left) == left
+                    feeder.rewind(sequence, TEXT[:left])
+                    pair.check(feeder.prefill(sequence, [3, 4]), [*TEXT[:left], 3, 4])
+                feeder.cache.truncate(0, feeder.cache.rewindable(0, length - 1))
+        feeder.cache.truncate(0, 0)
+        assert feeder.cache.rewindable(0, 0) == 0
+        assert feeder.cache.nbytes > size
+
+
+def test_marks_are_few_and_none_is_made_without_room(pair: Pair) -> None:
+    with pair.feeder() as feeder:
+        feeder.cache.mark(0)  # of nothing
+        feeder.skip(0, TEXT[:100])
+        size = feeder.cache.nbytes
+        sizes = []
+        for begin in (100, 110, 120, 130):
+            feeder.cache.mark(0)
+            feeder.cache.mark(0)
+            sizes.append(feeder.cache.nbytes - size)
+            feeder.skip(0, TEXT[begin : begin + 10])
+        assert sizes == [sizes[0], *[MOST_MARKS * sizes[0]] * 3]
+        feeder.skip(0, TEXT[140:300])
+        assert [feeder.cache.rewindable(0, each) for each in (130, 125, 119, 110)] == [
+            130,
+            120,
+            119,
+            0,
+        ]
+        size = feeder.cache.nbytes
+        feeder.cache.truncate(0, 0)
+        assert feeder.cache.nbytes == size - MOST_MARKS * sizes[0]
+    cache = FakeRuntime(300, CONTEXT, window=8, rows=16).new_cache(1)
+    cache._budget = KVBudget(100)
+    cache.append(0, range(1, 41))
+    cache.lengths[0] = 40
+    cache.mark(0)
+    assert cache._budget.exchange(0, 36) is None  # 8 rows of 8 bytes are held
+    cache.mark(0)
+    cache.append(0, [7])
+    cache.lengths[0] = 41
+    cache.mark(0)  # no room
+    cache.append(0, range(1, 41))
+    cache.lengths[0] = 81
+    cache.lose()
+    assert [cache.rewindable(0, each) for each in (41, 40, 39, 38)] == [40, 40, 39, 0]
+    cache.close()
+    assert cache._budget.exchange(36, 100) is None
+
+
 def test_a_prefix_is_copied_where_its_window_is_still_kept(pair: Pair) -> None:
     lengths = range(ROWS - 5, 330, 9)
     copied = []
@@ -238,7 +301,7 @@ class AnyOrder(RuleBasedStateMachine):
     def begin(self) -> None:
         self.feeder = self.pair.feeder(2)
         self.texts: list[list[int]] = [[], []]
-        self.drawn = 0
+        self.drawn = self.marked = 0
 
     def teardown(self) -> None:
         if hasattr(self, "feeder"):
@@ -273,6 +336,15 @@ class AnyOrder(RuleBasedStateMachine):
         kept = self.feeder.cache.rewindable(which, left)
         self.feeder.cache.truncate(which, kept)
         del self.texts[which][kept:]
+
+    @rule(which=st.integers(0, 1))
+    def mark(self, which: int) -> None:
+        self.feeder.cache.mark(which)
+        self.marked = len(self.texts[which])
+
+    @rule(which=st.integers(0, 1), back=st.integers(0, 1))
+    def go_back_to_a_mark(self, which: int, back: int) -> None:
+        self.truncate(which, max(0, len(self.texts[which]) - self.marked + back))
 
     @rule(source=st.integers(0, 1), back=st.integers(0, 70), itself=st.booleans())
     def copy(self, source: int, back: int, itself: bool) -> None:
