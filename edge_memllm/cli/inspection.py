@@ -214,13 +214,14 @@ def _layer_ranges(layers: Sequence[str]) -> str:
 def _kind(model: ModelSpec) -> str:
     details = [f"{name} {value}" for name, value in model.details.items() if name != _COUNTED]
     named = ", ".join([model.architecture, *details])
+    one = f"a gate of {model.memory.width} values" if model.memory.kind == "gate" else "a row"
     match model.memory.layers:
         case 0:
             return f"{named}: without token memory (dense), the table holds embeddings only"
         case 1:
-            return f"{named}: the table holds a row that all layers share"
+            return f"{named}: the table holds {one} that all layers share"
         case _:
-            return f"{named}: the table holds a row for each layer"
+            return f"{named}: the table holds {one} for each layer"
 
 
 def _heads(model: ModelSpec) -> str:
@@ -231,7 +232,7 @@ def _heads(model: ModelSpec) -> str:
 
 def _kind_of_heads(count: int, shared: int, width: int) -> str:
     heads = f"{count} heads of {width}"
-    return heads if shared == count else f"{heads} sharing {shared} keys"
+    return heads if shared == count else f"{heads} sharing {shared} key{'' if shared == 1 else 's'}"
 
 
 def _computed(counts: dict[str, int]) -> str:

@@ -48,7 +48,8 @@ _EXAMPLES = """\
 
 _EDIT = """\
 Change rows by hand: --like gives tokens the rows of another, --scale multiplies them, --blank
-makes them zero. A word is the token with a space before it, where there is one; '#12' is token 12.
+makes them zero. Rows of Gemma are gates: docs/overlays.md says what scaled and blank ones do. A
+word is the token with a space before it, where there is one; '#12' is token 12.
 Several edits at once come from a TOML file of tables [[edit]] with the keys tokens, layers, scale,
 blank, like and strength."""
 _EDIT_EXAMPLES = """\

@@ -55,7 +55,7 @@ class Request:
         cancellation: Ends the text from another thread, within one token.
         penalties: Changes to the logits of tokens, before they are chosen from.
         constraint: Makes what says, for one text, which tokens may come next.
-        without_memory: Computes as if the memory of all layers were zero.
+        without_memory: Computes as if no layer added anything of its memory.
         choices: So many texts, each with random numbers of its own.
         top: Gives every token its score, and so many likeliest ones with theirs; None gives none.
         score_prompt: Scores the prompt's tokens as well.

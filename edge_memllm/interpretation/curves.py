@@ -22,6 +22,8 @@ from edge_memllm.evaluation.perplexity import (
     text_tokens,
 )
 from edge_memllm.interpretation.findings import Curve, GainGroup, GainSweep, LayerCurves
+from edge_memllm.interpretation.gates import GAINS as GATE_GAINS
+from edge_memllm.interpretation.gates import are_gates
 from edge_memllm.interpretation.memory import (
     Features,
     Memory,
@@ -30,7 +32,7 @@ from edge_memllm.interpretation.memory import (
     sample_tokens,
     unit,
 )
-from edge_memllm.interpretation.texts import scaled_gain, without_layer
+from edge_memllm.interpretation.texts import Fed, scaled_gain, without_layers
 from edge_memllm.mixed_precision.sensitivity import sample_windows
 from edge_memllm.progress import Counted, Progress
 from edge_memllm.sampling import next_token_losses
@@ -58,33 +60,32 @@ class Effect:
         return exponential(self.loss)
 
 
-def gain_effects(
+def memory_effects(
     model: Predictor,
     text: str,
-    factors: Sequence[Sequence[float]],
+    changes: Sequence[Fed],
     progress: Counted = lambda done, total: None,
 ) -> list[Effect]:
-    """Return what each of `factors`, one number per layer, does on windows spread over a text.
+    """Return what each of `changes` does on windows spread over a text.
 
     At most 2,048 tokens are predicted, of large models 512: each from those before it in its
-    window. Raises `RequestError` for a text with nothing to predict, and as `scaled_gain`.
+    window. Raises `RequestError` for a text with nothing to predict.
     """
     spec = model.manifest.model
     tokens = np.asarray(text_tokens(model, text).fed, np.int64)
     windows = sample_windows(
         tokens, spec.vocab_size, model.source.layout, spec.max_position_embeddings
     )
-    gains = [scaled_gain(spec, each) for each in factors]
-    sums, count = np.zeros((len(factors), 2)), 0
+    sums, count = np.zeros((len(changes), 2)), 0
     for number, window in enumerate(windows):
         truth = [(logits.copy(), targets) for logits, targets in _predicted(model, window)]
         count += len(window) - 1
-        for place, gain in enumerate(gains):
-            changed = _predicted(model, window, gain)
+        for place, change in enumerate(changes):
+            changed = _predicted(model, window, change)
             for (right, targets), (logits, _) in zip(truth, changed, strict=True):
                 sums[place, 0] += divergences(right, logits).sum()
                 sums[place, 1] += next_token_losses(logits, targets).sum()
-            progress(number * len(gains) + place + 1, len(windows) * len(gains))
+            progress(number * len(changes) + place + 1, len(windows) * len(changes))
     return [Effect(*each) for each in (sums / count).tolist()]
 
 
@@ -116,12 +117,13 @@ def task_sweep(
 
 
 def _predicted(
-    model: Predictor, window: Window, gain: Sequence[float] | None = None
+    model: Predictor, window: Window, change: Fed | None = None
 ) -> Iterator[tuple[Logits, Sequence[int]]]:
     tokens: list[int] = window.tolist()
+    source, gain = change or (model.source, None)
     return predictions(
         model.runtime,
-        model.source,
+        source,
         tokens,
         context=len(tokens),
         stride=len(tokens),
@@ -175,7 +177,7 @@ def layer_curves(
 
     Outliers need coefficients. With a `model` and a `corpus` come what it costs to leave a layer's
     memory out, and the sweep of the gain; `tasks` join the sweep. Raises `RequestError` for layers
-    that are not there, and as `gain_effects`.
+    that are not there, and as `memory_effects`.
     """
     features, rows = features_of(source), features_of(source, "rows")
     check_layers(layers, features.layers)
@@ -212,6 +214,7 @@ _DROPPED = (
     "Mean KL divergence in nats of the predictions of a text from those with the layer's memory "
     "off."
 )
+_GAINS = "All memory multiplied by one number, the paper's alpha; nothing is trained again."
 
 
 def _clustering(features: Features, layer: int, seed: int) -> tuple[float, float]:
@@ -252,8 +255,12 @@ def _dropped(
 ) -> Curve | None:
     if model is None or corpus is None:
         return None
-    factors = [without_layer(model.manifest.model, layer) for layer in layers]
-    effects = gain_effects(model, corpus, factors, lambda *at: progress("layer off", *at))
+    spec, every = model.manifest.model, range(model.manifest.model.num_hidden_layers)
+    shared = spec.memory.layers == 1
+    changes = [
+        without_layers(spec.memory, model.source, every if shared else [layer]) for layer in layers
+    ]
+    effects = memory_effects(model, corpus, changes, lambda *at: progress("layer off", *at))
     return Curve("cost of leaving the layer out", _DROPPED, tuple(e.divergence for e in effects))
 
 
@@ -262,10 +269,12 @@ def _gains(
 ) -> GainSweep | None:
     if model is None or (corpus is None and not tasks):
         return None
+    spec = model.manifest.model
     groups: list[GainGroup] = []
     if corpus is not None:
-        factors = [[gain] * model.manifest.model.num_hidden_layers for gain in GAINS]
-        effects = gain_effects(model, corpus, factors, lambda *at: progress("gains", *at))
+        factors = [[gain] * spec.num_hidden_layers for gain in GAINS]
+        changes = [Fed(model.source, scaled_gain(spec, each)) for each in factors]
+        effects = memory_effects(model, corpus, changes, lambda *at: progress("gains", *at))
         groups.append(GainGroup("text", "perplexity", tuple(each.perplexity for each in effects)))
     groups.extend(task_sweep(model, tasks, GAINS, lambda *at: progress("tasks", *at)))
-    return GainSweep(GAINS, tuple(groups))
+    return GainSweep(GAINS, tuple(groups), GATE_GAINS if are_gates(spec.memory) else _GAINS)

@@ -16,7 +16,7 @@ import numpy as np
 
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.manifest import MANIFEST_NAME, GraphSpec, Manifest, TableSpec
-from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.artifact.model_spec import MemorySpec, ModelSpec
 from edge_memllm.artifact.producer import PRODUCER
 from edge_memllm.errors import ArtifactError, RequestError, missing_extra
 from edge_memllm.evaluation import Task
@@ -28,6 +28,7 @@ from edge_memllm.interpretation.findings import (
     Sentence,
     TokenCard,
 )
+from edge_memllm.interpretation.gates import NO_PARTS, NO_READING, OFF, are_gates
 from edge_memllm.interpretation.head import Head
 from edge_memllm.interpretation.keys import key_cards, similar_tokens, token_cards
 from edge_memllm.interpretation.memory import Memory, NetworkRecords, TableMemory, check_layers
@@ -45,6 +46,7 @@ if TYPE_CHECKING:
 
 
 _OPSET = 0  # of no graph
+_ARTIFACT, _CHECKPOINT = "artifact", "checkpoint"
 _QUESTIONS, _LIMITS = "questions", "how much"  # headings of the command line
 
 
@@ -204,12 +206,14 @@ def explain(
     """Answer all questions about an opened model; `command` is noted as what asked them.
 
     Raises `RequestError` for what is not there, and for what the model cannot answer: an artifact
-    has no keys, and neither have rows that no FFN-M makes.
+    has no keys, and neither have rows that no FFN-M makes. What rows that are gates do not answer
+    beside what they do, is left out and said in the notes.
     """
     answers = _Answers(subject, questions, progress)
     return Explanation(
         model=subject.facts,
         command=command,
+        notes=tuple(_notes(subject, questions)),
         tokens=answers.token_cards(),
         keys=answers.key_cards(),
         similar=answers.similar(),
@@ -217,6 +221,18 @@ def explain(
         clusters=answers.clusters(),
         curves=answers.curves(),
     )
+
+
+def _notes(subject: Subject, questions: Questions) -> Iterator[str]:
+    """What is to be said of rows that are gates, as far as it was asked for."""
+    if not are_gates(subject.memory_spec):
+        return
+    if questions.texts or questions.curves:
+        yield OFF
+    if questions.texts and subject.facts.source == _CHECKPOINT:
+        yield NO_PARTS
+    if questions.tokens:
+        yield NO_READING
 
 
 class _Answers:
@@ -280,7 +296,7 @@ class _Answers:
             self._fed[text],
             subject.texts,
             text=text,
-            gain=np.array(subject.facts.memory_gain, np.float32),
+            memory=subject.memory_spec,
             progress=self._progress,
         )
         return found if subject.network is None else _with_parts(found, subject)
@@ -342,14 +358,19 @@ def _fed(subject: Subject, text: str) -> list[int]:
 
 @dataclass(frozen=True)
 class Subject:
-    """An opened model. `network` is the memory again where it is a checkpoint's, else None."""
+    """An opened model. `network` is the memory again where a checkpoint has keys, else None."""
 
     facts: ModelFacts
     predictor: Predictor
     memory: Memory
-    head: Head
+    head: Head | None  # None for gates, which are no vectors of the stream
     texts: TokenTexts
     network: NetworkMemory | None
+
+    @property
+    def memory_spec(self) -> MemorySpec:
+        """How the memory enters the network."""
+        return self.predictor.manifest.model.memory
 
 
 @contextmanager
@@ -371,11 +392,13 @@ def _open_artifact(path: Path, threads: int | None, opened: ExitStack) -> Subjec
 
     artifact = opened.enter_context(Artifact.open(path))
     _refuse_dense(path, artifact.manifest.model)
-    head = GraphHead(artifact)
-    opened.callback(head.close)
+    head = None
+    if not are_gates(artifact.manifest.model.memory):
+        reader = GraphHead(artifact)
+        opened.callback(reader.close)
+        head = reader.head
     model = opened.enter_context(load(path, device="cpu", threads=threads))
-    memory = TableMemory(model)
-    return _subject(path, "artifact", model, memory, head.head, None)
+    return _subject(path, _ARTIFACT, model, TableMemory(model), head, None)
 
 
 def _open_checkpoint(path: Path, threads: int | None, opened: ExitStack) -> Subject:
@@ -391,9 +414,10 @@ def _open_checkpoint(path: Path, threads: int | None, opened: ExitStack) -> Subj
     else:
         torch.set_num_threads(threads)
     model = open_checkpoint(path)
-    _refuse_dense(path, model.manifest.model)
-    memory = model.memory
-    return _subject(path, "checkpoint", model, memory, memory.head, memory)
+    network = model.network
+    if network is None:
+        return _subject(path, _CHECKPOINT, model, TableMemory(model), None, None)
+    return _subject(path, _CHECKPOINT, model, network, network.head, network)
 
 
 def _subject(
@@ -401,7 +425,7 @@ def _subject(
     source: str,
     model: Predictor,
     memory: Memory,
-    head: Head,
+    head: Head | None,
     network: NetworkMemory | None,
 ) -> Subject:
     spec = model.manifest.model
@@ -416,6 +440,7 @@ def _subject(
         vocabulary=spec.vocab_size,
         keys=memory.keys,
         memory_gain=spec.memory.gain,
+        memory_kind=spec.memory.kind,
     )
     texts = TokenTexts(model.tokenizer, spec.vocab_size)
     return Subject(facts, model, memory, head, texts, network)
@@ -443,19 +468,19 @@ class CheckpointModel:
     runtime: Runtime
     source: NetworkRecords
     tokenizer: Tokenizer
-    memory: NetworkMemory
+    network: NetworkMemory | None  # None for rows that are gates
     prefill_chunk: int = 256
 
 
 def open_checkpoint(path: Path) -> CheckpointModel:
     """Open the folder of a checkpoint that has a tokenizer; its weights stay mapped.
 
-    Raises `ArtifactError` without a tokenizer, `ExportError` for a checkpoint that cannot be read.
+    Raises `ArtifactError` without a tokenizer and for a dense model, `ExportError` for a checkpoint
+    that cannot be read.
     """
     import torch
 
     from edge_memllm.interpretation.network import NetworkMemory
-    from edge_memllm.modeling import MemoryLLMForCausalLM
     from edge_memllm_export.checkpoint import Checkpoint
     from edge_memllm_runtimes.torch_reference import TorchReference
 
@@ -464,20 +489,19 @@ def open_checkpoint(path: Path) -> CheckpointModel:
         raise ArtifactError(
             f"{path}: no {TOKENIZER_FILE}, so tokens have no text. Put the tokenizer there."
         )
-    network = source.architecture.reference().network
-    if not isinstance(network, MemoryLLMForCausalLM):
-        raise ArtifactError(
-            f"{path}: a network of {source.spec.architecture}. What memory is made of is known of "
-            "memoryllm alone; give its artifact, or a checkpoint of that family."
-        )
-    memory = NetworkMemory(network)
-    records = NetworkRecords(memory)
+    spec, reference = source.spec, source.architecture.reference()
+    _refuse_dense(path, spec)
+    network, runtime = None, reference.runtime()
+    if not are_gates(spec.memory):
+        network = NetworkMemory(reference.network)
+        runtime = TorchReference(reference.network, torch.float32)
+    records = NetworkRecords(reference.rows(), spec.memory, spec.hidden_size)
     return CheckpointModel(
-        manifest=_manifest(replace(source.spec, identity=source.identity()), records),
-        runtime=TorchReference(network, torch.float32),
+        manifest=_manifest(replace(spec, identity=source.identity()), records),
+        runtime=runtime,
         source=records,
         tokenizer=Tokenizer((path / TOKENIZER_FILE).read_bytes()),
-        memory=memory,
+        network=network,
     )
 
 

@@ -97,15 +97,15 @@ class LayerUse(Finding):
     """What one layer's memory does for a token.
 
     `norm` is the row's length; `promotes` and `suppresses` as in `KeyCard`, of the whole row, both
-    without gain. `keys`: those with the largest shares in size, the largest first; empty where
-    the weights are not at hand or rows are no FFN-M's. `keys_for_half` is how few of them, the
-    largest shares first, make up half of the output.
+    without gain, None of a row that is a gate. `keys`: those with the largest shares in size, the
+    largest first; empty where the weights are not at hand or rows are no FFN-M's. `keys_for_half`
+    is how few of them, the largest shares first, make up half of the output.
     """
 
     layer: int
     norm: float
-    promotes: tuple[Scored, ...]
-    suppresses: tuple[Scored, ...]
+    promotes: tuple[Scored, ...] | None
+    suppresses: tuple[Scored, ...] | None
     keys: tuple[KeyUse, ...] = ()
     keys_for_half: int | None = None
 
@@ -143,7 +143,8 @@ class Sentence(Finding):
     `tokens` are what the network was fed; `targets[i]` is what position i predicts: the token
     after it, for the last position the one the network holds for the likeliest. With natural
     logarithms: `log_probability` [T] of the targets, the same `without_layer` [T, L] with one
-    layer's memory off, and `without_memory` [T] with all of it off. The effect of a memory is the
+    layer's memory off, and `without_memory` [T] with all of it off. Gates are off when they are
+    blank. The effect of a memory is the
     first less the second: above zero where it helps. `direct` needs a checkpoint.
     """
 
@@ -267,10 +268,14 @@ class GainGroup(Finding):
 
 @dataclass(frozen=True, slots=True)
 class GainSweep(Finding):
-    """All memory multiplied by one number (the paper's alpha), and what becomes of the scores."""
+    """All memory multiplied by one number, and what becomes of the scores.
+
+    `definition` says in words what is multiplied.
+    """
 
     gains: tuple[float, ...]
     groups: tuple[GainGroup, ...]
+    definition: str
 
 
 @dataclass(frozen=True, slots=True)
@@ -292,7 +297,9 @@ class LayerCurves(Finding):
 class ModelFacts(Finding):
     """Which model was looked at. `source` is "checkpoint" or "artifact".
 
-    `memory_layers` is M; `keys` is K, None for an artifact and for rows that no FFN-M makes.
+    `memory_layers` is M, `memory_kind` says how rows enter the network: "added" to the stream or
+    as the "gate" of what is computed. `keys` is K, None for an artifact and for rows that no FFN-M
+    makes.
     """
 
     name: str
@@ -305,14 +312,19 @@ class ModelFacts(Finding):
     vocabulary: int
     keys: int | None
     memory_gain: tuple[float, ...]
+    memory_kind: str = "added"
 
 
 @dataclass(frozen=True, slots=True)
 class Explanation(Finding):
-    """All that one call found out; what was not asked for is empty or None."""
+    """All that one call found out; what was not asked for is empty or None.
+
+    `notes` are sentences on what this model's memory cannot answer, or answers in another way.
+    """
 
     model: ModelFacts
     command: str
+    notes: tuple[str, ...] = ()
     tokens: tuple[TokenCard, ...] = ()
     keys: tuple[KeyCard, ...] = ()
     sentences: tuple[Sentence, ...] = ()

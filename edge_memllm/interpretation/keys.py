@@ -81,7 +81,7 @@ def shares_of(memory: Memory, layer: int, ids: Ids) -> list[Shares]:
 
 def key_cards(
     memory: Memory,
-    head: Head,
+    head: Head | None,
     wanted: Iterable[tuple[int, int]],
     texts: TokenTexts,
     *,
@@ -116,7 +116,7 @@ def key_cards(
 
 def token_cards(
     memory: Memory,
-    head: Head,
+    head: Head | None,
     tokens: Sequence[int],
     texts: TokenTexts,
     *,
@@ -127,7 +127,8 @@ def token_cards(
 ) -> tuple[TokenCard, ...]:
     """Return a card for each token: its row in some layers, and the `keys` strongest of each.
 
-    Without an FFN-M a card has no keys. Every list of tokens is `count` long.
+    Without an FFN-M a card has no keys, without a head it does not say what a row promotes. Every
+    list of tokens is `count` long.
     """
     ids = np.array(tokens, np.int64)
     shares = {layer: shares_of(memory, layer, ids) for layer in layers} if memory.keys else {}
@@ -139,7 +140,7 @@ def token_cards(
     wanted = [(layer, key) for (layer, _), found in strongest.items() for key in found]
     cards = key_cards(memory, head, wanted, texts, count=count, progress=progress)
     rows = np.concatenate([memory.rows(layer, ids) for layer in layers])  # [layers * N, D]
-    readings = head.read(rows, count, progress)
+    readings = [None] * len(rows) if head is None else head.read(rows, count, progress)
     uses: list[list[LayerUse]] = [[] for _ in tokens]
     for number, (row, reading) in enumerate(zip(rows, readings, strict=True)):
         layer, place = layers[number // len(tokens)], number % len(tokens)
@@ -154,13 +155,13 @@ def token_cards(
     )
 
 
-def _row_use(layer: int, row: Floats, reading: Reading, texts: TokenTexts) -> LayerUse:
-    """What a row [D] does, without its keys."""
+def _row_use(layer: int, row: Floats, reading: Reading | None, texts: TokenTexts) -> LayerUse:
+    """What a row [W] does, without its keys."""
     return LayerUse(
         layer=layer,
         norm=float(np.linalg.norm(row)),
-        promotes=_scored(texts, *reading.promotes),
-        suppresses=_scored(texts, *reading.suppresses),
+        promotes=None if reading is None else _scored(texts, *reading.promotes),
+        suppresses=None if reading is None else _scored(texts, *reading.suppresses),
     )
 
 
@@ -181,7 +182,7 @@ def _fired(
 
 def _value_readings(
     memory: Memory,
-    head: Head,
+    head: Head | None,
     by_layer: dict[int, list[int]],
     count: int,
     progress: Progress,
@@ -190,6 +191,7 @@ def _value_readings(
     names = [(layer, key) for layer, keys in by_layer.items() for key in keys]
     if not names:
         return {}
+    assert head is not None  # there are keys
     values = np.concatenate([memory.values(layer, keys) for layer, keys in by_layer.items()])
     return dict(zip(names, head.read(values, count, progress), strict=True))
 

@@ -9,21 +9,19 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import Literal, Protocol
 
 import numpy as np
 
 from edge_memllm.arrays import Floats, Ids
 from edge_memllm.artifact.layout import RecordBuffer, RecordLayout
+from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import Predictor
+from edge_memllm.interpretation.gates import are_gates, no_keys
 from edge_memllm.progress import Counted
-from edge_memllm.table.source import Fetched, RecordSource
-
-if TYPE_CHECKING:
-    from edge_memllm.interpretation.network import NetworkMemory
-
+from edge_memllm.table.source import Fetched, RecordSource, Rows
 
 Kind = Literal["coefficients", "rows"]
 
@@ -33,7 +31,9 @@ _SAMPLE_BYTES = 128 << 20
 
 
 class Memory(Protocol):
-    """M memories (`layers`) of width D for a vocabulary of V tokens; `keys` is K.
+    """M memories (`layers`) of width W for a vocabulary of V tokens; `keys` is K.
+
+    W is that of the stream, D, but for rows that are gates.
 
     `keys` is None where no FFN-M makes the rows, or its weights are not at hand: `coefficients`
     and `values` raise `RequestError` then.
@@ -49,7 +49,7 @@ class Memory(Protocol):
 
     @property
     def width(self) -> int:
-        """D."""
+        """W."""
 
     @property
     def vocabulary(self) -> int:
@@ -59,7 +59,7 @@ class Memory(Protocol):
         """Return the embeddings [N, D] of distinct tokens [N]."""
 
     def rows(self, layer: int, ids: Ids) -> Floats:
-        """Return the rows [N, D] of distinct tokens [N] in a layer, without gain."""
+        """Return the rows [N, W] of distinct tokens [N] in a layer, without gain."""
 
     def coefficients(self, layer: int, ids: Ids, keys: Sequence[int] | None = None) -> Floats:
         """Return c [N, K] of tokens [N] in a layer, or only of the keys that are named."""
@@ -144,7 +144,7 @@ class ComputedFeatures:
 
 
 class TableMemory:
-    """The rows of a model's table, as a memory without keys and as features.
+    """The rows of a model's records, as a memory without keys and as features.
 
     A record holds all layers, so that a pass over the table serves any number of them.
     """
@@ -163,18 +163,19 @@ class TableMemory:
         self.layers = spec.memory.layers
         self.width = self.size = spec.memory.width
         self.vocabulary = spec.vocab_size
+        self._spec = spec
         self._source = model.source
 
     def coefficients(self, layer: int, ids: Ids, keys: Sequence[int] | None = None) -> Floats:
-        """Refuse: a table holds what keys gave, not the keys."""
-        raise _no_keys()
+        """Refuse: a table holds what keys gave, not the keys; gates have none."""
+        raise no_keys() if are_gates(self._spec.memory) else _no_keys()
 
     def values(self, layer: int, keys: Sequence[int] | None = None) -> Floats:
         """Refuse, as `coefficients` does."""
-        raise _no_keys()
+        return self.coefficients(layer, np.empty(0, np.int64), keys)
 
     def rows(self, layer: int, ids: Ids) -> Floats:
-        """Return the rows [N, D] of distinct tokens [N], without gain."""
+        """Return the rows [N, W] of distinct tokens [N], without gain."""
         return self.vectors(layer, ids)
 
     def embeddings(self, ids: Ids) -> Floats:
@@ -182,9 +183,10 @@ class TableMemory:
         return self.vectors(EMBEDDING, ids)
 
     def vectors(self, layer: int, ids: Ids) -> Floats:
-        """Return [N, D] of distinct tokens [N]."""
-        found = np.empty((len(ids), self.width), np.float32)
-        for part in _parts(len(ids), 4 * self.layers * self.width):
+        """Return [N, W] of distinct tokens [N], of embeddings [N, D]."""
+        width = self._spec.hidden_size if layer == EMBEDDING else self.width
+        found = np.empty((len(ids), width), np.float32)
+        for part in _parts(len(ids), 4 * (self.layers * self.width + self._spec.hidden_size)):
             if layer == EMBEDDING:
                 found[part] = self._source.embeddings(ids[part])
             else:
@@ -261,17 +263,20 @@ class NetworkRecords(RecordSource):
 
     reader_name = "network"
 
-    def __init__(self, memory: NetworkMemory) -> None:
-        self._memory = memory
+    def __init__(self, rows: Rows, memory: MemorySpec, width: int) -> None:
+        """Take what computes rows, how many and how wide they are, and the width of the stream."""
+        self._rows = rows
         codec = get_codec("f32" if memory.layers else "none")
-        self.layout = RecordLayout(memory.layers, memory.width, codec, "float32")
+        self.layout = RecordLayout(
+            memory.layers, memory.width or width, codec, "float32", embedding_width=width
+        )
 
     def announce(self, ids: Iterable[int]) -> None:
         """Nothing can be read ahead."""
 
     def fetch(self, ids: Ids, buffer: RecordBuffer) -> Fetched:
         """Compute the record of `ids[i]` into slot i of `buffer`."""
-        buffer.embedding(len(ids))[:] = self._memory.embeddings(ids)
+        buffer.embedding(len(ids))[:] = self._rows.embeddings(ids)
         for wire in buffer.wire(len(ids)).values():
-            wire[:] = self._memory.all_rows(ids).reshape(len(ids), -1)
+            wire[:] = self._rows.rows(ids).reshape(len(ids), -1)
         return Fetched(0, 0)

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from edge_memllm.arrays import Floats, Ids
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import check_windows, text_tokens
+from edge_memllm.interpretation.gates import refuse_directions
 from edge_memllm.interpretation.head import Highest, WordDirections, vocabulary_spread
 from edge_memllm.interpretation.memory import Block, Memory, check_layers, features_of
 from edge_memllm.interpretation.suppression_effect import SuppressionEffect, measure_suppression
@@ -388,7 +389,11 @@ class Effects:
 
 
 def words_of(subject: Subject, wish: Wish) -> WordTokens:
-    """Return the tokens that a wish is about. Raises as `word_tokens` does."""
+    """Return the tokens that a wish is about.
+
+    Raises as `word_tokens` does, and `RequestError` for rows that are gates.
+    """
+    refuse_directions(subject.memory_spec)
     tokenizer = subject.predictor.tokenizer
     return word_tokens(tokenizer, subject.texts, wish.words, pieces=wish.pieces)
 
@@ -396,7 +401,12 @@ def words_of(subject: Subject, wish: Wish) -> WordTokens:
 def suppress(
     subject: Subject, wish: Wish, words: WordTokens, progress: Progress = lambda *_: None
 ) -> Suppression:
-    """Find what promotes the words, and turn it down. Raises as `suppress_words` does."""
+    """Find what promotes the words, and turn it down.
+
+    Raises as `suppress_words` does, and `RequestError` for rows that are gates.
+    """
+    refuse_directions(subject.memory_spec)
+    assert subject.head is not None  # rows are vectors of the stream
     if wish.by == "keys":
         subject.memory.values(0, [])  # refuses, and says why there are no keys
     ids = words.ids

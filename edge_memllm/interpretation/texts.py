@@ -1,22 +1,24 @@
 """Where in a text memory matters: what becomes of each next token when a memory is turned off.
 
-Measured by gain, on any runtime: the text is computed once as it is, once with each layer's
-memory off and once with all of it off. So it counts what a memory does through later layers, too,
-which the direct parts of a logit do not.
+Measured on any runtime: the text is computed once as it is, once with each layer's memory off and
+once with all of it off. So it counts what a memory does through later layers, too, which the direct
+parts of a logit do not. Off is a gain of zero, or blank rows where rows are gates.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
+from typing import NamedTuple
 
 import numpy as np
 
 from edge_memllm.arrays import Doubles, Floats
-from edge_memllm.artifact.model_spec import ModelSpec
+from edge_memllm.artifact.model_spec import MemorySpec, ModelSpec
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import RequestError
 from edge_memllm.evaluation.perplexity import token_losses
 from edge_memllm.interpretation.findings import Sentence
+from edge_memllm.interpretation.gates import BlankRows, are_gates
 from edge_memllm.interpretation.tokens import token_of
 from edge_memllm.progress import Progress
 from edge_memllm.runtime_protocol import Runtime
@@ -45,11 +47,20 @@ def scaled_gain(model: ModelSpec, factors: Sequence[float]) -> list[float]:
     return scaled
 
 
-def without_layer(model: ModelSpec, layer: int) -> list[float]:
-    """Return the factors that turn one memory off: that of a layer, or the one all layers share."""
-    if model.memory.layers == 1:
-        return [0.0] * model.num_hidden_layers
-    return [0.0 if each == layer else 1.0 for each in range(model.num_hidden_layers)]
+class Fed(NamedTuple):
+    """What a text is computed with: records, and gains [L] in place of the model's."""
+
+    source: RecordSource
+    gain: list[float]
+
+
+def without_layers(memory: MemorySpec, source: RecordSource, layers: Sequence[int]) -> Fed:
+    """Turn the memory of some layers off; a gate they share goes with any of them."""
+    if are_gates(memory):
+        rows = layers if memory.layers > 1 else [0]
+        return Fed(BlankRows(source, rows), list(memory.gain))
+    off = set(layers)
+    return Fed(source, [0.0 if at in off else gain for at, gain in enumerate(memory.gain)])
 
 
 def measure_sentence(
@@ -59,30 +70,27 @@ def measure_sentence(
     texts: TokenTexts,
     *,
     text: str,
-    gain: Floats,
+    memory: MemorySpec,
     progress: Progress = lambda *_: None,
 ) -> Sentence:
-    """Measure a text, given as the ids it is fed as, on a model whose gains are `gain` [L].
+    """Measure a text, given as the ids it is fed as, on a model whose memory is `memory`.
 
     The last position's target is the token that the whole model holds for the likeliest. Raises
     `RequestError` for a text that the context does not hold.
     """
-    layers = len(gain)
+    layers = range(len(memory.gain))
+    off = [[], *([layer] for layer in layers), list(layers)]
     with Feeder(runtime, table, 1, _CHUNK) as feeder:
         likeliest = int(feeder.prefill(0, ids).argmax())
     fed = [*ids, likeliest]
     found: list[Doubles] = []
-    for number, mask in enumerate(_masks(layers)):
+    for number, each in enumerate(off, 1):
+        source, gain = without_layers(memory, table, each)
         losses = token_losses(
-            runtime,
-            table,
-            fed,
-            context=len(ids),
-            stride=len(ids),
-            memory_gain=(gain * mask).tolist(),
+            runtime, source, fed, context=len(ids), stride=len(ids), memory_gain=gain
         )
         found.append(-np.concatenate(list(losses)))
-        progress("layers", number + 1, layers + 2)
+        progress("layers", number, len(off))
     return Sentence(
         text=text,
         tokens=tuple(token_of(texts, each) for each in ids),
@@ -91,9 +99,3 @@ def measure_sentence(
         without_layer=np.stack(found[1:-1], axis=1),
         without_memory=found[-1],
     )
-
-
-def _masks(layers: int) -> list[Floats]:
-    """What gains are multiplied by: all on, each layer off, all off."""
-    on = np.ones(layers, np.float32)
-    return [on, *(on - np.eye(layers, dtype=np.float32)), 0 * on]

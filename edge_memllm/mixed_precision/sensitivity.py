@@ -145,7 +145,7 @@ def sensitivities(probe: RowProbe, progress: Counted) -> Doubles:
 def sample_windows(tokens: Ids, vocab_size: int, layout: TableLayout, context: int) -> list[Ids]:
     """Return windows spread evenly over a text; larger models are measured on fewer tokens."""
     window = min(_WINDOW, context)
-    layers, width = layout.layers, layout.width
+    layers, width = layout.layers, layout.embedding_width  # of the stream; rows may be narrower
     each = (layers + 2) * (vocab_size * width + 4 * layers * width * width)
     most = max(_FEWEST_TOKENS, min(_MOST_TOKENS, _BUDGET // each))
     count = min(most, len(tokens)) // window

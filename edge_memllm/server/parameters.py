@@ -96,7 +96,7 @@ PARAMETERS: tuple[Parameter, ...] = (
         prompt_cache_key="a hint, which this server does without",
         ignore_eos="the text goes on behind the tokens that end it",
         overlays="names of those that act",
-        without_memory="computes as if the memory were zero",
+        without_memory="computes as if memory added nothing",
         statistics="times, reused tokens and the seed, with the end of a choice",
         trace="where the record of each token came from",
     ),

@@ -70,7 +70,7 @@ def _check_same_but_rows(base: Checkpoint, changed: Checkpoint) -> None:
         if not base.architecture.makes_rows(weight) and not _equal(base, changed, weight):
             raise ExportError(
                 f"{changed.path}: {weight} is not that of {base.path}, and overlays change memory "
-                "rows only. Train FFN-M, or trained rows, and freeze the rest."
+                "rows only. Train the rows alone, or the FFN-M that makes them."
             )
 
 

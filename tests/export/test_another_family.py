@@ -114,8 +114,8 @@ def test_inspection_shows_what_the_family_says(
 ) -> None:
     assert main(["inspect", str(artifact)]) == 0
     shown = capsys.readouterr().out
-    assert "gated_test, layers_with_windows 1, odd True: the table holds a row for each" in shown
-    assert "4 heads of 16 sharing 2 keys or 4 heads of 32 sharing 1 keys" in shown
+    assert "gated_test, layers_with_windows 1, odd True: the table holds a gate of 32" in shown
+    assert "4 heads of 16 sharing 2 keys or 4 heads of 32 sharing 1 key" in shown
 
 
 def test_a_window_other_than_the_manifest_says_is_refused(artifact: Path) -> None:

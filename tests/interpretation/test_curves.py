@@ -14,13 +14,13 @@ from edge_memllm.evaluation import Item, Task, measure_divergence, measure_perpl
 from edge_memllm.interpretation.curves import (
     GAINS,
     clustering_coefficient,
-    gain_effects,
     layer_curves,
+    memory_effects,
     scrambled,
     task_sweep,
 )
 from edge_memllm.interpretation.memory import TableMemory, unit
-from edge_memllm.interpretation.texts import scaled_gain, without_layer
+from edge_memllm.interpretation.texts import Fed, scaled_gain, without_layers
 from support.checkpoints import VOCABULARY, MakeArtifact, MakeCheckpoint
 from support.interpretation import network_memory
 from support.small_model import open_small_model, write_small_artifact
@@ -128,7 +128,7 @@ def test_curves_of_an_artifact_with_a_text_and_tasks(make_artifact: MakeArtifact
         whole = measure_perplexity(model, TEXT).perplexity
         spec = model.manifest.model
         for layer in (0, 1):
-            gain = scaled_gain(spec, without_layer(spec, layer))
+            _, gain = without_layers(spec.memory, model.source, [layer])
             right = measure_divergence(model, model, TEXT, memory_gain=gain)
             assert found.dropped is not None
             assert found.dropped.values[layer] == pytest.approx(right.kl.mean(), rel=1e-4)
@@ -159,9 +159,9 @@ def test_factors_multiply_a_models_own_gains(
         gain = scaled_gain(model.manifest.model, factors)
         found = measure_perplexity(model, TEXT, memory_gain=gain)
         assert found.nll == pytest.approx(measure_perplexity(right, TEXT).nll, rel=1e-6)
-        (effect,) = gain_effects(model, TEXT, [factors])
+        (effect,) = memory_effects(model, TEXT, [Fed(model.source, gain)])
         assert effect.perplexity == pytest.approx(found.perplexity, rel=1e-5)
-        (nothing,) = gain_effects(model, TEXT, [[1.0, 1.0]])
+        (nothing,) = memory_effects(model, TEXT, [Fed(model.source, own.tolist())])
         assert nothing.divergence == 0
 
 
@@ -176,15 +176,17 @@ def test_gains_are_those_of_a_text_alone(make_artifact: MakeArtifact) -> None:
 def test_a_memory_that_all_layers_share_is_off_in_all(make_artifact: MakeArtifact) -> None:
     path = make_artifact(memory_sharing="all_layers", num_hidden_layers=3)
     with edge_memllm.load(path, device="cpu", threads=1) as model:
-        assert without_layer(model.manifest.model, 0) == [0.0, 0.0, 0.0]
         found = layer_curves(TableMemory(model), layers=[0], model=model, corpus=TEXT)
+        (effect,) = memory_effects(model, TEXT, [Fed(model.source, [0.0] * 3)])
     assert found.dropped is not None
-    assert found.dropped.values[0] > 0
+    assert found.dropped.values == (effect.divergence,)
+    assert effect.divergence > 0
 
 
 def test_without_one_layer_the_others_stay(make_artifact: MakeArtifact) -> None:
     with edge_memllm.load(make_artifact(), device="cpu", threads=1) as model:
-        assert without_layer(model.manifest.model, 1) == [1.0, 0.0]
+        found = without_layers(model.manifest.model.memory, model.source, [1])
+        assert found == (model.source, [1.0, 0.0])
 
 
 def test_what_cannot_be_scaled_is_refused(make_artifact: MakeArtifact, tmp_path: Path) -> None:

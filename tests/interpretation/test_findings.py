@@ -40,7 +40,7 @@ def test_an_explanation_is_json() -> None:
     curves = LayerCurves(
         layers=(0, 1),
         norms=Curve("length", "mean length", (1.0, 2.0), control=(0.0, 0.5)),
-        gains=GainSweep((1.0, 0.5), (GainGroup("text", "perplexity", (10.0, 1 / 3)),)),
+        gains=GainSweep((1.0, 0.5), (GainGroup("text", "perplexity", (10.0, 1 / 3)),), "all of it"),
     )
     explanation = Explanation(FACTS, "edge-memllm explain m", sentences=(sentence,), curves=curves)
     found = json.loads(json.dumps(explanation.as_dict(), allow_nan=False))

@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 
 from edge_memllm import RequestError
+from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.interpretation import head as directions_module
 from edge_memllm.interpretation import suppression as suppression_module
 from edge_memllm.interpretation.head import WordDirections, vocabulary_spread
@@ -21,6 +22,7 @@ from edge_memllm.interpretation.suppression import (
     other_rows,
     suppress_words,
 )
+from edge_memllm.modeling.rows import NetworkRows
 from edge_memllm.overlays import OverlaySpec, overlay_of
 from edge_memllm.overlays.table import OverlaidTable
 from support.checkpoints import VOCABULARY, MakeCheckpoint
@@ -52,7 +54,8 @@ def suppressed(memory: NetworkMemory, **options: Any) -> Suppression:
 
 def all_rows(memory: NetworkMemory, found: Suppression | None = None) -> np.ndarray:
     """All rows [V, M, D], with a suppression laid over them."""
-    records = NetworkRecords(memory)
+    spec = MemorySpec(memory.layers, memory.width)
+    records = NetworkRecords(NetworkRows(memory.network), spec, memory.width)
     if found is None:
         return records.rows(EVERY)
     spec = OverlaySpec("test", IDENTITY, memory.layers, memory.width, "f32")

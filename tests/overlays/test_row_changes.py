@@ -84,7 +84,7 @@ def test_other_weights_that_differ_are_named(
 
     base = make_checkpoint(beta=3)
     tuned = trained_on(base, tmp_path / "tuned", change)
-    with pytest.raises(ExportError, match=f"{weight}.weight is not that of .* freeze the rest"):
+    with pytest.raises(ExportError, match=f"{weight}.weight is not that of .* Train the rows"):
         checkpoint_difference(base, tuned, out, name="tuned")
     assert not out.exists()
 

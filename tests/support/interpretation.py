@@ -187,7 +187,7 @@ def layer_curves(layers: int) -> LayerCurves:
         curve("Outliers per token", "Coefficients beyond three standard deviations."),
         curve("Length of rows", "Mean over all tokens."),
         curve("Layer left out", "KL divergence in nats with the layer's memory off."),
-        GainSweep(gains, groups),
+        GainSweep(gains, groups, "All memory multiplied by one number."),
     )
 
 

@@ -42,7 +42,8 @@ vocabulary falls, how the layers differ, and where in a text memory matters. doc
 through it and defines every figure.
 
 Keys, coefficients and the parts of a logit are in the weights: they need a checkpoint and the
-export extra. An artifact answers the rest, without torch. A word means the token with a space
+export extra. An artifact answers the rest, without torch. Rows that are gates, as Gemma's, are not
+read through the head and have no keys; what is left out is said. A word means the token with a space
 before it where there is one; give the space yourself, or a token's number as #12, for another."""
 
 _EXAMPLES = """\
@@ -107,6 +108,7 @@ def page(found: Explanation) -> str:
     """Return all that was found, part by part."""
     parts = [
         _facts(found.model),
+        *(["\n".join(found.notes)] if found.notes else []),
         *map(_token_card, found.tokens),
         *map(_key_card, found.keys),
         *_similar(found.similar),
@@ -129,10 +131,11 @@ def shown(text: str) -> str:
 
 def _facts(model: ModelFacts) -> str:
     keys = "" if model.keys is None else f" of {number(model.keys)} keys"
-    memories = "one memory for all of them" if model.memory_layers < model.layers else "a memory"
+    one = "gate" if model.memory_kind == "gate" else "memory"
+    shared = model.memory_layers < model.layers
+    memories = f"one {one} for all of them{keys}" if shared else f"a {one}{keys} each"
     return (
-        f"{model.name}: {model.source}, {model.layers} layers of width {model.width}, "
-        f"{memories}{keys}{'' if model.memory_layers < model.layers else ' each'}, "
+        f"{model.name}: {model.source}, {model.layers} layers of width {model.width}, {memories}, "
         f"{number(model.vocabulary)} tokens"
     )
 
@@ -147,8 +150,9 @@ def _token_card(card: TokenCard) -> str:
 def _layer_use(use: LayerUse) -> Iterator[str]:
     half = "" if use.keys_for_half is None else f", half of it from {use.keys_for_half} keys"
     yield f"  layer {use.layer}: a row of length {use.norm:.2f}{half}"
-    yield f"    promotes    {_scored(use.promotes)}"
-    yield f"    suppresses  {_scored(use.suppresses)}"
+    if use.promotes is not None and use.suppresses is not None:
+        yield f"    promotes    {_scored(use.promotes)}"
+        yield f"    suppresses  {_scored(use.suppresses)}"
     for key in use.keys:
         yield from _key_use(key)
 
@@ -299,7 +303,7 @@ def _curves(found: LayerCurves | None) -> Iterator[str]:
             (f"{group.name}, {group.metric}", *_figures(group.values))
             for group in found.gains.groups
         )
-        yield table([heads, *groups])
+        yield f"{table([heads, *groups])}\n\nall memory times: {found.gains.definition}"
 
 
 def _curve_rows(curve: Curve) -> Iterator[tuple[str, ...]]:

@@ -102,11 +102,15 @@ def _token(card: TokenCard) -> Markup:
 
 
 def _layer(use: LayerUse) -> Markup:
-    parts: list[Markup] = [
-        note("The row of this layer, read through the head, raises and lowers these next tokens:"),
-        chips(use.promotes, "promotes"),
-        chips(use.suppresses, "suppresses"),
-    ]
+    parts: list[Markup] = []
+    if use.promotes is not None and use.suppresses is not None:
+        parts += [
+            note(
+                "Read through the head, the row of this layer raises and lowers these next tokens:"
+            ),
+            chips(use.promotes, "promotes"),
+            chips(use.suppresses, "suppresses"),
+        ]
     if use.keys:
         half = "" if use.keys_for_half is None else f" {_counted(use.keys_for_half)} half of it."
         strongest = f"The {len(use.keys)} keys with the largest share of the row.{half}"
@@ -314,12 +318,15 @@ def _header(found: Explanation) -> Markup:
         element("h1", running(model.name)),
         element("dl", *_facts(model), class_="facts"),
         *([element("ul", *(element("li", each) for each in said), class_="said")] if said else []),
+        *map(note, found.notes),
         note("Made by ", element("code", running(found.command))),
     )
 
 
 def _facts(model: ModelFacts) -> Iterator[Markup]:
     family = _FAMILY.get(model.beta, f"Flex-MemoryLLM, beta {model.beta}")
+    if model.memory_kind == "gate":
+        family = "with a gate for each token and layer"
     rows = {
         "model": family,
         "layers": f"{model.layers}",

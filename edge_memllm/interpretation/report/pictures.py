@@ -42,7 +42,7 @@ _AGREEMENT = (
     "Purity: the share of tokens whose label is the commonest of their cluster; z, how far it is "
     "above that with shuffled labels, in standard deviations of the shuffles. Mutual information "
     "is adjusted: 0 by chance, 1 for equal partitions. Embeddings: as many clusters of the tokens' "
-    "embeddings, which the memory is made from."
+    "embeddings, for comparison."
 )
 
 Placed = Sequence[tuple[MapPoint, int, int]]  # a point, and its pixel
@@ -256,9 +256,8 @@ def _gain_charts(sweep: GainSweep) -> Iterator[Markup]:
             for colour, each in enumerate(groups)
         ]
         across = [(-gain, f"{gain:g}") for gain in sweep.gains]
-        words = "All memory multiplied by one number, the paper's alpha; nothing is trained again."
         names = ("gain on all memory", metric)
-        yield _figure(f"{_titled(metric)} as memory fades", names, lines, across, words)
+        yield _figure(f"{_titled(metric)} as memory fades", names, lines, across, sweep.definition)
 
 
 def _titled(name: str) -> str:
