@@ -12,6 +12,7 @@ from __future__ import annotations
 
 import errno
 import hashlib
+import mmap
 import os
 import stat
 from pathlib import Path
@@ -192,6 +193,21 @@ class Artifact:
                 raise StorageError(f"{where}: no memory for its {size:,} bytes.") from None
         self._compare(name, digest.hexdigest())
         return data
+
+    def map_checked(self, name: str) -> mmap.mmap:
+        """Map a file the manifest names, checked, for whoever alone can change it.
+
+        Raises as `read_checked` does.
+        """
+        where = self.path / name
+        with reading(self.open_file(name), where) as file:
+            mapped = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        digest = hashlib.sha256()
+        with memoryview(mapped) as view:
+            for start in range(0, len(view), _CHUNK_BYTES):
+                digest.update(view[start : start + _CHUNK_BYTES])
+        self._compare(name, digest.hexdigest())
+        return mapped
 
     def copy_checked(self, name: str, path: Path) -> None:
         """Copy a file the manifest names to `path`, which is not there if its digest differs.

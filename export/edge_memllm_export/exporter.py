@@ -484,7 +484,7 @@ class _Export:
         """Reopen what was written, climb the ladder and measure quality; refuse what fails."""
         rungs: list[ParityCheck] = []
         reference = self._source.architecture.reference()
-        with JudgedArtifact(self._writer.path, reference) as judged:
+        with JudgedArtifact(self._writer.path, reference, own=True) as judged:
             for rung in parity_checks(judged, rows_dtype):
                 _log.info("rung %d %s: %g of %g", rung.number, rung.name, rung.measured, rung.bound)
                 if not rung.ok:

@@ -25,6 +25,7 @@ class RuntimeOptions:
     score_bytes: int = 0  # part of `kv_bytes` that a position takes of attention, once per batch
     packed_cache: Path | None = None  # CPU only: where repacked weights are kept between loads
     packed_unasked: bool = False  # nobody chose that folder: it must leave space, and stay small
+    own_files: bool = False  # nobody else can change the artifact: its weights can be mapped
     arena_bytes: int | None = None  # CUDA only: weights and what steps work on
     cuda_graph: bool = False  # CUDA only: record a decode step once, then replay it
 

@@ -153,7 +153,8 @@ class OrtRuntime:
 
 def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
     if options.packed_cache is None:
-        return open_session(read_checked_graph(artifact), artifact, device, options)
+        checked = read_checked_graph(artifact, own=options.own_files)
+        return open_session(checked, artifact, device, options)
     graph = packed_graph(
         options.packed_cache,
         artifact,

@@ -99,17 +99,19 @@ class CheckedGraph:
     weights: dict[str, NDArray[Any]]
 
 
-def read_checked_graph(artifact: Artifact) -> CheckedGraph:
+def read_checked_graph(artifact: Artifact, *, own: bool = False) -> CheckedGraph:
     """Read the artifact's graph and its weights into memory, checked.
 
-    Raises as `check_artifact_graph` does, `CorruptionError` also for weights that the manifest
-    does not promise.
+    With ``own``, which says that nobody else can change its files, weights are mapped. Raises as
+    `check_artifact_graph` does, `CorruptionError` also for weights that the manifest does not
+    promise.
     """
     spec = artifact.manifest.graph
     content, graph = check_artifact_graph(artifact)
     weights = {}
     if spec.external_data is not None:
-        data = artifact.read_checked(spec.external_data)
+        read = artifact.map_checked if own else artifact.read_checked
+        data = read(spec.external_data)
         weights = {
             each.name: np.frombuffer(
                 data, DATA_TYPES[each.data_type], math.prod(each.dims), each.start

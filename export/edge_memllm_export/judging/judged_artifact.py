@@ -16,6 +16,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_runtimes import open_runtime
+from edge_memllm_runtimes.options import RuntimeOptions
 
 if TYPE_CHECKING:
     from edge_memllm_export.architectures.architecture import Reference
@@ -24,12 +25,13 @@ if TYPE_CHECKING:
 class JudgedArtifact:
     """The artifact's graph on the CPU, its table, and the judge; use it in a with-statement."""
 
-    def __init__(self, path: Path, reference: Reference) -> None:
+    def __init__(self, path: Path, reference: Reference, *, own: bool = False) -> None:
+        """Open it; `own` says that it is still being made, so that nobody else changes it."""
         self.reference = reference
         self.artifact = Artifact.open(path)
         try:
             self.table = Table.open(self.artifact, "pread")
-            self.runtime = open_runtime(self.artifact, "cpu")
+            self.runtime = open_runtime(self.artifact, "cpu", RuntimeOptions(own_files=own))
         except BaseException:
             self.artifact.close()
             raise
