@@ -22,7 +22,7 @@ from pathlib import Path
 
 from benchmarks.gemma.groups import NoGroupError
 from benchmarks.gemma.making import FORMS, Place, export, make_sources
-from benchmarks.gemma.measuring import limited, measure
+from benchmarks.gemma.measuring import limited, measure, pack
 from benchmarks.gemma.page import write_page
 from benchmarks.gemma.shapes import SHAPES
 from benchmarks.gemma.store import EXPORTS, LIMITED, ROUNDS, SIZES, keep, part
@@ -58,6 +58,7 @@ def _export(place: Place, arguments: argparse.Namespace, options: Sequence[str])
 
 def _measure(place: Place, arguments: argparse.Namespace, _: Sequence[str]) -> None:
     place.check()
+    pack(place, arguments.threads)
     keep(place.shape, SIZES, place.sizes(), arguments.threads)
     rounds = [] if arguments.again else part(place.shape, ROUNDS, [])
     while len(rounds) < arguments.rounds:
@@ -68,6 +69,7 @@ def _measure(place: Place, arguments: argparse.Namespace, _: Sequence[str]) -> N
 
 def _limit(place: Place, arguments: argparse.Namespace, _: Sequence[str]) -> None:
     place.check()
+    pack(place, arguments.threads)
     found = [] if arguments.again else part(place.shape, LIMITED, [])
     for each in limited(place, arguments.threads, [(f["contender"], f["limit"]) for f in found]):
         found.append(each)

@@ -21,9 +21,12 @@ CONTEXT = 4096
 _COMMON = (
     *("--table-codec", "int8", "--graph-method", "rtn", "--context", str(CONTEXT), "--no-verify"),
 )
+_TWO_BITS = (
+    "gate_up_proj=int2,down_proj=int2,lm_head=int2"  # about where Google's mobile weights are
+)
 FORMS = {
     "int4": ("--graph-weights", "int4", *_COMMON),
-    "int2": ("--graph-weights", "int2", *_COMMON),
+    "int2": ("--graph-weights", "int4", "--matrix-weights", _TWO_BITS, *_COMMON),
 }
 
 

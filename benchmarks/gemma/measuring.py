@@ -24,6 +24,7 @@ from benchmarks.peers.worker import Worker, wait_for_quiet
 OURS = "edge-memllm"
 IN_MEMORY = "edge-memllm, table in memory"
 TWO_BITS = "edge-memllm, int2"
+UNMAPPED = "edge-memllm, nothing mapped"
 LLAMA = "llama.cpp"
 LAZY = "llama.cpp, lazy"
 MAPPED = "llama.cpp, all mapped"
@@ -94,6 +95,14 @@ def _table_place(place: Place) -> tuple[int, int]:
     return table_place(place.gguf)
 
 
+def pack(place: Place, threads: int) -> None:
+    """Load each artifact once: its weights are repacked for this processor, and kept."""
+    for each in contenders(place):
+        if each.name in (OURS, TWO_BITS):
+            with Worker(each, _model(place, each), threads, CONTEXT):
+                pass
+
+
 def measure(place: Place, number: int, threads: int) -> dict[str, dict[str, Any]]:
     """Measure a round: contender -> figure -> value, and how much others took of the machine."""
     with ExitStack() as running:
@@ -121,7 +130,8 @@ def limited(
     """
     of = {each.name: each for each in contenders(place)}
     mapped = Contender(MAPPED, MAPPED, "llama", "gguf", {"mmap": True})
-    for contender in (of[OURS], mapped, of[LAZY]):
+    unmapped = Contender(UNMAPPED, UNMAPPED, "edge", None, {"packed_cache": None})
+    for contender in (of[OURS], unmapped, mapped, of[LAZY]):
         for limit in (None, *LIMITS):
             name = contender.name
             if (name, limit) not in done:

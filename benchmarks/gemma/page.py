@@ -23,27 +23,29 @@ _HEAD = """\
 # Gemma 4 at its sizes, beside llama.cpp
 
 The published shapes of Gemma 4 E2B and E4B with random weights: speed and memory are those of the
-real models, what is said is noise. Our artifact has an int4 graph and a table of int8 rows; the
-GGUF file of the same network is Q4_0 throughout, its table and its head included, which is smaller
-and faster than what llama.cpp's quantiser makes by itself (Q6_K for the head). Neither has a
-tokenizer: tokens go in and come out as ids. Made by `python -m benchmarks.gemma page` of
-`gemma.json`; edit neither.
+real models, what is said is noise. Our artifact has an int4 graph and a table of int8 rows, *int2*
+two bits in feed-forward and head; the GGUF file of the same network is Q4_0 throughout, its table
+and its head included, which is smaller and faster than what llama.cpp's quantiser makes by itself
+(Q6_K for the head). Tokens go in and come out as ids: the GGUF file has no vocabulary, ours has the
+tokenizer that `make` was given, here Gemma 3's with as many entries. Made by `python -m
+benchmarks.gemma page` of `gemma.json`; edit neither.
 
 ```console
 pip install xllamacpp                                    # llama.cpp, prebuilt
-python -m benchmarks.gemma make --folder DIR             # 12 GB, minutes
+python -m benchmarks.gemma make --folder DIR --tokenizer FOLDER    # E2B: 12 GB, minutes
 python -m benchmarks.gemma export --folder DIR
 python -m benchmarks.gemma measure --folder DIR --rounds 3
-sudo python -m benchmarks.gemma limit --folder DIR       # within groups of 2 and 1.5 GB
+python -m benchmarks.gemma limit --folder DIR            # in groups of 2 and 1.5 GB: as root
 ```
 
 *Table in memory* is llama.cpp without mapping and without its lazy mode, and ours with `--reader
 ram`; *lazy* is llama.cpp with `--lazy-mode on`, which maps the table and reads rows as they are
 touched (by itself it does so from 4 GiB on, so neither shape gets it). *Cold*: the table is dropped
 from the page cache before the prompt and before every token, pages that llama.cpp has mapped
-included. Prompts are distinct random tokens, so is nearly all that is decoded. *Own memory* is
-anonymous, *mapped* the pages of files that the system may drop, *peak* the most of both together
-since the start.
+included. Our weights are mapped as this processor wants them, which is the default for large
+graphs; they were repacked before. Prompts are distinct random tokens, so is nearly all that is
+decoded. *Own memory* is anonymous, *mapped* the pages of files that the system may drop, *peak* the
+most of both together since the start.
 """
 _MISSING = "Not measured yet.\n"
 _SHAPES = {shape: shape.upper() for shape in PUBLISHED}
@@ -114,8 +116,8 @@ def _rounds_part(rounds: Rounds, threads: int) -> Iterator[str]:
 def _limited_part(limited: Sequence[Mapping[str, Any]]) -> Iterator[str]:
     yield (
         "Within a limit of memory, mapped files and page cache counted (a control group), one "
-        "process at a time, its files dropped from the page cache before. *All mapped* is "
-        "llama.cpp as it comes.\n"
+        "process at a time, its files dropped from the page cache before. *Nothing mapped* is "
+        "ours with `--packed-cache off`, *all mapped* llama.cpp as it comes.\n"
     )
     rows = [[each["contender"], _limit(each["limit"]), *_limited_cells(each)] for each in limited]
     head = ["", "limit", "load and first token, s", "decode at 128", "prefill of 512", "own, MB"]
