@@ -113,7 +113,8 @@ class ExportOptions:
         Option(
             "store some matrices of an int2, int4 or int8 graph in another of these forms, such as "
             "lm_head=int8: qkv_proj, o_proj, gate_up_proj, down_proj, lm_head, and of Gemma 3n and "
-            "4 q_proj, per_layer_model_projection, per_layer_input_gate, per_layer_projection",
+            "4 q_proj, per_layer_model_projection, per_layer_input_gate, per_layer_projection, of "
+            "3n altup_projections, linear_left, linear_right and altup_unembed_projections too",
             metavar="NAME=FORM,...",
             parse=matrix_forms,
             several="list",

@@ -35,7 +35,8 @@ _WIRE_BITS = {"q8": 8, "q4": 4}
 _VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C"), ("B", "R")]
 # The most of its other sizes, in widths, where neither all layers nor the vocabulary are more.
 _WIDTHS = 64
-# A layer takes some twenty nodes, and where all its matrices are sums, some eighty.
+# A layer takes some twenty nodes, and where all its matrices are sums, some eighty; one of Gemma 3n
+# takes seventy, and ninety where they are sums of two.
 _NODES = 128
 # Integers that shapes are made from.
 _MOST_NUMBERS = 8
@@ -381,6 +382,9 @@ def _gather_nd(step: _Step) -> Results:
 
 def _unsqueeze(step: _Step) -> Results:
     data, axes = step.given("xn")
+    if axes.numbers == (-2,):
+        step.expect("values of", len(data.dims), 3)
+        return [_Known(data.data_type, (*data.dims[:-1], 1, data.width))]
     step.expect("axes", axes.numbers, (-1,))
     return [_Known(data.data_type, (*data.dims, 1))]
 
@@ -467,6 +471,16 @@ def _norm(step: _Step) -> Results:
     return [data]
 
 
+def _centred_norm(step: _Step) -> Results:
+    data, weight, shift = step.given("xww")
+    step.integer("axis", -1, -1)
+    step.positive("epsilon")
+    step.expect_float(data, weight, shift)
+    for each in (weight, shift):
+        step.expect("a weight of", each.dims, (data.width,))
+    return [data, None, _Known(_CODES["float32"], (*data.dims[:-1], 1))]
+
+
 def _add_norm(step: _Step) -> Results:
     first, second, weight = step.given("xxw")
     step.positive("epsilon")
@@ -478,10 +492,21 @@ def _add_norm(step: _Step) -> Results:
 
 
 def _matrix(step: _Step) -> Results:
+    if step.inputs[1] is not None and step.inputs[1].tensor is None:
+        return _mixture(step)
     data, weight = step.given("xw")
     step.expect_float(data, weight)
     step.expect("a matrix of", (len(weight.dims), weight.dims[:1]), (2, (data.width,)))
     return [_Known(data.data_type, (*data.dims[:-1], weight.dims[-1]))]
+
+
+def _mixture(step: _Step) -> Results:
+    """A few streams of each position, as mixed as the square before them says."""
+    square, streams = step.given("xx")
+    step.expect_float(square, streams)
+    step.expect("streams of", len(streams.dims), 4)
+    step.expect("a mixture of", square.dims, (*streams.dims[:3], streams.dims[2]))
+    return [streams]
 
 
 def _matrix_bits(step: _Step) -> Results:
@@ -505,13 +530,17 @@ def _matrix_bits(step: _Step) -> Results:
 
 def _concat(step: _Step) -> Results:
     parts = step.given("x" * len(step.inputs))
-    step.integer("axis", -1, -1)
+    axis = step.integer("axis", -2, -1)
     step.expect("several parts", len(parts) > 1, True)
     step.expect_float(*parts)
+    first = parts[0].dims
+    step.expect("values of", axis == -1 or len(first) == 4, True)  # streams, or what is last
+    sizes = []
     for part in parts:
-        step.expect("parts of", part.dims[:-1], parts[0].dims[:-1])
-    width = sum(step.count(part.dims[-1:]) for part in parts)
-    return [_Known(parts[0].data_type, (*parts[0].dims[:-1], width))]
+        sizes.append(step.count(part.dims[axis:][:1]))
+        rest = (*first[:axis], *part.dims[axis:][:1], *first[axis:][1:])
+        step.expect("parts of", part.dims, rest)
+    return [_Known(parts[0].data_type, (*first[:axis], sum(sizes), *first[axis:][1:]))]
 
 
 def _sum(step: _Step) -> Results:
@@ -521,6 +550,14 @@ def _sum(step: _Step) -> Results:
     step.expect("values of", len(data.dims), 4)
     step.expect_float(data)
     return [_Known(data.data_type, data.dims[:-1])]
+
+
+def _length(step: _Step) -> Results:
+    data, axes = step.given("xn")
+    step.integer("keepdims", 1, 1)
+    step.expect("axes", axes.numbers, (-1,))
+    step.expect_float(data)
+    return [_Known(data.data_type, (*data.dims[:-1], 1))]
 
 
 def _attention(step: _Step) -> Results:
@@ -580,16 +617,22 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "Add": _Rule(_elementwise, frozenset()),
         "Cast": _Rule(_cast, frozenset({"to"})),
         "Concat": _Rule(_concat, frozenset({"axis"})),
+        "Div": _Rule(_elementwise, frozenset()),
         "Gather": _Rule(_gather, frozenset({"axis"})),
         "GatherND": _Rule(_gather_nd, frozenset({"batch_dims"})),
+        "LayerNormalization": _Rule(_centred_norm, frozenset({"axis", "epsilon"})),
         "MatMul": _Rule(_matrix, frozenset()),
+        "Max": _Rule(_elementwise, frozenset()),
         "Mul": _Rule(_elementwise, frozenset()),
+        "ReduceL2": _Rule(_length, frozenset({"keepdims"})),
         "ReduceSum": _Rule(_sum, frozenset({"keepdims"})),
         "RMSNormalization": _Rule(_norm, frozenset({"axis", "epsilon"})),
+        "Relu": _Rule(_activation, frozenset()),
         "Reshape": _Rule(_reshape, frozenset()),
         "Sigmoid": _Rule(_activation, frozenset()),
         "Slice": _Rule(_slice, frozenset()),
         "Split": _Rule(_split, frozenset({"axis"})),
+        "Sub": _Rule(_elementwise, frozenset()),
         "Tanh": _Rule(_activation, frozenset()),
         "Unsqueeze": _Rule(_unsqueeze, frozenset()),
     }

@@ -56,6 +56,10 @@ def _fill(network: Any, seed: int, norm: float = 1.0) -> None:
                 weight.copy_(noise / network.config.hidden_size_per_layer_input**0.5)
             elif name in ("lm_head.weight", "model.embed_tokens.weight"):
                 weight.copy_(noise * 2.5 / weight.shape[1] ** 0.5)
+            elif "altup.modality_router" in name:  # divided by the width once more
+                weight.copy_(noise * weight.shape[1] ** 0.5)
+            elif "altup." in name:  # streams are a little of each other
+                weight.copy_(noise * 0.2 / weight.shape[1] ** 0.5)
             else:
                 weight.copy_(noise / weight.shape[1] ** 0.5)
         for name, buffer in network.named_buffers():
@@ -129,6 +133,22 @@ FAMILIES: dict[str, dict[str, Any]] = {
         "use_double_wide_mlp": True,
         "sliding_window": 24,
         "final_logit_softcapping": 30.0,
+        "layer_types": [
+            f"{kind}_attention"
+            for kind in ("sliding", "full", "sliding", "full", "sliding", "sliding", "full")
+        ],
+    },
+    # As gemma4_text; the last ids have no row, and the first two layers have sparse gates.
+    "gemma3n_text": {
+        "num_hidden_layers": 7,
+        "intermediate_size": [120, 120, 96, 120, 120, 144, 120],
+        "head_dim": 16,
+        "hidden_size_per_layer_input": 32,
+        "vocab_size_per_layer_input": 280,
+        "num_kv_shared_layers": 3,
+        "laurel_rank": 8,
+        "activation_sparsity_pattern": [0.95, 0.9, 0.0, 0.0, 0.0, 0.0, 0.0],
+        "sliding_window": 24,
         "layer_types": [
             f"{kind}_attention"
             for kind in ("sliding", "full", "sliding", "full", "sliding", "sliding", "full")

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from typing import Any
 
 from edge_memllm.errors import ExportError
-from edge_memllm_export.architectures import gemma3, gemma4, llama, memoryllm
+from edge_memllm_export.architectures import gemma3, gemma3n, gemma4, llama, memoryllm
 from edge_memllm_export.architectures.architecture import Architecture, Source
 
 # The word for a family in config.json -> what makes a model of it out of a source.
@@ -14,6 +14,7 @@ ARCHITECTURES: dict[str, Callable[[Source], Architecture]] = {
     memoryllm.MODEL_TYPE: memoryllm.MemoryLLM,
     **dict.fromkeys(llama.MODEL_TYPES, llama.Llama),
     **dict.fromkeys(gemma3.MODEL_TYPES, gemma3.Gemma3),
+    **dict.fromkeys(gemma3n.MODEL_TYPES, gemma3n.Gemma3n),
     **dict.fromkeys(gemma4.MODEL_TYPES, gemma4.Gemma4),
 }
 

@@ -72,6 +72,7 @@ class PerLayerInputs(MultimodalText, Dense):
         "num_kv_shared_layers",
     )
     feed_forward_norm = "pre_feedforward_layernorm"
+    part_of_rows: ClassVar[float] = 1.0  # that the graph computes with: a norm takes it back
 
     def refuse(self, config: Any) -> None:
         """Name, in a ValueError, what the network computes and the graph would not."""
@@ -201,13 +202,19 @@ class PerLayerInputs(MultimodalText, Dense):
     def gated(self, graph: GraphBuilder, layer: int, x: ir.Value, inputs: LayerInputs) -> ir.Value:
         """Return what a layer's row adds to the sum, out of ``x`` [B,T,D]."""
         path, name = f"/model/layers.{layer}", f"model.layers.{layer}"
-        gate, up = (self.array(f"{name}.{each}.weight") for each in _OF_LAYER)
-        below = f"{path}/{_OF_LAYER[0]}"
-        opened = graph.cast(below, graph.linear(below, x, gate), "float32")
         row = layer_memory(graph, inputs.rows, layer, "float32")
-        added = graph.linear(f"{path}/{_OF_LAYER[1]}", gated(graph, below, opened, row), up)
-        norm = layer_weights(graph, inputs.norms, layer)
-        return graph.norm_by(f"{path}/post_per_layer_input_norm", added, norm, 2 * self.epsilon)
+        product = gated(graph, f"{path}/{_OF_LAYER[0]}", self.opened(graph, layer, x), row)
+        up = self.array(f"{name}.{_OF_LAYER[1]}.weight")
+        added = graph.linear(f"{path}/{_OF_LAYER[1]}", product, up)
+        norm, epsilon = layer_weights(graph, inputs.norms, layer), 2 * self.epsilon
+        path = f"{path}/post_per_layer_input_norm"
+        return graph.norm_by(path, added, norm, epsilon * self.part_of_rows**2)
+
+    def opened(self, graph: GraphBuilder, layer: int, x: ir.Value) -> ir.Value:
+        """Return W_g x, float32 [B,T,P]."""
+        path = f"/model/layers.{layer}/{_OF_LAYER[0]}"
+        gate = self.array(f"model.layers.{layer}.{_OF_LAYER[0]}.weight")
+        return graph.cast(path, graph.linear(path, x, gate), "float32")
 
     def logits(self, graph: GraphBuilder, normed: ir.Value) -> ir.Value:
         """Return c tanh(z / c) of the head's z, where there is a cap c."""

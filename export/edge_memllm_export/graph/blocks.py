@@ -25,6 +25,7 @@ from edge_memllm_export.graph.step import KVScales, StepInputs
 
 # GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
 _HEAD_MULTIPLE = 16
+_NEARLY_ZERO = 1e-12  # an epsilon where the network has none, and the operator wants one
 _PACKED = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("q_norm", "k_norm", "v_norm")
 _INT8_CACHE = {
@@ -270,13 +271,24 @@ def swiglu(
 
 
 def geglu(
-    graph: GraphBuilder, path: str, x: ir.Value, weights: Mapping[str, np.ndarray]
+    graph: GraphBuilder,
+    path: str,
+    x: ir.Value,
+    weights: Mapping[str, np.ndarray],
+    deviations: float | None = None,
 ) -> ir.Value:
-    """``down(gelu(gate(x)) * up(x))``, GELU in its form with tanh; [B,T,D] -> [B,T,D]."""
+    """``down(gelu(gate(x)) * up(x))``, GELU in its form with tanh; [B,T,D] -> [B,T,D].
+
+    With ``deviations`` the gate is sparse: of each number remains what lies above the mean of all
+    by more than so many standard deviations.
+    """
     both = np.concatenate([weights["gate_proj"], weights["up_proj"]])
     wide = graph.linear(f"{path}/gate_up_proj", x, both)
     wide = graph.cast(f"{path}/gate_up_proj", wide, "float32")
-    product = gated(graph, path, *_halves(graph, path, wide, len(both) // 2, "float32"))
+    gate, up = _halves(graph, path, wide, len(both) // 2, "float32")
+    if deviations is not None:
+        gate = _above(graph, f"{path}/gate", gate, len(both) // 2, deviations)
+    product = gated(graph, path, gate, up)
     return graph.linear(f"{path}/down_proj", product, weights["down_proj"])
 
 
@@ -289,6 +301,27 @@ def gated(graph: GraphBuilder, path: str, gate: ir.Value, x: ir.Value) -> ir.Val
     gelu = graph.op(f"{path}/act_fn/FastGelu", "FastGelu", [gate], domain=CONTRIB, dtype=kind)
     product = graph.op(f"{path}/Mul", "Mul", [gelu, x], dtype=kind)
     return graph.cast(f"{path}/Mul", product, graph.compute_dtype)
+
+
+def _above(graph: GraphBuilder, path: str, x: ir.Value, width: int, deviations: float) -> ir.Value:
+    """``relu(x - (mean + deviations * std))`` over the last axis, ``width`` wide, in float32.
+
+    A norm gives (x - mean) / std - deviations, and 1 / std besides.
+    """
+    name, norm, kind = path[1:].replace("/", "."), f"{path}/LayerNormalization", "float32"
+    ones = graph.constant(f"{name}.ones", np.ones(width, np.float32))
+    shift = graph.constant(f"{name}.shift", np.full(width, -deviations, np.float32))
+    normed, _, inverse = graph.op_outputs(
+        norm,
+        "LayerNormalization",
+        [x, ones, shift],
+        [f"{norm}/output_0", "", f"{norm}/output_2"],
+        {"axis": -1, "epsilon": _NEARLY_ZERO},
+        domain="",
+        dtypes=[kind] * 3,
+    )
+    kept = graph.op(f"{path}/Relu", "Relu", [normed], dtype=kind)
+    return graph.op(f"{path}/Div", "Div", [kept, inverse], dtype=kind)
 
 
 def _gate_and_up(

@@ -94,10 +94,11 @@ class GraphBuilder:
         """An initialiser, stored as it is."""
         return self._tape.initializer(ir.tensor(array, name=name))
 
-    def vector(self, name: str, array: np.ndarray) -> ir.Value:
-        """A small weight, stored in the compute dtype."""
-        _require_finite(name, array, self.compute_dtype)
-        return self.constant(name, array.astype(self.compute_dtype))
+    def vector(self, name: str, array: np.ndarray, dtype: str | None = None) -> ir.Value:
+        """A small weight, stored in the compute dtype unless said otherwise."""
+        kind = dtype or self.compute_dtype
+        _require_finite(name, array, kind)
+        return self.constant(name, array.astype(kind))
 
     def cast(self, path: str, x: ir.Value, dtype: str) -> ir.Value:
         """``x`` in another float type; itself where it has that one."""
@@ -184,13 +185,15 @@ class GraphBuilder:
     ) -> ir.Value:
         """RMSNorm of ``x``, over the part ``filled`` of its last axis; the rest of it is zero."""
         name = f"{path[1:].replace('/', '.')}.weight"
-        scale = self.vector(name, weight if filled == 1 else weight * filled**0.5)
+        weight = weight if filled == 1 else weight * filled**0.5
+        scale = self.vector(name, weight, self.type_of(x))
         return self.norm_by(path, x, scale, epsilon * filled)
 
     def norm_by(self, path: str, x: ir.Value, scale: ir.Value, epsilon: float) -> ir.Value:
         """RMSNorm of ``x`` by weights that are a value, [last axis]."""
         attributes = {"axis": -1, "epsilon": epsilon}
-        return self.op(f"{path}/RMSNormalization", "RMSNormalization", [x, scale], attributes)
+        name, kind = f"{path}/RMSNormalization", self.type_of(x)
+        return self.op(name, "RMSNormalization", [x, scale], attributes, dtype=kind)
 
     def add_norm(
         self, path: str, x: ir.Value, skip: ir.Value | None, weight: np.ndarray, epsilon: float
@@ -198,13 +201,14 @@ class GraphBuilder:
         """RMSNorm of ``x + skip``, and the sum itself; without ``skip``, of ``x``, and ``x``."""
         if skip is None:
             return self.norm(path, x, weight, epsilon), x
-        name = f"{path}/SkipSimplifiedLayerNormalization"
+        name, kind = f"{path}/SkipSimplifiedLayerNormalization", self.type_of(x)
         normed, _, _, total = self.op_outputs(
             name,
             "SkipSimplifiedLayerNormalization",
-            [x, skip, self.vector(f"{path[1:].replace('/', '.')}.weight", weight)],
+            [x, skip, self.vector(f"{path[1:].replace('/', '.')}.weight", weight, kind)],
             [f"{name}/output_0", "", "", f"{name}/output_3"],
             {"epsilon": epsilon},
+            dtypes=[kind] * 4,
         )
         return normed, total
 

@@ -126,14 +126,16 @@ class _Heard:
         self._x: torch.Tensor | None = None
         self._power: torch.Tensor | None = None
 
-    def listen(self, place: int, _: nn.Module, inputs: tuple[torch.Tensor], output: Any) -> None:
-        """Keep a module's inputs, and wait for the gradient of its output."""
+    def listen(self, place: int, _: nn.Module, inputs: tuple[torch.Tensor], output: Any) -> Any:
+        """Keep a module's inputs, and wait for the gradient of its output, which is returned."""
+        given = output
         if not output.requires_grad:  # the first matrices of the network
-            output.requires_grad_()
+            given = output.requires_grad_().clone()  # which may be changed in place
         if place == 0:
             self._x, self._power = inputs[0].detach().float().flatten(0, -2), None
             self._awaited = len(self._widths)
         output.register_hook(partial(self._hear, place))
+        return given
 
     def _hear(self, place: int, gradient: torch.Tensor) -> None:
         squares = gradient.detach().float().flatten(0, -2).square()
