@@ -1,11 +1,7 @@
-"""Whether a graph is one that our exporter writes for a manifest: its operators and its shapes.
+"""How each operator may be used in a graph of ours, and what comes out.
 
-ONNX Runtime runs what it is given: loops, operators of other libraries, constants that unfold to
-any size while it loads. So a graph is worked through once without numbers, before the library sees
-it: every operator must be known and used as the exporter uses it, every weight must have the shape
-its operator needs, and no value may be larger than the manifest's numbers explain. Shapes are
-tuples of sizes and of the letters that docs/format.md gives to inputs. A new operator of the
-exporter gets a rule here.
+Shapes are tuples of sizes and of the letters that docs/format.md gives to inputs. A new operator of
+the exporter gets a rule here.
 """
 
 from __future__ import annotations
@@ -13,37 +9,22 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, NoReturn
+from typing import NoReturn
 
 from edge_memllm.checked_values import is_integer
 from edge_memllm.errors import ArtifactError
-from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Node, Tensor
-
-if TYPE_CHECKING:
-    from edge_memllm.artifact.manifest import Manifest
-    from edge_memllm.artifact.model_spec import CacheSpec
+from edge_memllm_runtimes.graph_file import DATA_TYPES, Node, Tensor
 
 Dims = tuple[int | str, ...]
 
-_EXPORT_AGAIN = "Graph and table are from different exports; export again."
-_CONTRIB = "com.microsoft"
-_CODES = {name: code for code, name in DATA_TYPES.items()}
-_FLOATS = (_CODES["float16"], _CODES["float32"])
-_INT64 = _CODES["int64"]
-_WIRE_BITS = {"q8": 8, "q4": 4}
-# Which sizes that are only known in a step may come together in one value, and how.
-_VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C"), ("B", "R")]
-# The most of its other sizes, in widths, where neither all layers nor the vocabulary are more.
-_WIDTHS = 64
-# A layer takes some twenty nodes, and where all its matrices are sums, some eighty; one of Gemma 3n
-# takes seventy, and ninety where they are sums of two.
-_NODES = 128
-# Integers that shapes are made from.
-_MOST_NUMBERS = 8
+CONTRIB = "com.microsoft"
+CODES = {name: code for code, name in DATA_TYPES.items()}
+_FLOATS = (CODES["float16"], CODES["float32"])
+INT64 = CODES["int64"]
 
 
 @dataclass(frozen=True, slots=True)
-class _Known:
+class Known:
     """What is known of a value before anything runs."""
 
     data_type: int
@@ -54,196 +35,15 @@ class _Known:
 
     @property
     def width(self) -> int | str:
+        """The last size."""
         return self.dims[-1] if self.dims else 1
 
 
-def check_graph(graph: GraphFile, data: bytes, manifest: Manifest) -> None:
-    """Raise `ArtifactError` unless `graph`, read from `data`, is one of the manifest's model."""
-    _Check(graph, data, manifest).run()
-
-
-def cache_names(cache: CacheSpec) -> tuple[str, str]:
-    """Return the names of a layer's keys and values, without the word for past or present."""
-    return f"{cache.layer}.key", f"{cache.layer}.value"
-
-
-def reader_names(cache: CacheSpec) -> list[str]:
-    """Return the same of the layers that read another's, keys and values in turn."""
-    return [f"{layer}.{part}" for layer in cache.readers for part in ("key", "value")]
-
-
-class _Check:
-    """One walk through a graph."""
-
-    def __init__(self, graph: GraphFile, data: bytes, manifest: Manifest) -> None:
-        self._graph = graph
-        self._manifest = manifest
-        self._data = data
-        self._compute = _CODES[manifest.graph.compute_dtype]
-        self._values: dict[str, _Known] = {}
-        model = manifest.model
-        self._widest = max(
-            model.num_hidden_layers * max(model.hidden_size, model.memory.width),
-            model.vocab_size,
-            _WIDTHS * max(model.hidden_size, *(cache.head_dim for cache in model.caches)),
-        )
-
-    def run(self) -> None:
-        graph, manifest = self._graph, self._manifest
-        expected = {"": manifest.graph.opset, _CONTRIB: 1}
-        if graph.opsets != expected:
-            _refuse(f"its operator sets are {graph.opsets}, expected {expected}")
-        most = _NODES * (manifest.model.num_hidden_layers + 1)
-        if max(len(graph.nodes), len(graph.tensors)) > most:
-            _refuse(
-                f"it has {len(graph.nodes)} nodes and {len(graph.tensors)} weights, expected at "
-                f"most {most} of each for {manifest.model.num_hidden_layers} layers"
-            )
-        self._check_inputs()
-        for tensor in graph.tensors.values():
-            self._define(tensor.name, self._weight(tensor))
-        for node in graph.nodes:
-            self._apply(node)
-        self._check_outputs()
-
-    def _check_inputs(self) -> None:
-        expected = graph_inputs(self._manifest)
-        _expect_names("inputs", [each.name for each in self._graph.inputs], expected)
-        for each in self._graph.inputs:
-            known = expected[each.name]
-            # The letters may be others, but a letter stands where one is expected.
-            sizes = [size if isinstance(size, int) else "" for size in each.dims]
-            wanted = [size if isinstance(size, int) else "" for size in known.dims]
-            if (each.data_type, sizes) != (known.data_type, wanted):
-                raise ArtifactError(
-                    f"the graph's input {each.name} is {_type(each.data_type)} "
-                    f"{list(each.dims)}, the manifest says {_type(known.data_type)} "
-                    f"{list(known.dims)}. {_EXPORT_AGAIN}"
-                )
-            self._define(each.name, known)
-
-    def _check_outputs(self) -> None:
-        model = self._manifest.model
-        expected = {"logits": _Known(self._compute, ("B", "K", model.vocab_size))}
-        expected |= {f"present.{name}": known for name, known in _presents(self._manifest).items()}
-        _expect_names("outputs", [each.name for each in self._graph.outputs], expected)
-        for name, known in expected.items():
-            found = self._value(name)
-            if (found.data_type, found.dims) != (known.data_type, known.dims):
-                _refuse(
-                    f"its output {name} is {_type(found.data_type)} {list(found.dims)}, expected "
-                    f"{_type(known.data_type)} {list(known.dims)}"
-                )
-
-    def _weight(self, tensor: Tensor) -> _Known:
-        numbers = None
-        small = tensor.size <= _MOST_NUMBERS * 8
-        if tensor.data_type == _INT64 and tensor.outside is None and small:
-            end = tensor.start + tensor.size
-            numbers = tuple(
-                int.from_bytes(self._data[place : place + 8], "little", signed=True)
-                for place in range(tensor.start, end, 8)
-            )
-        return _Known(tensor.data_type, tensor.dims, tensor, numbers)
-
-    def _define(self, name: str, known: _Known) -> None:
-        if not name or name in self._values:
-            _refuse(f"{name!a:.80} is made twice, or has no name")
-        self._values[name] = known
-
-    def _value(self, name: str) -> _Known:
-        if name not in self._values:
-            _refuse(f"{name!a:.80} is used before it is made")
-        return self._values[name]
-
-    def _apply(self, node: Node) -> None:
-        rule = _RULES.get((node.domain, node.op_type))
-        name = f"{node.domain}.{node.op_type}" if node.domain else node.op_type
-        if rule is None:
-            _refuse(f"it has the operator {name!a:.80}, which no graph of ours has")
-        inputs = [self._value(each) if each else None for each in node.inputs]
-        step = _Step(node, name, inputs, self._manifest.model.max_position_embeddings)
-        if unknown := node.attributes.keys() - rule.attributes:
-            step.refuse(f"has the attribute {min(unknown)!a:.80}")
-        if all(known is None or known.tensor is not None for known in step.inputs):
-            step.refuse("computes with weights alone")
-        results = rule.infer(step)
-        if len(node.outputs) != len(results):
-            step.refuse(f"has {len(node.outputs)} outputs, expected {len(results)}")
-        for output, known in zip(node.outputs, results, strict=True):
-            if known is None:
-                if output:
-                    step.refuse(f"has the output {output!a:.80}, which ours leaves out")
-                continue
-            self._check_size(step, known)
-            self._define(output, known)
-
-    def _check_size(self, step: _Step, known: _Known) -> None:
-        letters = tuple(size for size in known.dims if isinstance(size, str))
-        size = math.prod(size for size in known.dims if isinstance(size, int))
-        if letters not in _VARIABLE or size > self._widest:
-            step.refuse(
-                f"makes a value of {list(known.dims)}, expected at most {self._widest} numbers for "
-                "each token"
-            )
-
-
-def graph_inputs(manifest: Manifest) -> dict[str, _Known]:
-    """Return type and shape of every input that docs/format.md gives a graph of this model."""
-    model, table = manifest.model, manifest.table
-    compute = _CODES[manifest.graph.compute_dtype]
-    integer, half = _CODES["int32"], _CODES["float16"]
-    layout, cells = manifest.layout, model.memory.layers * model.memory.width
-    inputs = {
-        "token_index": _Known(_INT64, ("B", "T")),
-        "embedding": _Known(_CODES[table.embedding_dtype], ("U", model.hidden_size)),
-        "logits_index": _Known(_INT64, ("B", "K")),
-        "seqlens_k": _Known(integer, ("B",)),
-        "total_sequence_length": _Known(integer, ()),
-    }
-    if layout.wire in _WIRE_BITS:
-        assert layout.group is not None  # both quantised wire forms have groups
-        bits = _WIRE_BITS[layout.wire]
-        inputs["memory_codes"] = _Known(_CODES["uint8"], ("U", cells * bits // 8))
-        inputs["memory_scales"] = _Known(half, ("U", cells // layout.group))
-    elif layout.wire != "none":
-        stored = _CODES["float32"] if layout.wire == "f32" else half
-        inputs["memory_rows"] = _Known(stored, ("U", cells))
-    if layout.wire != "none":
-        inputs["memory_gain"] = _Known(compute, (len(model.memory.gain),))
-    caches = _caches(manifest).items()
-    return inputs | {f"past_key_values.{name}": known for name, known in caches}
-
-
-def _caches(manifest: Manifest) -> dict[str, _Known]:
-    """Type and shape of all keys and values, by `cache_names`."""
-    kind = _CODES[manifest.graph.kv_dtype]
-    return {
-        name: _Known(
-            kind,
-            ("B", cache.kv_heads, "R" if cache.rolling else "C", cache.head_dim),
-            window=cache.window,
-        )
-        for cache in manifest.model.caches
-        for name in cache_names(cache)
-    }
-
-
-def _presents(manifest: Manifest) -> dict[str, _Known]:
-    """The same of what is written: int8 ones anew by every layer that reads them."""
-    written = dict(_caches(manifest))
-    if manifest.graph.kv_dtype == "int8":
-        for cache in manifest.model.caches:
-            known = written[cache_names(cache)[0]]
-            written |= dict.fromkeys(reader_names(cache), known)
-    return written
-
-
-class _Step:
+class Step:
     """One node with what is known of its inputs; None for one that is left out."""
 
     def __init__(
-        self, node: Node, name: str, inputs: Sequence[_Known | None], positions: int
+        self, node: Node, name: str, inputs: Sequence[Known | None], positions: int
     ) -> None:
         self.inputs = inputs
         self.positions = positions  # that the model's context holds
@@ -251,10 +51,11 @@ class _Step:
         self._name = name
 
     def refuse(self, what: str) -> NoReturn:
+        """Refuse the graph for what this node is or has."""
         where = self._node.outputs[0] if self._node.outputs else ""
-        _refuse(f"{self._name} at {where!a:.80} {what}")
+        refuse(f"{self._name} at {where!a:.80} {what}")
 
-    def given(self, pattern: str) -> list[_Known]:
+    def given(self, pattern: str) -> list[Known]:
         """Return the inputs that are there; `pattern` has a letter for each place.
 
         "x" is a value, "w" a weight, "n" a weight of integers that shapes are made from, "-" a
@@ -304,11 +105,11 @@ class _Step:
         if found != expected:
             self.refuse(f"has {what} {_shown(found)}, expected {_shown(expected)}")
 
-    def expect_float(self, *values: _Known) -> None:
+    def expect_float(self, *values: Known) -> None:
         """Refuse values that are not of one and the same float type."""
         kinds = {known.data_type for known in values}
         if len(kinds) != 1 or not kinds <= set(_FLOATS):
-            self.refuse(f"has inputs of {', '.join(sorted(map(_type, kinds)))}")
+            self.refuse(f"has inputs of {', '.join(sorted(map(type_name, kinds)))}")
 
     def count(self, dims: Iterable[int | str]) -> int:
         """Return the product of sizes that must all be numbers."""
@@ -320,84 +121,84 @@ class _Step:
         return product
 
 
-Results = Sequence[_Known | None]
+Results = Sequence[Known | None]
 
 
 @dataclass(frozen=True, slots=True)
 class _Rule:
     """How an operator may be used, and what comes out."""
 
-    infer: Callable[[_Step], Results]
+    infer: Callable[[Step], Results]
     attributes: frozenset[str]
 
 
-def _gather(step: _Step) -> Results:
+def _gather(step: Step) -> Results:
     axis = step.integer("axis", 0, 2, default=0)
     if axis:  # one layer's memory out of all layers'
         data, index = step.given("xn")
         step.expect("an index of shape", index.dims, ())
         step.expect("values of", len(data.dims), 4)
         _expect_number(step, index, step.count(data.dims[2:3]))
-        return [_Known(data.data_type, (*data.dims[:2], *data.dims[3:]))]
+        return [Known(data.data_type, (*data.dims[:2], *data.dims[3:]))]
     if step.inputs[1] is not None and step.inputs[1].tensor is not None:
         data, index = step.given("xn")  # one layer's weights of a norm, gain applied
         step.expect("an index of shape", (index.dims, len(data.dims)), ((), 2))
         _expect_number(step, index, step.count(data.dims[:1]))
-        return [_Known(data.data_type, data.dims[1:])]
+        return [Known(data.data_type, data.dims[1:])]
     data, index = step.given("xx")  # the records of a step, by position
-    step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "T")))
+    step.expect("an index of", (index.data_type, index.dims), (INT64, ("B", "T")))
     step.expect("rows of", (len(data.dims), data.dims[0]), (2, "U"))
-    return [_Known(data.data_type, (*index.dims, *data.dims[1:]))]
+    return [Known(data.data_type, (*index.dims, *data.dims[1:]))]
 
 
-def _expect_number(step: _Step, index: _Known, count: int) -> None:
+def _expect_number(step: Step, index: Known, count: int) -> None:
     assert index.numbers is not None
     if not 0 <= index.numbers[0] < count:
         step.refuse(f"takes number {index.numbers[0]} of {count}")
 
 
-def _gather_quantized(step: _Step) -> Results:
+def _gather_quantized(step: Step) -> Results:
     codes, index, scales = step.given("xxx")
     bits = step.integer("bits", 4, 8)
     block = step.integer("block_size", 16, 1 << 16)
     step.integer("gather_axis", 0, 0)
     step.integer("quantize_axis", 1, 1)
-    step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "T")))
-    step.expect("codes of", (codes.data_type, codes.dims[:1]), (_CODES["uint8"], ("U",)))
+    step.expect("an index of", (index.data_type, index.dims), (INT64, ("B", "T")))
+    step.expect("codes of", (codes.data_type, codes.dims[:1]), (CODES["uint8"], ("U",)))
     step.expect_float(scales)
     width = step.count(codes.dims[1:]) * 8 // bits
     step.expect("scales of", scales.dims, ("U", width // block))
     step.expect("codes for", width // block * block, width)
     step.expect("4 or 8 bits", bits in (4, 8), True)
-    return [_Known(scales.data_type, (*index.dims, width))]
+    return [Known(scales.data_type, (*index.dims, width))]
 
 
-def _gather_nd(step: _Step) -> Results:
+def _gather_nd(step: Step) -> Results:
     data, index = step.given("xx")
     step.integer("batch_dims", 1, 1)
-    step.expect("an index of", (index.data_type, index.dims), (_INT64, ("B", "K", 1)))
+    step.expect("an index of", (index.data_type, index.dims), (INT64, ("B", "K", 1)))
     step.expect("values of", (len(data.dims) in (3, 4), data.dims[:2]), (True, ("B", "T")))
-    return [_Known(data.data_type, ("B", "K", *data.dims[2:]))]
+    return [Known(data.data_type, ("B", "K", *data.dims[2:]))]
 
 
-def _unsqueeze(step: _Step) -> Results:
+def _unsqueeze(step: Step) -> Results:
     data, axes = step.given("xn")
     if axes.numbers == (-2,):
         step.expect("values of", len(data.dims), 3)
-        return [_Known(data.data_type, (*data.dims[:-1], 1, data.width))]
+        return [Known(data.data_type, (*data.dims[:-1], 1, data.width))]
     step.expect("axes", axes.numbers, (-1,))
-    return [_Known(data.data_type, (*data.dims, 1))]
+    return [Known(data.data_type, (*data.dims, 1))]
 
 
-def _cast(step: _Step) -> Results:
+def _cast(step: Step) -> Results:
     (data,) = step.given("x")
     step.expect_float(data)
     kind = step.integer("to", min(_FLOATS), max(_FLOATS))
     step.expect("a result of floats", kind in _FLOATS, True)
-    return [_Known(kind, data.dims)]
+    return [Known(kind, data.dims)]
 
 
-def _reshape(step: _Step) -> Results:
+def _reshape(step: Step) -> Results:
     data, shape = step.given("xn")
     assert shape.numbers is not None
     step.expect("a shape of shape", shape.dims, (len(shape.numbers),))
@@ -416,10 +217,10 @@ def _reshape(step: _Step) -> Results:
     step.expect("numbers", math.prod(size for size in dims if isinstance(size, int)), whole)
     if any(isinstance(size, int) and size < 1 for size in dims):
         step.refuse(f"makes a value of {dims}")
-    return [_Known(data.data_type, tuple(dims))]
+    return [Known(data.data_type, tuple(dims))]
 
 
-def _elementwise(step: _Step) -> Results:
+def _elementwise(step: Step) -> Results:
     weighed = any(known is not None and known.tensor is not None for known in step.inputs[1:])
     first, second = step.given("xw" if weighed else "xx")
     step.expect_float(first, second)
@@ -430,26 +231,26 @@ def _elementwise(step: _Step) -> Results:
         if one != other and 1 not in (one, other):
             step.refuse(f"has values of {list(first.dims)} and {list(second.dims)}")
         dims.append(other if one == 1 else one)
-    return [_Known(first.data_type, tuple(dims))]
+    return [Known(first.data_type, tuple(dims))]
 
 
-def _activation(step: _Step) -> Results:
+def _activation(step: Step) -> Results:
     (data,) = step.given("x")
     step.expect_float(data)
     return [data]
 
 
-def _split(step: _Step) -> Results:
+def _split(step: Step) -> Results:
     data, parts = step.given("xn")
     step.integer("axis", -1, -1)
     assert parts.numbers is not None
     if min(parts.numbers, default=0) < 1:
         step.refuse(f"makes parts of {list(parts.numbers)}")
     step.expect("parts of", sum(parts.numbers), data.width)
-    return [_Known(data.data_type, (*data.dims[:-1], size)) for size in parts.numbers]
+    return [Known(data.data_type, (*data.dims[:-1], size)) for size in parts.numbers]
 
 
-def _slice(step: _Step) -> Results:
+def _slice(step: Step) -> Results:
     """The one cut there is: no positions, and the first of the numbers of each."""
     data, starts, ends, axes = step.given("xnnn")
     step.expect("values of", len(data.dims), 3)
@@ -458,10 +259,10 @@ def _slice(step: _Step) -> Results:
     assert ends.numbers is not None
     none, width = ends.numbers
     step.expect("positions", (none, 0 < width <= step.count(data.dims[2:])), (0, True))
-    return [_Known(data.data_type, (*data.dims[:1], 0, width))]
+    return [Known(data.data_type, (*data.dims[:1], 0, width))]
 
 
-def _norm(step: _Step) -> Results:
+def _norm(step: Step) -> Results:
     gained = step.inputs[-1] is not None and step.inputs[-1].tensor is None
     data, weight = step.given("xx" if gained else "xw")
     step.integer("axis", -1, -1)
@@ -471,17 +272,17 @@ def _norm(step: _Step) -> Results:
     return [data]
 
 
-def _centred_norm(step: _Step) -> Results:
+def _centred_norm(step: Step) -> Results:
     data, weight, shift = step.given("xww")
     step.integer("axis", -1, -1)
     step.positive("epsilon")
     step.expect_float(data, weight, shift)
     for each in (weight, shift):
         step.expect("a weight of", each.dims, (data.width,))
-    return [data, None, _Known(_CODES["float32"], (*data.dims[:-1], 1))]
+    return [data, None, Known(CODES["float32"], (*data.dims[:-1], 1))]
 
 
-def _add_norm(step: _Step) -> Results:
+def _add_norm(step: Step) -> Results:
     first, second, weight = step.given("xxw")
     step.positive("epsilon")
     step.expect_float(first, second, weight)
@@ -491,16 +292,16 @@ def _add_norm(step: _Step) -> Results:
     return [first, None, None, first]
 
 
-def _matrix(step: _Step) -> Results:
+def _matrix(step: Step) -> Results:
     if step.inputs[1] is not None and step.inputs[1].tensor is None:
         return _mixture(step)
     data, weight = step.given("xw")
     step.expect_float(data, weight)
     step.expect("a matrix of", (len(weight.dims), weight.dims[:1]), (2, (data.width,)))
-    return [_Known(data.data_type, (*data.dims[:-1], weight.dims[-1]))]
+    return [Known(data.data_type, (*data.dims[:-1], weight.dims[-1]))]
 
 
-def _mixture(step: _Step) -> Results:
+def _mixture(step: Step) -> Results:
     """A few streams of each position, as mixed as the square before them says."""
     square, streams = step.given("xx")
     step.expect_float(square, streams)
@@ -509,7 +310,7 @@ def _mixture(step: _Step) -> Results:
     return [streams]
 
 
-def _matrix_bits(step: _Step) -> Results:
+def _matrix_bits(step: Step) -> Results:
     data, codes, scales, *zeros = step.given("xwww" if len(step.inputs) == 4 else "xww")
     width, rows = (step.integer(name, 1, 1 << 31) for name in ("K", "N"))
     bits, block = step.integer("bits", 2, 8), step.integer("block_size", 16, 256)
@@ -519,16 +320,16 @@ def _matrix_bits(step: _Step) -> Results:
     step.expect_float(data, scales)
     blocks = -(-width // block)
     step.expect("a width of", data.width, width)
-    expected = (_CODES["uint8"], (rows, blocks, block * bits // 8))
+    expected = (CODES["uint8"], (rows, blocks, block * bits // 8))
     step.expect("codes of", (codes.data_type, codes.dims), expected)
     step.expect("scales of", scales.dims, (rows, blocks))
     for each in zeros:
         step.expect("zero points of", each.dims, (rows, -(-blocks * bits // 8)))
-        step.expect("zero points of type", each.data_type, _CODES["uint8"])
-    return [_Known(data.data_type, (*data.dims[:-1], rows))]
+        step.expect("zero points of type", each.data_type, CODES["uint8"])
+    return [Known(data.data_type, (*data.dims[:-1], rows))]
 
 
-def _concat(step: _Step) -> Results:
+def _concat(step: Step) -> Results:
     parts = step.given("x" * len(step.inputs))
     axis = step.integer("axis", -2, -1)
     step.expect("several parts", len(parts) > 1, True)
@@ -540,27 +341,27 @@ def _concat(step: _Step) -> Results:
         sizes.append(step.count(part.dims[axis:][:1]))
         rest = (*first[:axis], *part.dims[axis:][:1], *first[axis:][1:])
         step.expect("parts of", part.dims, rest)
-    return [_Known(parts[0].data_type, (*first[:axis], sum(sizes), *first[axis:][1:]))]
+    return [Known(parts[0].data_type, (*first[:axis], sum(sizes), *first[axis:][1:]))]
 
 
-def _sum(step: _Step) -> Results:
+def _sum(step: Step) -> Results:
     data, axes = step.given("xn")
     step.integer("keepdims", 0, 0)
     step.expect("axes", axes.numbers, (-1,))
     step.expect("values of", len(data.dims), 4)
     step.expect_float(data)
-    return [_Known(data.data_type, data.dims[:-1])]
+    return [Known(data.data_type, data.dims[:-1])]
 
 
-def _length(step: _Step) -> Results:
+def _length(step: Step) -> Results:
     data, axes = step.given("xn")
     step.integer("keepdims", 1, 1)
     step.expect("axes", axes.numbers, (-1,))
     step.expect_float(data)
-    return [_Known(data.data_type, (*data.dims[:-1], 1))]
+    return [Known(data.data_type, (*data.dims[:-1], 1))]
 
 
-def _attention(step: _Step) -> Results:
+def _attention(step: Step) -> Results:
     kinds = [
         "-" if known is None else "x" if known.tensor is None else "w" for known in step.inputs
     ]
@@ -586,7 +387,7 @@ def _attention(step: _Step) -> Results:
         step.integer("local_window_size", 1, 1 << 24) if step.has("local_window_size") else None
     )
     step.expect("a window of", (window, window), (key.window, value.window))
-    stored = _CODES["int8"] if quantised else queries[0].data_type
+    stored = CODES["int8"] if quantised else queries[0].data_type
     step.expect("keys of type", key.data_type, stored)
     step.expect("heads in groups", heads % kv_heads, 0)
     head = step.count(cache[3:])
@@ -601,14 +402,14 @@ def _attention(step: _Step) -> Results:
         queries, steps[: len(queries)], [sum(widths)] if packed else widths, strict=True
     ):
         step.expect("queries of", known.dims, ("B", size, width))
-    integer = _CODES["int32"]
+    integer = CODES["int32"]
     step.expect("lengths of", (lengths.data_type, lengths.dims), (integer, ("B",)))
     step.expect("a length of", (total.data_type, total.dims), (integer, ()))
     for angles in (cosine, sine):
         step.expect("angles of", angles.dims, (step.positions, head // 2))
     for scale in scales:
-        step.expect("steps of", (scale.data_type, scale.dims), (_CODES["float32"], (widths[1],)))
-    attended = _Known(queries[0].data_type, (*queries[0].dims[:2], widths[0]))
+        step.expect("steps of", (scale.data_type, scale.dims), (CODES["float32"], (widths[1],)))
+    attended = Known(queries[0].data_type, (*queries[0].dims[:2], widths[0]))
     return [attended] if shared and not quantised else [attended, key, value]
 
 
@@ -655,27 +456,15 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "SkipSimplifiedLayerNormalization": _Rule(_add_norm, frozenset({"epsilon"})),
     }
     return {("", name): rule for name, rule in plain.items()} | {
-        (_CONTRIB, name): rule for name, rule in contrib.items()
+        (CONTRIB, name): rule for name, rule in contrib.items()
     }
 
 
-_RULES = _rules()
+RULES = _rules()
 
 
-def _expect_names(what: str, found: Sequence[str], expected: Iterable[str]) -> None:
-    extra, missing = sorted(set(found) - set(expected)), sorted(set(expected) - set(found))
-    if extra or missing:
-        lists = [
-            f"{word} {', '.join(names)}"
-            for word, names in (("unexpected", extra), ("missing", missing))
-            if names
-        ]
-        raise ArtifactError(f"the graph's {what} differ: {'; '.join(lists):.400}. {_EXPORT_AGAIN}")
-    if len(set(found)) != len(found):
-        _refuse(f"it has {what} of the same name")
-
-
-def _type(data_type: int) -> str:
+def type_name(data_type: int) -> str:
+    """Return the name of ONNX's number for a type."""
     return DATA_TYPES.get(data_type, f"type {data_type}")
 
 
@@ -683,5 +472,6 @@ def _shown(value: object) -> str:
     return f"{list(value) if isinstance(value, tuple) else value}"[:200]
 
 
-def _refuse(what: str) -> NoReturn:
+def refuse(what: str) -> NoReturn:
+    """Refuse the graph for what it is or has."""
     raise ArtifactError(f"not a graph of this format: {what}. Do not use this artifact.")
