@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -16,6 +17,7 @@ from edge_memllm.memory_plan import footprint, position_bytes, window_bytes
 from edge_memllm.statistics import ProcessMemory
 from support.graphs import change_graph, manifest_of, refused
 from support.rolling import CONTEXT, ROWS, WINDOW, export_rolling
+from support.runtimes import pretend_cuda
 
 GREEDY = Sampling(temperature=0.0)
 LONG = np.random.default_rng(0).integers(0, 250, 200).tolist()
@@ -36,6 +38,11 @@ def models(folders: tuple[Path, Path]) -> Iterator[tuple[Model, Model]]:
         edge_memllm.load(whole, threads=1) as second,
     ):
         yield first, second
+
+
+@pytest.fixture(scope="module")
+def half(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, Path]:
+    return export_rolling(tmp_path_factory.mktemp("half"), graph_weights="fp16")
 
 
 def tokens(model: Model, prompt: list[int], count: int, **more: int) -> list[int]:
@@ -106,6 +113,31 @@ def test_replies_that_share_beginnings_are_the_same(
         found = [[piece.token for piece in reply] for reply in replies]
     expected = [tokens(whole, prompt, 20) for prompt in prompts]
     assert found == expected * 2
+
+
+@pytest.mark.parametrize("graph", [False, True], ids=["plain", "cuda graph"])
+def test_a_device_that_keeps_the_window_alone_gives_the_same(
+    graph: bool, half: tuple[Path, Path], monkeypatch: Any
+) -> None:
+    prompts = [LONG, SHORT, [*LONG[:90], 7]]
+    with edge_memllm.load(half[1], device="cpu", threads=1) as whole:
+        expected = [tokens(whole, prompt, 40) for prompt in prompts]
+    pretend_cuda(monkeypatch)
+    with edge_memllm.load(half[0], device="cuda", threads=1, cuda_graph=graph) as model:
+        assert [tokens(model, prompt, 40, speculate=3) for prompt in prompts] == expected
+        with Engine(model, slots=2, prefill_chunk=16) as engine:
+            replies = [
+                engine.submit(
+                    Request(prompt=prompt, max_new_tokens=40, sampling=GREEDY, ignore_eos=True)
+                )
+                for prompt in prompts
+            ]
+            assert [[piece.token for piece in reply] for reply in replies] == expected
+        with model.session(sampling=GREEDY) as session:
+            session.append(LONG)
+            session.prefill()
+            rows = session.nbytes - footprint(model.manifest, len(LONG)).kv_bytes
+            assert rows == 2 * (WINDOW - ROWS) * position_bytes(model.manifest)
 
 
 def test_continuations_of_one_context_are_scored_as_they_were(

@@ -174,6 +174,25 @@ def test_what_is_revocable_can_be_taken_back(pair: Pair) -> None:
     assert False in rooms
 
 
+def test_what_is_kept_of_two_texts_is_exchanged_with_them(pair: Pair) -> None:
+    length = ROWS - 3
+    with pair.feeder(2) as feeder:
+        for sequence in range(2):
+            feeder.skip(sequence, TEXTS[sequence][:length])
+        held = {name: rows.copy() for name, rows in feeder.cache.state(1).items()}
+        feeder.cache.load_state(1, length, held)  # the window alone
+        feeder.cache.mark(0)
+        feeder.skip(0, TEXT[:STEP])
+        feeder.cache.swap(0, 1)
+        assert feeder.cache.rewindable(0, length - 1) == 0
+        assert feeder.cache.rewindable(1, length) == length
+        feeder.cache.swap(1, 0)
+        assert feeder.cache.rewindable(0, length - 1) == length - 1
+        pair.check(feeder.prefill(1, [9]), [*TEXTS[1][:length], 9])
+        feeder.cache.truncate(0, length)
+        pair.check(feeder.prefill(0, [9]), [*TEXTS[0][:length], 9])
+
+
 @pytest.mark.parametrize("length", [10, WINDOW, ROWS + 1, 150])
 def test_a_mark_can_be_gone_back_to_however_far_the_text_went_on(length: int, pair: Pair) -> None:
     with pair.feeder(2) as feeder:
@@ -268,6 +287,8 @@ def test_what_is_held_in_the_middle_of_a_text_goes_on_elsewhere_bit_for_bit(pair
             rows = {shape[1] for _, shape in kinds.values()}
             assert rows == {length, min(length, WINDOW - 1)}
             second.cache.load_state(1, length, held)
+            before = length - 1  # of whose window the first position was not saved
+            assert second.cache.rewindable(1, before) == (before if length < WINDOW else 0)
             for token in TEXTS[2][:90]:
                 expected = first.prefill(0, [token]).copy()
                 np.testing.assert_array_equal(second.prefill(1, [token]), expected)
@@ -364,14 +385,11 @@ class AnyOrder(RuleBasedStateMachine):
         """To the other place of another cache, by way of what a file would hold."""
         held = {name: array.copy() for name, array in self.feeder.cache.state(which).items()}
         other = [array.copy() for array in self.feeder.cache.state(1 - which).values()]
-        self.feeder.cache.load_state(which, 0, self.empty())
+        self.feeder.cache.truncate(which, 0)
+        self.feeder.skip(which, self.new(140))  # over what lies there
         self.feeder.cache.load_state(which, len(self.texts[which]), held)
         for array, before in zip(self.feeder.cache.state(1 - which).values(), other, strict=True):
             np.testing.assert_array_equal(array, before)
-
-    def empty(self) -> dict[str, np.ndarray]:
-        layout = self.feeder.cache.state_layout(0).items()
-        return {name: np.empty(shape, kind) for name, (kind, shape) in layout}
 
     @precondition(lambda self: hasattr(self, "texts"))
     @invariant()
