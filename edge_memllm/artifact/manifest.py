@@ -78,7 +78,7 @@ class GraphSpec:
     external_data: str | None
     weights: str
     compute_dtype: str
-    kv_dtype: str  # of keys and values: the compute dtype, or "int8"
+    kv_dtype: str  # of keys and values: the compute dtype, "float32" or "int8"
     wire: str
     opset: int
 
@@ -337,9 +337,10 @@ def _check_graph(manifest: Manifest, where: str) -> None:
             f"{where}: wire is '{graph.wire}', expected '{wire}' for codec "
             f"{manifest.table.codec}. Graph and table are from different exports."
         )
-    if graph.kv_dtype not in (graph.compute_dtype, "int8"):
+    kv_dtypes = dict.fromkeys((graph.compute_dtype, "float32", "int8"))
+    if graph.kv_dtype not in kv_dtypes:
         raise ArtifactError(
-            f"{where}: kv_dtype is '{graph.kv_dtype}', expected '{graph.compute_dtype}' or 'int8'."
+            f"{where}: kv_dtype is '{graph.kv_dtype}', expected {' or '.join(kv_dtypes)}."
         )
     names = [name for name in (graph.file, graph.external_data) if name is not None]
     for name in names:

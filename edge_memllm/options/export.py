@@ -134,7 +134,7 @@ class ExportOptions:
         str | None,
         Option(
             "keys and values; int8 halves their memory, makes decoding of long texts faster and "
-            "prefill slower",
+            "prefill slower; float32 doubles it and makes long texts faster on a CPU",
             choices=KV_DTYPES,
             unset="what the graph computes in",
         ),

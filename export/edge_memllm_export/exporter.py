@@ -136,7 +136,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
         get_codec(chosen),
         dtype,
         options.graph_block,
-        int8_cache=kv_dtype == "int8",
+        kv_dtype=kv_dtype,
         matrices=matrices,
         rounded=options.rounded_inputs or 0.0,
         method=None if kept else method,
@@ -168,7 +168,7 @@ def context_of(source: Checkpoint, form: GraphForm, asked: int | None) -> tuple[
 
 def check_calibration(form: GraphForm, text: str | None) -> None:
     """Refuse a calibration text that nothing would read."""
-    if text is not None and form.method != "gptq" and not (form.int8_cache or form.rounded):
+    if text is not None and form.method != "gptq" and not (form.kv_dtype == "int8" or form.rounded):
         raise ExportError(
             f"calibration text: graph weights {form.weights} by the method {form.method or 'none'} "
             "are not calibrated, nor are keys and values. Leave it out, or choose the graph method "
@@ -177,10 +177,10 @@ def check_calibration(form: GraphForm, text: str | None) -> None:
 
 
 def _check_kv_dtype(graph_weights: str, dtype: str, kv_dtype: str | None) -> None:
-    if kv_dtype not in (None, dtype, "int8"):
+    if kv_dtype == "float16" and dtype == "float32":
         raise ExportError(
             f"keys and values in {kv_dtype}: graph weights {graph_weights} compute in {dtype}. "
-            f"Choose {dtype} or int8."
+            f"Choose {dtype}."
         )
     if graph_weights == "fp32" and kv_dtype == "int8":
         raise ExportError(
@@ -305,7 +305,7 @@ def export_model(options: ExportOptions) -> ExportReport:
     takes gptq; `matrix_weights` stores kinds of matrices in another form, {"lm_head": "int8"}: see
     docs/quantisation.md. `context` is how many positions a text may have: None takes the model's,
     or as many as 32 MiB of the tables of angles are for. `kv_dtype` of keys and values is the
-    graph's own float or "int8", whose steps are calibrated on `calibration_text` too.
+    graph's own float, "float32" or "int8", whose steps are calibrated on `calibration_text` too.
     `rounded_inputs` is for GGUF files whose grids are kept: nats that inputs rounded to 8 bits may
     cost, which is faster; None rounds none. `device` (cpu or cuda), `compute_dtype` (float32 or
     bfloat16) and `chunk` (tokens at a time) say how the rows are computed. `verify` climbs the
@@ -526,7 +526,8 @@ class _Export:
     def _write_graph(self, identity: str, calibration_text: str | None) -> GraphSpec:
         steps = self._source.spec.num_hidden_layers + 1
         self._progress("graph", 0, steps)
-        scales = kv_scales(self._source, calibration_text) if self._form.int8_cache else None
+        int8 = self._form.kv_dtype == "int8"
+        scales = kv_scales(self._source, calibration_text) if int8 else None
         matrices = graph_matrices(
             self._source,
             self._form,
@@ -553,7 +554,7 @@ class _Export:
             external_data=EXTERNAL_FILE if EXTERNAL_FILE in names else None,
             weights=named_form(self._form.weights, self._form.matrices),
             compute_dtype=dtype,
-            kv_dtype="int8" if self._form.int8_cache else dtype,
+            kv_dtype=self._form.kv_dtype or dtype,
             wire=self._form.codec.wire,
             opset=OPSET,
         )

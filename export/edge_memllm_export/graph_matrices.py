@@ -172,7 +172,7 @@ def visit_matrices(
         scales = np.broadcast_to(np.float16(0), codes.shape[:2])
         return [StoredMatrix((Blocks(columns, 4, codes, scales),))]
 
-    floats = replace(form, int8_cache=False)
+    floats = replace(form, kv_dtype=None)
     model = build_graph(source.spec, source.architecture.build, floats, "", None, visiting)
     values = model.graph.initializers.values()
     named = (value for value in values if not (value.name or "").endswith(("_codes", "_scales")))

@@ -319,8 +319,8 @@ def test_writing_is_as_strict_as_reading() -> None:
         (put("graph", "compute_dtype", "half"), "graph: compute_dtype is 'half', expected one of"),
         (put("graph", "kv_dtype", "int4"), "graph: kv_dtype is 'int4', expected one of float16"),
         (
-            put("graph", "kv_dtype", "float32"),
-            "kv_dtype is 'float32', expected 'float16' or 'int8'",
+            lambda content: content["graph"].update(compute_dtype="float32", kv_dtype="float16"),
+            "kv_dtype is 'float16', expected float32 or int8",
         ),
         (put("graph", "wire", "q5"), "graph: wire is 'q5', expected one of none, f32"),
         (put("graph", "wire", "q4"), "graph: wire is 'q4', expected 'q8' for codec int8-g32"),

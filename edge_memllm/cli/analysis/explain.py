@@ -43,8 +43,9 @@ through it and defines every figure.
 
 Keys, coefficients and the parts of a logit are in the weights: they need a checkpoint and the
 export extra. An artifact answers the rest, without torch. Rows that are gates, as Gemma's, are not
-read through the head and have no keys; what is left out is said. A word means the token with a space
-before it where there is one; give the space yourself, or a token's number as #12, for another."""
+read through the head and have no keys; what is left out is said. A word means the token with a
+space before it where there is one; give the space yourself, or the number of a token as #12, for
+another."""
 
 _EXAMPLES = """\
   edge-memllm explain checkpoint --text "The capital of France is Paris."

@@ -101,9 +101,13 @@ class Attention:
         self._step = step
         self._shape = shape
         extra = ((0, 0), (0, (shape.graph_head_dim - shape.head_dim) // 2))
+        # Keys and values in float32 are attended to in it. A CPU converts others, those of all
+        # positions, in every step and for every head that reads them.
+        self._dtype = dtype = "float32" if step.kv_dtype == "float32" else graph.compute_dtype
+        cosine = np.pad(rotary.cosine, extra, constant_values=1)
         self._rotary = (
-            graph.vector(f"{kind}cos_cache", np.pad(rotary.cosine, extra, constant_values=1)),
-            graph.vector(f"{kind}sin_cache", np.pad(rotary.sine, extra)),
+            graph.vector(f"{kind}cos_cache", cosine, dtype),
+            graph.vector(f"{kind}sin_cache", np.pad(rotary.sine, extra), dtype),
         )
 
     def __call__(
@@ -127,11 +131,9 @@ class Attention:
         past = step.past[layer] if source is None else step.present[source]
         lengths = [step.seqlens_k, step.total_sequence_length]
         inputs = [*queries, *past, *lengths, *self._rotary]
-        kv_dtype = graph.compute_dtype
         if step.kv_scales is not None:
             scales = step.kv_scales[layer if source is None else source]
             inputs += [None, None, None, *self._scale_inputs(path, scales)]
-            kv_dtype = "int8"
         name = f"{path}/GroupQueryAttention"
         # With int8 the operator wants to write what another layer has written already.
         writes = own or quantised
@@ -142,12 +144,13 @@ class Attention:
             inputs,
             [f"{name}/output_0", *present],
             self._attributes(rolling=own and layer in step.rolling),
-            dtypes=[graph.compute_dtype, *[kv_dtype] * len(present)],
+            dtypes=[self._dtype, *[step.kv_dtype] * len(present)],
         )
         if writes:
             step.present[layer] = stored[0], stored[1]
         if wanted:
             (attended,) = wanted_positions(graph, step, attended=attended)
+        attended = graph.cast(f"{path}/o_proj", attended, graph.compute_dtype)
         output = widen_heads(weights.projections["o_proj"].T, shape).T
         return graph.linear(f"{path}/o_proj", attended, output)
 
@@ -169,6 +172,7 @@ class Attention:
         """Query, key and value as the operator takes them: packed, or normed and apart."""
         names = [name for name in _PACKED if name in weights.projections]
         packed = self._packed_projection(path, x, weights, names)
+        packed = self._graph.cast(f"{path}/qkv_proj", packed, self._dtype)
         if weights.norms is None:
             return [packed, None, None]
         parts = self._apart(path, packed, names)
@@ -208,6 +212,7 @@ class Attention:
             [f"{path}/{part}" for part in ("query", "key", "value")[: len(names)]],
             {"axis": -1},
             domain="",
+            dtypes=[self._dtype] * len(names),
         )
         return parts if len(parts) == 3 else [*parts, parts[1]]
 
@@ -220,12 +225,12 @@ class Attention:
         name = f"{path[1:].replace('/', '.')}.{norm}"
         apart = graph.constant(f"{name}.heads", np.array([0, 0, heads, width]))
         flat = graph.constant(f"{name}.flat", np.array([0, 0, heads * width]))
-        x = graph.op(f"{path}/{norm}/Heads", "Reshape", [x, apart])
+        x = graph.op(f"{path}/{norm}/Heads", "Reshape", [x, apart], dtype=self._dtype)
         # Zeros that widen a head leave its squares' sum as it is, and change their mean.
         scale = widen_heads(weights.norms[norm][:, None], shape)[:, 0]
         filled = shape.head_dim / width
         out = graph.norm(f"{path}/{norm}", x, scale, weights.epsilon, filled)
-        return graph.op(f"{path}/{norm}/Flat", "Reshape", [out, flat])
+        return graph.op(f"{path}/{norm}/Flat", "Reshape", [out, flat], dtype=self._dtype)
 
     def _no_keys(self, path: str, query: ir.Value | None) -> ir.Value:
         """Keys, or values, of no position: [B, 0, Hk * d], cut from the query."""
@@ -234,7 +239,8 @@ class Attention:
         ends = np.array([0, shape.kv_heads * shape.graph_head_dim])
         numbers = {"starts": np.array([0, 0]), "ends": ends, "axes": np.array([1, 2])}
         inputs = [graph.constant(f"{name}.{part}", each) for part, each in numbers.items()]
-        return graph.op(f"{path}/no_keys/Slice", "Slice", [query, *inputs])
+        cut = [query, *inputs]
+        return graph.op(f"{path}/no_keys/Slice", "Slice", cut, dtype=self._dtype)
 
     def _scale_inputs(self, path: str, scales: KVScales) -> list[ir.Value]:
         """Scales of keys and values as initialisers [Hk * d]; those of padding do not matter."""

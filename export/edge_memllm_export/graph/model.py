@@ -38,7 +38,7 @@ class GraphForm:
     codec: Codec
     embedding_dtype: str  # "float16" | "float32", that of the table's records
     block: int | None = None  # weights to a scale in a matrix; None chooses by its size
-    int8_cache: bool = False  # keys and values; else they are in the compute dtype
+    kv_dtype: str | None = None  # of keys and values; None: the compute dtype
     matrices: Mapping[str, str] = field(default_factory=dict)  # kinds in another form than weights
     rounded: float = 0.0  # nats that inputs rounded to 8 bits may cost beside grids that are kept
     method: str | None = None  # one of quantizer.METHODS; None where nothing is quantised
@@ -65,7 +65,9 @@ def build_graph(
     if kv_scales is not None:
         layers = [cache.layer for cache in spec.caches]
         scales = dict(zip(layers, kv_scales, strict=True))
-    step = step_inputs(graph, spec, form.codec, form.embedding_dtype, scales)
+    step = step_inputs(
+        graph, spec, form.codec, form.embedding_dtype, form.kv_dtype or graph.compute_dtype, scales
+    )
     logits = build(graph, step)
     logits.name = "logits"
     whole = graph.graph(step.inputs, [logits, *step.outputs], OPSET)

@@ -34,6 +34,7 @@ class StepInputs:
     total_sequence_length: ir.Value  # int32 scalar
     past: dict[int, KeyValue]  # [B, Hk, C, d] by layer, R in place of C where they are rolling
     rolling: frozenset[int]  # layers that keep a window only
+    kv_dtype: str
     kv_scales: Mapping[int, KVScales] | None  # by layer, where keys and values are int8
     present: dict[int, KeyValue] = field(default_factory=dict)
     positions: ir.Value | None = None  # those that want logits [B, K, 1], once something asked
@@ -55,10 +56,10 @@ def step_inputs(
     spec: ModelSpec,
     codec: Codec,
     embedding_dtype: str,
+    kv_dtype: str,
     kv_scales: Mapping[int, KVScales] | None,
 ) -> StepInputs:
     """Declare everything that docs/format.md feeds a graph of this model."""
-    kv_dtype = graph.compute_dtype if kv_scales is None else "int8"
     return StepInputs(
         tokens=token_inputs(graph, spec.hidden_size, spec.memory, codec, embedding_dtype),
         logits_index=graph_input("logits_index", "int64", ["B", "K"]),
@@ -66,6 +67,7 @@ def step_inputs(
         total_sequence_length=graph_input("total_sequence_length", "int32", []),
         past={cache.layer: _cache_inputs(kv_dtype, cache) for cache in spec.caches},
         rolling=frozenset(cache.layer for cache in spec.caches if cache.rolling),
+        kv_dtype=kv_dtype,
         kv_scales=kv_scales,
     )
 
