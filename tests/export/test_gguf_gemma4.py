@@ -1,4 +1,4 @@
-"""Files of Gemma 4 become the network that they were written from."""
+"""Files of Gemma 4 and Gemma 3n become the network that they were written from."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from gguf.constants import GGMLQuantizationType
+from gguf.quants import dequantize, quantize
 
 from edge_memllm.errors import ExportError
 from edge_memllm_export.sources.gguf_config import GGUFConfig
@@ -21,6 +22,9 @@ from support.gguf_gemma import (
     VOCABULARY,
     WIDTH,
     WINDOW,
+    gemma3n,
+    gemma3n_metadata,
+    gemma3n_tensors,
     gemma4,
     gemma4_metadata,
     gemma4_tensors,
@@ -78,7 +82,7 @@ def test_what_a_file_does_not_say_is_as_in_llama_cpp() -> None:
 
 def test_keys_and_values_that_nobody_reads_are_left_alone() -> None:
     idle = {"blk.4.attn_k.weight": (32, WIDTH), "blk.5.attn_k_norm.weight": (64,)}
-    assert not set(config_of("E2B", idle).tensors.values()) & idle.keys()
+    assert not {each.tensor for each in config_of("E2B", idle).tensors.values()} & idle.keys()
     with pytest.raises(ExportError, match=r"has the tensor 'blk.6.attn_k.weight', which no gemma4"):
         config_of("E2B", {"blk.6.attn_k.weight": (32, WIDTH)})
 
@@ -157,3 +161,46 @@ def test_the_part_that_turns_is_as_the_factors_say() -> None:
         "rope_theta": 1_000_000.0,
     }
     assert rotary[FULL] == expected
+
+
+@pytest.mark.parametrize("kind", ["F32", "Q8_0"])
+def test_a_file_of_gemma_3n_computes_what_its_network_does(tmp_path: Path, kind: str) -> None:
+    network, stored = gemma3n(), GGMLQuantizationType[kind]
+    # Coefficients of four streams are no whole blocks; llama.cpp leaves those as they are.
+    narrow = {
+        f"blk.{layer}.altup_{name}_coef.weight": GGMLQuantizationType.F32
+        for layer in range(6)
+        for name in ("correct", "predict")
+    }
+    metadata, tensors = gemma3n_metadata(network.config), gemma3n_tensors(network)
+    write_gguf(tmp_path / "m.gguf", "gemma3n", metadata, tensors, stored, narrow)
+    with torch.no_grad():
+        for name, weight in network.named_parameters():
+            if weight.ndim == 2 and "_coefs" not in name:
+                weight.copy_(torch.from_numpy(dequantize(quantize(weight.numpy(), stored), stored)))
+    file = GGUFFile.open(tmp_path / "m.gguf")
+    assert file.config["activation_sparsity_pattern"] == [0.95, 0.95, 0.0, 0.0, 0.0, 0.0]
+    assert file.shape("model.altup_projections.2.weight") == (WIDTH, WIDTH)
+    assert np.array_equal(logits(built(file)), logits(network))
+
+
+@pytest.mark.parametrize(
+    ("metadata", "message"),
+    [
+        ({"activation_sparsity_scale": None}, "activation_sparsity_scale is None, expected 6"),
+        ({"altup.active_idx": 4}, "altup.active_idx is 4, expected a whole number from 0 to 3"),
+        ({"attention.key_length_swa": 16}, "gemma3n.attention.key_length_swa is 16, which the"),
+        ({"rope.dimension_count": 16}, "rope.dimension_count is 16, expected 32, the width of"),
+        ({"attention.shared_kv_layers": 5}, "shared_kv_layers is 5, which leaves none whose"),
+    ],
+)
+def test_gemma_3n_that_is_not_done_exactly_is_refused_by_name(
+    metadata: dict[str, Any], message: str
+) -> None:
+    network = gemma3n()
+    shapes = {name: each.shape for name, each in gemma3n_tensors(network).items()}
+    changes = {f"gemma3n.{name}": value for name, value in metadata.items()}
+    whole = {"general.architecture": "gemma3n", **gemma3n_metadata(network.config, **changes)}
+    with pytest.raises(ExportError, match=r"^m\.gguf: ") as caught:
+        GGUFConfig(whole, shapes, None, "m.gguf")
+    assert message in str(caught.value)

@@ -1,4 +1,4 @@
-"""GGUF files of tiny random Gemma 4 networks, as llama.cpp's converter writes them.
+"""GGUF files of tiny random Gemma 4 and Gemma 3n networks, as llama.cpp's converter writes them.
 
 Names of tensors are the gguf library's own map of transformers' names; the metadata is the
 converter's, key by key.
@@ -11,7 +11,12 @@ from typing import Any
 import gguf
 import numpy as np
 import torch
-from transformers import Gemma4ForCausalLM, Gemma4TextConfig
+from transformers import (
+    Gemma3nForCausalLM,
+    Gemma3nTextConfig,
+    Gemma4ForCausalLM,
+    Gemma4TextConfig,
+)
 
 VOCABULARY, WIDTH, ROW, WINDOW = 300, 64, 64, 6
 SLIDING, FULL = "sliding_attention", "full_attention"
@@ -57,7 +62,26 @@ FORMS: dict[str, dict[str, Any]] = {
 
 def gemma4(form: str, seed: int = 0, **fields: Any) -> Any:
     """A network of transformers in float32 whose every part changes the logits."""
-    network = Gemma4ForCausalLM(Gemma4TextConfig(**{**_SHAPE, **FORMS[form], **fields})).eval()
+    config = Gemma4TextConfig(**{**_SHAPE, **FORMS[form], **fields})
+    return _lively(Gemma4ForCausalLM(config).eval(), seed)
+
+
+def gemma3n(seed: int = 0, **fields: Any) -> Any:
+    """The same of Gemma 3n, its first layers sparse."""
+    shape = {
+        "num_hidden_layers": 6,
+        "layer_types": [SLIDING, SLIDING, FULL] * 2,
+        "num_key_value_heads": 2,
+        "num_kv_shared_layers": 3,
+        "hidden_size_per_layer_input": ROW,
+        "laurel_rank": 32,
+        "activation_sparsity_pattern": [0.95, 0.95, 0.0, 0.0, 0.0, 0.0],
+    }
+    own = {name: value for name, value in _SHAPE.items() if name != "global_head_dim"}
+    return _lively(Gemma3nForCausalLM(Gemma3nTextConfig(**{**own, **shape, **fields})).eval(), seed)
+
+
+def _lively(network: Any, seed: int) -> Any:
     random = torch.Generator().manual_seed(seed)
     with torch.no_grad():
         for name, weight in network.named_parameters():
@@ -67,6 +91,10 @@ def gemma4(form: str, seed: int = 0, **fields: Any) -> Any:
                 weight.copy_((0.5 + torch.rand(weight.shape, generator=random)) * size)
             elif "per_layer.weight" in name:
                 weight.normal_(0, 0.06, generator=random)
+            elif weight.ndim == 1:  # the scale of corrected streams
+                weight.copy_(0.5 + torch.rand(weight.shape, generator=random))
+            elif "modality_router" in name:  # whose inputs are divided by the width
+                weight.normal_(0, weight.shape[1] ** 0.5, generator=random)
             else:
                 weight.normal_(0, weight.shape[1] ** -0.5, generator=random)
         for name, buffer in network.named_buffers():
@@ -123,3 +151,56 @@ def gemma4_tensors(network: Any) -> dict[str, np.ndarray]:
     turning = int(width * config.rope_parameters[FULL]["partial_rotary_factor"] / 2)
     factors = [1.0] * turning + [1e30] * (width // 2 - turning)
     return found | {"rope_freqs.weight": np.array(factors, np.float32)}
+
+
+def gemma3n_metadata(config: Any, **changes: Any) -> dict[str, Any]:
+    """What the converter writes of a configuration; a change to None leaves a key out."""
+    shares = torch.tensor(config.activation_sparsity_pattern)
+    found = {
+        "block_count": config.num_hidden_layers,
+        "context_length": config.max_position_embeddings,
+        "embedding_length": config.hidden_size,
+        "feed_forward_length": np.array(config.intermediate_size, np.int32),
+        "attention.head_count": config.num_attention_heads,
+        "attention.head_count_kv": config.num_key_value_heads,
+        "attention.key_length": config.head_dim,
+        "attention.value_length": config.head_dim,
+        "rope.freq_base": config.rope_parameters[FULL]["rope_theta"],
+        "rope.freq_base_swa": config.rope_parameters[SLIDING]["rope_theta"],
+        "attention.layer_norm_rms_epsilon": config.rms_norm_eps,
+        "final_logit_softcapping": config.final_logit_softcapping,
+        "attention.sliding_window": config.sliding_window,
+        "altup.active_idx": config.altup_active_idx,
+        "altup.num_inputs": config.altup_num_inputs,
+        "embedding_length_per_layer_input": config.hidden_size_per_layer_input,
+        "attention.shared_kv_layers": config.num_kv_shared_layers,
+        "activation_sparsity_scale": torch.special.ndtri(shares).numpy().astype(np.float32),
+        "attention.sliding_window_pattern": np.array([k == SLIDING for k in config.layer_types]),
+    }
+    whole = {f"gemma3n.{name}": value for name, value in found.items()} | changes
+    return {key: value for key, value in whole.items() if value is not None}
+
+
+def gemma3n_tensors(network: Any) -> dict[str, np.ndarray]:
+    """The tensors of a file, by the file's names, in float32; layers keep keys nobody reads."""
+    config = network.config
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.GEMMA3N, config.num_hidden_layers)
+    found, stacks = (
+        {},
+        {"altup_projections": "altup_proj", "altup_unembed_projections": "altup_unembd_proj"},
+    )
+    for name, value in network.state_dict().items():
+        module = name.removeprefix("model.").split(".")[0]
+        if module not in stacks and name != "lm_head.weight":
+            found[f"{names.get_name(name.removesuffix('.weight'))}.weight"] = value.numpy()
+    for module, ours in stacks.items():
+        parts = [each.weight for each in getattr(network.model, module)]
+        found[f"{ours}.weight"] = torch.stack(parts).detach().numpy()
+    keys = config.num_key_value_heads * config.head_dim
+    idle = {"attn_k": (keys, config.hidden_size), "attn_v": (keys, config.hidden_size)}
+    for layer in range(
+        config.num_hidden_layers - config.num_kv_shared_layers, config.num_hidden_layers
+    ):
+        for each, shape in {**idle, "attn_k_norm": (config.head_dim,)}.items():
+            found[f"blk.{layer}.{each}.weight"] = np.ones(shape, np.float32)
+    return found

@@ -12,8 +12,9 @@ from typing import Any, Protocol
 from edge_memllm.arrays import Floats
 from edge_memllm_export.sources import gguf_dense
 from edge_memllm_export.sources.gguf_dense import DenseNetwork
+from edge_memllm_export.sources.gguf_gemma3n import Gemma3nNetwork
 from edge_memllm_export.sources.gguf_gemma4 import Gemma4Network
-from edge_memllm_export.sources.gguf_metadata import ROTARY_FACTORS, Expected, Metadata
+from edge_memllm_export.sources.gguf_metadata import ROTARY_FACTORS, Metadata, Parameter
 
 
 class Network(Protocol):
@@ -35,12 +36,13 @@ class Network(Protocol):
     def idle(self) -> Set[str]:
         """Tensors that may be there and are never computed with."""
 
-    def expected(self) -> Iterator[Expected]:
+    def expected(self) -> Iterator[Parameter]:
         """Every parameter, in transformers' and in the file's names."""
 
 
 _NETWORKS: Mapping[str, Callable[[Metadata, Floats | None], Network]] = {
     **dict.fromkeys(gguf_dense.FAMILIES, DenseNetwork),
+    "gemma3n": Gemma3nNetwork,
     "gemma4": Gemma4Network,
 }
 
@@ -65,18 +67,18 @@ class GGUFConfig:
         self.fields = self.network.fields
         self.tensors = self._tensors()
 
-    def _tensors(self) -> dict[str, str]:
-        """The file's names by transformers'; complete, in shape, and nothing left over."""
-        found = {}
-        for theirs, ours, shape in self.network.expected():
-            if self._read.shape(ours) != shape:
+    def _tensors(self) -> dict[str, Parameter]:
+        """Where each parameter lies, by its name; complete, in shape, and nothing left over."""
+        found = {each.name: each for each in self.network.expected()}
+        for each in found.values():
+            shape = self._read.shape(each.tensor)
+            if shape != each.shape:
                 self._read.refuse(
-                    f"tensor {ours} has the shape {list(self._read.shape(ours))}, expected "
-                    f"{list(shape)}.",
+                    f"tensor {each.tensor} has the shape {list(shape)}, expected "
+                    f"{list(each.shape)}.",
                     "The file is damaged, or its metadata is another model's.",
                 )
-            found[theirs] = ours
-        known = {*found.values(), ROTARY_FACTORS, *self.network.idle}
+        known = {ROTARY_FACTORS, *self.network.idle, *(each.tensor for each in found.values())}
         if left := sorted(set(self._read.shapes) - known):
             self._read.refuse(
                 f"has the tensor {left[0]!a:.80}, which no {self._read.architecture} network here "

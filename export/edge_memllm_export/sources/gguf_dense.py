@@ -15,8 +15,8 @@ from edge_memllm_export.sources.gguf_metadata import (
     FINAL_NORM,
     HEAD,
     ROTARY_FACTORS,
-    Expected,
     Metadata,
+    Parameter,
 )
 
 _LLAMA_ROTARY = {"low_freq_factor": 1.0, "high_freq_factor": 4.0}
@@ -264,21 +264,23 @@ class DenseNetwork:
     def _has_all(self, names: Mapping[str, str]) -> bool:
         return all(f"blk.0.{name}" in self._read.shapes for name in names)
 
-    def expected(self) -> Iterator[Expected]:
+    def expected(self) -> Iterator[Parameter]:
         """Every parameter; see `Network`."""
         fields = self.fields
         width, vocabulary = fields["hidden_size"], fields["vocab_size"]
-        yield "model.embed_tokens.weight", EMBEDDING, (vocabulary, width)
-        yield "model.norm.weight", FINAL_NORM, (width,)
+        yield Parameter("model.embed_tokens.weight", EMBEDDING, (vocabulary, width))
+        yield Parameter("model.norm.weight", FINAL_NORM, (width,))
         if not fields["tie_word_embeddings"]:
-            yield "lm_head.weight", HEAD, (vocabulary, width)
+            yield Parameter("lm_head.weight", HEAD, (vocabulary, width))
         names = dict(self._family.layer)
         for field, optional in self._family.switches.items():
             names |= optional if fields[field] else {}
         shapes = _layer_shapes(fields)
         for layer in range(fields["num_hidden_layers"]):
             for ours, theirs in names.items():
-                yield f"model.layers.{layer}.{theirs}", f"blk.{layer}.{ours}", shapes[ours]
+                yield Parameter(
+                    f"model.layers.{layer}.{theirs}", f"blk.{layer}.{ours}", shapes[ours]
+                )
 
 
 def _layer_shapes(fields: Mapping[str, Any]) -> dict[str, tuple[int, ...]]:

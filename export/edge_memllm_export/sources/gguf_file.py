@@ -96,7 +96,8 @@ class GGUFFile:
 
     def shape(self, name: str) -> tuple[int, ...]:
         """The shape of a parameter: [rows, columns], or [columns] of a norm or bias."""
-        return self._stored(name).shape
+        parameter = self._config.tensors[name]
+        return parameter.shape if parameter.part is None else parameter.shape[1:]
 
     def kind(self, name: str) -> str:
         """GGUF's name of the type a parameter is stored in, such as Q4_K or F16."""
@@ -113,7 +114,7 @@ class GGUFFile:
             weights = self._dequantised(stored, None)[0][rows]
         else:
             rows = rows[start:stop]
-            weights = np.empty((len(rows), stored.shape[1]), np.float32)
+            weights = np.empty((len(rows), stored.shape[-1]), np.float32)
             for chunk in _chunks(*weights.shape):
                 weights[chunk] = self._dequantised(stored, rows[chunk])
         if self._config.network.shifted_norms and name.endswith("norm.weight"):
@@ -135,7 +136,7 @@ class GGUFFile:
         codes = np.empty((len(rows), first.codes.shape[1]), first.codes.dtype)
         scales = np.empty((len(rows), first.scales.shape[1]), np.float32)
         minima = None if first.minima is None else np.empty_like(scales)
-        for chunk in _chunks(len(rows), stored.shape[1]):
+        for chunk in _chunks(len(rows), stored.shape[-1]):
             part = self._grid(stored, rows[chunk])
             codes[chunk], scales[chunk] = part.codes, part.scales
             if minima is not None:
@@ -151,7 +152,7 @@ class GGUFFile:
         return {} if self.tokenizer is None else self.tokenizer.files()
 
     def _stored(self, name: str) -> StoredTensor:
-        return self._header.tensors[self._config.tensors[name]]
+        return self._header.tensors[self._config.tensors[name].tensor]
 
     def _check_types(self) -> None:
         """Refuse at once what `read` could not read minutes later."""
@@ -167,7 +168,8 @@ class GGUFFile:
 
     def _rows(self, name: str) -> NDArray[np.int64]:
         """Where each row of a matrix, or number of a vector, lies in the file."""
-        rows = np.arange(self._stored(name).shape[0])
+        rows = np.arange(self.shape(name)[0])
+        rows += len(rows) * (self._config.tensors[name].part or 0)
         if self._config.network.permuted and any(part in name for part in _ROTATED):
             half = self._config.fields["head_dim"] // 2
             return rows.reshape(-1, half, 2).swapaxes(1, 2).reshape(-1)

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Collection, Mapping, Set
 from functools import cache
-from typing import Any, NoReturn
+from typing import Any, NamedTuple, NoReturn
 
 import numpy as np
 from gguf.constants import Keys
@@ -16,8 +16,24 @@ from edge_memllm.errors import ExportError
 
 EMBEDDING, HEAD, FINAL_NORM = "token_embd.weight", "output.weight", "output_norm.weight"
 ROTARY_FACTORS = "rope_freqs.weight"
-# A parameter: its name in transformers, and in the file; its shape.
-Expected = tuple[str, str, tuple[int, ...]]
+
+
+class Parameter(NamedTuple):
+    """A parameter of a network, and the tensor of a file that it is, or a part of.
+
+    Attributes:
+        name: In transformers.
+        tensor: In the file.
+        shape: Of the tensor.
+        part: Which matrix of a stack [n, rows, columns] it is; None for all of the tensor.
+    """
+
+    name: str
+    tensor: str
+    shape: tuple[int, ...]
+    part: int | None = None
+
+
 # Keys under an architecture's name that change nothing.
 _OF_NO_EFFECT = {"vocab_size", "tensor_data_layout", "rope.scaling.finetuned"}
 _MOST = 1 << 24
