@@ -75,12 +75,13 @@ class PerLayerNetwork:
             yield Parameter("lm_head.weight", HEAD, (vocabulary, width))
         if row := fields["hidden_size_per_layer_input"]:
             rows = self._layers * row
-            for theirs, ours, shape in (
+            of_rows: tuple[tuple[str, str, tuple[int, ...]], ...] = (
                 ("embed_tokens_per_layer", "per_layer_token_embd", (vocabulary, rows)),
                 ("per_layer_model_projection", "per_layer_model_proj", (rows, width)),
                 ("per_layer_projection_norm", "per_layer_proj_norm", (row,)),
-            ):
-                yield Parameter(f"model.{theirs}.weight", f"{ours}.weight", shape)
+            )
+            for theirs, ours, sizes in of_rows:
+                yield Parameter(f"model.{theirs}.weight", f"{ours}.weight", sizes)
         for layer in range(self._layers):
             for name, own, shape in self.layer(layer):
                 yield Parameter(f"model.layers.{layer}.{name}", f"blk.{layer}.{own}.weight", shape)
