@@ -454,11 +454,17 @@ class _Export:
         self._writer = writer
         self._progress = progress
         self._kept: GridStore | None = None
+        self._on_grids = 0
 
     @property
     def notes(self) -> tuple[str, ...]:
         """What to know of the graph that was written."""
-        return () if self._kept is None else (f"matrices of the file: {self._kept.summary}.",)
+        notes = []
+        if self._kept is not None:
+            notes.append(f"matrices of the file: {self._kept.summary}.")
+        if self._on_grids:
+            notes.append(f"matrices on grids of few bits, kept as they are: {self._on_grids}.")
+        return tuple(notes)
 
     def write(self, rows: Rows, calibration_text: str | None) -> Manifest:
         """Write all files, the manifest last, and force them to the disk."""
@@ -540,7 +546,7 @@ class _Export:
         spec, form = self._source.spec, self._form
         build, store = matrices.architecture.build, matrices.store
         model = build_graph(spec, build, form, identity, scales, store)
-        self._kept = matrices.kept
+        self._kept, self._on_grids = matrices.kept, matrices.on_grids
         names = save_graph(model, self._writer.path)
         # Nodes and values refer to each other: their weights would stay until some later sweep.
         del model

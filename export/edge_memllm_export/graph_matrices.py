@@ -65,7 +65,8 @@ class GraphMatrices:
     architecture: Architecture
     store: StoreMatrix
     allocation: Allocation | None = None  # None: in one form all, or as the file has them
-    kept: GridStore | None = None  # that same store, where grids are kept
+    kept: GridStore | None = None  # that same store, where grids of a file are kept
+    on_grids: int = 0  # matrices of floats that lie on grids of their own
 
 
 def graph_matrices(
@@ -120,7 +121,7 @@ def graph_matrices(
         progress("graph", next(done), len(names))
         return stored
 
-    return GraphMatrices(plan.architecture, counted, found)
+    return GraphMatrices(plan.architecture, counted, found, on_grids=plan.kept)
 
 
 def _delicate(

@@ -11,7 +11,6 @@ from edge_memllm_export.weights.forms import MatrixForm, WeighedMatrix
 from edge_memllm_export.weights.planning import FORMS
 
 FLOAT16 = np.dtype(np.float16)
-FEW = [MatrixForm(2, block) for block in (32, 64)]
 EXACT = [MatrixForm(8, 32, level=0), MatrixForm(4, 64, level=0)]
 
 
@@ -31,7 +30,7 @@ def damage(matrix: WeighedMatrix, found: Floats) -> float:
     return float(matrix._shares @ rows) / 2
 
 
-@pytest.mark.parametrize("form", [*FORMS, *FEW, *EXACT], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, *EXACT], ids=str)
 def test_what_a_form_costs_is_known_before(matrix: WeighedMatrix, form: MatrixForm) -> None:
     expected = matrix.measured_share(form) * matrix.expected(form)
     found = matrix.stored(form, FLOAT16, "w")
@@ -39,7 +38,7 @@ def test_what_a_form_costs_is_known_before(matrix: WeighedMatrix, form: MatrixFo
     assert found.level == form.level
 
 
-@pytest.mark.parametrize("form", [*FORMS, *FEW, *EXACT], ids=str)
+@pytest.mark.parametrize("form", [*FORMS, *EXACT], ids=str)
 def test_a_form_takes_the_bytes_that_it_says(matrix: WeighedMatrix, form: MatrixForm) -> None:
     rows, columns = matrix.weight.shape
     assert matrix.stored(form, FLOAT16, "w").nbytes == form.stored_bytes(rows, columns)

@@ -6,7 +6,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import onnx_ir as ir
 import pytest
 import torch
 
@@ -21,7 +20,7 @@ from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from support.checkpoints import MakeCheckpoint, files_of
-from support.matrices import dequantize
+from support.matrices import matrices_of
 
 TEXT = "It was the best of times, it was the worst of times. " * 4
 QUICK = {
@@ -30,18 +29,6 @@ QUICK = {
     "graph_method": "gptq",
     "graph_weights": "int4",
 }
-
-
-def matrices(artifact: Path) -> dict[str, tuple[int, np.ndarray]]:
-    """Bits and values of every MatMulNBits, by its name without the operator."""
-    found = {}
-    for node in ir.load(artifact / "graph.onnx").graph:
-        if node.op_type == "MatMulNBits":
-            codes, scales = (value.const_value.numpy() for value in node.inputs[1:3])
-            bits, columns = (node.attributes[name].as_int() for name in ("bits", "K"))
-            values = dequantize(codes, scales, bits, columns)
-            found[node.name.removesuffix("/MatMulNBits")] = bits, values
-    return found
 
 
 @pytest.mark.parametrize(
@@ -73,7 +60,7 @@ def test_calibrated_twice_the_bytes_are_the_same(checkpoint: Path, tmp_path: Pat
 def test_another_text_gives_other_codes(checkpoint: Path, tmp_path: Path) -> None:
     export_model(checkpoint, tmp_path / "one", **QUICK)
     export_model(checkpoint, tmp_path / "two", **QUICK | {"calibration_text": "0123456789" * 30})
-    one, two = matrices(tmp_path / "one"), matrices(tmp_path / "two")
+    one, two = matrices_of(tmp_path / "one"), matrices_of(tmp_path / "two")
     assert all((one[name][1] != two[name][1]).any() for name in one)
 
 
@@ -103,7 +90,7 @@ def test_graph_is_the_network_with_the_matrices_it_holds(
     )
     source = Checkpoint.open(checkpoint)
     reference = source.architecture.reference()
-    for path, (_, values) in matrices(tmp_path / "out").items():
+    for path, (_, values) in matrices_of(tmp_path / "out").items():
         put(reference.network, path[1:].replace("/", "."), torch.from_numpy(values.copy()))
     ids = list(b"It was the best of times")
     with JudgedArtifact(tmp_path / "out", reference) as judged:
@@ -148,7 +135,7 @@ def test_kinds_of_matrices_have_forms_of_their_own(checkpoint: Path, tmp_path: P
         **QUICK,
         matrix_weights={"lm_head": "int8", "gate_up_proj": "int8"},
     )
-    bits = {name: bits for name, (bits, _) in matrices(tmp_path / "out").items()}
+    bits = {name: bits for name, (bits, _) in matrices_of(tmp_path / "out").items()}
     assert bits.pop("/lm_head") == 8
     assert {name for name, each in bits.items() if each == 8} == {
         f"/model/layers.{layer}/mlp/gate_up_proj" for layer in range(2)
@@ -164,7 +151,7 @@ def test_the_manifest_names_the_form_of_fewest_bits(checkpoint: Path, tmp_path: 
         **QUICK,
         matrix_weights={"lm_head": "int8", "gate_up_proj": "int2"},
     )
-    assert {bits for bits, _ in matrices(tmp_path / "out").values()} == {2, 4, 8}
+    assert {bits for bits, _ in matrices_of(tmp_path / "out").values()} == {2, 4, 8}
     assert report.manifest.graph.weights == "int2"
 
 
@@ -178,7 +165,7 @@ def test_without_a_tokenizer_random_tokens_do(checkpoint: Path, tmp_path: Path) 
             graph_weights="int4",
             graph_method=method,
         )
-    one, two = matrices(tmp_path / "gptq"), matrices(tmp_path / "rtn")
+    one, two = matrices_of(tmp_path / "gptq"), matrices_of(tmp_path / "rtn")
     assert all((one[name][1] != two[name][1]).any() for name in one)
 
 

@@ -29,6 +29,7 @@ from edge_memllm_export.weights.planning import (
     measured,
 )
 from support.checkpoints import MakeCheckpoint
+from support.matrices import matrices_of
 
 SHAPES: list[dict[str, Any]] = [
     {"beta": 0, "memory_gain": [0.5, -1.5]},
@@ -96,7 +97,7 @@ def test_a_plan_for_less_damage_takes_more_bytes(make_checkpoint: MakeCheckpoint
 def test_a_budget_is_kept_and_used(make_checkpoint: MakeCheckpoint) -> None:
     _, weighed = planner(Checkpoint.open(make_checkpoint(beta=3)))
     weights = sum(each.rows * each.columns for each in weighed.values())
-    for bits in (4.7, 6, 8.2):
+    for bits in (2.6, 3.3, 4.7, 6, 8.2):
         budget = int(bits * weights / 8)
         found = choose_forms(weighed, lambda options, most=budget: least_damage(options, most))
         assert 0.9 * budget <= found.stored <= budget
@@ -111,6 +112,53 @@ def test_matrices_whose_inputs_are_delicate_get_them_exact() -> None:
     found = choose_forms(weighed, lambda options: fewest_bytes(options, 2e-3))
     assert [name for name, each in found.chosen.items() if each.form.level == 0] == ["odd"]
     assert found.damage <= 2e-3
+
+
+def test_below_four_bits_the_matrices_that_matter_least_have_two(
+    make_checkpoint: MakeCheckpoint,
+) -> None:
+    _, weighed = planner(Checkpoint.open(make_checkpoint(beta=3)))
+    weights = sum(each.rows * each.columns for each in weighed.values())
+    few = choose_forms(weighed, lambda options: least_damage(options, int(3.5 * weights / 8)))
+    bits = {name: each.form.bits for name, each in few.chosen.items()}
+    assert 2 in bits.values()
+    assert max(bits.values()) > 2
+
+    def dearness(name: str) -> float:
+        """Nats that more bits than two take off, for each weight."""
+        each = weighed[name]
+        return (each.rounding[FORMS[0]] - each.rounding[FORMS[2]]) / (each.rows * each.columns)
+
+    two = [dearness(name) for name in bits if bits[name] == 2]
+    more = [dearness(name) for name in bits if bits[name] > 2]
+    assert np.median(two) < np.median(more)
+
+
+@pytest.mark.parametrize("asked", ["auto", "int2", "int4"])
+@pytest.mark.parametrize("tied", [False, True])
+def test_matrices_on_a_grid_are_kept_bit_for_bit(
+    asked: str, tied: bool, make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Two kinds on grids of 2 bits, a step for each row, between others that are not."""
+    made = make_checkpoint(beta=3, tie_word_embeddings=tied)
+    source = Path(shutil.copytree(made, tmp_path / "source"))
+    weights = load_file(source / "model.safetensors")
+    for name, weight in weights.items():
+        if name.endswith(("mlp.up_proj.weight", "mlp.gate_proj.weight", "o_proj.weight")):
+            steps = weight.float().std(dim=1, keepdim=True).half().float()
+            weights[name] = (weight / steps).round().clamp(-2, 1) * steps
+    save_file(weights, source / "model.safetensors", metadata={"format": "pt"})
+    out = tmp_path / "out"
+    report = export_model(source, out, graph_weights=asked, verify=False)
+    assert "matrices on grids of few bits, kept as they are: 4." in report.notes
+    architecture = Checkpoint.open(source).architecture
+    found = matrices_of(out)
+    for layer in range(2):
+        path = f"model.layers.{layer}.mlp"
+        whole = [architecture.array(f"{path}.{part}.weight") for part in ("gate_proj", "up_proj")]
+        bits, values = found[f"/model/layers.{layer}/mlp/gate_up_proj"]
+        np.testing.assert_array_equal(values, np.concatenate(whole))
+        assert bits == 4 if asked == "int4" else bits in (2, 4)  # 4 where inputs are not rounded
 
 
 def test_damage_is_a_sum_with_shares(make_checkpoint: MakeCheckpoint) -> None:
@@ -172,7 +220,7 @@ def test_a_dense_model_fits_the_bytes_it_was_given(
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"table_target": Target(bits=3)}, "in their smallest forms they take"),
+        ({"table_target": Target(bits=2)}, "in their smallest forms they take"),
         ({"table_target": Target(file_bytes=1000)}, "in their smallest forms they take"),
         (
             {"table_target": Target(bits=5), "graph_weights": "int4"},
@@ -185,6 +233,22 @@ def test_targets_that_cannot_be_are_refused(
 ) -> None:
     with pytest.raises(ExportError, match=message):
         export_model(make_checkpoint(beta=8), tmp_path / "out", verify=False, **options)
+
+
+def test_a_plan_with_matrices_of_two_bits_is_judged_as_such(
+    make_checkpoint: MakeCheckpoint, tmp_path: Path
+) -> None:
+    """Its rungs leave room for what 2 bits lose on random weights."""
+    checkpoint = make_checkpoint(beta=8)
+    options: dict[str, Any] = {"accept_quality_loss": True, "overwrite": True}
+    for bits, form in ((2.7, "int2"), (6, "mixed")):
+        target = Target(bits=bits)
+        report = export_model(checkpoint, tmp_path / "out", table_target=target, **options)
+        assert report.manifest.graph.weights == "mixed"
+        assert len(report.rungs) == 6
+        reference = Checkpoint.open(checkpoint).architecture.reference()
+        with JudgedArtifact(tmp_path / "out", reference) as judged:
+            assert judged.weights == form
 
 
 def graph_weights(checkpoint: Path) -> list[np.ndarray]:

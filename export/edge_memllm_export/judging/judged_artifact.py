@@ -16,6 +16,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_runtimes import open_runtime
+from edge_memllm_runtimes.graph_file import read_graph
 from edge_memllm_runtimes.options import RuntimeOptions
 
 if TYPE_CHECKING:
@@ -58,6 +59,18 @@ class JudgedArtifact:
     def logits(self, ids: Sequence[int], chunk: int) -> np.ndarray:
         """The same of all positions, [T, V]."""
         return np.concatenate(list(self.graph_logits(ids, chunk)))
+
+    @cached_property
+    def weights(self) -> str:
+        """The form that the graph is judged by: int2 where a mixed one has matrices of 2 bits."""
+        graph = self.artifact.manifest.graph
+        if graph.weights != "mixed":
+            return graph.weights
+        nodes = read_graph(self.artifact.read_bytes(graph.file)).nodes
+        products = (node for node in nodes if node.op_type == "MatMulNBits")
+        # A second part makes 6 bits of 4.
+        few = (each.attributes["bits"] == 2 and ".part." not in each.inputs[1] for each in products)
+        return "int2" if any(few) else "mixed"
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

@@ -190,7 +190,7 @@ def _fed_logits(judged: JudgedArtifact, sequence: list[int]) -> np.ndarray:
 
 
 def _graph(judged: JudgedArtifact, network: np.ndarray, whole: np.ndarray) -> ParityCheck:
-    weights = judged.artifact.manifest.graph.weights
+    weights = judged.weights
     if weights == "fp32":
         return _exact(4, "graph", network, whole)
     measured = float(divergences(network, whole).mean())
@@ -207,7 +207,7 @@ def _parts(
     parts: np.ndarray,
 ) -> ParityCheck:
     """Logits of float32 graphs by their difference, of others by how far both are off."""
-    weights = judged.artifact.manifest.graph.weights
+    weights = judged.weights
     if weights == "fp32":
         return _exact(number, name, whole, parts)
     if weights == "int2":

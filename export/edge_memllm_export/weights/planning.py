@@ -27,11 +27,14 @@ from edge_memllm_export.weights.allocation import Allocation, Option, Options
 from edge_memllm_export.weights.damage import Sensitivity, measure_sensitivities
 from edge_memllm_export.weights.folding import column_factors, folded_moment
 from edge_memllm_export.weights.forms import MatrixForm, WeighedMatrix
+from edge_memllm_export.weights.own_grids import OwnGrid, own_grid
 from edge_memllm_export.weights.stored_matrix import StoredMatrix, StoreMatrix
 
 # What a matrix can be stored in. More blocks of 64 or 128 save little more, 5 and 7 bits have no
-# kernel that is worth it.
+# kernel that is worth it, zero points of 2 bits take nothing off.
 FORMS = (
+    MatrixForm(2, 64),
+    MatrixForm(2, 32),
     MatrixForm(4, 64),
     MatrixForm(4, 32),
     MatrixForm(4, 32, zero_points=True),
@@ -60,14 +63,19 @@ class WeighedForms:
     columns: int
     rounding: Mapping[MatrixForm, float]  # expected damage of the codes, nats per token
     inputs: Mapping[int, float]  # of inputs rounded by blocks of so many
+    kept: bool = False  # on a grid of its own, bit for bit
 
     def options(self, *, exact: bool) -> list[Option]:
         """What it costs in each form; ``exact``: with inputs as they are."""
         return [
             self._option(form, exact=exact)
             for form in self.rounding
-            if not (exact and 2 in form.parts)  # no kernel of 2 bits is fast with such inputs
+            if not exact or self._takes_exact_inputs(form)
         ]
+
+    def _takes_exact_inputs(self, form: MatrixForm) -> bool:
+        """Only the kernel of 4 bits is fast with such inputs; 8 bits are twice 4."""
+        return 2 not in form.parts and not (self.kept and form.bits == 8)
 
     def _option(self, form: MatrixForm, *, exact: bool) -> Option:
         chosen = replace(form, level=0) if exact else form
@@ -82,6 +90,7 @@ class MatrixPlan:
     architecture: Architecture
     chosen: Mapping[str, Option]
     store: StoreMatrix
+    kept: int = 0  # matrices that lie on grids of their own
 
     @property
     def allocation(self) -> Allocation:
@@ -101,6 +110,8 @@ class MatrixPlanner:
             name: in_graph(architecture, name, each) for name, each in sensitivities.items()
         }
         self._factors: dict[str, Floats] = {}
+        self._grids: dict[str, OwnGrid] = {}
+        self._kept_weights: set[str] = set()  # of these matrices; no factor may touch them
 
     def weigh(
         self, visit: VisitMatrices, forms: FormsOf, progress: Counted
@@ -120,24 +131,34 @@ class MatrixPlanner:
         """Return how the graph's matrices are stored in the forms that were chosen."""
 
         def store(name: str, weight: np.ndarray) -> Sequence[StoredMatrix]:
+            form = chosen[name].form
+            if name in self._grids:
+                blocks = self._grids[name].stored(weight, form.bits, form.block, _SCALES)
+                return [StoredMatrix((blocks,), level=form.level)]
             matrix = self._matrix(name, weight.astype(np.float32))
-            return [matrix.stored(chosen[name].form, _SCALES, name)]
+            return [matrix.stored(form, _SCALES, name)]
 
-        return MatrixPlan(self._architecture.folded(self._factors), chosen, store)
+        architecture = self._architecture.folded(self._factors)
+        return MatrixPlan(architecture, chosen, store, len(self._grids))
 
     def _weigh(self, name: str, weight: Floats, forms: Sequence[MatrixForm]) -> WeighedForms:
         sensitivity, folding = self._sensitivities[name], self._architecture.folding(name)
         if not np.isfinite(weight).all():
             raise ExportError(f"{name}: a weight is not finite. Mend the checkpoint.")
+        rows, columns = weight.shape
         inputs = sensitivity.of_rounded_inputs(weight, {form.block for form in forms})
-        if folding is not None:
+        grid = own_grid(weight)
+        if grid is not None and (kept := [form for form in forms if _holds(form, grid)]):
+            self._grids[name] = grid
+            self._kept_weights.update(self._architecture.parts(name))
+            return WeighedForms(rows, columns, dict.fromkeys(kept, 0.0), inputs, kept=True)
+        if folding is not None and self._kept_weights.isdisjoint(folding.divided):
             power = sensitivity.moment.diagonal()
             factors = column_factors(weight, power, folding.shared, folding.width)
             self._factors[name] = factors
             weight = weight * factors
         matrix = self._matrix(name, weight)
         rounding = {form: matrix.measured_share(form) * matrix.expected(form) for form in forms}
-        rows, columns = weight.shape
         return WeighedForms(rows, columns, rounding, inputs)
 
     def _matrix(self, name: str, weight: Floats) -> WeighedMatrix:
@@ -148,6 +169,10 @@ class MatrixPlanner:
         if factors is not None:
             moment = folded_moment(moment, factors)
         return WeighedMatrix(weight, moment, sensitivity.rows)
+
+
+def _holds(form: MatrixForm, grid: OwnGrid) -> bool:
+    return form.parts == (form.bits,) and not form.zero_points and grid.fits(form.bits, form.block)
 
 
 def choose_forms(weighed: Mapping[str, WeighedForms], choose: Choose) -> Allocation:
@@ -164,7 +189,7 @@ def choose_forms(weighed: Mapping[str, WeighedForms], choose: Choose) -> Allocat
         rounded = {
             name: weighed[name].inputs[option.form.block]
             for name, option in found.chosen.items()
-            if name not in exact
+            if name not in exact and weighed[name].options(exact=True)
         }
         worst = max(rounded, key=lambda name: rounded[name] / sizes[name], default=None)
         room = _MOST_EXACT * sum(sizes.values()) - sum(sizes[name] for name in exact)

@@ -10,6 +10,7 @@ from collections.abc import Collection, Mapping, Sequence
 import numpy as np
 
 from edge_memllm.errors import ExportError
+from edge_memllm_export.weights.own_grids import own_grid
 from edge_memllm_export.weights.stored_matrix import Blocks, StoredMatrix, StoreMatrix, packed
 
 BLOCKS = (32, 64, 128, 256)
@@ -93,7 +94,8 @@ def uniform(
 ) -> StoreMatrix:
     """Round all matrices to one form of `WEIGHT_FORMS`, but for kinds that ``matrices`` names.
 
-    ``block`` weights share a scale, None chooses by the matrix.
+    ``block`` weights share a scale, None chooses by the matrix. Weights that lie on a grid already
+    are kept as they are.
     """
     others = matrices or {}
     dtype = np.dtype(compute_dtype(weights))
@@ -103,7 +105,10 @@ def uniform(
         if bits is None:
             return None
         columns = weight.shape[1]
-        codes, scales = quantize(weight, bits, block_for(columns, block), dtype, name)
+        size, grid = block_for(columns, block), own_grid(weight)
+        if grid is not None and grid.fits(bits, size):
+            return [StoredMatrix((grid.stored(weight, bits, size, dtype),))]
+        codes, scales = quantize(weight, bits, size, dtype, name)
         return [StoredMatrix((Blocks(columns, bits, codes, scales),))]
 
     return store
