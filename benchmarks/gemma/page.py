@@ -103,7 +103,7 @@ def _rounds_part(rounds: Rounds, threads: int) -> Iterator[str]:
         "seconds and memory less.\n"
     )
     rows = [
-        [figure.split(",")[0], *(_ratio(ratios(rounds, key, name)) for name in others)]
+        [figure.rsplit(", ", 1)[0], *(_ratio(ratios(rounds, key, name)) for name in others)]
         for key, figure in FIGURES.items()
     ]
     yield markdown(["", *(f"to {name}" for name in others)], rows) + "\n"
