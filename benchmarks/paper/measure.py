@@ -24,7 +24,7 @@ from benchmarks.paper.runs import Run, read_runs, scaled_compute
 from benchmarks.paper.store import FOLDER, Results
 from edge_memllm.cli.analysis.bench import make_synthetic
 from edge_memllm.evaluation.perplexity import Predictor
-from edge_memllm.interpretation.texts import scaled_gain, without_layer
+from edge_memllm.interpretation.texts import scaled_gain, without_layers
 from edge_memllm.model import Model
 from edge_memllm.modeling import parameter_counts, preset_config
 from edge_memllm.sweep.measuring import table_figures
@@ -83,7 +83,7 @@ def drop(run: Run, judge: Judge) -> Figures:
         whole = judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS)
         if run.config.has_memory:
             spec = model.manifest.model
-            dropped = [scaled_gain(spec, without_layer(spec, layer)) for layer in layers]
+            dropped = [without_layers(spec.memory, model.source, [layer]).gain for layer in layers]
             found = [judge.texts(model, run, TRAINED, _SWEPT_CHARACTERS, each) for each in dropped]
             return {"part": "memory", "whole": whole, "layers": found}
     found = []

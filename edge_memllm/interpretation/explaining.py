@@ -414,6 +414,7 @@ def _open_checkpoint(path: Path, threads: int | None, opened: ExitStack) -> Subj
     else:
         torch.set_num_threads(threads)
     model = open_checkpoint(path)
+    _refuse_dense(path, model.manifest.model)
     network = model.network
     if network is None:
         return _subject(path, _CHECKPOINT, model, TableMemory(model), None, None)
@@ -490,7 +491,6 @@ def open_checkpoint(path: Path) -> CheckpointModel:
             f"{path}: no {TOKENIZER_FILE}, so tokens have no text. Put the tokenizer there."
         )
     spec, reference = source.spec, source.architecture.reference()
-    _refuse_dense(path, spec)
     network, runtime = None, reference.runtime()
     if not are_gates(spec.memory):
         network = NetworkMemory(reference.network)

@@ -10,7 +10,7 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import TYPE_CHECKING, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +18,9 @@ from numpy.typing import NDArray
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
+
+if TYPE_CHECKING:
+    from edge_memllm.artifact.model_spec import CacheSpec
 
 FIRST_CAPACITY = 256
 # Rows of a rolling cache beyond its window: they move once in so many steps, not in each. More
@@ -28,6 +31,16 @@ ROLLING_SLACK = 64
 MOST_MARKS = 2
 
 Cache = TypeVar("Cache", bound=KVCache)
+
+
+def cache_names(cache: CacheSpec) -> tuple[str, str]:
+    """Return the names of a layer's keys and values, without the word for past or present."""
+    return f"{cache.layer}.key", f"{cache.layer}.value"
+
+
+def reader_names(cache: CacheSpec) -> list[str]:
+    """Return the same of the layers that read another's, keys and values in turn."""
+    return [f"{layer}.{part}" for layer in cache.readers for part in ("key", "value")]
 
 
 def grown_capacity(needed: int, context: int) -> int:

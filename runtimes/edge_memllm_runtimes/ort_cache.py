@@ -17,8 +17,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.runtime_protocol import KVState, KVStateLayout
-from edge_memllm_runtimes.graph_check import cache_names
-from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget, Mark, RollingWindow
+from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget, Mark, RollingWindow, cache_names
 from edge_memllm_runtimes.ort_graph import GraphShape
 from edge_memllm_runtimes.ort_library import import_library
 
@@ -241,6 +240,7 @@ class OrtCache(GrowingCache):
         self._shape = shape
         self._device = device
         self._graphs = graphs
+        self._grown_bytes = 0
         # Some operators take no empty tensors: all on CUDA, and attention of layers that see wanted
         # positions alone. So those are asked for one when none is wanted.
         self._asks_always = device != "cpu" or shape.keeps_less
@@ -254,7 +254,7 @@ class OrtCache(GrowingCache):
     def nbytes(self) -> int:
         """Bytes of keys and values."""
         marks = sum(mark.nbytes for kept in self._marks for mark in kept.values())
-        return marks + (self.batch * self._shape.cache_bytes(self.capacity) if self.capacity else 0)
+        return marks + (self._grown_bytes if self.capacity else 0)
 
     def bind(
         self,
@@ -291,6 +291,7 @@ class OrtCache(GrowingCache):
         self._void_recordings()
         for name, shape in self._shape.cache_shapes(self.batch, capacity).items():
             self._tensors[name] = self._grown(self._tensors.get(name), shape)
+        self._grown_bytes = self.batch * self._shape.cache_bytes(capacity)  # asked for in each step
 
     def _copy(self, sequence: int, source: int, length: int, mark: Mark | None) -> None:
         held = int(self.lengths[source])

@@ -19,9 +19,9 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.model_spec import CacheSpec, cache_values
 from edge_memllm.errors import ArtifactError
-from edge_memllm_runtimes.graph_check import cache_names, check_graph, reader_names
+from edge_memllm_runtimes.graph_check import check_graph
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
-from edge_memllm_runtimes.kv_cache import ROLLING_SLACK, rolling_capacity
+from edge_memllm_runtimes.kv_cache import ROLLING_SLACK, cache_names, reader_names, rolling_capacity
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact

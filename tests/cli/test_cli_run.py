@@ -150,7 +150,8 @@ def test_loading_options_arrive(run: Any, loaded: dict[str, Any]) -> None:
         "table_quality": "full",
     }
     assert expected.items() <= loaded.items()
-    left = loaded.keys() - expected.keys() - {"progress"}  # the rest is left
+    assert loaded["packed_cache"] == "auto"
+    left = loaded.keys() - expected.keys() - {"progress", "packed_cache"}  # the rest is left
     assert not any(loaded[name] for name in left)
 
 

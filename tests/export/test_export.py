@@ -172,7 +172,10 @@ def test_rows_in_bfloat16_are_close(make_checkpoint: MakeCheckpoint, tmp_path: P
             {"graph_block": 256, "graph_weights": "int8", "matrix_weights": {"o_proj": "int2"}},
             r"graph block 256 for int2: products of 2 bits are fast up to blocks of 128",
         ),
-        ({"kv_dtype": "float32"}, r"keys and values in float32: graph weights auto compute in"),
+        (
+            {"kv_dtype": "float16", "graph_weights": "fp32"},
+            r"keys and values in float16: graph weights fp32 compute in float32",
+        ),
         ({"kv_dtype": "int8", "graph_weights": "fp32"}, r"int8 with graph weights fp32: that form"),
         ({"table_codec": "zip"}, r"table codec 'zip', expected one of f32, f16, bf16"),
         ({"table_codec": "none"}, r"table codec none is for models without token memory"),

@@ -132,8 +132,8 @@ def test_an_unfinished_file_that_is_too_long_starts_anew(hub: FakeHub, folder: P
 def test_a_full_disk_is_seen_before_anything_comes(
     hub: FakeHub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=2000))
-    with pytest.raises(StorageError, match=r"bytes are to be downloaded, 2,000 are free.*HF_HOME"):
+    monkeypatch.setattr(shutil, "disk_usage", lambda _: SimpleNamespace(free=20_000))
+    with pytest.raises(StorageError, match=r"bytes are to be downloaded, 20,000 are free.*HF_HOME"):
         download_artifact(MODEL)
     assert TABLE not in hub.downloads()
 

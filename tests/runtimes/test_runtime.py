@@ -269,8 +269,8 @@ def test_a_text_ends_with_the_context(case: Case) -> None:
         ([[0], [0]], [[0]], None, r"logits_index \(1, 1\), expected \[2, K\]"),
         ([[1]], [[0]], 0, "token_index goes from 1 to 1, expected 0 to 0"),
         ([[-1]], [[0]], 0, "token_index goes from -1 to -1"),
-        ([[0, 0]], [[2]], 0, "logits_index goes from 2 to 2, expected 0 to 1"),
-        ([[0, 0]], [[-1]], 0, "logits_index goes from -1 to -1"),
+        ([[0, 0]], [[2]], 0, r"logits_index \[\[2\]\], expected the last K of 2 positions"),
+        ([[0, 0]], [[-1]], 0, r"logits_index \[\[-1\]\], expected the last K of 2 positions"),
     ],
 )
 def test_arrays_that_do_not_fit_are_refused(

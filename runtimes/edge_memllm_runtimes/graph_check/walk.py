@@ -24,10 +24,10 @@ from edge_memllm_runtimes.graph_check.rules import (
     type_name,
 )
 from edge_memllm_runtimes.graph_file import GraphFile, Node, Tensor
+from edge_memllm_runtimes.kv_cache import cache_names, reader_names
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.manifest import Manifest
-    from edge_memllm.artifact.model_spec import CacheSpec
 
 _EXPORT_AGAIN = "Graph and table are from different exports; export again."
 _WIRE_BITS = {"q8": 8, "q4": 4}
@@ -45,16 +45,6 @@ _MOST_NUMBERS = 8
 def check_graph(graph: GraphFile, data: bytes, manifest: Manifest) -> None:
     """Raise `ArtifactError` unless `graph`, read from `data`, is one of the manifest's model."""
     _Check(graph, data, manifest).run()
-
-
-def cache_names(cache: CacheSpec) -> tuple[str, str]:
-    """Return the names of a layer's keys and values, without the word for past or present."""
-    return f"{cache.layer}.key", f"{cache.layer}.value"
-
-
-def reader_names(cache: CacheSpec) -> list[str]:
-    """Return the same of the layers that read another's, keys and values in turn."""
-    return [f"{layer}.{part}" for layer in cache.readers for part in ("key", "value")]
 
 
 class _Check:
