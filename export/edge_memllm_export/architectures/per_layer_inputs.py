@@ -5,9 +5,10 @@ A token has a row r_l in a table of its own, beside its embedding x_0, for each 
     in_l = (RMSNorm(W_proj x_0 * D^-1/2)_l + r_l) / sqrt(2)
     g_l  = RMSNorm(W_u (gelu(W_g x) * in_l)) * gain_l           (gain: ours, 1 in the checkpoint)
 
-The norm after W_u takes back the root of 2, so it goes into that norm's epsilon; and so it would
-take back a gain on the row, which is why the gain stands behind it. The last layers read keys and
-values of others: nothing they compute is kept, so they see the wanted positions only.
+The norm after W_u takes back the root of 2, so it goes into that norm's epsilon. A gain on the row
+would only weigh it against the projection, up to a ceiling; so the gain stands behind the norm. The
+last layers read keys and values of others: nothing they compute is kept, so they see the wanted
+positions only.
 """
 
 from __future__ import annotations
