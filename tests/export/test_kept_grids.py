@@ -11,6 +11,7 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ExportError
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.mixed_precision import Target
@@ -190,6 +191,18 @@ def test_whole_files_compute_what_their_weights_say(
     assert f"matrices of the file: kept as they are: {kind} x 15." in report.notes
     assert report.manifest.graph.weights == "mixed"
     assert graph_divergence(file, tmp_path / "out") < 2e-5
+
+
+def test_a_prompt_may_be_longer_than_a_chunk(tmp_path: Path) -> None:
+    """No position of the first chunks reaches the head."""
+    file = write_wide(tmp_path / "m.gguf", "llama", "Q4_1")
+    export_model(file, tmp_path / "out", accept_quality_loss=True)
+    with JudgedArtifact(tmp_path / "out", Checkpoint.open(file).architecture.reference()) as judged:
+        found = []
+        for chunk in (64, 16):
+            with Feeder(judged.runtime, judged.table, 1, chunk) as feeder:
+                found.append(np.array(feeder.prefill(0, TOKENS), np.float32))
+    assert np.allclose(*found, atol=1e-3)
 
 
 def test_rows_of_several_types_and_types_without_a_grid(tmp_path: Path) -> None:

@@ -127,7 +127,7 @@ class GraphBuilder:
     def _product(self, path: str, name: str, x: ir.Value, matrix: StoredMatrix) -> ir.Value:
         """The products with a matrix's parts, added up."""
         if matrix.sums is not None:
-            x = self._with_sums(x, matrix.sums)
+            x = self._with_sums(x, matrix.sums, matrix.columns)
         first, *others = matrix.parts
         total = self._blocks_product(path, name, x, first, matrix.level)
         for place, part in enumerate(others, start=1):
@@ -152,21 +152,23 @@ class GraphBuilder:
         }
         return self.op(f"{path}/MatMulNBits", "MatMulNBits", inputs, attributes, domain=CONTRIB)
 
-    def _with_sums(self, x: ir.Value, sums: BlockSums) -> ir.Value:
-        """The inputs and their sums side by side; once for each x."""
+    def _with_sums(self, x: ir.Value, sums: BlockSums, columns: int) -> ir.Value:
+        """The inputs, of which there are ``columns``, and their sums side by side; once each x."""
         block, copies = sums
         path = f"{x.name}/sums.{block}"
         if (path, copies) not in self._sums:
-            parts = [x, *[self._block_sums(path, x, block)] * copies]
+            parts = [x, *[self._block_sums(path, x, block, columns // block)] * copies]
             self._sums[path, copies] = self.op(
                 f"{path}/Concat.{copies}", "Concat", parts, {"axis": -1}
             )
         return self._sums[path, copies]
 
-    def _block_sums(self, path: str, x: ir.Value, block: int) -> ir.Value:
-        """Sums of every ``block`` of the last axis, which is a multiple of it; once for each x."""
+    def _block_sums(self, path: str, x: ir.Value, block: int, count: int) -> ir.Value:
+        """Sums of the ``count`` blocks of the last axis; once for each x."""
         if (path, 0) not in self._sums:
-            shape = self._shared("model.sums.shape", np.array([0, 0, -1, block]), block)
+            # Spelt out: a length of -1 cannot be told where no position reaches the head.
+            sizes = np.array([0, 0, count, block])
+            shape = self._shared(f"model.sums.shape.{block}", sizes, count)
             apart = self.op(f"{path}/Reshape", "Reshape", [x, shape])
             axis = self._shared("model.sums.axis", np.array([-1]), 0)
             self._sums[path, 0] = self.op(
