@@ -185,7 +185,9 @@ class Model:
         checked = self.checked(request)
         records = self.records(request.overlays, without_memory=request.without_memory)
         meter = Meter(self.runtime, records.source, checked.seed, records.names)
-        text = TextAssembly(self.tokenizer, TokenSequence.of(checked), checked.stops)
+        text = TextAssembly(
+            self.tokenizer, TokenSequence.of(checked), checked.stops, request.shown_tokens
+        )
         opened = self._feeder(records, 1, request.cancellation, meter.costs)
         return stream_text(opened, text, request.speculate, meter)
 

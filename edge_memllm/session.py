@@ -282,7 +282,9 @@ class Session:
             self._begin()
             checked = self._checked(request)  # the text may be another one than when it was asked
             sequence = TokenSequence.of(checked, draws=self._draws)
-            text = TextAssembly(self._model.tokenizer, sequence, checked.stops)
+            text = TextAssembly(
+                self._model.tokenizer, sequence, checked.stops, request.shown_tokens
+            )
             meter = Meter(self._model.runtime, self._records.source, self.seed, self.overlays)
             self._feeder.serve(meter.costs, request.cancellation)
             try:

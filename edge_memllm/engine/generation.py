@@ -233,9 +233,15 @@ class Piece:
 class TextAssembly:
     """The text of one sequence, as far as it is certain."""
 
-    def __init__(self, tokenizer: Tokenizer, sequence: TokenSequence, stops: Sequence[str]) -> None:
+    def __init__(
+        self,
+        tokenizer: Tokenizer,
+        sequence: TokenSequence,
+        stops: Sequence[str],
+        shown_tokens: Sequence[int] = (),
+    ) -> None:
         self.sequence = sequence
-        self._detokenizer = Detokenizer(tokenizer)
+        self._detokenizer = Detokenizer(tokenizer, shown_tokens)
         self._matcher = StopMatcher(stops)
 
     def advance(self) -> str:

@@ -82,22 +82,34 @@ class Grammars:
             raise _refusal("it is nested too deeply") from None
         return self._constraints(text, trial=True)
 
-    def _constraints(self, text: str, *, trial: bool) -> MakeConstraint:
+    def kept_lark(self, grammar: str) -> MakeConstraint | None:
+        """Return what `lark` returned for a grammar, if that was not long ago."""
+        with self._lock:
+            return _maker(self._compiled[grammar]) if grammar in self._compiled else None
+
+    def lark(self, grammar: str) -> MakeConstraint:
+        """Return what makes a constraint to a grammar in Lark; raises as `json_schema` does."""
+        return self._constraints(grammar, trial=True, lark=True)
+
+    def _constraints(self, text: str, *, trial: bool, lark: bool = False) -> MakeConstraint:
         with self._lock:
             compiled = self._compiled.pop(text, None)
         if compiled is None:
-            compiled = self._compile(text, trial)
+            compiled = self._compile(text, trial, lark)
         with self._lock:
             self._compiled[text] = compiled
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
         return _maker(compiled)
 
-    def _compile(self, schema: str, trial: bool) -> LLMatcher:
+    def _compile(self, schema: str, trial: bool, lark: bool) -> LLMatcher:
         vocabulary = self._prepared()
         from llguidance import LLMatcher
 
-        grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
+        if lark:
+            grammar = LLMatcher.grammar_from_lark(schema)
+        else:
+            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
         if trial:
             _try_out(grammar)
         compiled = LLMatcher(vocabulary, grammar, log_level=_SILENT)
@@ -125,6 +137,11 @@ class Grammars:
                         f"llguidance cannot use the model's tokenizer: {_one_line(str(error))}"
                     ) from error
             return self._vocabulary
+
+
+def json_rule(schema: Mapping[str, object], strict: bool = False) -> str:
+    """Return what stands in a rule of a grammar in Lark for JSON that a schema accepts."""
+    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
 
 
 def _maker(compiled: LLMatcher) -> MakeConstraint:

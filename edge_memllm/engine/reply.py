@@ -316,7 +316,7 @@ class Generation:
         self._request = request
         self._top = asked.top
         self._reply = reply
-        self._text = TextAssembly(tokenizer, self.sequence, request.stops)
+        self._text = TextAssembly(tokenizer, self.sequence, request.stops, asked.shown_tokens)
         self._prompt_scores: list[TokenScore] = []
         self._trace = Trace(request.prompt, records.source.layout) if asked.trace else None
         self._submitted = monotonic()

@@ -55,6 +55,7 @@ class Request:
         cancellation: Ends the text from another thread, within one token.
         penalties: Changes to the logits of tokens, before they are chosen from.
         constraint: Makes what says, for one text, which tokens may come next.
+        shown_tokens: Special tokens that stand in the text as they are spelt; others are left out.
         without_memory: Computes as if no layer added anything of its memory.
         choices: So many texts, each with random numbers of its own.
         top: Gives every token its score, and so many likeliest ones with theirs; None gives none.
@@ -102,6 +103,7 @@ class Request:
     cancellation: Cancellation | None = None
     penalties: Penalties | None = None
     constraint: Callable[[], Constraint] | None = None
+    shown_tokens: Sequence[int] = ()
     without_memory: bool = False
     choices: int = 1
     top: int | None = None
@@ -148,6 +150,7 @@ def check_request(
         _check_bias(request.penalties, model.vocab_size)
     if request.timeout is not None:
         _check_timeout(request.timeout)
+    _check_shown(request.shown_tokens, model.vocab_size)
     if request.without_memory:
         _check_memory(request.overlays, model)
     return CheckedRequest(
@@ -352,6 +355,13 @@ def check_positive(name: str, value: object) -> int:
 def check_speculate(value: object) -> int:
     """Return `value` if it is a number of draft tokens a step may have, else `RequestError`."""
     return check_integer("speculate", value, 0, MOST_DRAFTS)
+
+
+def _check_shown(tokens: Sequence[int], vocab_size: int) -> None:
+    try:
+        check_tokens(tokens, vocab_size)
+    except RequestError as error:
+        raise RequestError(f"shown_tokens: {error}") from None
 
 
 def _check_bias(penalties: Penalties, vocab_size: int) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Callable, Iterator
 from dataclasses import asdict
+from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
 from pathlib import PurePath
@@ -37,9 +38,10 @@ from edge_memllm.server.fields import (
 )
 from edge_memllm.server.guard import Guard, Journal
 from edge_memllm.server.replies import GenerationEndpoint
-from edge_memllm.server.reply_format import ChatFormat, CompletionFormat
+from edge_memllm.server.reply_format import ChatFormat, ChunkWriter, CompletionFormat
 from edge_memllm.server.service import CONTENT_TYPE, Service
 from edge_memllm.statistics import process_memory
+from edge_memllm.text.tools.prompt import template_format
 
 _UNAVAILABLE = 503
 
@@ -110,8 +112,10 @@ def _layers(service: Service) -> Iterator[Middleware]:
 
 def _routes(service: Service) -> Iterator[Route]:
     information, tokens = Information(service), TextTokens(service)
-    chat = GenerationEndpoint(service, read_chat, ChatFormat())
-    completions = GenerationEndpoint(service, read_completion, CompletionFormat())
+    chat = GenerationEndpoint(service, read_chat, partial(ChunkWriter, ChatFormat()))
+    completions = GenerationEndpoint(
+        service, read_completion, partial(ChunkWriter, CompletionFormat())
+    )
     for prefix in (VERSION, ""):
         yield Route(f"{prefix}/completions", completions, methods=["POST"])
         yield Route(f"{prefix}/chat/completions", chat, methods=["POST"])
@@ -170,6 +174,7 @@ class Information:
             "owned_by": "edge-memllm",
             "max_model_len": service.spec.max_position_embeddings,
             "chat": service.template is not None,
+            "tools": None if service.template is None else template_format(service.template).name,
             "identity": service.spec.identity,
             "max_tokens": service.settings.limits.max_tokens,
             "memory_layers": service.spec.memory.layers,

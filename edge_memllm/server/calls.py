@@ -6,6 +6,7 @@ made token ids and measured. Knows no HTTP.
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
@@ -13,7 +14,7 @@ from typing import Any, NamedTuple
 
 from edge_memllm.engine.grammar import MakeConstraint
 from edge_memllm.engine.request import Request, check_tokens
-from edge_memllm.errors import RequestError
+from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.model import Model
 from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
 from edge_memllm.server.fields import (
@@ -26,6 +27,14 @@ from edge_memllm.server.fields import (
     shown,
     take_schema,
 )
+from edge_memllm.server.messages import (
+    MOST_NAME,
+    Chat,
+    take_choice,
+    take_messages,
+    take_tools,
+    tool_use,
+)
 from edge_memllm.server.parameters import not_honoured, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
@@ -35,35 +44,11 @@ from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS
 MOST_TEMPERATURE = 2.0
 MOST_REPETITION = 10.0
 MOST_USER = 256
-MOST_NAME = 256
 _MOST_METADATA, _MOST_METADATA_TEXT = 16, 512
 _STREAM_UNSUPPORTED = nothing_of("events are not padded", include_obfuscation=(False,))
 # OpenAI's top_p may be 0, which keeps the likeliest token alone.
 _LEAST_TOP_P = 1e-9
 _SEED_LOW, _SEED_HIGH = -(1 << 63), SEED_LIMIT - 1
-
-MOST_MESSAGES = 4096
-ROLES = ("system", "developer", "user", "assistant")
-# OpenAI's newer word for the same: templates know the older one.
-_ALIASES = {"developer": "system"}
-_OTHER_ROLES = ("tool", "function")
-# Fields of messages for what this server does not do, with values that ask for nothing.
-_MESSAGE_UNSUPPORTED = {
-    **nothing_of("it has no tools", tool_calls=([],), tool_call_id=("",), function_call=()),
-    **nothing_of("it takes text only", audio=()),
-    **nothing_of(
-        "a template makes no use of it",
-        refusal=("",),
-        annotations=([],),
-        reasoning=("",),
-        reasoning_content=("",),
-    ),
-}
-_PART_UNSUPPORTED = nothing_of(
-    "it takes text only", prompt_cache_breakpoint=(), cache_control=({"type": "ephemeral"},)
-)
-
-Message = dict[str, str]
 
 # Shorter texts are tokenized in less time than it would take to say how long they are.
 _SHORT = 4096
@@ -84,6 +69,7 @@ class Call:
     prompts: Sequence[Sequence[int]] = ()
     echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
     schema: WantedSchema | None
+    tools: ToolUse | None = None
     stream: bool
     usage: bool  # at the end of a stream
     running_usage: bool  # with each of its parts
@@ -99,7 +85,7 @@ class Call:
     ) -> list[Request]:
         """Return what the engine is asked for, one request for each prompt.
 
-        `constraint` is what was made of `schema`; the rest is as in `Request`.
+        `constraint` is what was made of `schema` and `tools`; the rest is as in `Request`.
         """
         asked = replace(
             self.request,
@@ -164,14 +150,63 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     limits, model = service.settings.limits, service.model
     service.check_model(fields)
     messages = take_messages(fields, limits)
+    tools, choice = take_tools(fields, limits), take_choice(fields)
+    parallel = fields.flag("parallel_tool_calls", default=True)
+    continued = _take_continued(fields)
     call = take_call(fields, model, limits)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
-    context = model.manifest.model.max_position_embeddings
     fields.finish(_CHAT_UNSUPPORTED)
+    call = replace(call, request=replace(call.request, top=top))
+    use = tool_use(tools, choice, service, parallel=parallel, answer=_answer_of(call.schema))
+    chat = Chat(messages, () if choice.need is None else tools, continued)
+    return with_chat(call, chat, use, max_tokens, service)
+
+
+def with_chat(
+    call: Call,
+    chat: Chat,
+    use: ToolUse | None,
+    max_tokens: int | None,
+    service: Service,
+    param: str = "messages",
+) -> Call:
+    """Return a call with the prompt that a conversation makes, and the tools of its reply.
+
+    `param` is the field at fault where it does not fit.
+    """
+    context = service.spec.max_position_embeddings
     most = max_tokens or min(service.most_tokens, context)
-    request = replace(call.request, max_new_tokens=most, top=top)
-    return replace(call, request=request, prompts=[_prompt(messages, service)])
+    ids = encoded_text(chat.prompt(service, param), service, param, special=False)
+    request = replace(call.request, max_new_tokens=most)
+    if use is not None:
+        tokenizer = service.model.tokenizer
+        request = replace(
+            request,
+            shown_tokens=use.shown_tokens(tokenizer),
+            stop_token_ids=(*request.stop_token_ids, *use.ends(tokenizer)),
+        )
+    return replace(call, request=request, prompts=[ids], tools=use)
+
+
+def _answer_of(wanted: WantedSchema | None) -> Mapping[str, Any] | None:
+    if wanted is None:
+        return None
+    return {"type": "object"} if wanted.schema is None else wanted.schema
+
+
+def _take_continued(fields: BodyFields) -> bool:
+    """Take whether the last message is gone on with, in vLLM's words."""
+    continued = fields.flag("continue_final_message")
+    answered = fields.flag("add_generation_prompt", default=not continued)
+    if answered == continued:
+        where = fields.param("add_generation_prompt")
+        raise refused(
+            where,
+            f"continue_final_message and {where} are both {json.dumps(continued)}: the last "
+            "message is either gone on with or answered. Leave one of the two out.",
+        )
+    return continued
 
 
 def _take_top(fields: BodyFields) -> int | None:
@@ -189,21 +224,6 @@ def _take_max_tokens(fields: BodyFields, most: int) -> int | None:
     if None not in (new_value, old_value) and new_value != old_value:
         raise refused(name, f"{name} is {new_value} and {old} is {old_value}. Give one of them.")
     return new_value or old_value
-
-
-def _prompt(messages: list[Message], service: Service) -> list[int]:
-    if service.template is None:
-        raise ApiError(
-            400,
-            f"The model '{service.settings.model_id}' has no chat template, so it cannot chat. "
-            "Use /v1/completions, or start the server with --chat-template FILE.",
-            code="no_chat_template",
-        )
-    try:
-        text = service.template.render(messages)
-    except RequestError as error:
-        raise refused("messages", str(error)) from error
-    return encoded_text(text, service, "messages", special=False)
 
 
 def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
@@ -351,60 +371,6 @@ def _take_hints(fields: BodyFields) -> None:
 
 def _or(value: int | None, default: int) -> int:
     return default if value is None else value
-
-
-def take_messages(fields: BodyFields, limits: Limits) -> list[Message]:
-    """Take the field `messages`, of which there must be one at least."""
-    where = fields.param("messages")
-    values = fields.optional_items("messages", MOST_MESSAGES)
-    if values is None:
-        fields.required("messages")
-    if not values:
-        raise refused(where, f"{where} is a list of 0, expected a message at least.")
-    return [
-        _message(BodyFields.of(value, f"{where}[{number}]"), limits)
-        for number, value in enumerate(values)
-    ]
-
-
-def _message(fields: BodyFields, limits: Limits) -> Message:
-    role, where = fields.required("role"), fields.param("role")
-    if role in _OTHER_ROLES:
-        message = f"{where} is '{role}': this server does not support tools."
-        raise refused(where, message, "unsupported_parameter")
-    if not isinstance(role, str) or role not in ROLES:
-        expected = ", ".join(ROLES)
-        raise refused(where, f"{where} is {shown(role)}, expected one of {expected}.")
-    content = fields.value("content")
-    name = fields.bounded_text("name", MOST_NAME)
-    fields.finish(_MESSAGE_UNSUPPORTED)
-    text = _text(content, fields.param("content"), limits.body_bytes)
-    found = {"role": _ALIASES.get(role, role), "content": text}
-    return found if name is None else {**found, "name": name}
-
-
-def _text(content: object, where: str, most: int) -> str:
-    """Return the text of a message, which may come in parts."""
-    if content is None:
-        raise refused(where, f"{where} is missing.", "missing_required_parameter")
-    if not isinstance(content, list):
-        return checked_text(content, where, most)
-    if not content:
-        raise refused(where, f"{where} is a list of 0, expected a part at least.")
-    return "".join(
-        _part(BodyFields.of(each, f"{where}[{number}]"), most)
-        for number, each in enumerate(content)
-    )
-
-
-def _part(fields: BodyFields, most: int) -> str:
-    kind, where = fields.required("type"), fields.param("type")
-    if kind != "text":
-        message = f"{where} is {shown(kind)}: this server takes parts of type 'text' only."
-        raise refused(where, message, "unsupported_parameter")
-    text = checked_text(fields.required("text"), fields.param("text"), most)
-    fields.finish(_PART_UNSUPPORTED)
-    return text
 
 
 class Prompt(NamedTuple):

@@ -222,6 +222,10 @@ class BodyFields(Fields):
         value = self.value(name)
         return None if value is None else BodyFields.of(value, self.param(name))
 
+    def required_group(self, name: str) -> BodyFields:
+        """Take an object that has to be there."""
+        return BodyFields.of(self.required(name), self.param(name))
+
     def pairs(self, name: str, most: int) -> Mapping[str, object]:
         """Take an object of at most `most` entries whose names the caller checks."""
         value = self.value(name)

@@ -29,15 +29,12 @@ from edge_memllm.server.calls import Call
 from edge_memllm.server.fields import Body, BodyFields, parsed, received
 from edge_memllm.server.guard import client_of
 from edge_memllm.server.reply_format import (
-    DONE,
     WAITING,
     Addition,
     EventStream,
     GatheredContent,
     Json,
-    ReplyFormat,
     ReplyWriter,
-    event,
 )
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
@@ -47,15 +44,16 @@ _Item = tuple[int, ReplyPiece] | Exception | None
 
 Found = TypeVar("Found")
 ReadCall = Callable[[BodyFields, Service], Call]
+MakeWriter = Callable[[Service, Call], ReplyWriter]
 
 
 class GenerationEndpoint:
-    """One endpoint: `read` says what its requests mean, `format` how its replies look."""
+    """One endpoint: `read` says what its requests mean, `write` how its replies look."""
 
-    def __init__(self, service: Service, read: ReadCall, format: ReplyFormat) -> None:
+    def __init__(self, service: Service, read: ReadCall, write: MakeWriter) -> None:
         self._service = service
         self._read = read
-        self._format = format
+        self._write = write
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         """Answer one request (ASGI). Raises `ApiError` while nothing has been sent."""
@@ -68,7 +66,9 @@ class GenerationEndpoint:
                     ) as body:
                         client = await stack.enter_async_context(_watched(receive))
                         call = await client.wait_for(self._understood(body))
-                    constraint = await client.wait_for(self._service.constraint(call.schema))
+                    constraint = await client.wait_for(
+                        self._service.constraint(call.schema, call.tools)
+                    )
                     replies = await self._service.quick.run(
                         self._submit, call, client_of(scope), since, constraint
                     )
@@ -77,7 +77,8 @@ class GenerationEndpoint:
             for reply in replies:
                 stack.callback(reply.cancel)
                 client.on_leaving(reply.cancel)
-            answer = _Answer(call, self._service, self._format, replies, client)
+            writer = self._write(self._service, call)
+            answer = _Answer(call, self._service, writer, replies, client)
             if call.stream:
                 await answer.stream(send)
             elif await answer.gather():
@@ -120,7 +121,7 @@ class _Answer:
         self,
         call: Call,
         service: Service,
-        format: ReplyFormat,
+        writer: ReplyWriter,
         replies: Sequence[Reply],
         client: _Client,
     ) -> None:
@@ -129,7 +130,7 @@ class _Answer:
         self._service = service
         self._replies = replies
         self._content = GatheredContent(call, service, replies)
-        self._writer = ReplyWriter(format, service, call)
+        self._writer = writer
 
     async def gather(self) -> bool:
         """Wait for everything; False when nobody waits for it any more."""
@@ -150,7 +151,7 @@ class _Answer:
         except Exception as error:
             if not stream.begun:
                 raise
-            await stream.put(event(self._service.explained(error).body()))
+            await stream.put(self._writer.failure(self._service.explained(error)))
         if not self._client.left:
             await stream.end()
 
@@ -161,21 +162,15 @@ class _Answer:
                     await stream.put(data)
         if self._client.left:
             return
-        if self._call.usage:
-            await stream.put(event(self._writer.last(self._content.usage())))
-        await stream.put(DONE)
+        for data in self._writer.ending(self._content.usage()):
+            await stream.put(data)
 
     def _events(self, addition: Addition | None) -> Iterator[bytes]:
         if addition is None:
             yield WAITING
             return
-        index, part, first = addition
-        opening = self._writer.opening(index) if first else None
-        if opening is not None:
-            yield event(opening)
-        if part.text or part.scores or part.reason or part.records:
-            usage = self._content.usage_so_far() if self._call.running_usage else None
-            yield event(self._writer.part(index, part, usage))
+        usage = self._content.usage_so_far() if self._call.running_usage else None
+        yield from self._writer.events(addition, usage)
 
     async def _additions(self) -> AsyncGenerator[Addition | None, None]:
         """Yield what comes; None when nothing has come for a while."""

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import Any, NamedTuple, Protocol
 
@@ -17,10 +17,12 @@ from starlette.types import Send
 from edge_memllm.engine.engine import Engine
 from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece, TokenScore
 from edge_memllm.server.calls import Call
+from edge_memllm.server.fields import ApiError
 from edge_memllm.server.service import Service
 from edge_memllm.statistics import process_memory
 from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Detokenizer
+from edge_memllm.text.tools.parsing import CallArguments, CallBegins, ReplyText
 
 Json = dict[str, Any]
 
@@ -35,8 +37,24 @@ DONE = b"data: [DONE]\n\n"
 WAITING = b": waiting\n\n"
 
 
-class ReplyWriter:
-    """Writes one reply: the same id and time in all its parts."""
+class ReplyWriter(Protocol):
+    """Writes one reply, whole or as the events of a stream."""
+
+    def whole(self, contents: Sequence[Content], usage: Json) -> Json:
+        """Return the complete reply."""
+
+    def events(self, addition: Addition, usage: Json | None) -> Iterator[bytes]:
+        """Yield what tells of an addition; `usage` is what the reply has taken, where asked for."""
+
+    def ending(self, usage: Json) -> Iterator[bytes]:
+        """Yield what ends a stream that is complete."""
+
+    def failure(self, error: ApiError) -> bytes:
+        """Return the event that ends a stream in which something went wrong."""
+
+
+class ChunkWriter:
+    """Completions and chat, whose streams are chunks: the same id and time in all of them."""
 
     def __init__(self, format: ReplyFormat, service: Service, call: Call) -> None:
         self._format = format
@@ -62,20 +80,26 @@ class ReplyWriter:
         ]
         return {**self._head, "object": self._format.whole_kind, "choices": choices, "usage": usage}
 
-    def opening(self, index: int) -> Json | None:
-        """Return what begins a choice in a stream, if something does."""
-        fields = self._format.opening()
-        return None if fields is None else self._chunk([self._choice(index, fields, Content())])
+    def events(self, addition: Addition, usage: Json | None) -> Iterator[bytes]:
+        """Yield what begins a choice, if something does, and what adds to it."""
+        index, part, first = addition
+        opening = self._format.opening() if first else None
+        if opening is not None:
+            yield event(self._chunk([self._choice(index, opening, Content())]))
+        if part.text or part.calls or part.scores or part.reason or part.records:
+            fields = self._format.part(part, self._scored, self._texts)
+            chunk = self._chunk([self._choice(index, fields, part)])
+            yield event(chunk if usage is None else {**chunk, "usage": usage})
 
-    def part(self, index: int, content: Content, usage: Json | None = None) -> Json:
-        """Return what adds to a choice in a stream; `usage` is what the reply has taken so far."""
-        fields = self._format.part(content, self._scored, self._texts)
-        chunk = self._chunk([self._choice(index, fields, content)])
-        return chunk if usage is None else {**chunk, "usage": usage}
+    def ending(self, usage: Json) -> Iterator[bytes]:
+        """Yield what a stream has taken, if that is asked for, and the word that ends it."""
+        if self._no_usage:
+            yield event({**self._chunk([]), "usage": usage})
+        yield DONE
 
-    def last(self, usage: Json) -> Json:
-        """Return the end of a stream that tells its usage."""
-        return {**self._chunk([]), "usage": usage}
+    def failure(self, error: ApiError) -> bytes:
+        """Return the error as an event."""
+        return event(error.body())
 
     def _chunk(self, choices: Sequence[Json]) -> Json:
         kind = self._format.part_kind
@@ -134,7 +158,12 @@ class ChatFormat:
     def whole(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
         """Return the assistant's message and likelihoods."""
         logprobs = chat_scores(content.scores, texts) if scored else None
-        message = {"role": "assistant", "content": content.text, "refusal": None}
+        message: Json = {"role": "assistant", "content": content.text, "refusal": None}
+        if content.calls:
+            message |= {
+                "content": content.text or None,
+                "tool_calls": [_whole_call(each) for each in content.calls],
+            }
         return {"message": message, "logprobs": logprobs}
 
     def opening(self) -> Json | None:
@@ -144,8 +173,32 @@ class ChatFormat:
     def part(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
         """Return what is added to the message."""
         logprobs = chat_scores(content.scores, texts) if scored else None
-        delta = {"content": content.text} if content.text else {}
+        delta: Json = {"content": content.text} if content.text else {}
+        if content.calls:
+            delta["tool_calls"] = [_call_part(each) for each in content.calls]
         return {"delta": delta, "logprobs": logprobs}
+
+
+def _whole_call(call: CallPiece) -> Json:
+    function = {"name": call.name, "arguments": call.arguments}
+    return {"id": call.id, "type": "function", "function": function}
+
+
+def _call_part(call: CallPiece) -> Json:
+    if call.name is None:
+        return {"index": call.index, "function": {"arguments": call.arguments}}
+    return {"index": call.index, **_whole_call(call)}
+
+
+@dataclass(slots=True)
+class CallPiece:
+    """What a choice holds of one call, whole or in part; only the first part has a name."""
+
+    index: int  # of the choice's calls
+    id: str
+    name: str | None
+    arguments: str = ""
+    complete: bool = False  # with this
 
 
 @dataclass(slots=True)
@@ -153,6 +206,7 @@ class Content:
     """What a choice holds, whole or in part; it is finished once there is a reason."""
 
     text: str = ""
+    calls: list[CallPiece] = field(default_factory=list)
     scores: list[PlacedScore] = field(default_factory=list)
     reason: str | None = None
     statistics: ChoiceStatistics | None = None
@@ -174,6 +228,7 @@ class GatheredContent:
     def __init__(self, call: Call, service: Service, replies: Sequence[Reply]) -> None:
         self.wholes = [Content() for _ in range(len(call.prompts) * call.request.choices)]
         self._begun: set[int] = set()
+        self._parsers = [None if call.tools is None else call.tools.parser() for _ in self.wholes]
         self._call = call
         self._service = service
         self._replies = replies
@@ -201,8 +256,8 @@ class GatheredContent:
         whole, part = self.wholes[index], self._echo(prompt) if first else Content()
         if piece.score is not None:
             part.scores.append(PlacedScore(piece.score, len(whole.text) + len(part.text)))
-        part.text += piece.text
-        part.reason, part.statistics = piece.finish_reason, piece.statistics
+        self._add_text(index, part, piece)
+        part.statistics = piece.statistics
         part.tokens = [] if piece.token is None else [piece.token]
         part.records = list(piece.records)
         whole.tokens += part.tokens
@@ -211,6 +266,38 @@ class GatheredContent:
         whole.scores += part.scores
         whole.reason, whole.statistics = part.reason, part.statistics
         return Addition(index, part, first)
+
+    def _add_text(self, index: int, part: Content, piece: ReplyPiece) -> None:
+        """Add the text of a piece to a part, or the calls in it; and why it ends, if it does."""
+        parser, whole = self._parsers[index], self.wholes[index]
+        part.reason = piece.finish_reason
+        if parser is None:
+            part.text += piece.text
+            return
+        ended = piece.finish_reason is not None
+        for each in (*parser.push(piece.text), *(parser.flush() if ended else ())):
+            match each:
+                case ReplyText(text):
+                    part.text += text
+                case CallBegins(number, name):
+                    id = self._call_id()
+                    whole.calls.append(CallPiece(number, id, name))
+                    part.calls.append(CallPiece(number, id, name))
+                case CallArguments(number, text, last):
+                    call = whole.calls[number]
+                    if not part.calls or part.calls[-1].index != number:
+                        part.calls.append(CallPiece(number, call.id, None))
+                    for piece_of in (call, part.calls[-1]):
+                        piece_of.arguments += text
+                        piece_of.complete = last
+        if whole.calls and part.reason == "stop":
+            part.reason = "tool_calls"
+
+    def _call_id(self) -> str:
+        """Return the id of a new call, in the form that the model's template takes."""
+        assert self._call.tools is not None
+        short = self._call.tools.format.short_ids
+        return uuid.uuid4().hex[:9] if short else f"call_{uuid.uuid4().hex[:24]}"
 
     def usage(self) -> Json:
         """Return the tokens of the whole, once it is complete."""

@@ -16,6 +16,8 @@ from edge_memllm.engine.engine import Engine
 from edge_memllm.engine.grammar import Grammars, MakeConstraint
 from edge_memllm.engine.reply import ReplyPiece
 from edge_memllm.engine.scheduler import EngineStatistics
+from edge_memllm.engine.tool_use import ToolUse
+from edge_memllm.errors import RequestError
 from edge_memllm.server.fields import (
     ApiError,
     Body,
@@ -114,11 +116,15 @@ class Service:
         """Return where a body is to be read and its prompts are to be tokenized."""
         return self.quick if body.brief else self.thorough
 
-    async def constraint(self, wanted: WantedSchema | None) -> MakeConstraint | None:
-        """Return what makes constraints to a schema; a new one waits for those before it.
+    async def constraint(
+        self, wanted: WantedSchema | None, tools: ToolUse | None = None
+    ) -> MakeConstraint | None:
+        """Return what makes constraints to a schema, or to calls; new ones wait for those before.
 
         Raises `ApiError`.
         """
+        if tools is not None:
+            return await self._of_tools(tools)
         if wanted is None:
             return None
         with blaming(wanted.where):
@@ -126,6 +132,27 @@ class Service:
                 return await self.quick.run(self.grammars.json_object)
             kept = self.grammars.kept(wanted.schema)
             return kept or await self.schemas.run(self.grammars.json_schema, wanted.schema)
+
+    async def _of_tools(self, tools: ToolUse) -> MakeConstraint:
+        """Return what holds replies to calls, from where one has to come or has begun."""
+        tokenizer = self.model.tokenizer
+
+        async def compiled(use: ToolUse) -> MakeConstraint:
+            grammar = use.grammar(tokenizer)
+            kept = self.grammars.kept_lark(grammar)
+            if kept is None:
+                kept = await self.schemas.run(self.grammars.lark, grammar)
+            return kept
+
+        with blaming("tools"):
+            try:
+                calls = await compiled(tools)
+            except RequestError:
+                # Who may call a tool asks for a call, and was promised its schema if it is strict.
+                if tools.from_the_start:
+                    raise
+                calls = await compiled(tools.of_any_arguments())
+        return tools.constraint(calls, tokenizer)
 
     def note_piece(self, piece: ReplyPiece) -> None:
         """Count a piece of a reply; one that came to its end ends a trouble."""

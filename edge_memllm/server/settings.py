@@ -44,6 +44,8 @@ class Limits:
     brief_bytes: int = 64 * KIB  # bodies beyond this are read one at a time
     long_bodies: int = 8  # of those, how many may be in memory
     schema_bytes: int = 64 * KIB
+    tools: int = 128
+    tool_bytes: int = 256 * KIB  # of all of them, as JSON
     schemas_waiting: int = 4  # to be compiled, one at a time
     text_characters: int = 256 * KIB  # of a text to be tokenized for its own sake
     text_tokens: int = 128 * KIB  # to be made text for its own sake

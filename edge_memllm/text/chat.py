@@ -48,6 +48,12 @@ class ChatTemplate:
         source = self._named.get(DEFAULT_TEMPLATE)
         return _text(source) if isinstance(source, str | bytes) else None
 
+    @property
+    def tool_source(self) -> str | None:
+        """The text that chats with tools are rendered by: one of its own, or that of all chats."""
+        source = self._named.get(TOOL_TEMPLATE, self._named.get(DEFAULT_TEMPLATE))
+        return _text(source) if isinstance(source, str | bytes) else None
+
     def check(self) -> None:
         """Compile; raises `ArtifactError` for what is not templates of at most 64 KiB each."""
         for name in self._named:

@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import re
 from codecs import getincrementaldecoder
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -230,10 +230,12 @@ class Detokenizer:
 
     A piece ends at a character boundary, so it may be empty until the tokens that complete a
     character have come. At most three bytes wait; what cannot become a character does not.
+    `shown` are special tokens that stand in the text as they are spelt.
     """
 
-    def __init__(self, tokenizer: Tokenizer) -> None:
+    def __init__(self, tokenizer: Tokenizer, shown: Iterable[int] = ()) -> None:
         self._tokenizer = tokenizer
+        self._spelt = {token: tokenizer.spelling(token) or "" for token in shown}
         self._utf8 = getincrementaldecoder("utf-8")("replace")
         self._waiting: list[int] = []  # tokens whose bytes wait
         # Decoders look at their neighbours (leading spaces), so text is decoded behind the tokens
@@ -245,6 +247,9 @@ class Detokenizer:
 
     def push(self, token: int) -> str:
         """Take the next id and return the text that is now certain."""
+        if token in self._spelt:
+            before, self._window = self._end_bytes() + self._end_text(), []
+            return before + self._spelt[token]
         if self._tokenizer.is_silent(token):
             return ""
         spelt = self._tokenizer.bytes_of(token)

@@ -70,11 +70,23 @@ def test_langchain_gets_json_by_a_schema(chat: Any) -> None:
     assert set(found) == {"kind", "on"}
 
 
-def test_langchain_is_told_that_there_are_no_tools(chat: Any) -> None:
-    import openai
-
-    with pytest.raises(openai.BadRequestError, match="tools is not supported"):
-        chat.bind_tools([{"type": "function", "function": {"name": "f"}}]).invoke("Hi")
+def test_langchain_binds_a_tool(chat: Any) -> None:
+    schema = {
+        "type": "object",
+        "properties": {"on": {"type": "boolean"}},
+        "required": ["on"],
+        "additionalProperties": False,
+    }
+    tool = {"type": "function", "function": {"name": "light", "parameters": schema}}
+    chat.max_tokens = 60
+    bound = chat.bind_tools([tool], tool_choice="light")
+    (call,) = bound.invoke("Hi").tool_calls
+    assert call["name"] == "light"
+    assert call["args"]["on"] in (True, False)
+    whole = None
+    for part in bound.stream("Hi"):
+        whole = part if whole is None else whole + part
+    assert whole.tool_calls[0]["args"] == call["args"]
 
 
 def test_langchain_knows_that_a_chat_is_too_long(chat: Any) -> None:

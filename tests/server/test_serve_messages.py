@@ -23,7 +23,8 @@ from support.server import MODEL_ID, chat, refusal
         ({"messages": [{}]}, "messages[0].role", r"messages\[0\].role is missing"),
         ({"messages": [{"role": "boss"}]}, "messages[0].role", 'is "boss", expected one of system'),
         ({"messages": [{"role": ["user"]}]}, "messages[0].role", "is a list of 1, expected one of"),
-        ({"messages": [{"role": "tool"}]}, "messages[0].role", "does not support tools"),
+        ({"messages": [{"role": "tool"}]}, "messages[0].tool_call_id", "is missing"),
+        ({"messages": [{"role": "function"}]}, "messages[0].role", "Use the role 'tool'"),
         ({"messages": [{"role": "user"}]}, "messages[0].content", "content is missing"),
         (
             {"messages": [{"role": "user", "content": []}]},
@@ -42,8 +43,8 @@ from support.server import MODEL_ID, chat, refusal
         ),
         (
             {"messages": [{"role": "assistant", "content": "x", "tool_calls": [{}]}]},
-            "messages[0].tool_calls",
-            "is not supported by this server",
+            "messages[0].tool_calls[0].function",
+            "is missing",
         ),
         (
             {"messages": [{"role": "user", "content": "x", "colour": "red"}]},

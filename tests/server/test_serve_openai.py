@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator
+from typing import Any, Literal
 
 import numpy as np
 import openai
@@ -276,19 +277,51 @@ def test_errors_are_those_of_the_client(client: OpenAI, served: Served) -> None:
     with pytest.raises(openai.NotFoundError, match="no model") as missing:
         client.completions.create(model="gpt-9", prompt="x")
     assert missing.value.code == "model_not_found"
-    with pytest.raises(openai.BadRequestError, match="tools is not supported") as tools:
+    with pytest.raises(openai.BadRequestError, match="audio is not supported") as audio:
         client.chat.completions.create(
             model=MODEL_ID,
             messages=[{"role": "user", "content": "x"}],
-            tools=[{"type": "function", "function": {"name": "f"}}],
+            audio={"format": "wav", "voice": "alloy"},
         )
-    assert tools.value.code == "unsupported_parameter"
+    assert audio.value.code == "unsupported_parameter"
     with pytest.raises(openai.BadRequestError, match="resulted in 600 tokens") as long:
         client.completions.create(model=MODEL_ID, prompt="x" * 600)
     # What litellm and langchain-openai look for.
     assert "This model's maximum context length is 512 tokens" in str(long.value)
     assert "prompt is too long" in str(long.value)
     assert long.value.code == "context_length_exceeded"
+
+
+def test_a_tool_is_called(client: OpenAI) -> None:
+    class Weather(BaseModel):
+        at: Literal["Bonn", "Rome"]
+
+    asked: dict[str, Any] = {
+        "model": MODEL_ID,
+        "messages": [{"role": "user", "content": "Hi"}],
+        "tools": [openai.pydantic_function_tool(Weather)],
+        "max_tokens": 80,
+        "temperature": 0,
+    }
+    named = {"type": "function", "function": {"name": "Weather"}}
+    parsed = client.chat.completions.parse(**asked, tool_choice=named).choices[0]
+    assert parsed.finish_reason == "tool_calls"
+    (call,) = parsed.message.tool_calls or []
+    assert isinstance(call.function.parsed_arguments, Weather)
+    with client.chat.completions.stream(**asked, tool_choice=named) as stream:
+        kinds = [event.type for event in stream]
+        (streamed,) = stream.get_final_completion().choices[0].message.tool_calls or []
+    assert kinds.count("tool_calls.function.arguments.delta") > 1
+    assert streamed.function.arguments == call.function.arguments
+    history = [
+        *asked["messages"],
+        parsed.message,
+        {"role": "tool", "tool_call_id": call.id, "content": "hot"},
+    ]
+    said = client.chat.completions.create(
+        model=MODEL_ID, messages=history, max_tokens=3, temperature=0
+    )
+    assert said.choices[0].message.content
 
 
 def test_the_asynchronous_client(served: Served, model: Model) -> None:

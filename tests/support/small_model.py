@@ -152,10 +152,15 @@ def byte_tokenizer() -> Tokenizer:
     return Tokenizer(raw_byte_tokenizer().to_str().encode())
 
 
-def write_small_artifact(path: Path, **files: bytes) -> SmallArtifact:
+def write_small_artifact(path: Path, context: int = CONTEXT, **files: bytes) -> SmallArtifact:
     """An artifact with the byte-level tokenizer; `name__json=b"..."` adds the file `name.json`."""
     made = write_artifact(path, vocab_size=VOCABULARY)
-    model = dataclasses.replace(made.manifest.model, bos_token_id=BOS, eos_token_ids=(EOS,))
+    model = dataclasses.replace(
+        made.manifest.model,
+        bos_token_id=BOS,
+        eos_token_ids=(EOS,),
+        max_position_embeddings=context,
+    )
     contents = {"tokenizer.json": raw_byte_tokenizer().to_str().encode()}
     contents |= {name.replace("__", "."): content for name, content in files.items()}
     specs = dict(made.manifest.files)
@@ -183,8 +188,10 @@ class ScriptedRuntime(FakeRuntime):
     Also keeps every cache it made, so that a test can see whether it was closed.
     """
 
-    def __init__(self, script: Sequence[int], prompt_length: int = 1) -> None:
-        super().__init__(VOCABULARY, CONTEXT)
+    def __init__(
+        self, script: Sequence[int], prompt_length: int = 1, context: int = CONTEXT
+    ) -> None:
+        super().__init__(VOCABULARY, context)
         self.script = script
         self.prompt_length = prompt_length
         self.caches: list[FakeCache] = []
@@ -201,6 +208,6 @@ class ScriptedRuntime(FakeRuntime):
         self.fed += token_index.size
         place = int(cache.lengths.max()) - self.prompt_length
         wanted = np.zeros_like(logits)
-        if place < len(self.script):
+        if 0 <= place < len(self.script):
             wanted[..., self.script[place]] = 10
         return wanted
