@@ -17,7 +17,7 @@ from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.options.export import GRAPH_METHODS
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.graph.blocks import AttentionShape, widen_heads
+from edge_memllm_export.graph.attention import AttentionShape, widen_heads
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from support.checkpoints import MakeCheckpoint, files_of
 from support.matrices import matrices_of

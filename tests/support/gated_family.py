@@ -27,15 +27,9 @@ from edge_memllm.artifact.model_spec import CacheSpec, MemorySpec, ModelSpec
 from edge_memllm.modeling import TokenRows
 from edge_memllm_export.architectures.architecture import Source, StoredKV, Weights
 from edge_memllm_export.architectures.mapped_weights import weight_array
-from edge_memllm_export.graph.blocks import (
-    Attention,
-    AttentionShape,
-    AttentionWeights,
-    Rotary,
-    wanted_positions,
-)
+from edge_memllm_export.graph.attention import Attention, AttentionShape, AttentionWeights, Rotary
 from edge_memllm_export.graph.builder import GraphBuilder
-from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.step import StepInputs, wanted_positions
 from edge_memllm_export.graph.tokens import gained_weights, layer_memory, layer_weights
 from edge_memllm_runtimes.torch_reference import TorchReference
 from support.checkpoints import BOS, EOS, VOCABULARY, raw_byte_tokenizer

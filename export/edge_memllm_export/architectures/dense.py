@@ -18,7 +18,7 @@ from edge_memllm.modeling.stored_weights import describing
 from edge_memllm_export.architectures.architecture import Source, Weights
 from edge_memllm_export.architectures.dense_reference import DenseReference
 from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
-from edge_memllm_export.graph.blocks import Attention, AttentionShape, Rotary
+from edge_memllm_export.graph.attention import Attention, AttentionShape, Rotary
 from edge_memllm_export.graph.builder import GraphBuilder
 from edge_memllm_export.graph.step import StepInputs
 

@@ -23,7 +23,7 @@ from edge_memllm.table.source import Rows
 from edge_memllm_export.architectures.architecture import StoredKV
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
 from edge_memllm_export.architectures.text_reference import TextReference
-from edge_memllm_export.graph.blocks import AttentionShape
+from edge_memllm_export.graph.attention import AttentionShape
 from edge_memllm_runtimes.torch_reference import TorchReference
 
 

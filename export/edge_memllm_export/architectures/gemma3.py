@@ -22,9 +22,9 @@ import torch
 from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, RotaryKind, refuse_rotary
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding
 from edge_memllm_export.architectures.multimodal import MultimodalText
-from edge_memllm_export.graph.blocks import geglu, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
-from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.feed_forward import geglu
+from edge_memllm_export.graph.step import StepInputs, wanted_positions
 
 MODEL_TYPES = ("gemma3_text", "gemma3")
 # A power of two, so that nothing is rounded: sums up to four million in float16.

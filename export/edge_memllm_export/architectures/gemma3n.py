@@ -32,9 +32,9 @@ import torch
 from edge_memllm_export.architectures.architecture import Folding
 from edge_memllm_export.architectures.dense import FEED_FORWARD
 from edge_memllm_export.architectures.per_layer_inputs import LayerInputs, PerLayerInputs
-from edge_memllm_export.graph.blocks import geglu, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
-from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.feed_forward import geglu
+from edge_memllm_export.graph.step import StepInputs, wanted_positions
 
 MODEL_TYPES = ("gemma3n_text", "gemma3n")
 # A power of two, so that nothing is rounded.

@@ -22,9 +22,10 @@ from edge_memllm.errors import ExportError
 from edge_memllm_export.architectures.architecture import Weights
 from edge_memllm_export.architectures.dense import FEED_FORWARD
 from edge_memllm_export.architectures.per_layer_inputs import LayerInputs, PerLayerInputs
-from edge_memllm_export.graph.blocks import AttentionShape, geglu, wanted_positions
+from edge_memllm_export.graph.attention import AttentionShape
 from edge_memllm_export.graph.builder import GraphBuilder
-from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.feed_forward import geglu
+from edge_memllm_export.graph.step import StepInputs, wanted_positions
 
 MODEL_TYPES = ("gemma4_text", "gemma4")
 _SCALAR = "layer_scalar"

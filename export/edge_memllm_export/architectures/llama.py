@@ -19,9 +19,9 @@ from typing import Any
 import onnx_ir as ir
 
 from edge_memllm_export.architectures.dense import FEED_FORWARD, Dense, refuse_rotary
-from edge_memllm_export.graph.blocks import swiglu, wanted_positions
 from edge_memllm_export.graph.builder import GraphBuilder
-from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.feed_forward import swiglu
+from edge_memllm_export.graph.step import StepInputs, wanted_positions
 
 MODEL_TYPES = ("llama", "mistral", "qwen2", "qwen3")
 

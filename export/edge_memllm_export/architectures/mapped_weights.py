@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from edge_memllm.arrays import Floats
 from edge_memllm_export.architectures.architecture import Folding, Side
-from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, widen_heads
+from edge_memllm_export.graph.attention import AttentionShape, AttentionWeights, widen_heads
 from edge_memllm_export.graph.builder import GraphBuilder
 
 _CONVERTED_WEIGHTS = 1 << 26  # of a matrix that are alive in another dtype: a head has many more

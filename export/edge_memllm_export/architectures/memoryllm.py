@@ -43,15 +43,10 @@ from edge_memllm.table.source import Rows
 from edge_memllm_export.architectures.architecture import Source, StoredKV
 from edge_memllm_export.architectures.mapped_weights import LayerWeights, converting
 from edge_memllm_export.architectures.text_reference import TextReference
-from edge_memllm_export.graph.blocks import (
-    Attention,
-    AttentionShape,
-    Rotary,
-    swiglu,
-    wanted_positions,
-)
+from edge_memllm_export.graph.attention import Attention, AttentionShape, Rotary
 from edge_memllm_export.graph.builder import GraphBuilder
-from edge_memllm_export.graph.step import StepInputs
+from edge_memllm_export.graph.feed_forward import swiglu
+from edge_memllm_export.graph.step import StepInputs, wanted_positions
 from edge_memllm_export.graph.tokens import layer_memory
 from edge_memllm_runtimes.torch_reference import TorchReference
 

@@ -40,8 +40,9 @@ from edge_memllm_export.architectures.dense_reference import (
 )
 from edge_memllm_export.architectures.mapped_weights import FloatEmbedding, ReadEmbedding
 from edge_memllm_export.architectures.multimodal import MultimodalText
-from edge_memllm_export.graph.blocks import AttentionShape, AttentionWeights, gated
+from edge_memllm_export.graph.attention import AttentionShape, AttentionWeights
 from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.feed_forward import gated
 from edge_memllm_export.graph.step import StepInputs
 from edge_memllm_export.graph.tokens import gained_weights, layer_memory, layer_weights
 from edge_memllm_runtimes.torch_reference import TorchReference

@@ -81,3 +81,22 @@ def _cache_inputs(dtype: str, cache: CacheSpec) -> KeyValue:
         for part in ("key", "value")
     )
     return key, value
+
+
+def wanted_positions(graph: GraphBuilder, step: StepInputs, **values: ir.Value) -> list[ir.Value]:
+    """Values [B,T,...], by their names, at the positions that want logits: [B,K,...]."""
+    if step.positions is None:
+        axis = graph.constant("model.positions.axis", np.array([-1]))
+        step.positions = graph.op(
+            "/model/positions/Unsqueeze", "Unsqueeze", [step.logits_index, axis], dtype="int64"
+        )
+    return [
+        graph.op(
+            f"/model/positions/{name}/GatherND",
+            "GatherND",
+            [value, step.positions],
+            {"batch_dims": 1},
+            dtype=graph.type_of(value),
+        )
+        for name, value in values.items()
+    ]
