@@ -52,8 +52,8 @@ def _of_rounds(rounds: Rounds) -> Iterator[Bar]:
         ("decode at 128 cold, to llama.cpp lazy cold", 1.2, ("decode_128_cold", LAZY)),
         ("prefill, to llama.cpp's table in memory", 2.0, ("prefill", LLAMA)),
         ("prefill cold, to llama.cpp lazy cold", 2.0, ("prefill_cold", LAZY)),
-        ("decode cold, to our table in memory", 0.98, ("decode_128_cold", IN_MEMORY, "decode_128")),
-        ("prefill cold, to our table in memory", 0.95, ("prefill_cold", IN_MEMORY, "prefill")),
+        ("decode cold, to our table in memory", 0.98, ("decode_128_cold", IN_MEMORY)),
+        ("prefill cold, to our table in memory", 0.95, ("prefill_cold", IN_MEMORY)),
     )
     for words, least, pair in asked:
         if these := ratios(rounds, *pair):

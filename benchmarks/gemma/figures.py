@@ -35,13 +35,10 @@ def values(rounds: Rounds, name: str, figure: str) -> list[float]:
     return [each[name][figure] for each in rounds if figure in each.get(name, {})]
 
 
-def ratios(
-    rounds: Rounds, figure: str, to: str, to_figure: str | None = None, of: str = OURS
-) -> list[float]:
-    """The ratios of a contender's figure to one of another's, by default the same figure."""
-    other = to_figure or figure
+def ratios(rounds: Rounds, figure: str, to: str, of: str = OURS) -> list[float]:
+    """The ratios of a contender's figure to another's."""
     return [
-        each[of][figure] / each[to][other]
+        each[of][figure] / each[to][figure]
         for each in rounds
-        if figure in each.get(of, {}) and other in each.get(to, {})
+        if figure in each.get(of, {}) and figure in each.get(to, {})
     ]

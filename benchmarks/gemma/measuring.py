@@ -1,8 +1,9 @@
 """Speed, load and memory on the same network: ours and llama.cpp, in turns and within limits.
 
 A round starts every contender anew, in a process of its own that rests while another has its turn.
-A cold run is preceded by dropping the table from the page cache, and so is each of its steps; a
-warm one has read the same text just before. Linux only, as the processes of `benchmarks.peers` are.
+A cold run is preceded by dropping the table from the page cache, and so is each of its steps, for
+those too that have their table in memory: so nothing differs but where rows come from. A warm run
+has read the same text just before. Linux only, as the processes of `benchmarks.peers` are.
 """
 
 from __future__ import annotations
@@ -11,7 +12,7 @@ import random
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any
 
 from benchmarks.gemma.groups import memory_group
@@ -50,16 +51,11 @@ class Run:
         """Decoded tokens."""
         return STEPS if self.decode else 0
 
-    def for_one_in_memory(self) -> Run | None:
-        """The same for a contender whose table is in memory: nothing is cold there."""
-        if self.prefill == "prefill_cold":
-            return None
-        return replace(self, decode=None, cold=False) if self.cold else self
-
 
 # In this order; a warm run follows the cold one of the same prompt.
 RUNS = (
-    Run(128, "first_token", "decode_128_cold", cold=True),
+    Run(128, "first_token", None, cold=True),
+    Run(128, None, "decode_128_cold", cold=True),
     Run(128, None, "decode_128"),
     Run(512, "prefill_cold", None, cold=True),
     Run(512, "prefill", None),
@@ -75,7 +71,7 @@ LIMITED_RUNS = (
 
 def contenders(place: Place) -> list[Contender]:
     """Those of the rounds whose files are there; the order is that of the turns."""
-    lazy = {"mmap": False, "lazy": True, "cold": list(_table_place(place))}
+    cold = {"mmap": False, "cold": list(_table_place(place))}
     return [
         _ours(OURS, place, "int4", {"cold": True}),
         *(
@@ -83,9 +79,9 @@ def contenders(place: Place) -> list[Contender]:
             if place.artifact("int2").exists()
             else []
         ),
-        _ours(IN_MEMORY, place, "int4", {"reader": "ram"}),
-        Contender(LLAMA, LLAMA, "llama", "gguf", {"mmap": False}),
-        Contender(LAZY, LAZY, "llama", "gguf", lazy),
+        _ours(IN_MEMORY, place, "int4", {"reader": "ram", "cold": True}),
+        Contender(LLAMA, LLAMA, "llama", "gguf", cold),
+        Contender(LAZY, LAZY, "llama", "gguf", {**cold, "lazy": True}),
     ]
 
 
@@ -119,10 +115,7 @@ def measure(place: Place, number: int, threads: int) -> dict[str, dict[str, Any]
         for run in RUNS:
             prompt = _prompt(place, number, run.length)
             for worker in workers:
-                streams = "cold" in worker.contender.settings
-                own = run if streams else run.for_one_in_memory()
-                if own is not None:
-                    _add(found[worker.contender.name], own, _done(worker, prompt, own))
+                _add(found[worker.contender.name], run, _done(worker, prompt, run))
     return found
 
 

@@ -42,10 +42,11 @@ python -m benchmarks.gemma limit --folder DIR            # in groups of 2 and 1.
 ram`; *lazy* is llama.cpp with `--lazy-mode on`, which maps the table and reads rows as they are
 touched (by itself it does so from 4 GiB on, so neither shape gets it). *Cold*: the table is dropped
 from the page cache before the prompt and before every token, pages that llama.cpp has mapped
-included. Our weights are mapped as this processor wants them, which is the default for large
-graphs; they were repacked before. Prompts are distinct random tokens, so is nearly all that is
-decoded. *Own memory* is anonymous, *mapped* the pages of files that the system may drop, *peak* the
-most of both together since the start.
+included; so it is for those whose table is in memory, who lose only the pause. Our weights are
+mapped as this processor wants them, which is the default for large graphs; they were repacked
+before. Prompts are distinct random tokens, so is nearly all that is decoded. *Own memory* is
+anonymous, *mapped* the pages of files that the system may drop, *peak* the most of both together
+since the start.
 """
 _MISSING = "Not measured yet.\n"
 _SHAPES = {shape: shape.upper() for shape in PUBLISHED}

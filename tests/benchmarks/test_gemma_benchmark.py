@@ -129,21 +129,23 @@ def test_a_group_is_made_limited_and_removed(
     assert not made.exists()
 
 
-def test_a_table_in_memory_is_never_cold() -> None:
-    found = [each.for_one_in_memory() for each in measuring.RUNS]
-    assert [each.prefill for each in found if each] == ["first_token", None, "prefill", None]
-    assert [each.decode for each in found if each] == [None, "decode_128", None, "decode_1024"]
-    assert not any(each.cold for each in found if each)
+def test_all_have_the_same_runs_and_cold_ones_come_before_warm_ones(tmp_path: Path) -> None:
+    assert [each.cold for each in measuring.RUNS] == [True, True, False, True, False, False]
+    place = Place(tmp_path, "tiny")
+    place.checkpoint.parent.mkdir(parents=True)
+    gguf_file.write_gguf(SMALL, 0, place.gguf)
+    assert all("cold" in each.settings for each in measuring.contenders(place))
 
 
 def one_round(factor: float) -> dict[str, dict[str, Any]]:
     speeds = dict.fromkeys(("decode_128", "decode_1024", "prefill"), 10.0)
     cold = {"decode_128_cold": 9.9, "prefill_cold": 9.0}
+    resident = dict.fromkeys(cold, 10.0)
     rest = {"load": 2.0, "first_token": 3.0, "own_memory": 1300.0, "mapped_memory": 700.0}
     same = {**rest, "peak_memory": 2100.0, "settings": {"threads": 2}, "taken_by_others": 0.0}
     return {
         measuring.OURS: {**{k: v * factor for k, v in {**speeds, **cold}.items()}, **same},
-        measuring.IN_MEMORY: {**{k: v * factor for k, v in speeds.items()}, **same},
+        measuring.IN_MEMORY: {**{k: v * factor for k, v in {**speeds, **resident}.items()}, **same},
         measuring.LLAMA: {**speeds, **same},
         measuring.LAZY: {**speeds, **cold, **same},
     }
@@ -175,8 +177,8 @@ RESULTS = {
 def test_ratios_are_taken_round_by_round() -> None:
     rounds = RESULTS["e2b"]["rounds"]
     assert figures.ratios(rounds, "decode_128", measuring.LLAMA) == [1.0, 1.5, 2.0]
-    assert figures.ratios(rounds, "decode_128_cold", measuring.LLAMA) == []  # it is never cold
-    cold = figures.ratios(rounds, "decode_128_cold", measuring.IN_MEMORY, "decode_128")
+    assert figures.ratios(rounds, "decode_128_cold", measuring.LLAMA) == []  # not measured
+    cold = figures.ratios(rounds, "decode_128_cold", measuring.IN_MEMORY)
     assert cold == pytest.approx([0.99] * 3)
 
 
