@@ -8,8 +8,7 @@ x [B,T,D] -- qkv_proj [-- + bias] --> GroupQueryAttention --> o_proj --> [B,T,D]
 
 With norms, the packed projection is split and query, key and value are normed head by head. A layer
 that reads another's keys and values gives none of its own, [B,0,Hk*d], and that layer's present as
-past, cut to the positions looked at where there is a window; one whose values are its keys has no
-projection for them.
+past; one whose values are its keys has no projection for them.
 """
 
 from __future__ import annotations
@@ -21,14 +20,13 @@ from typing import Any
 import numpy as np
 import onnx_ir as ir
 
-from edge_memllm_export.graph.builder import DATA_TYPES, GraphBuilder
-from edge_memllm_export.graph.step import KeyValue, KVScales, StepInputs, wanted_positions
+from edge_memllm_export.graph.builder import GraphBuilder
+from edge_memllm_export.graph.step import KVScales, StepInputs, wanted_positions
 
 # GroupQueryAttention takes no other head widths when it applies the rotary embedding itself.
 _HEAD_MULTIPLE = 16
 _PACKED = ("q_proj", "k_proj", "v_proj")
 _NORMS = ("q_norm", "k_norm", "v_norm")
-_TO_INT32, _TO_INT64 = ({"to": DATA_TYPES[kind]} for kind in ("int32", "int64"))
 _INT8_CACHE = {
     "kv_cache_bit_width": 8,
     "k_quant_type": "PER_CHANNEL",
@@ -72,15 +70,6 @@ class AttentionWeights:
     epsilon: float = 0.0  # of the norms
 
 
-@dataclass(frozen=True)
-class _Past:
-    """Keys and values that a layer attends to, and all that is counted from their first row."""
-
-    keys_values: KeyValue  # [B, Hk, C, d], a cut [B, Hk, N, d]
-    lengths: tuple[ir.Value, ir.Value]  # seqlens_k and total_sequence_length
-    angles: tuple[ir.Value, ir.Value]  # cosines and sines [P, d/2], of a cut [N, d/2]
-
-
 def widen_heads(weight: np.ndarray, shape: AttentionShape) -> np.ndarray:
     """Rows ``[heads * head_dim, K]`` with zero rows added to reach the graph's head width.
 
@@ -110,13 +99,12 @@ class Attention:
         self._graph = graph
         self._step = step
         self._shape = shape
-        self._cuts: dict[int, _Past] = {}  # by the layer whose keys and values they are
         extra = ((0, 0), (0, (shape.graph_head_dim - shape.head_dim) // 2))
         # Keys and values in float32 are attended to in it. A CPU converts others, those of all
         # positions, in every step and for every head that reads them.
         self._dtype = dtype = "float32" if step.kv_dtype == "float32" else graph.compute_dtype
         cosine = np.pad(rotary.cosine, extra, constant_values=1)
-        self._angles = (
+        self._rotary = (
             graph.vector(f"{kind}cos_cache", cosine, dtype),
             graph.vector(f"{kind}sin_cache", np.pad(rotary.sine, extra), dtype),
         )
@@ -139,8 +127,9 @@ class Attention:
         graph, step, shape = self._graph, self._step, self._shape
         own, quantised = source is None, step.kv_scales is not None
         queries = self._queries(path, x, weights)
-        past = self._past(step.past[layer]) if source is None else self._read(source)
-        inputs = [*queries, *past.keys_values, *past.lengths, *past.angles]
+        past = step.past[layer] if source is None else step.present[source]
+        lengths = [step.seqlens_k, step.total_sequence_length]
+        inputs = [*queries, *past, *lengths, *self._rotary]
         if step.kv_scales is not None:
             scales = step.kv_scales[layer if source is None else source]
             inputs += [None, None, None, *self._scale_inputs(path, scales)]
@@ -163,52 +152,6 @@ class Attention:
         attended = graph.cast(f"{path}/o_proj", attended, graph.compute_dtype)
         output = widen_heads(weights.projections["o_proj"].T, shape).T
         return graph.linear(f"{path}/o_proj", attended, output)
-
-    def _past(self, keys_values: KeyValue) -> _Past:
-        lengths = self._step.seqlens_k, self._step.total_sequence_length
-        return _Past(keys_values, lengths, self._angles)
-
-    def _read(self, source: int) -> _Past:
-        """What is attended to of a layer's keys and values, all of which the cache holds.
-
-        A window hides what lies before it, and saves no work: the operator multiplies with every
-        position that it is given. So a step cuts once what its wanted positions look at, and all
-        readers share that. Codes are not cut, for what reads them writes them too.
-        """
-        whole, window = self._past(self._step.present[source]), self._shape.window
-        if window is None or self._step.kv_scales is not None:
-            return whole
-        if source not in self._cuts:
-            self._cuts[source] = self._cut(f"/model/layers.{source}/window", whole, window)
-        return self._cuts[source]
-
-    def _cut(self, path: str, whole: _Past, window: int) -> _Past:
-        """The rows from the first that a wanted position of any sequence looks at."""
-        graph, step = self._graph, self._step
-        name = path[1:].replace("/", ".")
-        first = _first_looked_at(graph, step, path, window)
-        end = graph.op(
-            f"{path}/end/Cast", "Cast", [step.total_sequence_length], _TO_INT64, dtype="int64"
-        )
-        zero = graph.constant(f"{name}.zero", np.array([0]))
-        end = graph.op(f"{path}/end/Unsqueeze", "Unsqueeze", [end, zero], dtype="int64")
-        axes = graph.constant(f"{name}.axis", np.array([2])), zero
-        keys_values, angles = (
-            [
-                graph.op(f"{path}/{part}/Slice", "Slice", [value, first, end, axis], dtype=kind)
-                for part, value in zip(parts, values, strict=True)
-            ]
-            for parts, values, axis, kind in (
-                (("key", "value"), whole.keys_values, axes[0], step.kv_dtype),
-                (("cosine", "sine"), whole.angles, axes[1], self._dtype),
-            )
-        )
-        before = graph.op(f"{path}/before/Cast", "Cast", [first], _TO_INT32, dtype="int32")
-        lengths = [
-            graph.op(f"{path}/{part}/Sub", "Sub", [value, before], dtype="int32")
-            for part, value in zip(("seqlens_k", "total"), whole.lengths, strict=True)
-        ]
-        return _Past(_pair(keys_values), _pair(lengths), _pair(angles))
 
     def _attributes(self, *, rolling: bool) -> dict[str, Any]:
         shape = self._shape
@@ -312,27 +255,3 @@ class Attention:
         half = scales.reshape(-1, 2, shape.head_dim // 2).astype(np.float32)
         extra = (shape.graph_head_dim - shape.head_dim) // 2
         return np.pad(half, ((0, 0), (0, 0), (0, extra)), constant_values=1)
-
-
-def _first_looked_at(graph: GraphBuilder, step: StepInputs, path: str, window: int) -> ir.Value:
-    """The position that the first wanted one of the shortest sequence looks back to: int64 [1].
-
-    With lengths n and K wanted positions that is max(0, min(n) - K - window + 1); n is
-    seqlens_k + 1.
-    """
-    kind, name = "int64", path[1:].replace("/", ".")
-    lengths = graph.op(f"{path}/first/Cast", "Cast", [step.seqlens_k], _TO_INT64, dtype=kind)
-    least = graph.op(f"{path}/first/ReduceMin", "ReduceMin", [lengths], {"keepdims": 1}, dtype=kind)
-    wanted = graph.op(
-        f"{path}/first/Shape", "Shape", [step.logits_index], {"start": 1, "end": 2}, dtype=kind
-    )
-    first = graph.op(f"{path}/first/Sub", "Sub", [least, wanted], dtype=kind)
-    before = graph.constant(f"{name}.before", np.array([window - 2]))
-    first = graph.op(f"{path}/first/Sub_1", "Sub", [first, before], dtype=kind)
-    none = graph.constant(f"{name}.none", np.array([0]))
-    return graph.op(f"{path}/first/Max", "Max", [first, none], dtype=kind)
-
-
-def _pair(values: Sequence[ir.Value]) -> tuple[ir.Value, ir.Value]:
-    first, second = values
-    return first, second

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Collection, Iterable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import NoReturn
 
 from edge_memllm.checked_values import is_integer
@@ -21,8 +21,6 @@ CONTRIB = "com.microsoft"
 CODES = {name: code for code, name in DATA_TYPES.items()}
 _FLOATS = (CODES["float16"], CODES["float32"])
 INT64 = CODES["int64"]
-_INTEGERS = (CODES["int32"], INT64)
-_LENGTHS, _TOTAL = "seqlens_k", "total_sequence_length"
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +32,6 @@ class Known:
     tensor: Tensor | None = None  # for a weight
     numbers: tuple[int, ...] | None = None  # of a small weight of integers
     window: int | None = None  # of a cache: how many positions may be looked at
-    formula: str = ""  # of integers that are counted in a step, out of the inputs' names
 
     @property
     def width(self) -> int | str:
@@ -186,9 +183,6 @@ def _gather_nd(step: Step) -> Results:
 
 def _unsqueeze(step: Step) -> Results:
     data, axes = step.given("xn")
-    if data.formula == _TOTAL:
-        step.expect("axes", axes.numbers, (0,))
-        return [replace(data, dims=(1,))]
     if axes.numbers == (-2,):
         step.expect("values of", len(data.dims), 3)
         return [Known(data.data_type, (*data.dims[:-1], 1, data.width))]
@@ -198,10 +192,6 @@ def _unsqueeze(step: Step) -> Results:
 
 def _cast(step: Step) -> Results:
     (data,) = step.given("x")
-    if data.formula:
-        kind = step.integer("to", CODES["int32"], INT64)
-        step.expect("a result of integers", kind in _INTEGERS, True)
-        return [replace(data, data_type=kind)]
     step.expect_float(data)
     kind = step.integer("to", min(_FLOATS), max(_FLOATS))
     step.expect("a result of floats", kind in _FLOATS, True)
@@ -228,44 +218,6 @@ def _reshape(step: Step) -> Results:
     if any(isinstance(size, int) and size < 1 for size in dims):
         step.refuse(f"makes a value of {dims}")
     return [Known(data.data_type, tuple(dims))]
-
-
-def _count(operator: str) -> Callable[[Step], Results]:
-    """An operator on integers that are counted in a step, and may come with a number."""
-
-    def infer(step: Step) -> Results:
-        if not any(known is not None and known.formula for known in step.inputs):
-            return _elementwise(step)
-        numbered = step.inputs[-1] is not None and step.inputs[-1].tensor is not None
-        first, second = step.given("xn" if numbered else "xx")
-        step.expect("integers of type", second.data_type, first.data_type)
-        step.expect("one integer, of shape", second.dims, (1,))
-        dims = first.dims or (1,)
-        words = [each.formula or str(*each.numbers or ()) for each in (first, second)]
-        return [Known(first.data_type, dims, formula=f"{operator}({', '.join(words)})")]
-
-    return infer
-
-
-def _least(step: Step) -> Results:
-    (data,) = step.given("x")
-    step.integer("keepdims", 1, 1)
-    step.expect("integers", data.formula, _LENGTHS)
-    return [Known(data.data_type, (1,), formula=f"min({data.formula})")]
-
-
-def _shape(step: Step) -> Results:
-    """How many positions want logits."""
-    (data,) = step.given("x")
-    step.integer("start", 1, 1)
-    step.integer("end", 2, 2)
-    step.expect("values of", data.dims, ("B", "K"))
-    return [Known(INT64, (1,), formula="K")]
-
-
-def _first_looked_at(window: int) -> str:
-    """The position that the first wanted one looks back to, in the shortest sequence."""
-    return f"max(sub(sub(min({_LENGTHS}), K), {window - 2}), 0)"
 
 
 def _elementwise(step: Step) -> Results:
@@ -299,9 +251,7 @@ def _split(step: Step) -> Results:
 
 
 def _slice(step: Step) -> Results:
-    """One of two cuts: no positions, and the first of the numbers of each; or a window."""
-    if step.inputs[1] is not None and step.inputs[1].formula:
-        return _window(step)
+    """The one cut there is: no positions, and the first of the numbers of each."""
     data, starts, ends, axes = step.given("xnnn")
     step.expect("values of", len(data.dims), 3)
     step.expect("starts and axes", (starts.numbers, axes.numbers), ((0, 0), (1, 2)))
@@ -310,25 +260,6 @@ def _slice(step: Step) -> Results:
     none, width = ends.numbers
     step.expect("positions", (none, 0 < width <= step.count(data.dims[2:])), (0, True))
     return [Known(data.data_type, (*data.dims[:1], 0, width))]
-
-
-def _window(step: Step) -> Results:
-    """What the wanted positions look at: rows of a cache, or the angles of these."""
-    angles = step.inputs[0] is not None and step.inputs[0].tensor is not None
-    data, first, end, axis = step.given("wxxn" if angles else "xxxn")
-    place = 0 if angles else 2
-    step.expect("an axis of", axis.numbers, (place,))
-    step.expect("an end of", (end.formula, end.data_type, end.dims), (_TOTAL, INT64, (1,)))
-    step.expect("a start of type", first.data_type, INT64)
-    if angles:
-        step.expect("angles of", (len(data.dims), data.dims[:1]), (2, (step.positions,)))
-        step.expect_float(data)
-    else:
-        step.expect("keys or values of", (len(data.dims), data.dims[2:3]), (4, ("C",)))
-        assert data.window is not None or step.refuse("cuts what has no window")
-        step.expect("a start of", first.formula, _first_looked_at(data.window))
-    dims = (*data.dims[:place], "N", *data.dims[place + 1 :])
-    return [Known(data.data_type, dims, window=data.window, formula=first.formula)]
 
 
 def _norm(step: Step) -> Results:
@@ -436,8 +367,7 @@ def _attention(step: Step) -> Results:
     ]
     packed, quantised = kinds[1:3] == ["-", "-"], len(kinds) > 9
     tail = "---ww" if quantised else ""
-    turning = "xx" if kinds[7:9] == ["x", "x"] else "ww"  # a cut of the angles
-    found = step.given(("x--" if packed else "xxx") + "xxxx" + turning + tail)
+    found = step.given(("x--" if packed else "xxx") + "xxxxww" + tail)
     queries, (key, value, lengths, total, cosine, sine, *scales) = (
         found[: 1 if packed else 3],
         found[1 if packed else 3 :],
@@ -450,8 +380,7 @@ def _attention(step: Step) -> Results:
         step.text(name, "NONE", ("PER_CHANNEL",) if quantised else ("NONE",))
     step.expect_float(*queries, cosine, sine)
     rolling = step.integer("sliding_window_cache", 0, 1, default=0)
-    cut = not rolling and key.dims[2:3] == ("N",)
-    cache = ("B", kv_heads, "R" if rolling else "N" if cut else "C", key.width)
+    cache = ("B", kv_heads, "R" if rolling else "C", key.width)
     step.expect("keys of", (key.dims, bits), (cache, 8))
     step.expect("values of", (value.dims, value.data_type), (cache, key.data_type))
     window = (
@@ -469,28 +398,19 @@ def _attention(step: Step) -> Results:
         steps = (queries[0].dims[1], 0, 0)
         step.expect("queries at", steps[0] in ("T", "K"), True)
         step.expect("sliding_window_cache", rolling, 0)  # which cannot be read again
-    step.expect("keys of another layer", shared or not cut, True)
     for known, size, width in zip(
         queries, steps[: len(queries)], [sum(widths)] if packed else widths, strict=True
     ):
         step.expect("queries of", known.dims, ("B", size, width))
-    _expect_lengths(step, key, lengths, total)
+    integer = CODES["int32"]
+    step.expect("lengths of", (lengths.data_type, lengths.dims), (integer, ("B",)))
+    step.expect("a length of", (total.data_type, total.dims), (integer, ()))
     for angles in (cosine, sine):
-        step.expect("angles of", angles.dims, ("N" if cut else step.positions, head // 2))
-        step.expect("angles from", angles.formula, key.formula)
+        step.expect("angles of", angles.dims, (step.positions, head // 2))
     for scale in scales:
         step.expect("steps of", (scale.data_type, scale.dims), (CODES["float32"], (widths[1],)))
     attended = Known(queries[0].data_type, (*queries[0].dims[:2], widths[0]))
     return [attended] if shared and not quantised else [attended, key, value]
-
-
-def _expect_lengths(step: Step, key: Known, lengths: Known, total: Known) -> None:
-    """Refuse lengths that do not count the rows of these keys: the operator believes them."""
-    one: Dims = (1,) if key.formula else ()
-    for known, counted, dims in ((lengths, _LENGTHS, ("B",)), (total, _TOTAL, one)):
-        formula = f"sub({counted}, {key.formula})" if key.formula else counted
-        found = known.data_type, known.formula, known.dims
-        step.expect("lengths of", found, (CODES["int32"], formula, dims))
 
 
 def _rules() -> dict[tuple[str, str], _Rule]:
@@ -503,19 +423,17 @@ def _rules() -> dict[tuple[str, str], _Rule]:
         "GatherND": _Rule(_gather_nd, frozenset({"batch_dims"})),
         "LayerNormalization": _Rule(_centred_norm, frozenset({"axis", "epsilon"})),
         "MatMul": _Rule(_matrix, frozenset()),
-        "Max": _Rule(_count("max"), frozenset()),
+        "Max": _Rule(_elementwise, frozenset()),
         "Mul": _Rule(_elementwise, frozenset()),
-        "ReduceMin": _Rule(_least, frozenset({"keepdims"})),
         "ReduceL2": _Rule(_length, frozenset({"keepdims"})),
         "ReduceSum": _Rule(_sum, frozenset({"keepdims"})),
         "RMSNormalization": _Rule(_norm, frozenset({"axis", "epsilon"})),
         "Relu": _Rule(_activation, frozenset()),
         "Reshape": _Rule(_reshape, frozenset()),
-        "Shape": _Rule(_shape, frozenset({"start", "end"})),
         "Sigmoid": _Rule(_activation, frozenset()),
         "Slice": _Rule(_slice, frozenset()),
         "Split": _Rule(_split, frozenset({"axis"})),
-        "Sub": _Rule(_count("sub"), frozenset()),
+        "Sub": _Rule(_elementwise, frozenset()),
         "Tanh": _Rule(_activation, frozenset()),
         "Unsqueeze": _Rule(_unsqueeze, frozenset()),
     }

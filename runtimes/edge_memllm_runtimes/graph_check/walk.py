@@ -33,7 +33,6 @@ _EXPORT_AGAIN = "Graph and table are from different exports; export again."
 _WIRE_BITS = {"q8": 8, "q4": 4}
 # Which sizes that are only known in a step may come together in one value, and how.
 _VARIABLE = [(), ("B",), ("U",), ("B", "T"), ("B", "K"), ("B", "C"), ("B", "R")]
-_VARIABLE += [("B", "N"), ("N",)]  # a cut of these, and of the angles
 # The most of its other sizes, in widths, where neither all layers nor the vocabulary are more.
 _WIDTHS = 64
 # A layer takes some twenty nodes, and where all its matrices are sums, some eighty; one of Gemma 3n
@@ -174,8 +173,8 @@ def graph_inputs(manifest: Manifest) -> dict[str, Known]:
         "token_index": Known(INT64, ("B", "T")),
         "embedding": Known(CODES[table.embedding_dtype], ("U", model.hidden_size)),
         "logits_index": Known(INT64, ("B", "K")),
-        "seqlens_k": Known(integer, ("B",), formula="seqlens_k"),
-        "total_sequence_length": Known(integer, (), formula="total_sequence_length"),
+        "seqlens_k": Known(integer, ("B",)),
+        "total_sequence_length": Known(integer, ()),
     }
     if layout.wire in _WIRE_BITS:
         assert layout.group is not None  # both quantised wire forms have groups
