@@ -181,7 +181,8 @@ def load(options: LoadOptions) -> Model:
 
     `progress(stage, done, total)` is called on the way, from this thread: the stages are "files"
     (bytes checked, but for graph and table), "graph" and "table" (0 of 1, then 1 of 1), before
-    them those of an export. What it raises ends the loading.
+    them those of an export; within "graph", `edge_memllm.progress.PACKING` where weights are
+    packed to be kept, which may take minutes. What it raises ends the loading.
 
     What was chosen is in `Model.describe()` and is logged. Raises `ArtifactError` for a folder
     that cannot be used, `RuntimeUnavailableError` for a device or package that is not there,
@@ -310,6 +311,7 @@ def _opened(device: str, options: LoadOptions, artifact: Artifact, plan: MemoryP
         packed_unasked=options.packed_cache == AUTO,
         arena_bytes=plan.arena_bytes,
         cuda_graph=options.cuda_graph,
+        progress=options.progress,
     )
     return open_runtime(artifact, device, wanted)
 

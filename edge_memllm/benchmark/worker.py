@@ -29,6 +29,7 @@ from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.model import Model, Piece
 from edge_memllm.process.interrupts import taking_one
+from edge_memllm.progress import PACKING
 from edge_memllm.sampling import Sampling
 from edge_memllm.statistics import process_memory
 
@@ -192,6 +193,12 @@ def _fetch(
     return perf_counter() - start
 
 
+def _say_packing(stage: str, done: int, _: int) -> None:
+    """Say on stderr what may take minutes, so that nobody waits without knowing why."""
+    if stage == PACKING and not done:
+        print(f"{stage}: ...", file=sys.stderr, flush=True)
+
+
 class Measurer:
     """The loaded variant and the commands it takes; a method per command."""
 
@@ -199,7 +206,7 @@ class Measurer:
         self._variant = variant
         self._plan = plan
         start = time.perf_counter()
-        settings = {"reader": variant.reader, **variant.settings}
+        settings = {"reader": variant.reader, "progress": _say_packing, **variant.settings}
         self._model = opened.enter_context(edge_memllm.load(variant.artifact, **settings))
         self._load_seconds = time.perf_counter() - start
         self._table = variant.artifact / self._model.manifest.table.file

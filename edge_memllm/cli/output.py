@@ -15,6 +15,7 @@ from types import TracebackType
 from typing import TYPE_CHECKING, Any, NoReturn, Self, TextIO
 
 from edge_memllm.errors import RequestError
+from edge_memllm.progress import PACKING
 
 if TYPE_CHECKING:
     from tqdm import tqdm
@@ -113,6 +114,11 @@ class StageBars:
 
     def __call__(self, stage: str, done: int, total: int) -> None:
         """Show that ``done`` of ``total`` steps of ``stage`` are done."""
+        if stage == PACKING:  # nothing is heard for a minute, so it is said at once
+            self.end_stage()
+            if not done:
+                say(f"{stage}: ...")
+            return
         if self._shown is None or stage != self._stage:
             self._start(stage, total)
         assert self._shown is not None

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edge_memllm.errors import RequestError
 from edge_memllm.process.limits import processor_share
+from edge_memllm.progress import Progress
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
 _ROOT = Path("/")
@@ -28,6 +29,7 @@ class RuntimeOptions:
     own_files: bool = False  # nobody else can change the artifact: its weights can be mapped
     arena_bytes: int | None = None  # CUDA only: weights and what steps work on
     cuda_graph: bool = False  # CUDA only: record a decode step once, then replay it
+    progress: Progress | None = None  # told of `PACKING`, where weights are repacked to be kept
 
     def check_device(self, device: str) -> None:
         """Raise `RequestError` for an option that `device`, "cpu" or "cuda", does not have."""

@@ -161,6 +161,7 @@ def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
         import_library().__version__,
         lambda stored, folder: pack_graph(stored, artifact, options, folder),
         unasked=options.packed_unasked,
+        progress=options.progress,
     )
     return open_packed(graph, artifact, options)
 

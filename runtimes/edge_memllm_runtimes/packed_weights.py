@@ -25,6 +25,7 @@ from edge_memllm.artifact.folder import Directory
 from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 from edge_memllm.errors import ArtifactError, CorruptionError, EdgeMemLLMError, RequestError
+from edge_memllm.progress import PACKING, Progress
 from edge_memllm_runtimes.ort_graph import check_artifact_graph, check_graph_file
 from edge_memllm_runtimes.ort_session import is_spelt
 
@@ -48,14 +49,20 @@ Pack = Callable[[Path, Path], None]
 
 
 def packed_graph(
-    folder: Path, artifact: Artifact, library_version: str, pack: Pack, *, unasked: bool = False
+    folder: Path,
+    artifact: Artifact,
+    library_version: str,
+    pack: Pack,
+    *,
+    unasked: bool = False,
+    progress: Progress | None = None,
 ) -> Path:
     """Return the path of the artifact's graph with its weights repacked, checked.
 
     It is made on first use: `pack` writes graph and weights into the folder it is given. One that
     is damaged is made again, with a warning. What nobody has asked for leaves as much space as it
     takes, and makes room: what was not used for a month goes, and what another version of the
-    library made of the same graph.
+    library made of the same graph. ``progress`` is told of `PACKING` only when it is made.
 
     Raises `RequestError` for weights that are not repacked or cannot be kept and for a folder
     inside the artifact, `EdgeMemLLMError` when it cannot be written.
@@ -71,7 +78,10 @@ def packed_graph(
         shutil.rmtree(place, ignore_errors=True)
     if unasked:
         _clear_unused(folder, facts)
+    tell = progress or (lambda *_: None)
+    tell(PACKING, 0, 1)
     _make(folder, place, artifact, facts, pack, _SPACE_FACTOR * (2 if unasked else 1))
+    tell(PACKING, 1, 1)
     try:
         return _checked(place, artifact, facts)
     except RequestError:

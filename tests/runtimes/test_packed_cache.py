@@ -21,8 +21,10 @@ import edge_memllm
 from edge_memllm import loading, memory_plan
 from edge_memllm.artifact.atomic import FolderLock
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.cli.main import main
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ArtifactError, EdgeMemLLMError, RequestError
+from edge_memllm.progress import PACKING
 from edge_memllm.store import store
 from edge_memllm_runtimes import ort
 from edge_memllm_runtimes import packed_weights as packed_cache
@@ -87,6 +89,26 @@ def test_it_is_made_once_and_gives_the_same_text(
         assert "packed weights made" not in caplog.text
     assert sorted(files_of(made(cache))) == ["graph.onnx", "graph.onnx.data", "packed.json"]
     assert files_of(artifact) == before
+
+
+@pytest.mark.parametrize(
+    "command",
+    [
+        ["run", "--prompt", "packed", "--max-new-tokens", "2"],
+        ["bench", "--context", "4", "--new-tokens", "2", "--repeats", "1"],
+    ],
+    ids=lambda words: words[0],
+)
+def test_who_waits_for_it_is_told_why_once(
+    command: list[str], artifact: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    name, *options = command
+    asked = [name, str(artifact), *options, "--packed-cache", str(tmp_path / "cache")]
+    said = []
+    for _ in range(2):
+        assert main([*asked, "--threads", "1", "--device", "cpu"]) == 0
+        said.append(capfd.readouterr().err.count(f"{PACKING}: ...\n"))
+    assert said == [1, 0]
 
 
 def change_data(place: Path) -> None:
