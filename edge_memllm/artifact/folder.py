@@ -45,8 +45,14 @@ class Directory:
     def __init__(self, path: Path) -> None:
         self.path = path
         if not os.path.isdir(path):  # unlike Path.is_dir, this never raises
+            expected = "expected the folder of an exported model."
+            if os.path.isfile(path) and path.suffix.lower() == ".gguf":
+                raise ArtifactError(
+                    f"{path}: is a GGUF file, {expected} Make one of it: edge-memllm export "
+                    f"{path} OUT"
+                )
             found = "is not a folder" if os.path.lexists(path) else "does not exist"
-            raise ArtifactError(f"{path}: {found}, expected the folder of an exported model.")
+            raise ArtifactError(f"{path}: {found}, {expected}")
         self._descriptor: int | None = None
         if os.open in os.supports_dir_fd:
             try:

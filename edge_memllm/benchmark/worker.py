@@ -196,7 +196,7 @@ def _fetch(
 def _say_packing(stage: str, done: int, _: int) -> None:
     """Say on stderr what may take minutes, so that nobody waits without knowing why."""
     if stage == PACKING and not done:
-        print(f"{stage}: ...", file=sys.stderr, flush=True)
+        sys.stderr.write(f"{stage}: ...\n")
 
 
 class Measurer:

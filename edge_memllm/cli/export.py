@@ -39,11 +39,11 @@ _EXPORT = """\
 Export a checkpoint as an artifact: graph, table, tokenizer and manifest. It is a folder with
 config.json, model.safetensors and tokenizer.json, a name of the Hugging Face Hub, or a GGUF file;
 its model one of MemoryLLM, a dense one of the family of Llama (SmolLM, TinyLlama), Mistral, Qwen2
-and Qwen3, or Gemma 3, whose images are left out. The result is judged before it appears: six rungs
-compare it with the checkpoint, and its loss of quality is measured on real text and on what it
-answers to a dozen prompts. A rung that does not hold, or a loss beyond the bounds, ends the export,
-and OUT is not made: what costs too much is kept as OUT.refused. Exporting the same checkpoint again
-gives the same bytes."""
+and Qwen3, or Gemma 3, 3n and 4, of which only the text is taken. The result is judged before it
+appears: six rungs compare it with the checkpoint, and its loss of quality is measured on real text
+and on what it answers to a dozen prompts. A rung that does not hold, or a loss beyond the bounds,
+ends the export, and OUT is not made: what costs too much is kept as OUT.refused. Exporting the same
+checkpoint again gives the same bytes."""
 
 _EXPORT_EXAMPLES = """\
   edge-memllm export checkpoint artifact
@@ -68,30 +68,30 @@ _REQUANTIZE_EXAMPLES = """\
   edge-memllm requantize full fitting --target-size 1.5GB --table-text texts.txt"""
 
 
+def _bits(more: str = "") -> Option:
+    return Option(
+        "mixed precision: choose the bits of each layer and class of tokens so that memory values "
+        f"take this many on average, scales and levels included, such as 4.5{more}",
+        metavar="BITS",
+        parse=positive_number,
+        one_of="table",
+    )
+
+
+def _target_size(more: str = "") -> Option:
+    return Option(
+        f"mixed precision: the same for a size of the table file, such as 1.5GB{more}",
+        parse=byte_size,
+        one_of="table",
+    )
+
+
 @dataclass(frozen=True, kw_only=True)
 class MixedOptions:
     """What mixed precision is to come to, instead of a codec: one of the two."""
 
-    bits: Annotated[
-        float | None,
-        Option(
-            "mixed precision: choose the bits of each layer and class of tokens so that memory "
-            "values take this many on average, scales and levels included, such as 4.5; of a model "
-            "without memory, those of each matrix of the graph",
-            metavar="BITS",
-            parse=positive_number,
-            one_of="table",
-        ),
-    ] = None
-    target_size: Annotated[
-        int | None,
-        Option(
-            "mixed precision: the same for a size of the table file, such as 1.5GB; of a model "
-            "without memory, of table and graph together",
-            parse=byte_size,
-            one_of="table",
-        ),
-    ] = None
+    bits: Annotated[float | None, _bits()] = None
+    target_size: Annotated[int | None, _target_size()] = None
 
     @property
     def target(self) -> Target | None:
@@ -102,11 +102,23 @@ class MixedOptions:
 
 
 @dataclass(frozen=True, kw_only=True)
+class ExportMixedOptions(MixedOptions):
+    """The same of an export, which has matrices to choose for where there is no memory."""
+
+    bits: Annotated[
+        float | None, _bits("; of a model without memory, those of each matrix of the graph")
+    ] = None
+    target_size: Annotated[
+        int | None, _target_size("; of a model without memory, of table and graph together")
+    ] = None
+
+
+@dataclass(frozen=True, kw_only=True)
 class ExportCommand:
     """What may be asked of ``edge-memllm export``."""
 
     export: Annotated[ExportOptions, Group()]
-    mixed: Annotated[MixedOptions, Group()]
+    mixed: Annotated[ExportMixedOptions, Group()]
     json: Json = False
 
 

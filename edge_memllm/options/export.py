@@ -249,8 +249,8 @@ class ExportOptions:
         str | None,
         Option(
             f"how the table stores its rows: {', '.join(CODEC_WORDS)}, lowrank-50 or another share "
-            "of the rank, or an id with a group size such as int4-g64; rows of Gemma 4 stay as a "
-            "GGUF file has them where they can be",
+            "of the rank, or an id with a group size such as int4-g64; rows of Gemma 3n and 4 "
+            "stay as a GGUF file has them where they can be",
             metavar="CODEC",
             unset="int8",
             one_of="table",

@@ -8,7 +8,7 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.errors import RequestError
 from edge_memllm.text import TOKENIZER_FILE
 
-_SHAPE = ("memory.kind", "memory.layers", "memory.width", "vocab_size")
+_SHAPE = ("architecture", "memory.kind", "memory.layers", "memory.width", "vocab_size")
 
 
 def check_same_shape(base: Artifact, other: Artifact) -> None:

@@ -105,7 +105,9 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     asked = graph_weights
     if graph_weights == "auto":
         graph_weights = "mixed"
-    kept = asked == "auto" and options.table_target is None and source.has_grids
+    # A target is for the rows, and for matrices only where there are none.
+    for_matrices = options.table_target is not None and not source.spec.memory.layers
+    kept = asked == "auto" and not for_matrices and source.has_grids
     method = quantisation_method(options.graph_method, asked)
     try:
         width = source.spec.memory.width or source.spec.hidden_size
@@ -494,7 +496,7 @@ class _Export:
             for rung in parity_checks(judged, rows_dtype):
                 _log.info("rung %d %s: %g of %g", rung.number, rung.name, rung.measured, rung.bound)
                 if not rung.ok:
-                    raise ExportError(rung.refusal)
+                    raise ExportError(rung.refusal(judged))
                 rungs.append(rung)
                 self._progress("ladder", rung.number, 6)
             return tuple(rungs), self._quality(judged, text, accept_quality_loss)

@@ -18,9 +18,12 @@ from hypothesis import strategies as st
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.codecs import get_codec
 from edge_memllm.errors import ExportError
+from edge_memllm.mixed_precision import Target
+from edge_memllm.options.export import ExportOptions
 from edge_memllm.table.table import Table
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
+from edge_memllm_export.exporter import graph_form
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from edge_memllm_export.kept_rows import RowsChoice, choose_rows
 from edge_memllm_export.sources.gguf_file import GGUFFile
@@ -213,3 +216,15 @@ def test_scales_are_not_searched_for_where_rows_are_kept(tmp_path: Path) -> None
     written(tmp_path / "m.gguf", "E2B", "Q4_0")
     with pytest.raises(ExportError, match=r"table search: the memory rows of .* kept as int4-g32"):
         export_model(tmp_path / "m.gguf", tmp_path / "out", table_search=True)
+
+
+def test_a_size_of_the_table_leaves_matrices_as_the_file_has_them(tmp_path: Path) -> None:
+    def method(form: str) -> str | None:
+        written(tmp_path / "m.gguf", form, "Q8_0")
+        source = Checkpoint.open(tmp_path / "m.gguf")
+        target = Target(bits=4.5, file_bytes=None)
+        options = ExportOptions(source.path, tmp_path / "out", table_target=target)
+        return graph_form(source, options).method
+
+    assert method("E2B") is None
+    assert method("31B") == "gptq"  # without rows the target is for the matrices

@@ -20,6 +20,7 @@ from edge_memllm_export.judging import quality as quality_module
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact, text_tokens
 from edge_memllm_export.judging.ladder import ParityCheck, parity_checks
 from edge_memllm_export.judging.quality import measure_quality, token_budget
+from edge_memllm_export.judging.remedies import graph_remedy
 from edge_memllm_export.texts import judging_text
 from support.checkpoints import MakeArtifact, MakeCheckpoint
 
@@ -227,6 +228,37 @@ def test_red_rung_ends_the_export(
     with pytest.raises(ExportError, match=r"Rung 3 of the parity ladder, feeding, does not hold"):
         export_model(make_checkpoint(), tmp_path / "out", graph_weights="fp32")
     assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("options", "helps"),
+    [
+        (
+            {"graph_weights": "int4"},
+            "more bits for the head (matrix weights lm_head=int8), or graph weights int8",
+        ),
+        ({"graph_weights": "int8"}, "graph weights fp16"),
+        ({"graph_weights": "int8", "graph_block": 64}, "graph block 32, or graph weights fp16"),
+        ({"graph_weights": "auto"}, "graph weights int8"),
+        ({"graph_weights": "fp16"}, "graph weights fp32"),
+        ({"graph_weights": "fp32"}, None),
+    ],
+    ids=str,
+)
+def test_what_is_advised_is_not_there_yet(
+    options: dict[str, Any],
+    helps: str | None,
+    make_checkpoint: MakeCheckpoint,
+    tmp_path: Path,
+) -> None:
+    checkpoint = make_checkpoint()
+    export_model(checkpoint, tmp_path / "out", verify=False, **options)
+    reference = Checkpoint.open(checkpoint).architecture.reference()
+    with JudgedArtifact(tmp_path / "out", reference) as judged:
+        assert graph_remedy(judged) == helps
+        refusal = ParityCheck(4, "graph", 1.0, 0.5, "").refusal(judged)
+    assert (f"Export with {helps}: where" in refusal) == (helps is not None)
+    assert "please report it" in refusal
 
 
 def test_artifact_of_another_checkpoint_is_refused(

@@ -13,9 +13,13 @@ from safetensors.numpy import load_file, save_file
 
 import edge_memllm
 from edge_memllm import Model
+from edge_memllm.artifact.folder import Artifact
+from edge_memllm.errors import RequestError
 from edge_memllm.overlays import OverlaySpec, open_overlay, overlay_of
+from edge_memllm.overlays.compatibility import check_same_shape
 from edge_memllm.overlays.making import Alteration, edits_of
 from edge_memllm_export import checkpoint_difference
+from support.checkpoints import write_dense
 from support.gates import (
     IDS,
     LAYERS,
@@ -130,3 +134,14 @@ def test_weights_that_are_no_rows_are_named_for_this_family(
     save_file(weights, tuned / "model.safetensors", {"format": "pt"})
     with pytest.raises(edge_memllm.EdgeMemLLMError, match="Train the rows alone"):
         checkpoint_difference(checkpoint, tuned, out, name="tuned")
+
+
+def test_gates_of_another_family_are_not_grafted(checkpoint: Path, tmp_path: Path) -> None:
+    base = export_gates(checkpoint, tmp_path / "base")
+    donor = write_dense(tmp_path / "donor", "gemma3n_text", hidden_size_per_layer_input=WIDTH)
+    with (
+        Artifact.open(base) as ours,
+        Artifact.open(export_gates(donor, tmp_path / "out")) as theirs,
+        pytest.raises(RequestError, match=r"architecture is gemma3n_text, that of .* gemma4_text"),
+    ):
+        check_same_shape(ours, theirs)

@@ -220,6 +220,14 @@ def test_inspect_says_what_a_checkpoint_is(call: Call, source: Path) -> None:
     assert "incomplete" not in error
 
 
+@pytest.mark.parametrize("command", ["inspect", "verify"])
+def test_a_gguf_file_is_called_one(command: str, call: Call, home: Path) -> None:
+    (home / "m.gguf").write_bytes(b"GGUF")
+    error = call(command, "m.gguf")[2]
+    assert "m.gguf: is a GGUF file, expected the folder of an exported model" in error
+    assert "edge-memllm export m.gguf OUT" in error
+
+
 def test_serve_is_named_after_the_file(home: Path) -> None:
     def name(word: str) -> str:
         parser = argparse.ArgumentParser()

@@ -16,7 +16,7 @@ from edge_memllm.errors import ExportError
 from edge_memllm.table.table import Table
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm_runtimes import open_runtime
-from edge_memllm_runtimes.graph_file import read_graph
+from edge_memllm_runtimes.graph_file import Node, read_graph
 from edge_memllm_runtimes.options import RuntimeOptions
 
 if TYPE_CHECKING:
@@ -66,11 +66,24 @@ class JudgedArtifact:
         graph = self.artifact.manifest.graph
         if graph.weights != "mixed":
             return graph.weights
-        nodes = read_graph(self.artifact.read_bytes(graph.file)).nodes
-        products = (node for node in nodes if node.op_type == "MatMulNBits")
         # A second part makes 6 bits of 4.
-        few = (each.attributes["bits"] == 2 and ".part." not in each.inputs[1] for each in products)
+        few = (
+            each.attributes["bits"] == 2 and ".part." not in each.inputs[1]
+            for each in self._products
+        )
         return "int2" if any(few) else "mixed"
+
+    @property
+    def largest_block(self) -> int:
+        """The most weights of a matrix that share a scale; 0 where none do."""
+        sizes = (each.attributes["block_size"] for each in self._products)
+        return max((size for size in sizes if isinstance(size, int)), default=0)
+
+    @cached_property
+    def _products(self) -> list[Node]:
+        """The products with matrices of few bits."""
+        nodes = read_graph(self.artifact.read_bytes(self.artifact.manifest.graph.file)).nodes
+        return [node for node in nodes if node.op_type == "MatMulNBits"]
 
     @cached_property
     def tokenizer(self) -> Tokenizer:

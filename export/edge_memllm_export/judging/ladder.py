@@ -25,6 +25,7 @@ from edge_memllm.errors import ArtifactError
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.text import TOKENIZER_FILE
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact, text_tokens
+from edge_memllm_export.judging.remedies import graph_remedy
 from edge_memllm_export.texts import judging_text
 
 _SPREAD_TOKENS = 64
@@ -45,20 +46,8 @@ _PARTS_KL, _PARTS_SHARE = 1e-3, 0.5
 # graph is held against itself whole: kernels move it by thousandths of a nat, faults by tenths.
 _PARTS_OF_2_BITS = 0.05
 
+_REPORT_THAT = "where that does not hold either, it is a fault of ours, please report it."
 _REPORT = "Whatever the options, this is a fault of ours: please report it."
-_CODES = (
-    "Export with more bits (graph weights int8 or fp16), or smaller blocks (graph block 32): where "
-    "that does not hold either, it is a fault of ours, please report it."
-)
-_ADVICE = {
-    "codec": _REPORT,
-    "table": "Export with compute dtype float32; where that does not hold either, it is a fault "
-    "of ours, please report it.",
-    "feeding": _REPORT,
-    "graph": _CODES,
-    "cache": _CODES,
-    "chunks": _CODES,
-}
 
 
 @dataclass(frozen=True)
@@ -76,13 +65,16 @@ class ParityCheck:
         """False also when the measurement is not a number."""
         return self.measured <= self.bound
 
-    @property
-    def refusal(self) -> str:
+    def refusal(self, judged: JudgedArtifact) -> str:
         """Why an artifact with this step red is refused, and what to try."""
+        helps = "compute dtype float32" if self.name == "table" else None
+        if self.number >= 4:
+            helps = graph_remedy(judged)
+        advice = _REPORT if helps is None else f"Export with {helps}: {_REPORT_THAT}"
         return (
             f"Rung {self.number} of the parity ladder, {self.name}, does not hold: {self.note} is "
             f"{self.measured:.3g}, the bound is {self.bound:.3g}. The artifact would not compute "
-            f"what the checkpoint computes. {_ADVICE[self.name]}"
+            f"what the checkpoint computes. {advice}"
         )
 
 

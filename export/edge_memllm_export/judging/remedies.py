@@ -11,20 +11,42 @@ from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 
 _TOKENS = 256  # that the table is tried on
 
+_SMALL_BLOCK, _TARGET = "graph block 32", "a larger target"
+
 # What can be asked of graphs, the least costly first.
 _GRAPH_REMEDIES = {
-    "int2": "graph weights int4, or int2 for fewer kinds of matrices (matrix weights)",
-    "int4": "more bits for the head (matrix weights lm_head=int8), graph block 32, or graph "
-    "weights int8",
-    "mixed": "a larger target, or graph weights int8",
-    "int8": "graph block 32, or graph weights fp16",
-    "fp16": "graph weights fp32",
+    "int2": ("graph weights int4", "int2 for fewer kinds of matrices (matrix weights)"),
+    "int4": (
+        "more bits for the head (matrix weights lm_head=int8)",
+        _SMALL_BLOCK,
+        "graph weights int8",
+    ),
+    "mixed": (_TARGET, "graph weights int8"),
+    "int8": (_SMALL_BLOCK, "graph weights fp16"),
+    "fp16": ("graph weights fp32",),
 }
+
+
+def graph_remedy(judged: JudgedArtifact) -> str | None:
+    """What would bring a graph nearer to its network; None for one that is exact.
+
+    Nothing is named that the graph has already, and no target where that is one of the rows.
+    """
+    useless = set()
+    if judged.largest_block <= 32:
+        useless.add(_SMALL_BLOCK)
+    if judged.artifact.manifest.model.memory.layers:
+        useless.add(_TARGET)
+    known = _GRAPH_REMEDIES.get(judged.artifact.manifest.graph.weights, ())
+    named = [each for each in known if each not in useless]
+    if len(named) < 2:
+        return named[0] if named else None
+    return f"{', '.join(named[:-1])}, or {named[-1]}"
 
 
 def remedy(judged: JudgedArtifact, ids: Sequence[int], mean_kl: float) -> str:
     """Sentences: whose loss of `mean_kl` nats on the tokens it is, and what would help."""
-    graph = _GRAPH_REMEDIES.get(judged.artifact.manifest.graph.weights)
+    graph = graph_remedy(judged)
     if not judged.artifact.manifest.model.memory.layers:
         return f"Choose {graph or 'another form'}."
     table = _table_kl(judged, ids[:_TOKENS])
