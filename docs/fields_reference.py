@@ -7,7 +7,17 @@ import sys
 from collections.abc import Iterable, Iterator
 from pathlib import Path
 
-from edge_memllm.server.parameters import BOTH, CHAT, COMPLETIONS, PARAMETERS, Parameter
+from edge_memllm.server.parameters import (
+    ALL,
+    BOTH,
+    CHAT,
+    COMPLETIONS,
+    MESSAGES,
+    OPENAI,
+    PARAMETERS,
+    RESPONSES,
+    Parameter,
+)
 
 PAGE = Path(__file__).with_name("fields.md")
 
@@ -20,11 +30,14 @@ page. [serving.md](serving.md) has the rest.
 A field that is not here is refused with 400 and its name; null counts as left out."""
 
 _HONOURED = (
+    (ALL, "Everywhere"),
+    (OPENAI, "Everywhere but in messages"),
     (BOTH, "Completions and chat"),
     (COMPLETIONS, "Completions"),
     (CHAT, "Chat"),
+    (RESPONSES, "Responses"),
+    (MESSAGES, "Messages"),
 )
-_ENDPOINTS = {BOTH: "", COMPLETIONS: "completions", CHAT: "chat"}
 
 
 def reference() -> str:
@@ -47,7 +60,7 @@ def _not_done() -> Iterator[str]:
     )
     for each in PARAMETERS:
         if not each.honoured:
-            row = (f"`{each.name}`", _ENDPOINTS[each.endpoints], _values(each), each.meaning)
+            row = (f"`{each.name}`", ", ".join(each.endpoints), _values(each), each.meaning)
             yield f"| {' | '.join(row)} |"
 
 

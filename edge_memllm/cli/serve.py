@@ -146,10 +146,16 @@ def _model_id(options: ServeOptions) -> str:
     path = Path(options.loading.path)
     hub = hub_source(path)
     local = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
-    name = options.name or (local if hub is None else hub.model.repository)
-    if not name.isprintable() or not name.strip():
-        raise RequestError(f"the model's name is {name!r}, which nobody can type. Give --name.")
-    return name
+    found = options.name or (local if hub is None else hub.model.repository)
+    for name, option in (
+        (found, "--name"),
+        *((each, "--alias") for each in options.settings.aliases),
+    ):
+        if not name.isprintable() or not name.strip():
+            raise RequestError(
+                f"the model's name is {name!r}, which nobody can type. Give {option}."
+            )
+    return found
 
 
 def _keys(options: ServeOptions) -> tuple[str, ...]:

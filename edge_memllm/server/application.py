@@ -1,13 +1,13 @@
 """The application: which path is answered by what, and the layers around all of them.
 
-What is answered without the engine is here as well: models, health, metrics, the tokenizer, and
-the files of the page. What generates is in `replies`.
+What is answered without the engine is here as well: models, health, metrics, and the files of the
+page. What generates is in `replies`.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
@@ -24,19 +24,17 @@ from starlette.responses import JSONResponse, Response
 from starlette.routing import Route
 from starlette.types import ASGIApp
 
-from edge_memllm.engine.request import check_tokens, start_token
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.server.calls import read_chat, read_completion
 from edge_memllm.server.fields import (
     ApiError,
-    Body,
-    BodyFields,
-    blaming,
-    checked_text,
-    parsed,
-    received,
 )
 from edge_memllm.server.guard import Guard, Journal
+from edge_memllm.server.protocols.messages_reply import MessageWriter, error_response
+from edge_memllm.server.protocols.messages_request import read_message
+from edge_memllm.server.protocols.responses_reply import ResponseWriter
+from edge_memllm.server.protocols.responses_request import read_response
+from edge_memllm.server.protocols.tokens import TextTokens
 from edge_memllm.server.replies import GenerationEndpoint
 from edge_memllm.server.reply_format import ChatFormat, ChunkWriter, CompletionFormat
 from edge_memllm.server.service import CONTENT_TYPE, Service
@@ -66,6 +64,12 @@ KINDS = {
 
 # Clients are configured with or without it.
 VERSION = "/v1"
+_NO_EMBEDDINGS = (
+    "This server has no embeddings: its model continues texts, and its vectors are not made to "
+    "compare texts by. Ask a server that has a model for embeddings."
+)
+# What clients look for, and why it is not there.
+_NOT_HERE = dict.fromkeys((f"{VERSION}/embeddings", "/embeddings", "/embedding"), _NO_EMBEDDINGS)
 _LEFT = 499  # what nobody gets to see, for nobody is there
 _ONE_DAY = 24 * 60 * 60
 
@@ -95,6 +99,10 @@ def application(service: Service) -> ASGIApp:
     return Journal(app, service.metrics, [route.path for route in routes])
 
 
+async def _not_here(why: str, _: Request) -> Response:
+    raise ApiError(400, why, code="unsupported_endpoint")
+
+
 def _layers(service: Service) -> Iterator[Middleware]:
     """Yield the layers from the outside; errors of the inner ones can be read across origins."""
     settings = service.settings
@@ -116,15 +124,21 @@ def _routes(service: Service) -> Iterator[Route]:
     completions = GenerationEndpoint(
         service, read_completion, partial(ChunkWriter, CompletionFormat())
     )
+    responses = GenerationEndpoint(service, read_response, ResponseWriter)
+    messages = GenerationEndpoint(service, read_message, MessageWriter, error_response)
     for prefix in (VERSION, ""):
         yield Route(f"{prefix}/completions", completions, methods=["POST"])
         yield Route(f"{prefix}/chat/completions", chat, methods=["POST"])
+        yield Route(f"{prefix}/responses", responses, methods=["POST"])
+        yield Route(f"{prefix}/messages", messages, methods=["POST"])
         yield Route(f"{prefix}/models", information.models)
         yield Route(f"{prefix}/models/{{model:path}}", information.model)
     yield Route(f"{VERSION}/overlays", information.overlays)
-    yield Route("/tokenize", tokens.tokenize, methods=["POST"])
-    yield Route("/detokenize", tokens.detokenize, methods=["POST"])
+    for path, answer in tokens.answers():
+        yield Route(path, answer, methods=["POST"])
     yield Route("/tokenizer_info", tokens.information)
+    for path, why in _NOT_HERE.items():
+        yield Route(path, partial(_not_here, why), methods=["POST"])
     yield Route("/health", information.health)
     yield Route("/metrics", information.metrics)
 
@@ -137,12 +151,14 @@ class Information:
 
     async def models(self, _: Request) -> Response:
         """`GET /v1/models`."""
-        return JSONResponse({"object": "list", "data": [self._model()]})
+        names = (self._service.settings.model_id, *self._service.settings.aliases)
+        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{id}`."""
-        self._service.check_model_id(request.path_params["model"], "model")
-        return JSONResponse(self._model())
+        name = request.path_params["model"]
+        self._service.check_model_id(name, "model")
+        return JSONResponse(self._model(name))
 
     async def overlays(self, _: Request) -> Response:
         """`GET /v1/overlays`: those that are loaded, in the order in which they act."""
@@ -165,10 +181,10 @@ class Information:
         text = self._service.metrics.text(self._service.engine.statistics, process_memory())
         return Response(text, media_type=CONTENT_TYPE)
 
-    def _model(self) -> dict[str, Any]:
+    def _model(self, name: str) -> dict[str, Any]:
         service = self._service
         return {
-            "id": service.settings.model_id,
+            "id": name,
             "object": "model",
             "created": service.created,
             "owned_by": "edge-memllm",
@@ -183,65 +199,6 @@ class Information:
             "device": service.model.device,
             "sampling": asdict(service.model.sampling),
         }
-
-
-class TextTokens:
-    """Answers with the model's tokenizer, in vLLM's words; no engine work."""
-
-    def __init__(self, service: Service) -> None:
-        self._service = service
-
-    async def tokenize(self, request: Request) -> Response:
-        """`POST /tokenize`."""
-        return await self._answer(request, self._tokenize)
-
-    async def detokenize(self, request: Request) -> Response:
-        """`POST /detokenize`."""
-        return await self._answer(request, self._detokenize)
-
-    async def information(self, _: Request) -> Response:
-        """`GET /tokenizer_info`."""
-        service, spell = self._service, self._service.model.tokenizer.spelling
-        start, ends = start_token(service.spec), service.spec.eos_token_ids
-        template = service.template
-        return JSONResponse(
-            {
-                "tokenizer_class": "PreTrainedTokenizerFast",
-                "bos_token": None if start is None else spell(start),
-                "eos_token": spell(ends[0]) if ends else None,
-                "model_max_length": service.spec.max_position_embeddings,
-                "chat_template": None if template is None else template.source,
-            }
-        )
-
-    async def _answer(self, request: Request, work: Callable[[BodyFields], Json]) -> Response:
-        service = self._service
-        async with received(request, service.settings.limits, service.long_bodies) as body:
-            return await service.lane(body).run(self._done, body, work)
-
-    def _done(self, body: Body, work: Callable[[BodyFields], Json]) -> Response:
-        return JSONResponse(work(BodyFields(parsed(body, self._service.settings.limits))))
-
-    def _tokenize(self, fields: BodyFields) -> Json:
-        self._service.check_model(fields)
-        most = self._service.settings.limits.text_characters
-        text = checked_text(fields.required("prompt"), "prompt", most)
-        special = fields.flag("add_special_tokens", default=True)
-        fields.finish()
-        ids = self._service.model.tokenizer.encode(text, special=special)
-        context = self._service.spec.max_position_embeddings
-        return {"count": len(ids), "max_model_len": context, "tokens": ids}
-
-    def _detokenize(self, fields: BodyFields) -> Json:
-        self._service.check_model(fields)
-        most = self._service.settings.limits.text_tokens
-        given = fields.optional_items("tokens", most)
-        if given is None:
-            fields.required("tokens")
-        fields.finish()
-        with blaming("tokens"):
-            ids = check_tokens(given or (), self._service.spec.vocab_size)
-        return {"prompt": self._service.model.tokenizer.decode(ids)}
 
 
 def page_routes(folder: Traversable | None = None) -> Iterator[Route]:

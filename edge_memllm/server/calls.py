@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -71,10 +71,11 @@ class Call:
     schema: WantedSchema | None
     tools: ToolUse | None = None
     stream: bool
-    usage: bool  # at the end of a stream
-    running_usage: bool  # with each of its parts
-    statistics: bool
-    user: str
+    usage: bool = False  # at the end of a stream
+    running_usage: bool = False  # with each of its parts
+    statistics: bool = False
+    user: str = ""
+    repeated: Mapping[str, Any] = field(default_factory=dict)  # of the request, in the reply
 
     def requests(
         self,
@@ -152,13 +153,13 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     messages = take_messages(fields, limits)
     tools, choice = take_tools(fields, limits), take_choice(fields)
     parallel = fields.flag("parallel_tool_calls", default=True)
-    continued = _take_continued(fields)
+    continued = take_continued(fields)
     call = take_call(fields, model, limits)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
     fields.finish(_CHAT_UNSUPPORTED)
     call = replace(call, request=replace(call.request, top=top))
-    use = tool_use(tools, choice, service, parallel=parallel, answer=_answer_of(call.schema))
+    use = tool_use(tools, choice, service, parallel=parallel, answer=answer_of(call.schema))
     chat = Chat(messages, () if choice.need is None else tools, continued)
     return with_chat(call, chat, use, max_tokens, service)
 
@@ -189,13 +190,14 @@ def with_chat(
     return replace(call, request=request, prompts=[ids], tools=use)
 
 
-def _answer_of(wanted: WantedSchema | None) -> Mapping[str, Any] | None:
+def answer_of(wanted: WantedSchema | None) -> Mapping[str, Any] | None:
+    """Return the schema of an answer that may come in place of calls; None where it is free."""
     if wanted is None:
         return None
     return {"type": "object"} if wanted.schema is None else wanted.schema
 
 
-def _take_continued(fields: BodyFields) -> bool:
+def take_continued(fields: BodyFields) -> bool:
     """Take whether the last message is gone on with, in vLLM's words."""
     continued = fields.flag("continue_final_message")
     answered = fields.flag("add_generation_prompt", default=not continued)
@@ -232,33 +234,35 @@ def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
     Raises `ApiError` for the first field that cannot be granted.
     """
     stream = fields.flag("stream")
-    seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
     usage, running = _take_usage(fields, stream)
-    _take_hints(fields)
-    sampling = _take_sampling(fields, model.sampling)
-    penalties = _take_penalties(fields, model.manifest.model.vocab_size, limits.biases)
+    take_hints(fields)
     schema = take_schema(fields, limits.schema_bytes)
-    request = Request(
-        prompt=(),
-        choices=_or(fields.optional_integer("n", 1, limits.choices), 1),
-        seed=None if seed is None else seed % SEED_LIMIT,
-        sampling=sampling,
-        penalties=penalties,
-        stop=_take_stops(fields, limits.stops),
-        stop_token_ids=_take_stop_tokens(fields, limits.stops, model),
-        ignore_eos=fields.flag("ignore_eos"),
-        overlays=_take_overlays(fields, model.overlays, limits.overlays),
-        without_memory=fields.flag("without_memory"),
-        trace=fields.flag("trace"),
-    )
+    choices = _or(fields.optional_integer("n", 1, limits.choices), 1)
+    request = take_request(fields, model, limits)
     return Call(
-        request=request,
+        request=replace(request, choices=choices, trace=fields.flag("trace")),
         schema=schema,
         stream=stream,
         usage=usage,
         running_usage=running,
         statistics=fields.flag("statistics"),
-        user=_take_user(fields),
+        user=take_user(fields),
+    )
+
+
+def take_request(fields: BodyFields, model: Model, limits: Limits, stop: str = "stop") -> Request:
+    """Take how tokens are chosen, and what ends a reply; the field for texts is called `stop`."""
+    seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
+    return Request(
+        prompt=(),
+        seed=None if seed is None else seed % SEED_LIMIT,
+        sampling=_take_sampling(fields, model.sampling),
+        penalties=_take_penalties(fields, model.manifest.model.vocab_size, limits.biases),
+        stop=_take_stops(fields, stop, limits.stops),
+        stop_token_ids=_take_stop_tokens(fields, limits.stops, model),
+        ignore_eos=fields.flag("ignore_eos"),
+        overlays=_take_overlays(fields, model.overlays, limits.overlays),
+        without_memory=fields.flag("without_memory"),
     )
 
 
@@ -300,9 +304,9 @@ def _biases(given: Mapping[str, object], where: str, vocab_size: int) -> dict[in
     return found
 
 
-def _take_stops(fields: BodyFields, most: int) -> tuple[str, ...]:
-    value = fields.value("stop")
-    where = fields.param("stop")
+def _take_stops(fields: BodyFields, name: str, most: int) -> tuple[str, ...]:
+    value = fields.value(name)
+    where = fields.param(name)
     texts = [] if value is None else [value] if isinstance(value, str) else value
     if not isinstance(texts, list) or len(texts) > most:
         raise refused(where, f"{where} is {shown(value)}, expected a text or at most {most}.")
@@ -354,13 +358,13 @@ def _take_usage(fields: BodyFields, stream: bool) -> tuple[bool, bool]:
     return usage, running
 
 
-def _take_user(fields: BodyFields) -> str:
+def take_user(fields: BodyFields) -> str:
     """Take who asks, under either of OpenAI's names: users of one client take turns."""
     names = (fields.bounded_text(name, MOST_USER) for name in ("user", "safety_identifier"))
     return "/".join(name for name in names if name)
 
 
-def _take_hints(fields: BodyFields) -> None:
+def take_hints(fields: BodyFields) -> None:
     """Take what may be said of a request and changes nothing about its reply."""
     fields.bounded_text("prompt_cache_key", MOST_USER)
     pairs = fields.pairs("metadata", _MOST_METADATA)

@@ -436,13 +436,14 @@ def take_schema(fields: BodyFields, most_bytes: int) -> WantedSchema | None:
         wanted.required("json_schema")
     wanted.finish()
     if schema is not None:
-        return _taken(schema, most_bytes)
+        return take_json_schema(schema, most_bytes)
     if kind == "text":
         return None
     return WantedSchema(None, where)
 
 
-def _taken(fields: BodyFields, most_bytes: int) -> WantedSchema:
+def take_json_schema(fields: BodyFields, most_bytes: int) -> WantedSchema:
+    """Take a schema with its name, and whether it is strict."""
     name = fields.required("name")
     if not isinstance(name, str) or not _NAME.fullmatch(name):
         where = fields.param("name")

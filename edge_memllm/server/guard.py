@@ -100,23 +100,26 @@ class Guard:
             )
 
     def _client(self, scope: Scope, headers: Headers) -> str:
-        number = self._key(headers.get("authorization", ""))
+        number = self._key(headers.get("authorization", ""), headers.get("x-api-key", ""))
         if number is not None:
             return f"key {number}"
         if self._keys and not _is_open(scope):
             raise ApiError(
                 401,
-                "This needs a key of this server, as 'Authorization: Bearer KEY'.",
+                "This needs a key, as 'Authorization: Bearer KEY', or 'x-api-key: KEY'.",
                 code="invalid_api_key",
                 headers={"WWW-Authenticate": "Bearer"},
             )
         address = scope.get("client")
         return address[0] if address else ""
 
-    def _key(self, authorization: str) -> int | None:
-        """Return the number of the key that was sent; takes as long for one as for another."""
+    def _key(self, authorization: str, plain: str) -> int | None:
+        """Return the number of the key that was sent; takes as long for one as for another.
+
+        `plain` is how Anthropic's clients send it.
+        """
         kind, _, given = authorization.partition(" ")
-        sent = _digest(given.strip() if kind.lower() == "bearer" else "")
+        sent = _digest(given.strip() if kind.lower() == "bearer" else plain.strip())
         matches = [hmac.compare_digest(sent, key) for key in self._keys]
         return matches.index(True) if any(matches) else None
 

@@ -11,8 +11,15 @@ from typing import Any, NamedTuple
 
 from edge_memllm.engine.tool_use import Need, ToolUse
 from edge_memllm.errors import RequestError
-from edge_memllm.server.fields import ApiError, BodyFields, checked_text, refused, shown
-from edge_memllm.server.parameters import nothing_of
+from edge_memllm.server.fields import (
+    NOTHING,
+    ApiError,
+    BodyFields,
+    checked_text,
+    refused,
+    shown,
+)
+from edge_memllm.server.parameters import Parameter, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.chat import ChatTemplate
@@ -22,7 +29,8 @@ from edge_memllm.text.tools.prompt import template_format, with_tools
 MOST_MESSAGES = 4096
 MOST_NAME = 256
 _MOST_CALLS = 128  # of one message
-ROLES = ("system", "developer", "user", "assistant", "tool")
+ROLES_OF_TEXT = ("system", "developer", "user", "assistant")
+ROLES = (*ROLES_OF_TEXT, "tool")
 # OpenAI's newer word for the same: templates know the older one.
 _ALIASES = {"developer": "system"}
 # Fields of messages for what this server does not do, with values that ask for nothing.
@@ -62,14 +70,12 @@ def take_messages(fields: BodyFields, limits: Limits) -> list[Message]:
 
 
 def _message(fields: BodyFields, limits: Limits) -> Message:
-    role, where = fields.required("role"), fields.param("role")
-    if role == "function":
+    if fields.peek("role") == "function":
+        where = fields.param("role")
         message = f"{where} is 'function'. Use the role 'tool', with tool_call_id."
         raise refused(where, message, "unsupported_parameter")
-    if not isinstance(role, str) or role not in ROLES:
-        expected = ", ".join(ROLES)
-        raise refused(where, f"{where} is {shown(role)}, expected one of {expected}.")
-    found: Message = {"role": _ALIASES.get(role, role)}
+    role = role_of(fields, ROLES)
+    found: Message = {"role": role}
     if role == "assistant":
         fields.value("parsed")  # as below
         calls = _take_calls(fields, limits)
@@ -87,6 +93,25 @@ def _message(fields: BodyFields, limits: Limits) -> Message:
     if content is not None or "tool_calls" not in found:
         found["content"] = _text(content, fields.param("content"), limits.body_bytes)
     return found if name is None else {**found, "name": name}
+
+
+def role_of(fields: BodyFields, roles: Sequence[str]) -> str:
+    """Take the role of a message, under the name that templates know it by."""
+    role, where = fields.required("role"), fields.param("role")
+    if not isinstance(role, str) or role not in roles:
+        expected = ", ".join(roles)
+        raise refused(where, f"{where} is {shown(role)}, expected one of {expected}.")
+    return _ALIASES.get(role, role)
+
+
+def check_arguments(text: str, where: str) -> None:
+    """Raise `ApiError` unless a text is a JSON object."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        found = None
+    if not isinstance(found, dict):
+        raise refused(where, f"{where} is {shown(text)}, expected the text of a JSON object.")
 
 
 def _take_calls(fields: BodyFields, limits: Limits) -> list[Message]:
@@ -189,7 +214,10 @@ def _tool(fields: BodyFields) -> Tool:
 
 
 def take_function(
-    fields: BodyFields, given: Mapping[str, Any] | None = None, schema: str = "parameters"
+    fields: BodyFields,
+    given: Mapping[str, Any] | None = None,
+    schema: str = "parameters",
+    unsupported: Mapping[str, Parameter] = NOTHING,
 ) -> Tool:
     """Take the name, the description and the schema of a tool; `given` is what templates see."""
     name, where = fields.required("name"), fields.param("name")
@@ -201,7 +229,7 @@ def take_function(
         checked_text(description, fields.param("description"), 1 << 20)
     parameters = fields.value(schema)
     strict = fields.flag("strict")
-    fields.finish()
+    fields.finish(unsupported)
     return Tool(
         name,
         str(description or ""),

@@ -12,11 +12,15 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Endpoint = Literal["completions", "chat"]
+Endpoint = Literal["completions", "chat", "responses", "messages"]
 
 COMPLETIONS: tuple[Endpoint, ...] = ("completions",)
 CHAT: tuple[Endpoint, ...] = ("chat",)
+RESPONSES: tuple[Endpoint, ...] = ("responses",)
+MESSAGES: tuple[Endpoint, ...] = ("messages",)
 BOTH: tuple[Endpoint, ...] = ("completions", "chat")
+OPENAI: tuple[Endpoint, ...] = (*BOTH, "responses")
+ALL: tuple[Endpoint, ...] = (*OPENAI, "messages")
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,12 +83,47 @@ PARAMETERS: tuple[Parameter, ...] = (
         max_tokens="the older name of `max_completion_tokens`",
     ),
     *_done(
+        RESPONSES,
+        input="a text, or items: messages in text, `function_call`, `function_call_output`",
+        instructions="a system's message before the others",
+        max_output_tokens="what the context holds, if left out",
+        text="`format`: `text`, `json_object` or `json_schema`",
+        tools="functions that the model may call",
+        tool_choice="`auto`, `none`, `required`, one function, or `allowed_tools`",
+        parallel_tool_calls="false is one call at the most",
+        stream_options="nothing is chosen by it",
+    ),
+    *_done(
+        MESSAGES,
+        messages="of user and assistant, in blocks of text, `tool_use` and `tool_result`; a last "
+        "one of the assistant is gone on with",
+        max_tokens="has to be there",
+        system="a text, or blocks of it",
+        stop_sequences="texts that end a reply",
+        tools="functions that the model may call",
+        tool_choice="`auto`, `any`, `none`, or one tool; `disable_parallel_tool_use`",
+        metadata="`user_id`: users of one client take turns",
+    ),
+    *_done(
         BOTH,
-        model="the name of the model that is served",
         n="so many replies to each prompt",
-        stream="the reply in parts",
         stream_options="`include_usage`; with it, `continuous_usage_stats`",
+        response_format="`text`, `json_object` or `json_schema`",
+        statistics="times, reused tokens and the seed, with the end of a choice",
+        trace="where the record of each token came from",
+    ),
+    *_done(
+        OPENAI,
         stop="texts that end a reply",
+        user="users of one client take turns",
+        safety_identifier="as `user`",
+        metadata="for whoever stores replies, which this server does not",
+        prompt_cache_key="a hint, which this server does without",
+    ),
+    *_done(
+        ALL,
+        model="the name of the model that is served, or another that it goes by",
+        stream="the reply in parts",
         stop_token_ids="tokens that end a reply",
         seed="the same request with the same seed gets the same reply",
         temperature="from 0 to 2; 0 takes the likeliest token",
@@ -95,16 +134,9 @@ PARAMETERS: tuple[Parameter, ...] = (
         frequency_penalty="from -2 to 2",
         presence_penalty="from -2 to 2",
         logit_bias="by token id",
-        response_format="`text`, `json_object` or `json_schema`",
-        user="users of one client take turns",
-        safety_identifier="as `user`",
-        metadata="for whoever stores replies, which this server does not",
-        prompt_cache_key="a hint, which this server does without",
         ignore_eos="the text goes on behind the tokens that end it",
         overlays="names of those that act",
         without_memory="computes as if memory added nothing",
-        statistics="times, reused tokens and the seed, with the end of a choice",
-        trace="where the record of each token came from",
     ),
     *_not_done("nothing is filled in between two texts", COMPLETIONS, suffix=("",)),
     *_not_done("nothing is chosen among replies", CHAT, best_of=(1,)),
@@ -126,7 +158,72 @@ PARAMETERS: tuple[Parameter, ...] = (
         thinking=({"type": "disabled"},),
         verbosity=("medium",),
     ),
-    *_not_done("replies are not stored", CHAT, store=(False,)),
+    *_not_done("replies are not stored", ("chat", "responses"), store=(False,)),
+    *_not_done(
+        "replies are not stored; give the whole conversation in `input`",
+        RESPONSES,
+        previous_response_id=(),
+        conversation=(),
+        prompt=(),
+        background=(False,),
+        background_options=(),
+        context_management=([],),
+    ),
+    *_not_done("prompts are never cut", RESPONSES, truncation=("disabled",)),
+    *_not_done(
+        "this model has one way of answering",
+        RESPONSES,
+        reasoning=({}, {"effort": "none"}, {"effort": None, "summary": None}),
+    ),
+    *_not_done(
+        "nothing more than the text is told",
+        RESPONSES,
+        include=([], ["reasoning.encrypted_content"]),
+        top_logprobs=(0,),
+        moderation=(),
+    ),
+    *_not_done("this server calls no tools itself", RESPONSES, max_tool_calls=()),
+    *_not_done("this server makes text only", RESPONSES, image=()),
+    *_not_done(
+        "beginnings of prompts are always kept, as long as there is room",
+        RESPONSES,
+        prompt_cache_retention=("in_memory",),
+        prompt_cache_options=({},),
+    ),
+    *_not_done(
+        "all requests are served alike",
+        RESPONSES,
+        service_tier=("auto", "default"),
+        access_programs=(),
+    ),
+    *_not_done(
+        "beginnings of prompts are always kept, as long as there is room",
+        MESSAGES,
+        cache_control=({"type": "ephemeral"},),
+    ),
+    *_not_done(
+        "this model has one way of answering",
+        MESSAGES,
+        thinking=({"type": "disabled"},),
+        output_config=({},),
+    ),
+    *_not_done(
+        "all requests are served alike",
+        MESSAGES,
+        service_tier=("auto", "standard_only"),
+        speed=("standard",),
+        inference_geo=(),
+        user_profile_id=(),
+        workspace_id=(),
+        diagnostics=(),
+    ),
+    *_not_done(
+        "this server has no tools of its own",
+        MESSAGES,
+        container=(),
+        mcp_servers=([],),
+        context_management=(),
+    ),
     *_not_done("replies are not looked over", CHAT, moderation=()),
     *_not_done("the reply is not known before", CHAT, prediction=()),
     *_not_done("all requests are served alike", service_tier=("auto", "default"), priority=(0,)),

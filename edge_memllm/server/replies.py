@@ -19,14 +19,14 @@ from time import monotonic
 from typing import TypeVar
 
 from starlette.requests import ClientDisconnect, Request
-from starlette.responses import JSONResponse
-from starlette.types import Receive, Scope, Send
+from starlette.responses import JSONResponse, Response
+from starlette.types import Message, Receive, Scope, Send
 
 from edge_memllm.engine.grammar import MakeConstraint
 from edge_memllm.engine.reply import Reply, ReplyPiece
 from edge_memllm.errors import DeadlineError
 from edge_memllm.server.calls import Call
-from edge_memllm.server.fields import Body, BodyFields, parsed, received
+from edge_memllm.server.fields import ApiError, Body, BodyFields, parsed, received
 from edge_memllm.server.guard import client_of
 from edge_memllm.server.reply_format import (
     WAITING,
@@ -50,13 +50,38 @@ MakeWriter = Callable[[Service, Call], ReplyWriter]
 class GenerationEndpoint:
     """One endpoint: `read` says what its requests mean, `write` how its replies look."""
 
-    def __init__(self, service: Service, read: ReadCall, write: MakeWriter) -> None:
+    def __init__(
+        self,
+        service: Service,
+        read: ReadCall,
+        write: MakeWriter,
+        refuse: Callable[[ApiError], Response] = ApiError.response,
+    ) -> None:
+        """Take what an endpoint is; `refuse` says how an error looks before a reply begins."""
         self._service = service
         self._read = read
         self._write = write
+        self._refuse = refuse
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        """Answer one request (ASGI). Raises `ApiError` while nothing has been sent."""
+        """Answer one request (ASGI)."""
+        begun = False
+
+        async def sending(message: Message) -> None:
+            nonlocal begun
+            begun = True
+            await send(message)
+
+        try:
+            await self._answer(scope, receive, sending)
+        except ClientDisconnect:
+            raise
+        except Exception as error:
+            if begun:
+                raise
+            await self._refuse(self._service.explained(error))(scope, receive, send)
+
+    async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         since = monotonic()
         async with AsyncExitStack() as stack:
             try:

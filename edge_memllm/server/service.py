@@ -180,7 +180,7 @@ class Service:
     def check_model_id(self, name: str, param: str) -> None:
         """Raise `ApiError` for a model that is not served."""
         served = self.settings.model_id
-        if name != served:
+        if name != served and name not in self.settings.aliases:
             message = f"There is no model {shown(name)} here. This server has {shown(served)}."
             raise ApiError(404, message, code="model_not_found", param=param)
 

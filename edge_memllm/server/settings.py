@@ -85,6 +85,17 @@ class Settings:
             group="access",
         ),
     ] = ()
+    aliases: Annotated[
+        tuple[str, ...],
+        Option(
+            "another name that requests may call the model by; may be repeated",
+            metavar="NAME",
+            parse=str,
+            several="repeated",
+            flag="--alias",
+            group="address",
+        ),
+    ] = ()
     origins: Annotated[
         tuple[str, ...],
         Option(

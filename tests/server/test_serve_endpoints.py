@@ -19,7 +19,7 @@ from edge_memllm.server.application import POLICY, page_routes
 from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Tokenizer
 from support.checkpoints import EOS, VOCABULARY
-from support.server import MODEL_ID, TEMPLATE, Served, serving, serving_small
+from support.server import HELLO, MODEL_ID, TEMPLATE, Served, serving, serving_small
 from support.small_model import CONTEXT, byte_tokenizer, open_small_model
 
 
@@ -245,3 +245,37 @@ def test_end_of_text_tokens_count_and_are_scored(served: Served) -> None:
     assert len(reply["choices"][0]["logprobs"]["token_logprobs"]) == 6
     assert reply["usage"]["completion_tokens"] == 1
     assert np.isfinite(reply["choices"][0]["logprobs"]["token_logprobs"][-1])
+
+
+def test_a_chat_becomes_a_prompt_and_its_tokens(folder: Path) -> None:
+    with serving_small(folder, template=TEMPLATE) as served:
+        begun = [*HELLO, {"role": "assistant", "content": "I"}]
+        body = {"messages": begun, "continue_final_message": True}
+        prompt = served.post("/apply-template", body).json()["prompt"]
+        assert prompt == "[user]Hi[assistant]I"
+        counted = served.post("/tokenize", body).json()
+        assert counted["count"] == len(counted["tokens"]) == len(prompt)
+        assert served.post("/detokenize", {"tokens": counted["tokens"]}).json() == {
+            "prompt": prompt
+        }
+        assert served.refusal("/apply-template", messages=[])["param"] == "messages"
+        both = served.refusal("/tokenize", messages=HELLO, prompt="x")
+        assert both["param"] == "prompt"
+
+
+def test_embeddings_are_refused_with_the_reason(folder: Path) -> None:
+    with serving_small(folder) as served:
+        for path in ("/v1/embeddings", "/embedding"):
+            error = served.refusal(path, input="x")
+            assert error["code"] == "unsupported_endpoint"
+            assert "Ask a server that has a model for embeddings." in error["message"]
+
+
+def test_a_model_may_have_other_names(folder: Path) -> None:
+    with serving_small(folder, aliases=("gpt-4o-mini",)) as served:
+        listed = served.get("/v1/models").json()["data"]
+        assert [each["id"] for each in listed] == [MODEL_ID, "gpt-4o-mini"]
+        assert served.get("/v1/models/gpt-4o-mini").json()["id"] == "gpt-4o-mini"
+        assert served.complete(model="gpt-4o-mini", max_tokens=1)["model"] == MODEL_ID
+        refused = served.post("/v1/completions", {"model": "gpt-9", "prompt": "x"})
+        assert refused.status_code == 404

@@ -9,15 +9,25 @@ from typing import Any
 import pytest
 from openai.types import completion_create_params as completion_params
 from openai.types.chat import completion_create_params as chat_params
+from openai.types.responses import response_create_params as response_params
 
 from edge_memllm.server.fields import BodyFields
 from edge_memllm.server.parameters import PARAMETERS, Endpoint, honoured, not_honoured, same
 from edge_memllm.server.service import Service
 from support import ROOT
-from support.server import HELLO, Served, chat, complete, refusal, serving_small
+from support.server import (
+    HELLO,
+    Served,
+    chat,
+    complete,
+    message,
+    refusal,
+    respond,
+    serving_small,
+)
 from support.small_model import write_small_artifact
 
-READ = {"completions": complete, "chat": chat}
+READ = {"completions": complete, "chat": chat, "responses": respond, "messages": message}
 
 
 NOTHING = [
@@ -72,6 +82,7 @@ def test_the_table_has_all_that_is_read(
     [
         ("completions", completion_params.CompletionCreateParamsBase.__annotations__),
         ("chat", chat_params.CompletionCreateParamsBase.__annotations__),
+        ("responses", response_params.ResponseCreateParamsBase.__annotations__),
     ],
 )
 def test_the_table_has_all_fields_of_openai(endpoint: Endpoint, described: Any) -> None:

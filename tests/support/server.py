@@ -20,6 +20,8 @@ from edge_memllm import Model
 from edge_memllm.engine import Engine
 from edge_memllm.server.calls import Call, read_chat, read_completion
 from edge_memllm.server.fields import ApiError, BodyFields
+from edge_memllm.server.protocols.messages_request import read_message
+from edge_memllm.server.protocols.responses_request import read_response
 from edge_memllm.server.server import Server, bound_socket
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits, Settings
@@ -113,6 +115,10 @@ def busy(engine: Engine) -> int:
 
 def events_of(text: str) -> Iterator[Any]:
     for block in text.split("\n\n"):
+        name, _, rest = block.partition("\n")
+        if name.startswith("event: "):
+            block = rest
+            assert json.loads(rest.removeprefix("data: "))["type"] == name.removeprefix("event: ")
         kind, _, data = block.partition(": ")
         if kind == "data":
             yield data if data == "[DONE]" else json.loads(data)
@@ -171,6 +177,15 @@ def complete(service: Service, **body: Any) -> Call:
 
 def chat(service: Service, **body: Any) -> Call:
     return compiled(read_chat(BodyFields({"messages": HELLO, **body}), service), service)
+
+
+def respond(service: Service, **body: Any) -> Call:
+    return compiled(read_response(BodyFields({"input": "Hi", **body}), service), service)
+
+
+def message(service: Service, **body: Any) -> Call:
+    asked = {"messages": HELLO, "max_tokens": 9, **body}
+    return compiled(read_message(BodyFields(asked), service), service)
 
 
 def compiled(call: Call, service: Service) -> Call:

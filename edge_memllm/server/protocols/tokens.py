@@ -1,0 +1,119 @@
+"""Prompts and tokens without a reply: what a chat becomes, how many tokens it has, and which.
+
+In the words of vLLM (`/tokenize`), llama.cpp (`/apply-template`), Anthropic and OpenAI.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Awaitable, Callable, Iterator
+from functools import partial
+from typing import TypeAlias
+
+from starlette.requests import Request
+from starlette.responses import JSONResponse, Response
+
+from edge_memllm.engine.request import check_tokens, start_token
+from edge_memllm.server.calls import take_continued
+from edge_memllm.server.fields import Body, BodyFields, blaming, checked_text, parsed, received
+from edge_memllm.server.messages import Chat, take_choice, take_messages, take_tools
+from edge_memllm.server.protocols.messages_reply import error_response
+from edge_memllm.server.protocols.messages_request import read_counted
+from edge_memllm.server.protocols.responses_request import read_response
+from edge_memllm.server.reply_format import Json
+from edge_memllm.server.service import Service
+
+Answer: TypeAlias = Callable[[Request], Awaitable[Response]]
+
+
+class TextTokens:
+    """Answers with the model's tokenizer, in vLLM's words; no engine work."""
+
+    def __init__(self, service: Service) -> None:
+        self._service = service
+
+    def answers(self) -> Iterator[tuple[str, Answer]]:
+        """Yield each path that takes a body, and what answers it."""
+        works = {
+            "/tokenize": self._tokenize,
+            "/detokenize": self._detokenize,
+            "/apply-template": self._apply_template,
+            "/v1/responses/input_tokens": self._count_response,
+        }
+        for path, work in works.items():
+            yield path, partial(self._answer, work)
+        yield "/v1/messages/count_tokens", self._count_message
+
+    async def information(self, _: Request) -> Response:
+        """`GET /tokenizer_info`."""
+        service, spell = self._service, self._service.model.tokenizer.spelling
+        start, ends = start_token(service.spec), service.spec.eos_token_ids
+        template = service.template
+        return JSONResponse(
+            {
+                "tokenizer_class": "PreTrainedTokenizerFast",
+                "bos_token": None if start is None else spell(start),
+                "eos_token": spell(ends[0]) if ends else None,
+                "model_max_length": service.spec.max_position_embeddings,
+                "chat_template": None if template is None else template.source,
+            }
+        )
+
+    async def _count_message(self, request: Request) -> Response:
+        try:
+            return await self._answer(self._count_chat, request)
+        except Exception as error:
+            return error_response(self._service.explained(error))
+
+    async def _answer(self, work: Callable[[BodyFields], Json], request: Request) -> Response:
+        service = self._service
+        async with received(request, service.settings.limits, service.long_bodies) as body:
+            return await service.lane(body).run(self._done, body, work)
+
+    def _done(self, body: Body, work: Callable[[BodyFields], Json]) -> Response:
+        return JSONResponse(work(BodyFields(parsed(body, self._service.settings.limits))))
+
+    def _tokenize(self, fields: BodyFields) -> Json:
+        self._service.check_model(fields)
+        most = self._service.settings.limits.text_characters
+        of_chat = fields.peek("messages") is not None
+        if of_chat:
+            chat = self._take_chat(fields)
+            text = checked_text(chat.prompt(self._service), "messages", most)
+        else:
+            text = checked_text(fields.required("prompt"), "prompt", most)
+        special = fields.flag("add_special_tokens", default=not of_chat)
+        fields.finish()
+        ids = self._service.model.tokenizer.encode(text, special=special)
+        context = self._service.spec.max_position_embeddings
+        return {"count": len(ids), "max_model_len": context, "tokens": ids}
+
+    def _apply_template(self, fields: BodyFields) -> Json:
+        self._service.check_model(fields)
+        chat = self._take_chat(fields)
+        fields.finish()
+        return {"prompt": chat.prompt(self._service)}
+
+    def _take_chat(self, fields: BodyFields) -> Chat:
+        limits = self._service.settings.limits
+        messages, tools = take_messages(fields, limits), take_tools(fields, limits)
+        choice, continued = take_choice(fields), take_continued(fields)
+        return Chat(messages, () if choice.need is None else tools, continued)
+
+    def _count_chat(self, fields: BodyFields) -> Json:
+        text = read_counted(fields, self._service).prompt(self._service)
+        return {"input_tokens": len(self._service.model.tokenizer.encode(text, special=False))}
+
+    def _count_response(self, fields: BodyFields) -> Json:
+        (prompt,) = read_response(fields, self._service).prompts
+        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
+
+    def _detokenize(self, fields: BodyFields) -> Json:
+        self._service.check_model(fields)
+        most = self._service.settings.limits.text_tokens
+        given = fields.optional_items("tokens", most)
+        if given is None:
+            fields.required("tokens")
+        fields.finish()
+        with blaming("tokens"):
+            ids = check_tokens(given or (), self._service.spec.vocab_size)
+        return {"prompt": self._service.model.tokenizer.decode(ids)}
