@@ -10,6 +10,7 @@ import os
 from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
+from functools import cached_property
 from types import TracebackType
 from typing import Any, Self, overload
 from weakref import WeakSet
@@ -17,6 +18,7 @@ from weakref import WeakSet
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.engine.feeding import PREFILL_CHUNKS, Feeder, StepCosts
 from edge_memllm.engine.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
+from edge_memllm.engine.grammar import Grammars
 from edge_memllm.engine.request import (
     CANCELLED_BY_TASK,
     ENGINE_ONLY,
@@ -29,6 +31,7 @@ from edge_memllm.engine.request import (
     prompt_tokens,
     refuse_fields,
 )
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.engine.scheduler import complete_texts
 from edge_memllm.errors import ArtifactError, Cancellation, RequestError
 from edge_memllm.memory_plan import MemoryPlan
@@ -116,6 +119,11 @@ class Model:
         silent = (0.0,) * self.manifest.model.num_hidden_layers
         return self._overlays.select(())._replace(memory_gain=silent)
 
+    @cached_property
+    def grammars(self) -> Grammars:
+        """What keeps texts to a form; compiled ones are kept."""
+        return Grammars(self.tokenizer, self.manifest.model)
+
     @property
     def overlays(self) -> tuple[str, ...]:
         """The names of the loaded overlays, in the order in which they act."""
@@ -192,10 +200,27 @@ class Model:
         return stream_text(opened, text, request.speculate, meter)
 
     def checked(self, request: Request, *, fewest_tokens: int = 1) -> CheckedRequest:
-        """Return a request of this model's, with its prompt as ids; raises `RequestError`."""
-        spec = self.manifest.model
+        """Return a request of this model's, with its prompt as ids; raises `RequestError`.
+
+        A new form of replies is compiled here, which may take seconds.
+        """
+        request, spec = self.constrained(request), self.manifest.model
         prompt = prompt_tokens(request.prompt, self.tokenizer, spec)
         return check_request(request, prompt, self.tokenizer, spec, self.sampling, fewest_tokens)
+
+    def constrained(self, request: Request) -> Request:
+        """Return a request with what keeps its text to `response_format`, if it has one."""
+        if request.response_format is None:
+            return request
+        form = ResponseFormat.of(request.response_format)
+        if form is None:
+            return replace(request, response_format=None)
+        if request.constraint is not None:
+            raise RequestError(
+                "response_format and constraint are both given: each says which tokens may come. "
+                "Leave one of the two out."
+            )
+        return replace(request, constraint=self.grammars.constraints(form), response_format=None)
 
     def session(
         self,

@@ -11,7 +11,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -138,6 +138,14 @@ class Constraint(Protocol):
         """Take the token that was chosen, which was an allowed one."""
 
 
+@runtime_checkable
+class LeaningConstraint(Constraint, Protocol):
+    """One that also finds some of what it allows better than the rest."""
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """Return what is added to logits [V], in nats; None for nothing."""
+
+
 def allowed_ids(constraint: Constraint, vocab_size: int) -> NDArray[np.intp] | None:
     """Return the ids a constraint allows next, None for all.
 
@@ -219,6 +227,9 @@ class Sampler:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
         if self._penalties is not None:
             logits = self._penalties.applied(logits, self._chosen)
+        if isinstance(self._constraint, LeaningConstraint):
+            bias = self._constraint.bias()
+            logits = logits if bias is None else logits + bias
         ids = None if self._constraint is None else allowed_ids(self._constraint, logits.size)
         if ids is not None:
             return int(ids[self._likeliest_or_drawn(logits[ids])])

@@ -68,6 +68,9 @@ class SessionModel(Protocol):
     def records(self, overlays: Sequence[str] | None = None) -> Selection:
         """Return the records a text with these overlays gets."""
 
+    def constrained(self, request: Request) -> Request:
+        """Return a request with what keeps its text to the form it asks for."""
+
     def in_use(self) -> AbstractContextManager[None]:
         """Keep the model open while the context lasts."""
 
@@ -262,7 +265,8 @@ class Session:
     def _checked(self, request: Request) -> CheckedRequest:
         """Check what is asked of the text as it is now."""
         model = self._model
-        spec, asked = model.manifest.model, replace(request, seed=self.seed)
+        spec = model.manifest.model
+        asked = replace(model.constrained(request), seed=self.seed)
         checked = check_request(asked, list(self._tokens), model.tokenizer, spec, self.sampling)
         if not checked.limit:
             raise RequestError(

@@ -1,4 +1,4 @@
-"""JSON that fits a schema, token by token: what a grammar allows next, by llguidance.
+"""Text of a form, token by token: what a schema, an expression or a grammar allows, by llguidance.
 
 Makes `sampling.Constraint`s for one model's vocabulary. Knows nothing of requests or logits.
 Needs the extra `serve`.
@@ -22,6 +22,8 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.engine.grammar_trial import READY
+from edge_memllm.engine.json_ending import JsonEnding, TokenBytes, closed
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.errors import RequestError, RuntimeUnavailableError, missing_extra
 from edge_memllm.process.forking import ProcessLock
 from edge_memllm.sampling import Constraint
@@ -43,79 +45,71 @@ _OPTIONS: JsonCompileOptions = {
 }
 _SILENT = 0
 _PYTHON = re.compile(r"(python|pypy|graalpy)[\d.]*[a-z]?(-\w+)?(\.exe)?", re.IGNORECASE)
-# Schemas whose grammars are kept: programs ask with the same few again and again.
+# Forms whose grammars are kept: programs ask with the same few again and again.
 _KEPT = 32
 TRIAL_SECONDS = 3.0
 _TRIAL = Path(__file__).with_name("grammar_trial.py")
 
 
 class Grammars:
-    """Compiles schemas for one model. Thread-safe; the vocabulary is prepared on first use."""
+    """Compiles forms for one model. Thread-safe; the vocabulary is prepared on first use."""
 
     def __init__(self, tokenizer: Tokenizer, model: ModelSpec) -> None:
         self._tokenizer = tokenizer
         self._model = model
         self._lock = ProcessLock()
         self._vocabulary: LLTokenizer | None = None
-        self._compiled: OrderedDict[str, LLMatcher] = OrderedDict()
+        self._token_bytes: TokenBytes | None = None
+        self._compiled: OrderedDict[ResponseFormat, LLMatcher] = OrderedDict()
 
-    def json_object(self) -> MakeConstraint:
-        """Return what makes a constraint to any one JSON object; this is quick."""
-        return self._constraints(json.dumps({"type": "object"}), trial=False)
-
-    def kept(self, schema: Mapping[str, object]) -> MakeConstraint | None:
-        """Return what `json_schema` returned for a schema, if that was not long ago."""
-        text = json.dumps(schema)
+    def kept(self, form: ResponseFormat) -> MakeConstraint | None:
+        """Return what `constraints` returned for a form, if that was not long ago."""
         with self._lock:
-            return _maker(self._compiled[text]) if text in self._compiled else None
+            compiled = self._compiled.get(form)
+        return None if compiled is None else self._maker(form, compiled)
 
-    def json_schema(self, schema: Mapping[str, object]) -> MakeConstraint:
-        """Return what makes a constraint to JSON that a schema accepts; may take seconds.
+    def constraints(self, form: ResponseFormat) -> MakeConstraint:
+        """Return what makes a constraint to a form; may take seconds, but for any JSON object.
 
-        Raises `RequestError` for a schema that is none, that nothing fits, that asks for what
+        Raises `RequestError` for a form that is none, that nothing fits, that asks for what
         cannot be kept to, or takes too long; `RuntimeUnavailableError` without llguidance, or
         where there is no Python to try it out in.
         """
-        try:
-            text = json.dumps(schema)
-        except RecursionError:
-            raise _refusal("it is nested too deeply") from None
-        return self._constraints(text, trial=True)
-
-    def kept_lark(self, grammar: str) -> MakeConstraint | None:
-        """Return what `lark` returned for a grammar, if that was not long ago."""
         with self._lock:
-            return _maker(self._compiled[grammar]) if grammar in self._compiled else None
-
-    def lark(self, grammar: str) -> MakeConstraint:
-        """Return what makes a constraint to a grammar in Lark; raises as `json_schema` does."""
-        return self._constraints(grammar, trial=True, lark=True)
-
-    def _constraints(self, text: str, *, trial: bool, lark: bool = False) -> MakeConstraint:
-        with self._lock:
-            compiled = self._compiled.pop(text, None)
+            compiled = self._compiled.pop(form, None)
         if compiled is None:
-            compiled = self._compile(text, trial, lark)
+            compiled = self._compile(form)
         with self._lock:
-            self._compiled[text] = compiled
+            self._compiled[form] = compiled
             if len(self._compiled) > _KEPT:
                 self._compiled.popitem(last=False)
-        return _maker(compiled)
+        return self._maker(form, compiled)
 
-    def _compile(self, schema: str, trial: bool, lark: bool) -> LLMatcher:
+    def _maker(self, form: ResponseFormat, compiled: LLMatcher) -> MakeConstraint:
+        if not form.is_json:
+            return lambda: GrammarConstraint(compiled.deep_copy(), form.noun)
+        tokens = self._bytes()
+        return lambda: GrammarConstraint(compiled.deep_copy(), form.noun, JsonEnding(tokens))
+
+    def _compile(self, form: ResponseFormat) -> LLMatcher:
         vocabulary = self._prepared()
         from llguidance import LLMatcher
 
-        if lark:
-            grammar = LLMatcher.grammar_from_lark(schema)
-        else:
-            grammar = LLMatcher.grammar_from_json_schema(schema, overrides=_OPTIONS)
-        if trial:
-            _try_out(grammar)
+        grammar = _grammar(form)
+        if form.kind != "json_object":  # a schema of our own needs no trial
+            _try_out(grammar, form.noun)
         compiled = LLMatcher(vocabulary, grammar, log_level=_SILENT)
         if compiled.is_error():
-            raise _refusal(compiled.get_error())
+            raise _refusal(form.noun, compiled.get_error())
         return compiled
+
+    def _bytes(self) -> TokenBytes:
+        vocabulary = self._prepared()
+        with self._lock:
+            if self._token_bytes is None:
+                ids = range(self._model.vocab_size)
+                self._token_bytes = TokenBytes([vocabulary.decode_bytes([each]) for each in ids])
+            return self._token_bytes
 
     def _prepared(self) -> LLTokenizer:
         try:
@@ -141,39 +135,63 @@ class Grammars:
 
 def json_rule(schema: Mapping[str, object], strict: bool = False) -> str:
     """Return what stands in a rule of a grammar in Lark for JSON that a schema accepts."""
-    return "%json " + json.dumps({**schema, "x-guidance": _OPTIONS})
+    return "%json " + json.dumps({**closed(schema, strict=strict), "x-guidance": _OPTIONS})
 
 
-def _maker(compiled: LLMatcher) -> MakeConstraint:
-    return lambda: GrammarConstraint(compiled.deep_copy())
+def _grammar(form: ResponseFormat) -> str:
+    """Return a form in llguidance's words. Raises `RequestError`."""
+    from llguidance import LLMatcher
+    from llguidance.gbnf_to_lark import any_to_lark
+
+    if form.kind == "regex":
+        return LLMatcher.grammar_from_regex(form.text)
+    if form.kind == "grammar":
+        try:
+            return LLMatcher.grammar_from_lark(any_to_lark(form.text))
+        except Exception as error:  # the library raises nothing more exact
+            raise _refusal(form.noun, f"it is neither Lark nor GBNF ({error})") from None
+    try:
+        schema = closed(json.loads(form.schema_text), strict=form.strict)
+        return LLMatcher.grammar_from_json_schema(json.dumps(schema), overrides=_OPTIONS)
+    except RecursionError:
+        raise _refusal(form.noun, "it is nested too deeply") from None
 
 
 class GrammarConstraint:
-    """One text under a grammar: a `Constraint`."""
+    """One text under a grammar: a `Constraint`; `ending` takes away what leads on and on."""
 
-    def __init__(self, matcher: LLMatcher) -> None:
+    def __init__(self, matcher: LLMatcher, noun: str, ending: JsonEnding | None = None) -> None:
         self._matcher = matcher
+        self._noun = noun
+        self._ending = ending
 
     def allowed(self) -> NDArray[np.bool_]:
         """Return which tokens [V] may come next; once the text is complete, those that end it."""
         bias = np.frombuffer(self._matcher.compute_logit_bias(), np.uint8)
         self._check()
-        return bias.astype(np.bool_)
+        mask = bias.astype(np.bool_)
+        return mask if self._ending is None else self._ending.within(mask)
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """Return what is added to logits [V] so that a long text comes to its end."""
+        return None if self._ending is None else self._ending.bias()
 
     def advance(self, token: int) -> None:
         """Take the token that was chosen."""
         self._matcher.consume_token(token)
         self._check()
+        if self._ending is not None:
+            self._ending.advance(token)
 
     def _check(self) -> None:
         """A grammar may turn out to be too much work only on the way."""
         if self._matcher.is_error():
             raise RequestError(
-                f"the grammar gave up: {_one_line(self._matcher.get_error())}. Simplify the schema."
+                f"the {self._noun} gave up: {_one_line(self._matcher.get_error())}. Simplify it."
             )
 
 
-def _try_out(grammar: str) -> None:
+def _try_out(grammar: str, noun: str) -> None:
     """Compile a grammar in a process of its own, and raise `RequestError` if it cannot be.
 
     Raises `RuntimeUnavailableError` where there is no Python to start. A frozen program has none;
@@ -186,10 +204,10 @@ def _try_out(grammar: str) -> None:
         if outcome is None:
             continue
         if outcome:
-            raise _refusal(outcome)
+            raise _refusal(noun, outcome)
         return
     raise RuntimeUnavailableError(
-        "a schema is tried out in a process of its own, and no Python was found for it that has "
+        f"a {noun} is tried out in a process of its own, and no Python was found for it that has "
         f"llguidance: this program is {sys.executable or 'of no name'!r}. Serve with a Python "
         "interpreter, or ask for any JSON object, which needs no trial."
     )
@@ -243,8 +261,8 @@ def _candidates() -> Iterator[str]:
             yield str(folder / f"{name}{end}")
 
 
-def _refusal(reason: str) -> RequestError:
-    return RequestError(f"the schema cannot be kept to: {_one_line(reason)}. Simplify it.")
+def _refusal(noun: str, reason: str) -> RequestError:
+    return RequestError(f"the {noun} cannot be kept to: {_one_line(reason)}. Simplify it.")
 
 
 def _one_line(text: str) -> str:

@@ -12,10 +12,11 @@ import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import KW_ONLY, dataclass, fields
 from functools import wraps
-from typing import Annotated, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import Annotated, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
 
 from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.checked_values import check_integer, is_number, wrong_value
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.errors import Cancellation, RequestError
 from edge_memllm.options import Option, positive_int, signature_of
 from edge_memllm.sampling import Constraint, Penalties, Sampling, check_seed, draw_seed
@@ -55,6 +56,9 @@ class Request:
         cancellation: Ends the text from another thread, within one token.
         penalties: Changes to the logits of tokens, before they are chosen from.
         constraint: Makes what says, for one text, which tokens may come next.
+        response_format: The form the text is held to: a JSON schema, a class of pydantic's, or
+            OpenAI's object of type "json_object" or "json_schema"; "regex" and "grammar" (Lark or
+            GBNF) hold their text under the same name. Needs the extra serve.
         shown_tokens: Special tokens that stand in the text as they are spelt; others are left out.
         without_memory: Computes as if no layer added anything of its memory.
         choices: So many texts, each with random numbers of its own.
@@ -103,6 +107,7 @@ class Request:
     cancellation: Cancellation | None = None
     penalties: Penalties | None = None
     constraint: Callable[[], Constraint] | None = None
+    response_format: ResponseFormat | Mapping[str, Any] | type | None = None
     shown_tokens: Sequence[int] = ()
     without_memory: bool = False
     choices: int = 1

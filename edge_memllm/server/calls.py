@@ -20,13 +20,12 @@ from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Penalties,
 from edge_memllm.server.fields import (
     ApiError,
     BodyFields,
-    WantedSchema,
     blaming,
     checked_text,
     refused,
     shown,
-    take_schema,
 )
+from edge_memllm.server.forms import WantedForm, take_form
 from edge_memllm.server.messages import (
     MOST_NAME,
     Chat,
@@ -68,7 +67,7 @@ class Call:
     request: Request  # of every prompt, which is not in it
     prompts: Sequence[Sequence[int]] = ()
     echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
-    schema: WantedSchema | None
+    form: WantedForm | None
     tools: ToolUse | None = None
     stream: bool
     usage: bool = False  # at the end of a stream
@@ -86,7 +85,7 @@ class Call:
     ) -> list[Request]:
         """Return what the engine is asked for, one request for each prompt.
 
-        `constraint` is what was made of `schema` and `tools`; the rest is as in `Request`.
+        `constraint` is what was made of `form` and `tools`; the rest is as in `Request`.
         """
         asked = replace(
             self.request,
@@ -159,7 +158,8 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     max_tokens = _take_max_tokens(fields, service.most_tokens)
     fields.finish(_CHAT_UNSUPPORTED)
     call = replace(call, request=replace(call.request, top=top))
-    use = tool_use(tools, choice, service, parallel=parallel, answer=answer_of(call.schema))
+    answer = answer_of(call.form) if tools else None
+    use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
     chat = Chat(messages, () if choice.need is None else tools, continued)
     return with_chat(call, chat, use, max_tokens, service)
 
@@ -190,11 +190,15 @@ def with_chat(
     return replace(call, request=request, prompts=[ids], tools=use)
 
 
-def answer_of(wanted: WantedSchema | None) -> Mapping[str, Any] | None:
+def answer_of(wanted: WantedForm | None) -> Mapping[str, Any] | None:
     """Return the schema of an answer that may come in place of calls; None where it is free."""
     if wanted is None:
         return None
-    return {"type": "object"} if wanted.schema is None else wanted.schema
+    if not wanted.form.is_json:
+        message = f"{wanted.where} and tools are both given: beside calls an answer is JSON alone."
+        raise refused(wanted.where, f"{message} Leave one of them out.", "unsupported_parameter")
+    schema: Mapping[str, Any] = json.loads(wanted.form.schema_text)
+    return schema
 
 
 def take_continued(fields: BodyFields) -> bool:
@@ -236,12 +240,12 @@ def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
     stream = fields.flag("stream")
     usage, running = _take_usage(fields, stream)
     take_hints(fields)
-    schema = take_schema(fields, limits.schema_bytes)
+    form = take_form(fields, limits.schema_bytes)
     choices = _or(fields.optional_integer("n", 1, limits.choices), 1)
     request = take_request(fields, model, limits)
     return Call(
         request=replace(request, choices=choices, trace=fields.flag("trace")),
-        schema=schema,
+        form=form,
         stream=stream,
         usage=usage,
         running_usage=running,

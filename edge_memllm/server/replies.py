@@ -92,7 +92,7 @@ class GenerationEndpoint:
                         client = await stack.enter_async_context(_watched(receive))
                         call = await client.wait_for(self._understood(body))
                     constraint = await client.wait_for(
-                        self._service.constraint(call.schema, call.tools)
+                        self._service.constraint(call.form, call.tools)
                     )
                     replies = await self._service.quick.run(
                         self._submit, call, client_of(scope), since, constraint

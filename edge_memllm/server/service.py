@@ -13,8 +13,9 @@ from itertools import accumulate
 from time import monotonic
 
 from edge_memllm.engine.engine import Engine
-from edge_memllm.engine.grammar import Grammars, MakeConstraint
+from edge_memllm.engine.grammar import MakeConstraint
 from edge_memllm.engine.reply import ReplyPiece
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.engine.scheduler import EngineStatistics
 from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.errors import RequestError
@@ -22,12 +23,12 @@ from edge_memllm.server.fields import (
     ApiError,
     Body,
     BodyFields,
-    WantedSchema,
     blaming,
     explained,
     is_storage,
     shown,
 )
+from edge_memllm.server.forms import WantedForm
 from edge_memllm.server.lanes import Lane
 from edge_memllm.server.settings import Settings
 from edge_memllm.statistics import ProcessMemory
@@ -86,7 +87,7 @@ class Service:
         self.metrics = Metrics()
         self.trouble: str | None = None  # why the last reply could not be read, if it was that
         self.spec = self.model.manifest.model
-        self.grammars = Grammars(self.model.tokenizer, self.spec)
+        self.grammars = self.model.grammars
         self.texts = TokenTexts(self.model.tokenizer, self.spec.vocab_size)
         self.token_bound = self.model.tokenizer.bound
         self.quick = Lane("short requests", _QUICK_THREADS)
@@ -117,9 +118,9 @@ class Service:
         return self.quick if body.brief else self.thorough
 
     async def constraint(
-        self, wanted: WantedSchema | None, tools: ToolUse | None = None
+        self, wanted: WantedForm | None, tools: ToolUse | None = None
     ) -> MakeConstraint | None:
-        """Return what makes constraints to a schema, or to calls; new ones wait for those before.
+        """Return what makes constraints to a form, or to calls; new ones wait for those before.
 
         Raises `ApiError`.
         """
@@ -128,21 +129,21 @@ class Service:
         if wanted is None:
             return None
         with blaming(wanted.where):
-            if wanted.schema is None:
-                return await self.quick.run(self.grammars.json_object)
-            kept = self.grammars.kept(wanted.schema)
-            return kept or await self.schemas.run(self.grammars.json_schema, wanted.schema)
+            return await self._compiled(wanted.form)
+
+    async def _compiled(self, form: ResponseFormat) -> MakeConstraint:
+        kept = self.grammars.kept(form)
+        if kept is not None:
+            return kept
+        lane = self.quick if form.kind == "json_object" else self.schemas
+        return await lane.run(self.grammars.constraints, form)
 
     async def _of_tools(self, tools: ToolUse) -> MakeConstraint:
         """Return what holds replies to calls, from where one has to come or has begun."""
         tokenizer = self.model.tokenizer
 
         async def compiled(use: ToolUse) -> MakeConstraint:
-            grammar = use.grammar(tokenizer)
-            kept = self.grammars.kept_lark(grammar)
-            if kept is None:
-                kept = await self.schemas.run(self.grammars.lark, grammar)
-            return kept
+            return await self._compiled(ResponseFormat("grammar", use.grammar(tokenizer)))
 
         with blaming("tools"):
             try:

@@ -18,6 +18,7 @@ from hypothesis import strategies as st
 from edge_memllm import RequestError, RuntimeUnavailableError
 from edge_memllm.engine import grammar
 from edge_memllm.engine.grammar import GrammarConstraint, Grammars
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.sampling import Constraint
 from support.checkpoints import BOS, EOS, PAD, VOCABULARY
 from support.small_model import IDENTITY, byte_tokenizer, model_spec
@@ -55,7 +56,7 @@ def test_whatever_is_chosen_fits_the_schema(random: Any) -> None:
         "required": ["code", "count"],
         "additionalProperties": False,
     }
-    text = written(GRAMMARS.json_schema(schema)(), random.choice)
+    text = written(GRAMMARS.constraints(ResponseFormat.schema(schema))(), random.choice)
     assert text is not None
     found = json.loads(text)
     assert set("abc") >= set(found["code"])
@@ -66,13 +67,13 @@ def test_whatever_is_chosen_fits_the_schema(random: Any) -> None:
 
 
 def test_any_object_begins_as_one_and_never_with_white_space() -> None:
-    constraint = GRAMMARS.json_object()()
+    constraint = GRAMMARS.constraints(ResponseFormat("json_object"))()
     (only,) = np.flatnonzero(constraint.allowed())
     assert TOKENIZER.decode([int(only)]) == "{"
 
 
 def test_special_tokens_and_those_without_a_spelling_are_never_allowed() -> None:
-    constraint = GRAMMARS.json_schema({"type": "string"})()
+    constraint = GRAMMARS.constraints(ResponseFormat.schema({"type": "string"}))()
     constraint.advance(int(np.flatnonzero(constraint.allowed())[0]))
     mask = constraint.allowed()
     assert mask is not None
@@ -81,7 +82,7 @@ def test_special_tokens_and_those_without_a_spelling_are_never_allowed() -> None
 
 
 def test_each_text_has_a_constraint_of_its_own() -> None:
-    make = GRAMMARS.json_schema({"enum": ["ab", "cd"]})
+    make = GRAMMARS.constraints(ResponseFormat.schema({"enum": ["ab", "cd"]}))
     first, second = make(), make()
     assert written(first, lambda ids: ids[0]) == '"ab"'
     assert written(second, lambda ids: ids[-1]) == '"cd"'
@@ -105,7 +106,7 @@ def test_a_schema_that_takes_too_long_is_given_up(
 ) -> None:
     monkeypatch.setattr(grammar, "TRIAL_SECONDS", 0.7)
     with pytest.raises(RequestError, match=r"cannot be kept to: .*(0\.7 seconds|memory|large)"):
-        GRAMMARS.json_schema(schema)
+        GRAMMARS.constraints(ResponseFormat.schema(schema))
 
 
 @pytest.mark.skipif(os.name != "posix", reason="limits of processes are POSIX's")
@@ -122,17 +123,17 @@ def test_a_trial_that_nobody_waits_for_ends_by_itself() -> None:
 
 def test_a_schema_that_was_tried_is_not_tried_again(monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[str] = []
-    monkeypatch.setattr(grammar, "_try_out", tried.append)
+    monkeypatch.setattr(grammar, "_try_out", lambda text, noun: tried.append(text))
     grammars = Grammars(TOKENIZER, SPEC)
     for number in (*range(40), 39, 0):
-        grammars.json_schema({"const": number})
+        grammars.constraints(ResponseFormat.schema({"const": number}))
     assert len(tried) == 41  # the first was forgotten on the way
 
 
 def test_a_frozen_program_does_without_trials(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(sys, "frozen", True, raising=False)
     monkeypatch.setattr(sys, "executable", "nowhere")
-    assert Grammars(TOKENIZER, SPEC).json_schema({"const": 1})
+    assert Grammars(TOKENIZER, SPEC).constraints(ResponseFormat.schema({"const": 1}))
 
 
 @pytest.fixture
@@ -152,9 +153,12 @@ def test_an_embedded_python_is_found(
     if executable != "the host's":
         monkeypatch.setattr(sys, "executable", executable)
     grammars = Grammars(TOKENIZER, SPEC)
-    assert written(grammars.json_schema({"const": 12})(), lambda ids: ids[0]) == "12"
+    assert (
+        written(grammars.constraints(ResponseFormat.schema({"const": 12}))(), lambda ids: ids[0])
+        == "12"
+    )
     with pytest.raises(RequestError, match="Unimplemented keys"):
-        grammars.json_schema({"type": "object", "if": {}})
+        grammars.constraints(ResponseFormat.schema({"type": "object", "if": {}}))
     assert not host.exists()
 
 
@@ -173,8 +177,10 @@ def test_without_a_python_it_is_said(
     monkeypatch.setattr("sysconfig.get_config_var", lambda _: None)
     grammars = Grammars(TOKENIZER, SPEC)
     with pytest.raises(RuntimeUnavailableError, match=r"no Python was found for it .*/host'"):
-        grammars.json_schema({"const": 1})
-    assert grammars.json_object()()  # a schema of our own needs no trial
+        grammars.constraints(ResponseFormat.schema({"const": 1}))
+    assert grammars.constraints(
+        ResponseFormat("json_object")
+    )()  # a schema of our own needs no trial
     assert not host.exists()
 
 
@@ -183,37 +189,37 @@ def test_a_schema_that_is_nested_too_deeply_is_refused() -> None:
     for _ in range(5000):
         schema = {"type": "array", "items": schema}
     with pytest.raises(RequestError, match="it is nested too deeply"):
-        GRAMMARS.json_schema(schema)
+        GRAMMARS.constraints(ResponseFormat.schema(schema))
 
 
 def test_words_of_a_schema_cannot_be_overlooked() -> None:
     schema = {"x-guidance": {"lenient": True}, "type": "object", "if": {}}
     with pytest.raises(RequestError, match="Unimplemented keys"):
-        GRAMMARS.json_schema(schema)
+        GRAMMARS.constraints(ResponseFormat.schema(schema))
 
 
 def test_a_schema_that_nothing_fits_is_refused_at_once() -> None:
     schema = {"$defs": {"a": {"$ref": "#/$defs/a"}}, "$ref": "#/$defs/a"}
     with pytest.raises(RequestError, match="cannot be kept to"):
-        GRAMMARS.json_schema(schema)
+        GRAMMARS.constraints(ResponseFormat.schema(schema))
 
 
 def test_a_model_that_cannot_end_a_text_is_refused() -> None:
     spec = dataclasses.replace(SPEC, eos_token_ids=())
     with pytest.raises(RequestError, match="no token that ends a text"):
-        Grammars(TOKENIZER, spec).json_object()
+        Grammars(TOKENIZER, spec).constraints(ResponseFormat("json_object"))
 
 
 def test_a_tokenizer_that_cannot_be_used_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(type(TOKENIZER), "definition", "{}")
     with pytest.raises(RequestError, match="llguidance cannot use the model's tokenizer: "):
-        Grammars(TOKENIZER, SPEC).json_object()
+        Grammars(TOKENIZER, SPEC).constraints(ResponseFormat("json_object"))
 
 
 def test_without_llguidance_it_says_what_to_install(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "llguidance", None)
     with pytest.raises(RuntimeUnavailableError, match=r"pip install '\.\[serve\]'"):
-        Grammars(TOKENIZER, SPEC).json_object()
+        Grammars(TOKENIZER, SPEC).constraints(ResponseFormat("json_object"))
 
 
 class Broken:
@@ -233,7 +239,7 @@ class Broken:
 
 
 def test_a_grammar_that_gives_up_is_an_error() -> None:
-    with pytest.raises(RequestError, match=r"gave up: too complex\. Simplify the schema\."):
-        GrammarConstraint(Broken()).allowed()  # type: ignore[arg-type]
+    with pytest.raises(RequestError, match=r"the schema gave up: too complex\. Simplify it\."):
+        GrammarConstraint(Broken(), "schema").allowed()  # type: ignore[arg-type]
     with pytest.raises(RequestError, match="gave up"):
-        GrammarConstraint(Broken()).advance(1)  # type: ignore[arg-type]
+        GrammarConstraint(Broken(), "schema").advance(1)  # type: ignore[arg-type]

@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 
 from edge_memllm.engine.grammar import Grammars
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.sampling import Constraint
 from edge_memllm.text.tools import Tool, ToolFormat, format_of, parsed_reply
@@ -44,7 +45,9 @@ FORMATS = [
 
 
 def constraint_of(use: ToolUse) -> Constraint:
-    return use.constraint(GRAMMARS.lark(use.grammar(TOKENIZER)), TOKENIZER)()
+    return use.constraint(
+        GRAMMARS.constraints(ResponseFormat("grammar", use.grammar(TOKENIZER))), TOKENIZER
+    )()
 
 
 def written(constraint: Constraint, begin: str = "", seed: int = 0, most: int = 600) -> str:

@@ -68,7 +68,8 @@ def test_the_public_calls_keep_their_parameters() -> None:
     ]
     options = ["max_new_tokens", "stop", "stop_token_ids", "sampling", "seed", "ignore_eos"]
     options += ["speculate", "overlays", "cancellation", "penalties", "constraint"]
-    options += ["shown_tokens", "without_memory", "choices", "top", "score_prompt", "trace"]
+    options += ["response_format", "shown_tokens", "without_memory", "choices", "top"]
+    options += ["score_prompt", "trace"]
     options += ["client", "timeout", "since"]
     model, session = edge_memllm.Model, edge_memllm.Session
     for call in (model.stream, model.generate, model.astream):

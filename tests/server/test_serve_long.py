@@ -230,7 +230,7 @@ def test_new_schemas_wait_for_each_other_and_nobody_else_does(
     assert served.complete(**schema(0))
     gate, tried = threading.Event(), []
 
-    def slowly(text: str) -> None:
+    def slowly(text: str, noun: str) -> None:
         tried.append(text)
         gate.wait(20)
 

@@ -125,7 +125,7 @@ def test_a_call_that_must_come_fits_its_schema(served: Served, choice: Any) -> N
 
 def test_a_stream_has_names_first_and_arguments_in_pieces(served: Served) -> None:
     body = {"messages": HELLO, "tools": TOOLS, "tool_choice": "required", "max_tokens": 300}
-    wanted = {**body, "seed": 3, "temperature": 1.5}
+    wanted = {**body, "seed": 4, "temperature": 1.5}
     whole = served.post("/v1/chat/completions", wanted).json()["choices"][0]
     events = served.events("/v1/chat/completions", **wanted)
     found = joined(events)

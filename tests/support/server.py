@@ -190,7 +190,7 @@ def message(service: Service, **body: Any) -> Call:
 
 def compiled(call: Call, service: Service) -> Call:
     """A call whose schema, if it has one, can be kept to."""
-    asyncio.run(service.constraint(call.schema))
+    asyncio.run(service.constraint(call.form))
     return call
 
 

@@ -48,7 +48,7 @@ def read_message(fields: BodyFields, service: Service) -> Call:
     stream = fields.flag("stream")
     call = Call(
         request=take_request(fields, service.model, limits, "stop_sequences"),
-        schema=None,
+        form=None,
         stream=stream,
         user=_take_user(fields),
     )

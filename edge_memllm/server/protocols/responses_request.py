@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Mapping
 from typing import Any
 
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.server.calls import (
     Call,
     answer_of,
@@ -18,12 +19,11 @@ from edge_memllm.server.calls import (
 )
 from edge_memllm.server.fields import (
     BodyFields,
-    WantedSchema,
     checked_text,
     refused,
     shown,
-    take_json_schema,
 )
+from edge_memllm.server.forms import WantedForm, take_json_schema
 from edge_memllm.server.messages import (
     MOST_MESSAGES,
     MOST_NAME,
@@ -63,7 +63,7 @@ def read_response(fields: BodyFields, service: Service) -> Call:
         messages.insert(0, {"role": "system", "content": instructions})
     tools, choice = _take_tools(fields, limits), take_choice(fields)
     parallel = fields.flag("parallel_tool_calls", default=True)
-    schema = _take_format(fields, limits)
+    form = _take_format(fields, limits)
     stream = fields.flag("stream")
     options = fields.group("stream_options")
     if options is not None:
@@ -71,14 +71,15 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     take_hints(fields)
     call = Call(
         request=take_request(fields, service.model, limits),
-        schema=schema,
+        form=form,
         stream=stream,
         user=take_user(fields),
         repeated=repeated,
     )
     most = fields.optional_integer("max_output_tokens", 1, service.most_tokens)
     fields.finish(_UNSUPPORTED)
-    use = tool_use(tools, choice, service, parallel=parallel, answer=answer_of(schema))
+    answer = answer_of(form) if tools else None
+    use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
     chat = Chat(messages, () if choice.need is None else tools)
     return with_chat(call, chat, use, most, service, "input")
 
@@ -209,7 +210,7 @@ def _tool(fields: BodyFields) -> Tool:
     return take_function(fields, {"type": "function", "function": dict(fields.values)})
 
 
-def _take_format(fields: BodyFields, limits: Limits) -> WantedSchema | None:
+def _take_format(fields: BodyFields, limits: Limits) -> WantedForm | None:
     text = fields.group("text")
     wanted = None if text is None else text.group("format")
     if text is not None:
@@ -223,4 +224,4 @@ def _take_format(fields: BodyFields, limits: Limits) -> WantedSchema | None:
     if kind == "json_schema":
         return take_json_schema(wanted, limits.schema_bytes)
     wanted.finish()
-    return None if kind == "text" else WantedSchema(None, where)
+    return None if kind == "text" else WantedForm(ResponseFormat("json_object"), where)
