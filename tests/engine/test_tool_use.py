@@ -7,6 +7,7 @@ import json
 import random
 from typing import Any
 
+import jsonschema_rs
 import numpy as np
 import pytest
 
@@ -144,3 +145,55 @@ def test_special_tokens_of_a_format_are_named_by_their_ids() -> None:
     assert use.shown_tokens(tokenizer) == (7,)
     assert 'calls: <[7]> "[" call' in use.grammar(tokenizer)
     assert ToolUse(format=LLAMA, tools=TOOLS).ends(tokenizer) == (9,)
+
+
+SCHEMAS: list[dict[str, Any]] = [
+    {
+        "type": "object",
+        "properties": {
+            "kind": {"$ref": "#/$defs/Kind"},
+            "days": {"type": "integer", "minimum": 1, "maximum": 99},
+            "tags": {"type": "array", "items": {"enum": ["a", "b"]}, "minItems": 1, "maxItems": 3},
+            "deep": {
+                "type": "object",
+                "properties": {"on": {"type": "boolean"}, "off": {"type": ["null", "boolean"]}},
+                "required": [],
+            },
+        },
+        "required": ["kind", "tags"],
+        "$defs": {"Kind": {"anyOf": [{"const": "x"}, {"const": ""}, {"const": 3}]}},
+    },
+    {"type": "object", "properties": {}},
+    # What the rules of Gemma's own form do not have is held to as JSON.
+    {
+        "type": "object",
+        "properties": {"code": {"type": "string", "pattern": "^[ab]{2}$"}},
+        "required": ["code"],
+        "additionalProperties": False,
+    },
+]
+
+
+@pytest.mark.parametrize("schema", SCHEMAS)
+def test_gemmas_own_form_fits_the_schema_too(schema: dict[str, Any]) -> None:
+    use = ToolUse(format=GEMMA, tools=(Tool("f", parameters=schema),), need="required")
+    own = 0
+    for seed in range(10):
+        text = written(constraint_of(use), seed=seed, most=2000)
+        _, calls = parsed_reply(GEMMA, ["f"], text)
+        assert calls, text
+        for call in calls:
+            jsonschema_rs.validate(schema, json.loads(call.arguments))
+        own += 'call:f{"' not in text
+    assert (own == 10) == ("code" not in schema["properties"])
+
+
+def test_gemmas_own_texts_may_hold_anything_but_a_quote() -> None:
+    schema = {"type": "object", "properties": {"city": {"type": "string"}}, "required": ["city"]}
+    use = ToolUse(
+        format=GEMMA, tools=(Tool("f", parameters=schema),), need="required", parallel=False
+    )
+    text = '<|tool_call>call:f{city:<|"|>a < b, "c" } \n<|"|>}<tool_call|>'
+    assert written(constraint_of(use), text) == text
+    _, (call,) = parsed_reply(GEMMA, ["f"], text)
+    assert json.loads(call.arguments) == {"city": 'a < b, "c" } \n'}

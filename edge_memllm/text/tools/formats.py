@@ -88,6 +88,7 @@ class ToolFormat:
         spelling: How one is written where it must come.
         values: How arguments are written.
         end: What ends them, where they are not JSON.
+        quote: What stands around their texts there.
         tokens: Entries of the vocabulary that belong to it: they are read though they are special.
         ends: Tokens that end a reply with calls, where the vocabulary has them.
         most: How many calls a reply may have, as far as the format says.
@@ -103,6 +104,7 @@ class ToolFormat:
     spelling: Spelling
     values: Literal["json", "gemma"] = "json"
     end: str = ""
+    quote: str = ""
     tokens: tuple[str, ...] = ()
     ends: tuple[str, ...] = ()
     most: int | None = None
@@ -229,6 +231,7 @@ def _gemma(opening: str, closing: str, quote: str, *ends: str) -> ToolFormat:
         spelling=Spelling(call=f"{opening}call:{{name}}", closed=closing),
         values="gemma",
         end=closing,
+        quote=quote,
         tokens=(opening, closing, quote),
         ends=ends,
     )

@@ -5,9 +5,13 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from typing import Any
+from functools import partial
+from typing import Any, TypeAlias
 
 from edge_memllm.text.tools.formats import Tool, ToolFormat
+from edge_memllm.text.tools.gemma_grammar import UnwrittenError, argument_rules
+
+JsonRule: TypeAlias = Callable[[Mapping[str, Any], bool], str]
 
 # A small model that may write one call more always does.
 MOST_CALLS = 8
@@ -17,7 +21,7 @@ def call_grammar(
     format: ToolFormat,
     tools: Sequence[Tool],
     token: Callable[[str], int | None],
-    json_rule: Callable[[Mapping[str, Any], bool], str],
+    json_rule: JsonRule,
     *,
     parallel: bool = True,
     answer: str | None = None,
@@ -40,10 +44,30 @@ def call_grammar(
     for number, tool in enumerate(tools):
         head, closed = literal(spelling.head(tool.name)), literal(spelling.closed)
         rules.append(f"call_{number}: {head} arguments_{number} {closed}")
-        rules.append(f"arguments_{number}: {json_rule(tool.schema, tool.strict)}")
+        rules += _arguments(f"arguments_{number}", format, tool, literal, json_rule)
     if answer is not None:
         rules.append(f"answer: {answer}")
     return "\n".join(rules)
+
+
+def _arguments(
+    name: str, format: ToolFormat, tool: Tool, literal: _Literals, json_rule: JsonRule
+) -> list[str]:
+    """Return the rules of a tool's arguments: JSON, but for a format that has a form of its own.
+
+    JSON is read there too, so it stands in for what that form has no rules for.
+    """
+    json = f"{name}: {json_rule(tool.schema, tool.strict)}"
+    if format.values == "json":
+        return [json]
+    try:
+        return argument_rules(name, tool.schema, literal(format.quote), partial(_plain, json_rule))
+    except UnwrittenError:
+        return [json]
+
+
+def _plain(json_rule: JsonRule, schema: Mapping[str, Any]) -> str:
+    return json_rule(schema, False)
 
 
 class _Literals:
