@@ -86,7 +86,7 @@ class Grammars:
         return self._maker(form, compiled)
 
     def _maker(self, form: ResponseFormat, compiled: LLMatcher) -> MakeConstraint:
-        if not form.is_json:
+        if not form.has_json:
             return lambda: GrammarConstraint(compiled.deep_copy(), form.noun)
         tokens = self._bytes()
         return lambda: GrammarConstraint(compiled.deep_copy(), form.noun, JsonEnding(tokens))
@@ -145,6 +145,8 @@ def _grammar(form: ResponseFormat) -> str:
 
     if form.kind == "regex":
         return LLMatcher.grammar_from_regex(form.text)
+    if form.kind == "calls":
+        return LLMatcher.grammar_from_lark(form.text)
     if form.kind == "grammar":
         try:
             return LLMatcher.grammar_from_lark(any_to_lark(form.text))

@@ -9,13 +9,13 @@ from __future__ import annotations
 import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
-from typing import Any, Literal, TypeAlias, get_args
+from typing import Any, Literal, TypeAlias
 
 from edge_memllm.checked_values import wrong_value
 from edge_memllm.errors import RequestError
 
-Kind: TypeAlias = Literal["json_object", "json_schema", "regex", "grammar"]
-KINDS: tuple[Kind, ...] = get_args(Kind)
+Kind: TypeAlias = Literal["json_object", "json_schema", "regex", "grammar", "calls"]
+KINDS: tuple[Kind, ...] = ("json_object", "json_schema", "regex", "grammar")  # for requests
 
 _EXPECTED = (
     "a JSON schema, a class of pydantic's, or an object such as {'type': 'json_object'}, "
@@ -26,7 +26,10 @@ _EXPECTED = (
 
 @dataclass(frozen=True, slots=True)
 class ResponseFormat:
-    """What a reply is to look like: `text` is a schema as JSON, an expression, or a grammar."""
+    """What a reply is to look like: `text` is a schema as JSON, an expression, or a grammar.
+
+    That of "calls" is a grammar of calls of tools, whose arguments are JSON.
+    """
 
     kind: Kind
     text: str = ""
@@ -91,9 +94,18 @@ class ResponseFormat:
         return self.kind.startswith("json")
 
     @property
+    def has_json(self) -> bool:
+        """Whether it is JSON that the text has to come to an end of."""
+        return self.is_json or self.kind == "calls"
+
+    @property
     def noun(self) -> str:
         """What it is called in a sentence."""
-        names: dict[Kind, str] = {"grammar": "grammar", "regex": "regular expression"}
+        names: dict[Kind, str] = {
+            "grammar": "grammar",
+            "regex": "regular expression",
+            "calls": "schema of a tool",
+        }
         return names.get(self.kind, "schema")
 
 

@@ -13,7 +13,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.engine.grammar import MakeConstraint, json_rule
-from edge_memllm.sampling import Constraint
+from edge_memllm.engine.response_format import ResponseFormat
+from edge_memllm.sampling import Constraint, LeaningConstraint
 from edge_memllm.text.tokenization import Detokenizer, Tokenizer
 from edge_memllm.text.tools.formats import Tool, ToolFormat
 from edge_memllm.text.tools.parsing import ToolCallParser
@@ -72,6 +73,10 @@ class ToolUse:
             if self.need == "required" or self.answer is None
             else json_rule(self.answer),
         )
+
+    def form(self, tokenizer: Tokenizer) -> ResponseFormat:
+        """Return what a constraint is made of: `grammar`, as a form of replies."""
+        return ResponseFormat("calls", self.grammar(tokenizer))
 
     def of_any_arguments(self) -> ToolUse:
         """Return the same where arguments are any object, but for tools that are strict."""
@@ -132,6 +137,10 @@ class _OnceBegun:
     def allowed(self) -> NDArray[np.bool_] | None:
         """Return which tokens [V] may come next; None, for all, before a call."""
         return None if self._began is None else self._began.allowed()
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """Return what brings a long call to its end."""
+        return self._began.bias() if isinstance(self._began, LeaningConstraint) else None
 
     def advance(self, token: int) -> None:
         """Take the token that was chosen."""

@@ -143,7 +143,7 @@ class Service:
         tokenizer = self.model.tokenizer
 
         async def compiled(use: ToolUse) -> MakeConstraint:
-            return await self._compiled(ResponseFormat("grammar", use.grammar(tokenizer)))
+            return await self._compiled(use.form(tokenizer))
 
         with blaming("tools"):
             try:

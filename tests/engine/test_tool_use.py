@@ -12,7 +12,6 @@ import numpy as np
 import pytest
 
 from edge_memllm.engine.grammar import Grammars
-from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.sampling import Constraint
 from edge_memllm.text.tools import Tool, ToolFormat, format_of, parsed_reply
@@ -46,9 +45,7 @@ FORMATS = [
 
 
 def constraint_of(use: ToolUse) -> Constraint:
-    return use.constraint(
-        GRAMMARS.constraints(ResponseFormat("grammar", use.grammar(TOKENIZER))), TOKENIZER
-    )()
+    return use.constraint(GRAMMARS.constraints(use.form(TOKENIZER)), TOKENIZER)()
 
 
 def written(constraint: Constraint, begin: str = "", seed: int = 0, most: int = 600) -> str:
@@ -133,6 +130,15 @@ def test_an_answer_by_a_schema_may_come_in_place_of_calls() -> None:
     assert any(text.startswith("<tool_call>") for text in texts)
 
 
+def test_a_number_among_the_arguments_comes_to_its_end() -> None:
+    schema = {"type": "object", "properties": {"n": {"type": "integer"}}, "required": ["n"]}
+    use = ToolUse(
+        format=HERMES, tools=(Tool("f", parameters=schema),), need="required", parallel=False
+    )
+    begin = '<tool_call>\n{"name": "f", "arguments": {"n": ' + "1" * 16
+    assert written(constraint_of(use), begin) == begin + "}}\n</tool_call>"
+
+
 def test_special_tokens_of_a_format_are_named_by_their_ids() -> None:
     class Special:
         def special_token(self, text: str) -> int | None:
@@ -193,7 +199,7 @@ def test_gemmas_own_texts_may_hold_anything_but_a_quote() -> None:
     use = ToolUse(
         format=GEMMA, tools=(Tool("f", parameters=schema),), need="required", parallel=False
     )
-    text = '<|tool_call>call:f{city:<|"|>a < b, "c" } \n<|"|>}<tool_call|>'
+    text = '<|tool_call>call:f{city:<|"|>a > b, "c" } \n<|"|>}<tool_call|>'
     assert written(constraint_of(use), text) == text
     _, (call,) = parsed_reply(GEMMA, ["f"], text)
-    assert json.loads(call.arguments) == {"city": 'a < b, "c" } \n'}
+    assert json.loads(call.arguments) == {"city": 'a > b, "c" } \n'}

@@ -13,8 +13,8 @@ from typing import Any, TypeAlias
 Schema: TypeAlias = Mapping[str, Any]
 
 _MOST_ITEMS = 16  # where a schema sets no limit
-# Without the beginning of a quote.
-_TEXT = r"/([^<]|<[^|e])*/"
+# Without the beginning of a quote; where the quote is no token, a text cannot tell when it begins.
+_TEXT, _TEXT_OF_LETTERS = r"/([^<]|<[^|e])*/", "/[^<]*/"
 # What says nothing of how a value is written, or is said by the rules here.
 _KNOWN = frozenset(
     (
@@ -87,7 +87,8 @@ class _Rules:
         if kind in _PLAIN:
             return self._json_rule({k: v for k, v in schema.items() if k != "nullable"})
         if kind == "string":
-            return f"{self._quote} {_TEXT} {self._quote}"
+            text = _TEXT if self._quote.startswith("<") else _TEXT_OF_LETTERS
+            return f"{self._quote} {text} {self._quote}"
         if kind == "array":
             return self._array(schema)
         if kind == "object":
