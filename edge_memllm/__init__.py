@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.producer import __version__
+    from edge_memllm.engine.chat import ChatPiece, ChatReply
     from edge_memllm.errors import (
         ArtifactError,
         Cancellation,
@@ -30,6 +31,8 @@ if TYPE_CHECKING:
 __all__ = [
     "ArtifactError",
     "Cancellation",
+    "ChatPiece",
+    "ChatReply",
     "CorruptionError",
     "EdgeMemLLMError",
     "GenerationCancelledError",
@@ -48,6 +51,8 @@ __all__ = [
 _HOMES = {
     "ArtifactError": "errors",
     "Cancellation": "errors",
+    "ChatPiece": "engine.chat",
+    "ChatReply": "engine.chat",
     "CorruptionError": "errors",
     "EdgeMemLLMError": "errors",
     "GenerationCancelledError": "errors",

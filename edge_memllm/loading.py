@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 import os
+from argparse import ArgumentTypeError
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
@@ -22,15 +23,15 @@ from edge_memllm.engine.request import check_positive
 from edge_memllm.errors import EdgeMemLLMError, RequestError, RuntimeUnavailableError
 from edge_memllm.memory_plan import Choices, MemoryPlan, packs_by_itself, plan_memory
 from edge_memllm.model import Model
-from edge_memllm.options import DEVICES, Option, byte_size, called_with, positive_int
+from edge_memllm.options import DEVICES, Device, Option, byte_size, called_with, positive_int
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.table import CACHE_BYTES
 from edge_memllm.progress import Progress
-from edge_memllm.readers import reader_names
+from edge_memllm.readers import ReaderName, reader_names
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import give_back, process_memory
 from edge_memllm.store import ExportPlan, artifact_of, home_folder, refuse
-from edge_memllm.table.table import QUALITIES, Table
+from edge_memllm.table.table import QUALITIES, Quality, Table
 from edge_memllm.text.tokenization import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -62,14 +63,14 @@ class LoadOptions:
     ]
     _: KW_ONLY
     device: Annotated[
-        str,
+        Device,
         Option(
             "where the graph runs; auto takes CUDA where it works, else the CPU, and says so",
             choices=DEVICES,
         ),
     ] = "auto"
     reader: Annotated[
-        str,
+        ReaderName,
         Option(
             "how the table is read; ram loads it whole, auto measures the storage for a moment and "
             "chooses",
@@ -89,7 +90,7 @@ class LoadOptions:
         ),
     ] = None
     table_quality: Annotated[
-        str,
+        Quality,
         Option(
             "coarse reads only the front half of the records of a nested8 table: less to read, "
             "values of about 4 bits",
@@ -97,7 +98,7 @@ class LoadOptions:
         ),
     ] = "full"
     record_cache: Annotated[
-        int,
+        int | str,
         Option(
             "keep records that were read in this much memory (default: %(default)s, leave it to "
             "the system's page cache)",
@@ -113,7 +114,7 @@ class LoadOptions:
         ),
     ] = None
     memory_limit: Annotated[
-        int | None,
+        int | str | None,
         Option(
             "refuse what would need more memory than this, mapped files not counted: at once, or "
             "when a text grows too long (512MB, 1.5GiB)",
@@ -121,7 +122,7 @@ class LoadOptions:
         ),
     ] = None
     vram_limit: Annotated[
-        int | None, Option("the same for the memory of the GPU", parse=byte_size)
+        int | str | None, Option("the same for the memory of the GPU", parse=byte_size)
     ] = None
     cuda_graph: Annotated[bool, Option("on CUDA, record a decode step once and replay it")] = False
     packed_cache: Annotated[
@@ -218,16 +219,27 @@ def load(options: LoadOptions) -> Model:
     return model
 
 
+def _bytes(options: LoadOptions, name: str) -> int | None:
+    """Return a size, which may be given as words such as "1GB". Raises `RequestError`."""
+    value = getattr(options, name)
+    if not isinstance(value, str):
+        return value  # type: ignore[no-any-return]  # `_check` looks at it
+    try:
+        return byte_size(value)
+    except ArgumentTypeError as error:
+        raise RequestError(f"{name}: {error}.") from None
+
+
 def _check(options: LoadOptions) -> None:
     """Raise `RequestError` for what can be seen to be wrong before anything is opened."""
     for name in ("prefill_chunk", "memory_limit", "vram_limit"):
-        if (value := getattr(options, name)) is not None:
+        if (value := _bytes(options, name)) is not None:
             check_positive(name, value)
     if options.reader not in reader_names():
         raise RequestError(
             f"Unknown reader '{options.reader}', expected one of {', '.join(reader_names())}."
         )
-    cache = options.record_cache
+    cache = _bytes(options, "record_cache")
     if not is_integer(cache) or cache < 0:
         raise wrong_value("record_cache", cache, "bytes, 0 for none")
     if options.export_options is not None and not options.export:
@@ -326,7 +338,7 @@ def _plan(
         )
     choices = Choices(
         options.prefill_chunk or PREFILL_CHUNKS[device],
-        options.record_cache,
+        _bytes(options, "record_cache") or 0,
         options.reader,
         packed is not None,
         CACHE_BYTES if options.overlays else 0,
@@ -335,8 +347,8 @@ def _plan(
         artifact.manifest,
         device,
         choices,
-        memory_limit=options.memory_limit,
-        vram_limit=options.vram_limit,
+        memory_limit=_bytes(options, "memory_limit"),
+        vram_limit=_bytes(options, "vram_limit"),
         base_bytes=before,
     )
     return replace(plan, packed_cache=packed)
@@ -347,7 +359,7 @@ def _open_table(options: LoadOptions, artifact: Artifact, tokenizer: Tokenizer) 
     return Table.open(
         artifact,
         options.reader,
-        record_cache_bytes=options.record_cache,
+        record_cache_bytes=_bytes(options, "record_cache") or 0,
         hot_tokens=() if text is None else frequent_tokens(tokenizer, text),
         quality=options.table_quality,
     )

@@ -16,11 +16,13 @@ from typing import Any, Self, overload
 from weakref import WeakSet
 
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.engine.chat import Chat, ChatPiece, ChatReply, chatting, prepared, replied, whole
 from edge_memllm.engine.feeding import PREFILL_CHUNKS, Feeder, StepCosts
 from edge_memllm.engine.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
 from edge_memllm.engine.grammar import Grammars
 from edge_memllm.engine.request import (
     CANCELLED_BY_TASK,
+    CHAT_ONLY,
     ENGINE_ONLY,
     CheckedRequest,
     Request,
@@ -55,6 +57,8 @@ _ONE_PROMPT_ONLY = {
     "speculate": " and a list of prompts was given: drafts are for one prompt at a time. Give one "
     "prompt, or speculate 0."
 }
+
+_TEXT_ALONE = {"top": ": generate returns the text alone. Use stream or chat for scores."}
 
 
 class Model:
@@ -171,6 +175,7 @@ class Model:
         of its own, so equal prompts get different texts. The rest is as in `stream`; only
         `speculate` is for one prompt, not for a list.
         """
+        refuse_fields(request, _TEXT_ALONE)
         if _is_batch(request.prompt):
             return self._texts(request)
         return "".join(piece.text for piece in self.pieces(request))
@@ -186,6 +191,36 @@ class Model:
         refuse_fields(request, CANCELLED_BY_TASK)
         end = Cancellation()
         return in_thread(self.pieces(replace(request, cancellation=end)), end)
+
+    @asked_by(chatting(Request))
+    def chat(self, chat: Chat) -> ChatReply:
+        """Answer messages, by the model's chat template; return the whole reply.
+
+        `messages` is a text, or OpenAI's objects, those of tools among them; `tools` are OpenAI's
+        objects or `Tool`s, and `tool_choice` is "auto", "none", "required" or the name of one.
+        Holding calls to their schemas needs the extra serve. The rest is as in `stream`.
+        """
+        return whole(self._chat_pieces(chat))
+
+    @asked_by(chatting(Request))
+    def stream_chat(self, chat: Chat) -> Generator[ChatPiece, None, None]:
+        """Check a chat now, then yield what is said token by token; the last piece has the reply.
+
+        The rest is as in `chat` and `stream`.
+        """
+        return self._chat_pieces(chat)
+
+    @asked_by(chatting(Request))
+    def astream_chat(self, chat: Chat) -> AsyncGenerator[ChatPiece, None]:
+        """Stream as `stream_chat` does, for `async for`; see `astream`."""
+        refuse_fields(chat.request, CANCELLED_BY_TASK)
+        end = Cancellation()
+        asked = replace(chat, request=replace(chat.request, cancellation=end))
+        return in_thread(self._chat_pieces(asked), end)
+
+    def _chat_pieces(self, chat: Chat) -> Generator[ChatPiece, None, None]:
+        request, _, use = prepared(chat, self.tokenizer, lambda: self.grammars)
+        return replied(self.pieces(request), use)
 
     def pieces(self, request: Request) -> Generator[Piece, None, None]:
         """Do what `stream` does, for a request that is made already."""
@@ -204,6 +239,7 @@ class Model:
 
         A new form of replies is compiled here, which may take seconds.
         """
+        refuse_fields(request, CHAT_ONLY)
         request, spec = self.constrained(request), self.manifest.model
         prompt = prompt_tokens(request.prompt, self.tokenizer, spec)
         return check_request(request, prompt, self.tokenizer, spec, self.sampling, fewest_tokens)
@@ -271,6 +307,17 @@ class Model:
         Raises `RequestError` when the model is closed already.
         """
         return self._lifetime.use()
+
+    def __repr__(self) -> str:
+        spec = self.manifest.model
+        form = f"{self.manifest.graph.weights} graph"
+        if spec.memory.layers:
+            form += f", {self.manifest.table.codec} table"
+        return (
+            f"<Model {spec.architecture}: {spec.num_hidden_layers} layers of {spec.hidden_size}, "
+            f"{form}, context {spec.max_position_embeddings}, on {self.device}, "
+            f"reader {self.reader}>"
+        )
 
     def close(self) -> None:
         """Take no further generation; free everything once those under way have ended."""

@@ -13,13 +13,23 @@ from copy import deepcopy
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
-from typing import Protocol, Self
+from typing import Any, Protocol, Self
 from weakref import finalize
 
 import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.engine.chat import (
+    Chat,
+    ChatPiece,
+    ChatReply,
+    Message,
+    chatting,
+    prepared,
+    replied,
+    whole,
+)
 from edge_memllm.engine.feeding import Feeder, StepCosts
 from edge_memllm.engine.generation import (
     Piece,
@@ -28,8 +38,10 @@ from edge_memllm.engine.generation import (
     generate_tokens,
     in_thread,
 )
+from edge_memllm.engine.grammar import Grammars
 from edge_memllm.engine.request import (
     CANCELLED_BY_TASK,
+    CHAT_ONLY,
     ENGINE_ONLY,
     CheckedRequest,
     Prompt,
@@ -65,6 +77,10 @@ class SessionModel(Protocol):
     def manifest(self) -> Manifest:
         """What the artifact says of itself."""
 
+    @property
+    def grammars(self) -> Grammars:
+        """What keeps texts to a form."""
+
     def records(self, overlays: Sequence[str] | None = None) -> Selection:
         """Return the records a text with these overlays gets."""
 
@@ -95,6 +111,7 @@ class Session:
         """Begin where `state` is; the model closes the session when it is closed itself."""
         self.sampling = state.sampling
         self.seed = state.seed
+        self.messages: list[Message] = []  # of its chat
         self._model = model
         self._records = records
         self._draws = deepcopy(state.draws)
@@ -131,6 +148,13 @@ class Session:
     def nbytes(self) -> int:
         """Bytes of memory that keys and values take."""
         return self._feeder.cache.nbytes
+
+    def __repr__(self) -> str:
+        state = "closed" if self._feeder.cache.closed else f"{self.nbytes:,} B"
+        return (
+            f"<Session: {len(self)} tokens, {self.computed} of them computed, "
+            f"{len(self.messages)} messages, {state}, seed {self.seed}>"
+        )
 
     def __len__(self) -> int:
         return len(self._tokens)
@@ -189,6 +213,51 @@ class Session:
         end = Cancellation()
         return in_thread(self._stream(replace(request, cancellation=end)), end)
 
+    @asked_by(chatting(Request))
+    def chat(self, chat: Chat) -> ChatReply:
+        """Answer messages behind those of this session, and keep both; see `Model.chat`.
+
+        Keys and values of the chat so far are used again, as far as the template leaves it as it
+        was. `messages` has the chat; one that was saved and restored begins without.
+        """
+        return whole(self._chat(chat))
+
+    @asked_by(chatting(Request))
+    def stream_chat(self, chat: Chat) -> Generator[ChatPiece, None, None]:
+        """Stream as `chat` answers; what came until it is left is kept. See `Model.stream_chat`."""
+        return self._chat(chat)
+
+    def _chat(self, chat: Chat) -> Generator[ChatPiece, None, None]:
+        model, asked = self._model, chat.after(self.messages)
+        request, prompt, use = prepared(asked, model.tokenizer, lambda: model.grammars)
+        self._check_room(prompt)
+        shared = self.rewind(prompt)
+        self.append(prompt[shared:])
+        return self._kept(asked, replied(self._stream(replace(request, prompt=())), use))
+
+    def _kept(
+        self, chat: Chat, pieces: Generator[ChatPiece, None, None]
+    ) -> Generator[ChatPiece, None, None]:
+        """Yield pieces, and keep the messages and what was said, be it all of it or not."""
+        said = ""
+        message: dict[str, Any] | None = None
+        try:
+            for piece in pieces:
+                said += piece.text
+                message = None if piece.reply is None else piece.reply.message
+                yield piece
+        finally:
+            pieces.close()
+            self.messages = [*chat.messages, message or {"role": "assistant", "content": said}]
+
+    def _check_room(self, prompt: Sequence[int]) -> None:
+        room = self._model.manifest.model.max_position_embeddings
+        if len(prompt) > room:
+            raise RequestError(
+                f"the chat has {len(prompt)} tokens and the model's context holds {room}. Take "
+                "messages out of session.messages, or begin another session."
+            )
+
     def rewind(self, to: int | Sequence[int]) -> int:
         """Take back the end of the text; return how many tokens are left.
 
@@ -215,7 +284,9 @@ class Session:
         Costs the memory of the keys and values once more, and no computing.
         """
         with self._turn.whole():
-            return Session(self._model, self._records, self._state())
+            other = Session(self._model, self._records, self._state())
+            other.messages = list(self.messages)
+            return other
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write the session into one file, whole or not at all; return its bytes.
@@ -276,7 +347,7 @@ class Session:
         return checked
 
     def _stream(self, request: Request) -> Generator[Piece, None, None]:
-        refuse_fields(request, {**ENGINE_ONLY, **_OF_THE_SESSION})
+        refuse_fields(request, {**ENGINE_ONLY, **CHAT_ONLY, **_OF_THE_SESSION})
         with self._turn.whole():
             self._checked(request)
         return self._pieces(request)

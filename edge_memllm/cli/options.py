@@ -17,6 +17,7 @@ from typing import (
     Annotated,
     Any,
     Generic,
+    Literal,
     TypeVar,
     Union,
     get_args,
@@ -332,8 +333,8 @@ def _annotated(options: type[Any]) -> Iterator[tuple[Field[Any], Any, Option | G
 def _of_value(kind: Any) -> Any:
     """The type of a value that is there: ``int`` for ``int | None``."""
     if get_origin(kind) in (Union, UnionType):
-        return next(each for each in get_args(kind) if each is not type(None))
-    return kind
+        kind = next(each for each in get_args(kind) if each is not type(None))
+    return type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
 
 
 def _by_place(field: Field[Any], option: Option) -> bool:

@@ -17,10 +17,10 @@ if TYPE_CHECKING:
         RecordUse,
         Reply,
         ReplyPiece,
-        TokenScore,
     )
     from edge_memllm.engine.request import Request
     from edge_memllm.engine.scheduler import EngineStatistics
+    from edge_memllm.engine.scores import TokenScore
 
 __all__ = [
     "ChoiceStatistics",
@@ -41,7 +41,7 @@ _HOMES = {
     "Reply": "reply",
     "ReplyPiece": "reply",
     "Request": "request",
-    "TokenScore": "reply",
+    "TokenScore": "scores",
 }
 
 

@@ -12,12 +12,13 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager
 from dataclasses import dataclass, field
 from time import perf_counter
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.engine.request import CheckedRequest
+from edge_memllm.engine.scores import TokenScore, token_scores
 from edge_memllm.errors import Cancellation
 from edge_memllm.runtime_protocol import StepLogits
 from edge_memllm.sampling import Sampler
@@ -33,6 +34,7 @@ MISSES_BEFORE_REST = 2
 FIRST_REST = 4
 LONGEST_REST = 64
 
+Each = TypeVar("Each")
 FinishReason = Literal["stop", "length"]
 
 
@@ -44,7 +46,9 @@ class TokenSequence:
     sampler: Sampler
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
+    top: int | None = None  # so many likeliest tokens are told of with each, as a `TokenScore`
     tokens: list[int] = field(default_factory=list)
+    score: TokenScore | None = None  # of the last token
     finish_reason: FinishReason | None = None
 
     @classmethod
@@ -61,7 +65,7 @@ class TokenSequence:
             constraint=None if asked.constraint is None else asked.constraint(),
             draws=draws,
         )
-        return cls(checked.prompt, sampler, checked.limit, checked.ends)
+        return cls(checked.prompt, sampler, checked.limit, checked.ends, asked.top)
 
     @property
     def left(self) -> int:
@@ -75,6 +79,8 @@ class TokenSequence:
     def extend(self, logits: StepLogits) -> int:
         """Choose the next token from logits [V], decide whether it is the last, and return it."""
         token = self.sampler.pick(logits)
+        if self.top is not None:
+            self.score = next(token_scores(logits[None], [token], self.top))
         self.tokens.append(token)
         if token in self.eos_token_ids:
             self.finish_reason = "stop"
@@ -221,13 +227,15 @@ class Piece:
     """What one new token added to the text; `text` may be empty while it is held back.
 
     `finish_reason` is None until the last piece: "stop" after an end-of-text token or a stop
-    string (which is not shown), "length" at max_new_tokens or at the end of the context.
+    string (which is not shown), "length" at max_new_tokens or at the end of the context. `score`
+    is there where `top` was asked for.
     """
 
     text: str
     token: int
     finish_reason: FinishReason | None = None
     statistics: GenerationStatistics | None = None
+    score: TokenScore | None = None
 
 
 class TextAssembly:
@@ -266,7 +274,7 @@ class TextAssembly:
         text = self.advance()
         reason = sequence.finish_reason
         statistics = None if reason is None else meter.statistics(len(sequence.tokens))
-        return Piece(text, sequence.tokens[-1], reason, statistics)
+        return Piece(text, sequence.tokens[-1], reason, statistics, sequence.score)
 
 
 def stream_text(
@@ -286,8 +294,8 @@ def stream_text(
 
 
 async def in_thread(
-    pieces: Generator[Piece, None, None], cancellation: Cancellation
-) -> AsyncGenerator[Piece, None]:
+    pieces: Generator[Each, None, None], cancellation: Cancellation
+) -> AsyncGenerator[Each, None]:
     """Yield `pieces`, which look at `cancellation`, without holding up the event loop.
 
     The next piece is computed when it is asked for, so a slow reader is never run over. When the

@@ -21,11 +21,11 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.layout import TableLayout
 from edge_memllm.engine.generation import FinishReason, TextAssembly, TokenSequence
 from edge_memllm.engine.request import CheckedRequest
+from edge_memllm.engine.scores import TokenScore, token_scores
 from edge_memllm.engine.slots import Beginning
 from edge_memllm.errors import DeadlineError, ServiceError
 from edge_memllm.overlays.loaded import Selection
 from edge_memllm.runtime_protocol import StepLogits
-from edge_memllm.sampling import next_token_losses
 from edge_memllm.table.source import Fetched
 from edge_memllm.text.tokenization import Tokenizer
 
@@ -50,18 +50,6 @@ class ReplyPiece:
     finish_reason: FinishReason | None = None
     statistics: ChoiceStatistics | None = None
     records: tuple[RecordUse, ...] = ()
-
-
-@dataclass(frozen=True, slots=True)
-class TokenScore:
-    """How likely the model held a token, and which it held likeliest.
-
-    In nats, by the model's own distribution: before temperature, penalties, biases, constraints.
-    """
-
-    token: int
-    logprob: float | None  # None for the first token of a prompt, which nothing predicts
-    top: tuple[tuple[int, float], ...] = ()  # likeliest first
 
 
 @dataclass(frozen=True, slots=True)
@@ -368,7 +356,7 @@ class Generation:
         if self.finished:
             return
         token = self.sequence.extend(logits)
-        self._hand_out(self._text.advance(), token, self._score(logits, token))
+        self._hand_out(self._text.advance(), token, self.sequence.score)
 
     def fail(self, error: BaseException) -> None:
         """End the reply with an error."""
@@ -383,11 +371,6 @@ class Generation:
         else:
             self.sequence.finish_reason = "length"
             self._hand_out("", None, None)
-
-    def _score(self, logits: NDArray[Any], token: int) -> TokenScore | None:
-        if self._top is None:
-            return None
-        return next(token_scores(logits[None], [token], self._top))
 
     def _hand_out(self, text: str, token: int | None, score: TokenScore | None) -> None:
         reason: FinishReason | None = self.sequence.finish_reason
@@ -444,22 +427,3 @@ class Trace:
     def _add(self, position: int, token: int, origin: Origin) -> None:
         size = self._layout.size_of(token)
         self._fresh.append(RecordUse(position, token, size, origin))
-
-
-def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> Iterator[TokenScore]:
-    """Yield the score of each token [T] under logits [T, V], with the `top` likeliest tokens."""
-    wide = np.asarray(logits, np.float32)
-    losses = next_token_losses(wide, tokens)
-    for row, token, loss in zip(wide, tokens, losses.tolist(), strict=True):
-        yield TokenScore(token, -loss, _likeliest(row, float(row[token]) + loss, top))
-
-
-def _likeliest(
-    logits: NDArray[np.float32], normalizer: float, count: int
-) -> tuple[tuple[int, float], ...]:
-    if not count:
-        return ()
-    count = min(count, logits.size)
-    ids = np.argpartition(logits, -count)[-count:]
-    ordered = ids[np.lexsort((ids, -logits[ids]))].tolist()
-    return tuple((token, float(logits[token]) - normalizer) for token in ordered)

@@ -10,9 +10,17 @@ import inspect
 import operator
 import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import KW_ONLY, dataclass, fields
+from dataclasses import KW_ONLY, dataclass, fields, replace
 from functools import wraps
-from typing import Annotated, Any, Concatenate, ParamSpec, TypeAlias, TypeVar
+from typing import (
+    Annotated,
+    Any,
+    Concatenate,
+    Literal,
+    ParamSpec,
+    TypeAlias,
+    TypeVar,
+)
 
 from edge_memllm.artifact.model_spec import ModelSpec
 from edge_memllm.checked_values import check_integer, is_number, wrong_value
@@ -21,9 +29,12 @@ from edge_memllm.errors import Cancellation, RequestError
 from edge_memllm.options import Option, positive_int, signature_of
 from edge_memllm.sampling import Constraint, Penalties, Sampling, check_seed, draw_seed
 from edge_memllm.text.tokenization import Tokenizer, check_stops
+from edge_memllm.text.tools.formats import Tool
 
 Prompt: TypeAlias = str | Sequence[int]
 
+AUTO = "auto"
+MAX_NEW_TOKENS = 128  # unless it is said
 MOST_DRAFTS = 64
 MOST_TOP = 100
 
@@ -47,7 +58,12 @@ class Request:
         stop: The text ends before one of these strings; one that is a special token is taken for
             that token.
         stop_token_ids: Tokens that end the text as those of the model do.
+        max_tokens: Another name of `max_new_tokens`.
         sampling: How tokens are chosen; None takes the artifact's own way.
+        temperature: Of `sampling`, in place of what it says; so do the next three.
+        top_p: Only the likeliest tokens that together reach this share; 1 is off.
+        top_k: Only so many of the likeliest; 0 is off.
+        min_p: Only those with this share of the likeliest one's probability; 0 is off.
         seed: The same one gives the same text; None draws one, and the statistics tell it.
         ignore_eos: Goes on after the model's end of the text, as measurements want.
         speculate: The most draft tokens of one step, copied from earlier in the text and kept as
@@ -59,6 +75,8 @@ class Request:
         response_format: The form the text is held to: a JSON schema, a class of pydantic's, or
             OpenAI's object of type "json_object" or "json_schema"; "regex" and "grammar" (Lark or
             GBNF) hold their text under the same name. Needs the extra serve.
+        tools: What a chat may call: OpenAI's objects, or `edge_memllm.text.tools.Tool`s.
+        tool_choice: Of a chat: "auto", "none", "required", or the name of a tool.
         shown_tokens: Special tokens that stand in the text as they are spelt; others are left out.
         without_memory: Computes as if no layer added anything of its memory.
         choices: So many texts, each with random numbers of its own.
@@ -74,7 +92,7 @@ class Request:
     _: KW_ONLY
     max_new_tokens: Annotated[
         int, Option("stop after N tokens at the latest", parse=positive_int)
-    ] = 128
+    ] = MAX_NEW_TOKENS
     stop: Annotated[
         str | Sequence[str],
         Option("stop before this text; may be repeated", "TEXT", parse=str, several="repeated"),
@@ -88,7 +106,12 @@ class Request:
             flag="--stop-token-id",
         ),
     ] = ()
+    max_tokens: int | None = None
     sampling: Sampling | None = None
+    temperature: float | None = None
+    top_p: float | None = None
+    top_k: int | None = None
+    min_p: float | None = None
     seed: Annotated[
         int | None,
         Option(
@@ -108,6 +131,8 @@ class Request:
     penalties: Penalties | None = None
     constraint: Callable[[], Constraint] | None = None
     response_format: ResponseFormat | Mapping[str, Any] | type | None = None
+    tools: Sequence[Tool | Mapping[str, Any]] = ()
+    tool_choice: Literal["auto", "none", "required"] | str = AUTO
     shown_tokens: Sequence[int] = ()
     without_memory: bool = False
     choices: int = 1
@@ -162,20 +187,45 @@ def check_request(
         request=request,
         prompt=prompt,
         limit=token_limit(
-            request.max_new_tokens, len(prompt), model.max_position_embeddings, fewest
+            _asked_tokens(request), len(prompt), model.max_position_embeddings, fewest
         ),
         stops=stops,
         ends=ending_tokens(
             stops, request.stop_token_ids, tokenizer, model, ignore_eos=request.ignore_eos
         ),
-        sampling=default if request.sampling is None else request.sampling,
+        sampling=_sampling(request, default),
         seed=draw_seed() if request.seed is None else check_seed(request.seed),
     )
 
 
+def _sampling(request: Request, default: Sampling) -> Sampling:
+    """Return how tokens are chosen: as `sampling` says, but for what is given beside it."""
+    sampling = default if request.sampling is None else request.sampling
+    named = {name: getattr(request, name) for name in ("temperature", "top_p", "top_k", "min_p")}
+    given = {name: value for name, value in named.items() if value is not None}
+    return replace(sampling, **given) if given else sampling
+
+
+def _asked_tokens(request: Request) -> int:
+    """Return the limit, under whichever of its names it was given."""
+    asked, other = request.max_new_tokens, request.max_tokens
+    if other is None:
+        return asked
+    check_positive("max_tokens", other)
+    if asked not in (other, MAX_NEW_TOKENS):
+        raise RequestError(
+            f"max_new_tokens is {asked} and max_tokens is {other}: both are the most tokens the "
+            "text may get. Give one of them."
+        )
+    return other
+
+
 _NOT_HERE = ": one text alone has none of that. Submit the request to an edge_memllm.engine.Engine."
 ENGINE_ONLY: Mapping[str, str] = dict.fromkeys(
-    ("choices", "top", "score_prompt", "trace", "client", "timeout", "since"), _NOT_HERE
+    ("choices", "score_prompt", "trace", "client", "timeout", "since"), _NOT_HERE
+)
+CHAT_ONLY: Mapping[str, str] = dict.fromkeys(
+    ("tools", "tool_choice"), ": tools are for chats. Ask with chat or stream_chat."
 )
 CANCELLED_BY_TASK: Mapping[str, str] = {
     "cancellation": ": a stream of asyncio ends with its task. Cancel that, or close the iterator."

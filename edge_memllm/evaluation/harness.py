@@ -44,7 +44,7 @@ _ANY_DEVICE = (None, "cuda:0")
 class EdgeMemLM(LM):  # type: ignore[misc]  # the harness has no types
     """Answers the requests of the harness with an artifact; deterministic unless told to sample."""
 
-    def __init__(self, path: str | Path | Model, device: str | None = None, **options: Any) -> None:
+    def __init__(self, path: str | Path | Model, device: Any = None, **options: Any) -> None:
         """Take the artifact's path and the options of `edge_memllm.load`, or an open model.
 
         A model that was open already stays the caller's to close.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from typing import Literal, TypeAlias, get_args
 
 from edge_memllm.errors import RequestError
 from edge_memllm.readers.choice import choose_reader
@@ -12,12 +13,14 @@ from edge_memllm.readers.pread import PreadReader
 from edge_memllm.readers.reader import Reader, Region
 from edge_memllm.readers.uring import UringReader
 
-__all__ = ["Reader", "Region", "open_reader", "reader_names"]
+__all__ = ["Reader", "ReaderName", "Region", "open_reader", "reader_names"]
+
+ReaderName: TypeAlias = Literal["auto", "pread", "direct", "uring", "mmap", "ram"]
 
 
 def reader_names() -> tuple[str, ...]:
     """Return what may be asked for; "auto" stands for the best of the others."""
-    return ("auto", "pread", "direct", "uring", "mmap", "ram")
+    return get_args(ReaderName)
 
 
 def open_reader(

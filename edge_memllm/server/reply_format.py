@@ -15,7 +15,8 @@ from typing import Any, NamedTuple, Protocol
 from starlette.types import Send
 
 from edge_memllm.engine.engine import Engine
-from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece, TokenScore
+from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece
+from edge_memllm.engine.scores import TokenScore
 from edge_memllm.server.calls import Call
 from edge_memllm.server.fields import ApiError
 from edge_memllm.server.service import Service

@@ -24,7 +24,7 @@ from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import Task
 from edge_memllm.evaluation.perplexity import Windows, check_windows
 from edge_memllm.mixed_precision import Sizing, target_of
-from edge_memllm.options import DEVICES, Option, positive_int
+from edge_memllm.options import DEVICES, Device, Option, positive_int
 
 MEASURED = "what is measured"  # a heading of the command line
 _FOLDER = "results"
@@ -88,7 +88,9 @@ class SweepRequest:
             needs=("--text",),
         ),
     ] = None
-    device: Annotated[str, Option("where the graph runs", choices=DEVICES, group=MEASURED)] = "auto"
+    device: Annotated[Device, Option("where the graph runs", choices=DEVICES, group=MEASURED)] = (
+        "auto"
+    )
     threads: Annotated[
         int | None, Option("threads of the graph on a CPU", parse=positive_int, group=MEASURED)
     ] = None

@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import Any, Self
+from typing import Any, Literal, Self, TypeAlias, get_args
 
 import numpy as np
 from numpy.typing import NDArray
@@ -34,7 +34,8 @@ from edge_memllm.table.source import Fetched, RecordSource
 
 _FREE = -1
 
-QUALITIES = ("full", "coarse")
+Quality: TypeAlias = Literal["full", "coarse"]
+QUALITIES: tuple[Quality, ...] = get_args(Quality)
 
 
 class RecordCache:

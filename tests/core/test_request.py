@@ -79,7 +79,6 @@ def test_drafts_for_a_list_of_prompts_are_refused(folder: Path) -> None:
     ("field", "value"),
     [
         ("choices", 2),
-        ("top", 0),
         ("score_prompt", True),
         ("trace", True),
         ("client", "me"),

@@ -14,6 +14,8 @@ from edge_memllm.options import signature_of
 PUBLIC = {
     "ArtifactError",
     "Cancellation",
+    "ChatPiece",
+    "ChatReply",
     "CorruptionError",
     "EdgeMemLLMError",
     "GenerationCancelledError",
@@ -66,9 +68,18 @@ def test_the_public_calls_keep_their_parameters() -> None:
         "export_options",
         "progress",
     ]
-    options = ["max_new_tokens", "stop", "stop_token_ids", "sampling", "seed", "ignore_eos"]
+    options = ["max_new_tokens", "stop", "stop_token_ids", "max_tokens", "sampling"]
+    options += ["temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos"]
     options += ["speculate", "overlays", "cancellation", "penalties", "constraint"]
-    options += ["response_format", "shown_tokens", "without_memory", "choices", "top"]
+    options += [
+        "response_format",
+        "tools",
+        "tool_choice",
+        "shown_tokens",
+        "without_memory",
+        "choices",
+        "top",
+    ]
     options += ["score_prompt", "trace"]
     options += ["client", "timeout", "since"]
     model, session = edge_memllm.Model, edge_memllm.Session
