@@ -274,6 +274,105 @@ def test_a_graph_of_another_kind_is_refused_before_the_library_sees_it(
     refused(folder, rf"graph\.onnx: .*{message}")
 
 
+def one(op_type: str, *inputs: str, **attributes: Any) -> Change:
+    """A node behind all others; 'logits' are [B, K, 300] of float16, 'each' [B, K, 1, 300]."""
+    weights = {
+        "ones": np.ones(300, np.float16),
+        "wide": np.ones(300, np.float32),
+        "seven": np.ones(7, np.float16),
+        "last": np.array([-1]),
+        "before": np.array([-2]),
+        "twice": np.array([-2, -1]),
+    }
+    return at_the_end(
+        helper.make_node("Unsqueeze", ["logits", "before"], ["each"]),
+        helper.make_node("Cast", ["each"], ["exact"], to=TensorProto.FLOAT),
+        helper.make_node(op_type, inputs, ["m"], **attributes),
+        weights={name: weights[name] for name in {*inputs, "before"} & weights.keys()},
+    )
+
+
+SHAPED = r"\['B', 'K', 300\]"
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        *(
+            case
+            for name in ("Sub", "Div", "Max")
+            for case in (
+                (one(name, "logits", "wide"), f"{name} at 'm' has inputs of float16, float32"),
+                (one(name, "logits", "seven"), rf"{name} at 'm' has values of {SHAPED} and \[7\]"),
+                (one(name, "ones", "logits"), f"{name} at 'm' has a weight where a value is"),
+                (one(name, "logits"), f"{name} at 'm' has 1 inputs, expected 2"),
+                (one(name, "logits", "ones", axis=1), f"{name} at 'm' has the attribute 'axis'"),
+            )
+        ),
+        *(
+            case
+            for name in ("Relu", "Tanh")
+            for case in (
+                (one(name, "token_index"), f"{name} at 'm' has inputs of int64"),
+                (one(name, "ones"), f"{name} at 'm' computes with weights alone"),
+                (one(name, "logits", "logits"), f"{name} at 'm' has 2 inputs, expected 1"),
+                (one(name, "logits", alpha=1.0), f"{name} at 'm' has the attribute 'alpha'"),
+            )
+        ),
+        (one("Concat", "logits", axis=-1), "several parts False, expected True"),
+        (one("Concat", "logits", "logits", axis=0), "has axis 0, expected an integer"),
+        (one("Concat", "logits", "logits"), "has axis None, expected an integer"),
+        (one("Concat", "logits", "logits", axis=-2), "has values of False, expected True"),
+        (one("Concat", "logits", "each", axis=-1), "has parts of .* 1, 300"),
+        (one("Concat", "each", "exact", axis=-1), "has inputs of float16, float32"),
+        (one("Concat", "logits", "ones", axis=-1), "has a weight where a value is expected"),
+        (one("ReduceSum", "each", "last"), "has keepdims None, expected an integer from 0 to 0"),
+        (one("ReduceSum", "each", "last", keepdims=1), "has keepdims 1"),
+        (one("ReduceSum", "each", "twice", keepdims=0), r"has axes \[-2, -1\], expected \[-1\]"),
+        (one("ReduceSum", "each", keepdims=0), "has 1 inputs, expected 2"),
+        (one("ReduceSum", "logits", "last", keepdims=0), "has values of 3, expected 4"),
+        (one("ReduceSum", "each", "ones", keepdims=0), "has a weight where a few integers"),
+        (one("ReduceL2", "logits", "last"), "has keepdims None, expected an integer from 1 to 1"),
+        (one("ReduceL2", "logits", "last", keepdims=0), "has keepdims 0"),
+        (one("ReduceL2", "logits", "before", keepdims=1), r"has axes \[-2\], expected \[-1\]"),
+        (one("ReduceL2", "token_index", "last", keepdims=1), "has inputs of int64"),
+        (one("LayerNormalization", "logits", "ones", epsilon=1e-6, axis=-1), "has 2 inputs"),
+        (
+            one("LayerNormalization", "logits", "ones", "ones", epsilon=1e-6, axis=1),
+            "has axis 1, expected an integer",
+        ),
+        (
+            one("LayerNormalization", "logits", "ones", "ones", epsilon=-1.0, axis=-1),
+            "has epsilon -1.0, expected a number above 0",
+        ),
+        (
+            one("LayerNormalization", "logits", "ones", "seven", epsilon=1e-6, axis=-1),
+            r"has a weight of \[7\], expected \[300\]",
+        ),
+        (
+            one("LayerNormalization", "logits", "wide", "ones", epsilon=1e-6, axis=-1),
+            "has inputs of float16, float32",
+        ),
+        (
+            one("LayerNormalization", "logits", "ones", "ones", epsilon=1.0, axis=-1, stash_type=1),
+            "has the attribute 'stash_type'",
+        ),
+        (one("MatMul", "logits", "logits"), "has streams of 3, expected 4"),
+        (one("MatMul", "each", "each"), r"has a mixture of .*300\], expected .*1, 1\]"),
+        (one("MatMul", "logits", "each"), r"has a mixture of .*300\], expected .*1, 1\]"),
+        (one("MatMul", "each", "exact"), "has inputs of float16, float32"),
+        (one("MatMul", "ones", "logits"), "has a weight where a value is expected"),
+        (one("Unsqueeze", "each", "before"), "has values of 4, expected 3"),
+    ],
+)
+def test_operators_of_streams_are_used_as_the_exporter_does(
+    folder: Path, change: Change, message: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    change_graph(folder, change)
+    monkeypatch.setattr("edge_memllm_runtimes.ort.open_session", None)
+    refused(folder, rf"graph\.onnx: .*{message}")
+
+
 def test_an_output_of_another_shape_is_refused(folder: Path) -> None:
     def change(model: Any) -> None:
         keys = [each for each in node_of(model, "GroupQueryAttention").output if "present" in each]
