@@ -19,18 +19,16 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import edge_memllm
-from edge_memllm import Sampling
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from support.checkpoints import change_config, write_dense
 from support.gguf_files import metadata_of, random_model, rounded, stored_tensors, write_gguf
+from support.networks import greedy, greedy_of, judged, logits_of
 
 KIND, WINDOW, LENGTH = "gemma3_text", 24, 100
 EXACT: dict[str, Any] = {"graph_weights": "fp32", "accept_quality_loss": True}
-GREEDY = Sampling(temperature=0.0)
 PROMPT = "Norms before and after, windows in most layers, and two ways to turn an angle. "
 LINEAR = {
     "full_attention": {"rope_type": "linear", "factor": 8.0, "rope_theta": 1e6},
@@ -47,31 +45,6 @@ SWITCHES: dict[str, dict[str, Any]] = {
     "no window": {"sliding_window": 128},  # holds the whole context
     "odd heads": {"head_dim": 12},  # widened in the graph
 }
-
-
-def logits_of(checkpoint: Path, ids: list[int]) -> np.ndarray:
-    """Logits [T, V] of transformers' own network, in float32."""
-    network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        logits: np.ndarray = network(torch.tensor([ids])).logits[0].numpy()
-    return logits
-
-
-def judged(artifact: Path, checkpoint: Path) -> JudgedArtifact:
-    return JudgedArtifact(artifact, Checkpoint.open(checkpoint).architecture.reference())
-
-
-def greedy(model: Any, prompt: list[int], count: int = 40) -> list[int]:
-    pieces = model.stream(prompt, max_new_tokens=count, sampling=GREEDY, ignore_eos=True)
-    return [piece.token for piece in pieces]
-
-
-def greedy_of(network: Any, prompt: list[int], count: int = 40) -> list[int]:
-    """The likeliest tokens of transformers' network."""
-    found = network.generate(
-        torch.tensor([prompt]), max_new_tokens=count, min_new_tokens=count, do_sample=False
-    )
-    return found[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("switch", SWITCHES)

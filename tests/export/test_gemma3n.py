@@ -10,13 +10,11 @@ import numpy as np
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM
 
 from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model
-from edge_memllm_export.checkpoint import Checkpoint
-from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from support.checkpoints import change_config, write_dense
+from support.networks import judged, logits_of
 
 KIND = "gemma3n_text"
 
@@ -52,9 +50,7 @@ def test_projections_of_nearly_nothing_stay_so(tmp_path: Path) -> None:
     checkpoint = write_dense(tmp_path / "dense", KIND)
     change_weights(checkpoint, "altup_projections.1", lambda each: each * 1e-3)
     ids = np.random.default_rng(0).integers(0, 256, 40).tolist()
-    network = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-    with torch.inference_mode():
-        expected = network(torch.tensor([ids])).logits[0].numpy()
+    expected = logits_of(checkpoint, ids)
     export_model(
         checkpoint,
         tmp_path / "out",
@@ -62,8 +58,7 @@ def test_projections_of_nearly_nothing_stay_so(tmp_path: Path) -> None:
         table_codec="f32",
         accept_quality_loss=True,
     )
-    reference = Checkpoint.open(checkpoint).architecture.reference()
-    with JudgedArtifact(tmp_path / "out", reference) as artifact:
+    with judged(tmp_path / "out", checkpoint) as artifact:
         found = next(artifact.graph_logits(ids, len(ids)))
     assert np.abs(found - expected).max() < 1e-4
 

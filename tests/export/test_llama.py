@@ -13,12 +13,10 @@ from typing import Any
 import gguf
 import numpy as np
 import pytest
-import torch
 from transformers import AutoModelForCausalLM
 from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import edge_memllm
-from edge_memllm import Sampling
 from edge_memllm.artifact.folder import Artifact
 from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.cli.main import main
@@ -28,9 +26,9 @@ from edge_memllm_export import export_model, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
 from support.checkpoints import change_config, write_dense
 from support.gguf_files import metadata_of, random_model, rounded, stored_tensors, write_gguf
+from support.networks import greedy, greedy_of
 
 EXACT = {"graph_weights": "fp32", "accept_quality_loss": True}
-GREEDY = Sampling(temperature=0.0)
 REAL = os.environ.get("EDGE_MEMLLM_REAL_GGUF", "")
 THETA = {"rope_theta": 1e4}
 YARN = {**THETA, "rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 32}
@@ -69,20 +67,6 @@ def test_every_switch_computes_what_transformers_does(switch: str, tmp_path: Pat
     with edge_memllm.load(tmp_path / "out", threads=1) as model:
         prompt = model.tokenizer.encode("Heads are grouped, angles turn, and windows end. ")
         assert greedy(model, prompt) == greedy_of(network, prompt)
-
-
-def greedy(model: Any, prompt: list[int], count: int = 40) -> list[int]:
-    pieces = model.stream(prompt, max_new_tokens=count, sampling=GREEDY, ignore_eos=True)
-    return [piece.token for piece in pieces]
-
-
-def greedy_of(network: Any, prompt: list[int], count: int = 40) -> list[int]:
-    """The likeliest tokens of transformers' network, which computes all anew for each."""
-    ids = list(prompt)
-    with torch.inference_mode():
-        for _ in range(count):
-            ids.append(int(network(torch.tensor([ids]), use_cache=False).logits[0, -1].argmax()))
-    return ids[len(prompt) :]
 
 
 @pytest.mark.parametrize(

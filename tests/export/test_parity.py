@@ -20,6 +20,7 @@ from edge_memllm.engine.feeding import Feeder
 from edge_memllm.readers import reader_names
 from edge_memllm.table.table import Table
 from support.checkpoints import MakeArtifact, MakeCheckpoint
+from support.networks import greedy
 
 GREEDY = edge_memllm.Sampling(temperature=0.0)
 PROMPTS = [[72, 101, 108, 108, 111], [84, 104, 101, 32, 114, 105, 118, 101, 114], [65]]
@@ -33,11 +34,6 @@ FAMILY: list[dict[str, Any]] = [
     {"beta": 8, "num_key_value_heads": 2},
 ]
 FORMS = [("int4", "int8"), ("int4", "int4"), ("fp16", "f16"), ("int8", "int4-g64"), ("fp32", "f32")]
-
-
-def greedy(model: edge_memllm.Model, prompt: list[int], count: int = 16) -> list[int]:
-    pieces = model.stream(prompt, max_new_tokens=count, sampling=GREEDY, ignore_eos=True)
-    return [piece.token for piece in pieces]
 
 
 def all_logits(model: edge_memllm.Model, prompt: list[int]) -> list[np.ndarray]:
@@ -93,7 +89,7 @@ def test_greedy_tokens_are_those_of_hugging_face(
                 do_sample=False,
                 eos_token_id=None,
             )
-            assert greedy(model, prompt) == expected[0, len(prompt) :].tolist()
+            assert greedy(model, prompt, 16) == expected[0, len(prompt) :].tolist()
 
 
 @pytest.mark.parametrize("shape", FAMILY, ids=str)

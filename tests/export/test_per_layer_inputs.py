@@ -17,13 +17,13 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import edge_memllm
-from edge_memllm import Sampling
 from edge_memllm.artifact.model_spec import MemorySpec
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm_export import export_model, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from support.checkpoints import write_dense
+from support.networks import greedy, greedy_of, judged, logits_of, network_of
 
 KINDS = ("gemma3n_text", "gemma4_text")
 LENGTH, LAYERS, ROW = 100, 7, 32
@@ -32,7 +32,6 @@ EXACT: dict[str, Any] = {
     "table_codec": "f32",
     "accept_quality_loss": True,
 }
-GREEDY = Sampling(temperature=0.0)
 PROMPT = "Rows of their own for every layer, and keys and values that are read more than once. "
 NO_ROWS = {
     "hidden_size_per_layer_input": 0,
@@ -90,26 +89,6 @@ READERS = ("pread", "direct", "uring", "mmap")
 each_family = pytest.mark.parametrize("kind", KINDS)
 
 
-def network_of(checkpoint: Path) -> Any:
-    return AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.float32).eval()
-
-
-def logits_of(checkpoint: Path, ids: list[int]) -> np.ndarray:
-    """Logits [T, V] of transformers' own network, in float32."""
-    with torch.inference_mode():
-        logits: np.ndarray = network_of(checkpoint)(torch.tensor([ids])).logits[0].numpy()
-    return logits
-
-
-def judged(artifact: Path, checkpoint: Path) -> JudgedArtifact:
-    return JudgedArtifact(artifact, Checkpoint.open(checkpoint).architecture.reference())
-
-
-def greedy(model: Any, prompt: list[int], **options: Any) -> list[int]:
-    options = {"max_new_tokens": 40, "sampling": GREEDY, "ignore_eos": True, **options}
-    return [piece.token for piece in model.stream(prompt, **options)]
-
-
 @pytest.mark.parametrize(("kind", "switch"), ALL)
 def test_every_switch_climbs_the_ladder(kind: str, switch: str, tmp_path: Path) -> None:
     checkpoint = write_dense(tmp_path / "dense", kind, **SWITCHES[kind][switch])
@@ -132,10 +111,7 @@ def test_texts_beyond_the_window_are_as_in_transformers(
     network = network_of(checkpoint)
     with edge_memllm.load(tmp_path / "out", threads=1) as model:
         prompt = model.tokenizer.encode(PROMPT)
-        found = network.generate(
-            torch.tensor([prompt]), max_new_tokens=40, min_new_tokens=40, do_sample=False
-        )
-        assert greedy(model, prompt) == found[0, len(prompt) :].tolist()
+        assert greedy(model, prompt) == greedy_of(network, prompt)
 
 
 @each_family
