@@ -33,11 +33,12 @@ _READ_TOKENIZER = 6_000_000
 # matrices are repacked, so the packed copy stays; reading them from the graph file itself leaves
 # a rest behind. Float16 ones become float32 where the processor computes in that, float32 ones
 # stay as they are read. Those of 2 bits are measured with 1.32 in blocks of 32, whose scales and
-# sums become float32 and are most of the copy: 2.01 and 0.28, in blocks of 128 1.22 and less.
+# sums become float32 and are most of the copy: 2.01 and 0.28, in blocks of 128 1.22 and less. Mixed
+# graphs hold such matrices at most: 1.54 where most have 2 bits, 1.27 where a file's Q4_0 is kept.
 _GRAPH_FACTORS = {
-    "inside": {"int2": 2.3, "int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
-    "beside": {"int2": 2.05, "int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
-    "packed": {"int2": 0.3, "int4": 0.3, "int8": 0.3},
+    "inside": {"mixed": 2.3, "int2": 2.3, "int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
+    "beside": {"mixed": 2.05, "int2": 2.05, "int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
+    "packed": {"mixed": 0.3, "int2": 0.3, "int4": 0.3, "int8": 0.3},
 }
 _GRAPH_WORDS = {
     "inside": "graph: {} weights repacked",

@@ -81,14 +81,15 @@ def test_mapped_and_packed_weights_take_less(manifest: Manifest) -> None:
     assert packed["graph: int4 weights mapped from the packed cache, what is left of them"] == 30e6
 
 
-def test_two_bits_take_more_of_their_file_than_four(manifest: Manifest) -> None:
+@pytest.mark.parametrize("weights", ["int2", "mixed"])
+def test_two_bits_take_more_of_their_file_than_four(manifest: Manifest, weights: str) -> None:
     """Their scales, which become float32, are more of it."""
-    graph = dataclasses.replace(manifest.graph, external_data="data", weights="int2")
+    graph = dataclasses.replace(manifest.graph, external_data="data", weights=weights)
     files = manifest.files | {
         name: FileSpec(50_000_000, "0" * 64) for name in ("graph.onnx", "data")
     }
     found = lines(memory_items(dataclasses.replace(manifest, graph=graph, files=files), Choices()))
-    assert found["graph: int2 weights repacked"] == 205e6
+    assert found[f"graph: {weights} weights repacked"] == 205e6
 
 
 def test_a_longer_text_and_more_tokens_at_a_time_take_more(manifest: Manifest) -> None:
