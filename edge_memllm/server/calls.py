@@ -178,7 +178,8 @@ def with_chat(
     """
     context = service.spec.max_position_embeddings
     most = max_tokens or min(service.most_tokens, context)
-    ids = encoded_text(chat.prompt(service, param), service, param, special=False)
+    with blaming(param):
+        ids = encoded_text(chat.prompt(service, param), service, param, special=False)
     request = replace(call.request, max_new_tokens=most)
     if use is not None:
         tokenizer = service.model.tokenizer

@@ -14,7 +14,7 @@ from edge_memllm.server.fields import BodyFields
 from edge_memllm.server.service import Service
 from edge_memllm.text.chat import ChatTemplate
 from edge_memllm_runtimes.fake import FakeRuntime
-from support.checkpoints import EOS, VOCABULARY
+from support.checkpoints import EOS, PAD, VOCABULARY
 from support.server import HELLO, TEMPLATE, Served, chat, refusal, serving_small
 from support.small_model import ScriptedRuntime, byte_tokenizer, write_small_artifact
 
@@ -327,3 +327,34 @@ def test_an_answer_by_a_schema_or_a_call(served: Served) -> None:
             '"no"',
         )
     assert kinds == {"stop", "tool_calls"}
+
+
+def test_special_tokens_of_a_form_are_read(folder: Path) -> None:
+    """Mistral's marks are special tokens, which have no text anywhere else."""
+    content = json.loads((folder / "tokenizer.json").read_text())
+    special = [each for each in content["added_tokens"] if each["id"] == PAD]
+    special[0]["content"] = "[TOOL_CALLS]"
+    content["model"]["vocab"] = {
+        "[TOOL_CALLS]" if number == PAD else text: number
+        for text, number in content["model"]["vocab"].items()
+    }
+    changed = json.dumps(content).encode()
+    artifact = write_small_artifact(folder.parent / "mistral", ROOM, tokenizer__json=changed)
+    template = ChatTemplate("{{ tools }}{{ messages[0].content }}[TOOL_CALLS] [", {})
+    runtime = ScriptedRuntime([], context=ROOM)
+    with serving_small(artifact.path, runtime, template=template, engine={"slots": 1}) as served:
+        request = {"messages": HELLO, "tools": TOOLS, "max_tokens": 300}
+        (prompt,) = read_chat(BodyFields(request), served.service).prompts
+        runtime.prompt_length = len(prompt)
+        text = ' [{"name": "weather", "arguments": {"city": "Rome"}}]'
+        written = byte_tokenizer().encode(text, special=False)
+        runtime.script = [*byte_tokenizer().encode("So:", special=False), PAD, *written, EOS]
+        found = asked(served, **request)
+        assert found["message"]["content"] == "So:"
+        (call,) = found["message"]["tool_calls"]
+        assert call["function"]["arguments"] == '{"city": "Rome"}'
+        assert len(call["id"]) == 9
+        plain = asked(served, **request, tool_choice="none")
+        assert "TOOL_CALLS" not in (plain["message"]["content"] or "")
+        forced = asked(served, **request, tool_choice="required", temperature=1)
+        assert forced["finish_reason"] == "tool_calls"

@@ -104,3 +104,11 @@ def test_a_result_of_no_call_is_refused() -> None:
     messages = [{"role": "tool", "tool_call_id": "call_9", "content": "x"}]
     with pytest.raises(RequestError, match=r"'call_9', and no message before it has a call"):
         with_tools(PLAIN, messages)
+
+
+def test_a_model_may_have_a_template_of_its_own_for_tools() -> None:
+    named = [
+        {"name": "default", "template": "{{ messages }}"},
+        {"name": "tool_use", "template": HERMES},
+    ]
+    assert template_format(ChatTemplate(named, {})).name == "hermes"
