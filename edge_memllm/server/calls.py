@@ -32,6 +32,7 @@ from edge_memllm.server.messages import (
     take_choice,
     take_messages,
     take_tools,
+    take_variables,
     tool_use,
 )
 from edge_memllm.server.parameters import not_honoured, nothing_of
@@ -152,7 +153,7 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     messages = take_messages(fields, limits)
     tools, choice = take_tools(fields, limits), take_choice(fields)
     parallel = fields.flag("parallel_tool_calls", default=True)
-    continued = take_continued(fields)
+    continued, variables = take_continued(fields), take_variables(fields)
     call = take_call(fields, model, limits)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
@@ -160,7 +161,7 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     call = replace(call, request=replace(call.request, top=top))
     answer = answer_of(call.form) if tools else None
     use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
-    chat = Chat(messages, () if choice.need is None else tools, continued)
+    chat = Chat(messages, () if choice.need is None else tools, continued, variables)
     return with_chat(call, chat, use, max_tokens, service)
 
 

@@ -52,6 +52,13 @@ _PART_UNSUPPORTED = nothing_of(
     "it takes text only", prompt_cache_breakpoint=(), cache_control=({"type": "ephemeral"},)
 )
 
+_MOST_VARIABLES = 32
+# What a template is given from other fields, or from the model.
+_GIVEN = (
+    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("bos_token", "eos_token"),
+)
+
 Message = dict[str, Any]
 
 
@@ -294,12 +301,23 @@ def _allowed_name(tool: object) -> str | None:
     return None
 
 
+def take_variables(fields: BodyFields) -> Mapping[str, Any]:
+    """Take what a template is given beside messages and tools."""
+    found, where = fields.pairs("chat_template_kwargs", _MOST_VARIABLES), "chat_template_kwargs"
+    for name in found:
+        if not name.isidentifier() or name in _GIVEN or name.startswith("_"):
+            expected = f"names of variables other than {', '.join(_GIVEN)}"
+            raise refused(where, f"{where} has {shown(name)}, expected {expected}.")
+    return found
+
+
 class Chat(NamedTuple):
     """A conversation that is to go on."""
 
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()  # that the model is told of
     continued: bool = False  # inside the last message
+    variables: Mapping[str, Any] = {}  # what else the template gets
 
     def prompt(self, service: Service, param: str = "messages") -> str:
         """Return the text that the template makes. Raises `ApiError`."""
@@ -311,6 +329,7 @@ class Chat(NamedTuple):
                 tools=tools,
                 add_generation_prompt=not self.continued,
                 continue_final_message=self.continued,
+                **self.variables,
             )
         except RequestError as error:
             raise refused(param, str(error)) from error

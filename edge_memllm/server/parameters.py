@@ -75,6 +75,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         tools="functions that the model may call",
         tool_choice="`auto`, `none`, `required`, one function, or `allowed_tools`",
         parallel_tool_calls="false is one call at the most",
+        chat_template_kwargs="what the template asks for beside messages and tools, as "
+        "`enable_thinking`",
         continue_final_message="the reply goes on inside the last message",
         add_generation_prompt="the other side of `continue_final_message`",
         logprobs="each token's likelihood",
@@ -275,7 +277,6 @@ PARAMETERS: tuple[Parameter, ...] = (
         CHAT,
         add_special_tokens=(False,),
         chat_template=(),
-        chat_template_kwargs=({},),
         documents=([],),
         mm_processor_kwargs=({},),
     ),

@@ -95,3 +95,21 @@ def test_a_template_may_refuse(service: Service) -> None:
         error = refusal(chat, Service(engine, Settings(MODEL_ID), template))
     assert error.param == "messages"
     assert "users first" in str(error)
+
+
+def test_a_template_gets_what_else_it_asks_for(service: Service) -> None:
+    template = ChatTemplate("{{ messages[0].content }}{% if not thinks %}[]{% endif %}", {})
+    with Engine(service.model) as engine:
+        other = Service(engine, Settings(MODEL_ID), template)
+        for thinks, expected in ((True, "Hi"), (False, "Hi[]")):
+            (prompt,) = chat(other, chat_template_kwargs={"thinks": thinks}).prompts
+            assert service.model.tokenizer.decode(prompt) == expected
+
+
+@pytest.mark.parametrize("name", ["messages", "tools", "a b", "_x", "eos_token"])
+def test_a_template_gets_nothing_in_place_of_what_it_gets_anyway(
+    service: Service, name: str
+) -> None:
+    error = refusal(chat, service, chat_template_kwargs={name: 1})
+    assert error.param == "chat_template_kwargs"
+    assert f'has "{name}", expected names of variables' in str(error)

@@ -15,7 +15,13 @@ from starlette.responses import JSONResponse, Response
 from edge_memllm.engine.request import check_tokens, start_token
 from edge_memllm.server.calls import take_continued
 from edge_memllm.server.fields import Body, BodyFields, blaming, checked_text, parsed, received
-from edge_memllm.server.messages import Chat, take_choice, take_messages, take_tools
+from edge_memllm.server.messages import (
+    Chat,
+    take_choice,
+    take_messages,
+    take_tools,
+    take_variables,
+)
 from edge_memllm.server.protocols.messages_reply import error_response
 from edge_memllm.server.protocols.messages_request import read_counted
 from edge_memllm.server.protocols.responses_request import read_response
@@ -97,7 +103,8 @@ class TextTokens:
         limits = self._service.settings.limits
         messages, tools = take_messages(fields, limits), take_tools(fields, limits)
         choice, continued = take_choice(fields), take_continued(fields)
-        return Chat(messages, () if choice.need is None else tools, continued)
+        offered = () if choice.need is None else tools
+        return Chat(messages, offered, continued, take_variables(fields))
 
     def _count_chat(self, fields: BodyFields) -> Json:
         text = read_counted(fields, self._service).prompt(self._service)
