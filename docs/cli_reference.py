@@ -23,7 +23,8 @@ Exit codes: 0 done, 1 an error that the message explains, 2 wrong usage, 70 a bu
 130 Ctrl-C, 141 the reader of our output went away. A second Ctrl-C ends a command at once, whatever
 it does. Results go to stdout, progress and statistics to stderr, so `--json` output can be piped as
 it is. Progress is a bar for each stage, and without a terminal a line when one begins, every ten
-seconds and when it ends.
+seconds and when it ends. Ctrl-C says what is kept, and how to go on. Colours are for terminals;
+`NO_COLOR=1` leaves them out.
 """
 
 

@@ -323,5 +323,10 @@ def _quality_dict(quality: Quality | None) -> dict[str, Any] | None:
     return asdict(quality) | {"perplexity_increase": quality.perplexity_increase}
 
 
-EXPORT = Command(ExportCommand, export, _EXPORT, _EXPORT_EXAMPLES)
-REQUANTIZE = Command(RequantizeCommand, requantize, _REQUANTIZE, _REQUANTIZE_EXAMPLES)
+def interrupted(_: ExportCommand | RequantizeCommand) -> str:
+    """Say what Ctrl-C leaves of an artifact."""
+    return "Stopped: no artifact was written, and none replaced. The same command begins anew."
+
+
+EXPORT = Command(ExportCommand, export, _EXPORT, _EXPORT_EXAMPLES, interrupted)
+REQUANTIZE = Command(RequantizeCommand, requantize, _REQUANTIZE, _REQUANTIZE_EXAMPLES, interrupted)

@@ -16,7 +16,8 @@ from typing import Any
 
 from edge_memllm import __version__
 from edge_memllm.cli.options import Command, Commands, HelpFormatter, add_parser
-from edge_memllm.cli.output import prepare_streams, say, unwritten_output
+from edge_memllm.cli.output import prepare_streams, say, styled, unwritten_output
+from edge_memllm.cli.suggestions import SuggestingParser
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.process.interrupts import interruptible
 
@@ -39,6 +40,7 @@ COMMANDS = (
     ("explain", "analysis.explain", "look into the memory of a model"),
     ("suppress", "analysis.suppress", "find what promotes words and turn it down"),
     ("bench", "analysis.bench", "measure speed, memory and reads"),
+    ("completion", "completion", "print what completes commands in a shell"),
 )
 EXIT_BUG = 70
 EXIT_INTERRUPTED = 130
@@ -62,7 +64,7 @@ def build_parser(only: str | None = None) -> argparse.ArgumentParser:
 
     So a command line loads the modules of one command, and `edge-memllm --help` of none.
     """
-    parser = argparse.ArgumentParser(
+    parser = SuggestingParser(
         prog="edge-memllm",
         description=_DESCRIPTION,
         epilog=_EPILOG,
@@ -107,8 +109,8 @@ def run_command(execute: Callable[[argparse.Namespace], int], arguments: argpars
     try:
         with interruptible():
             code = execute(arguments)
-    except KeyboardInterrupt:
-        say("")
+    except KeyboardInterrupt as error:
+        say("\n".join(["", *getattr(error, "__notes__", [])]))
         code = EXIT_INTERRUPTED
     except BrokenPipeError:
         code = EXIT_CLOSED_PIPE
@@ -128,24 +130,25 @@ def run_command(execute: Callable[[argparse.Namespace], int], arguments: argpars
 
 def _explain(error: BaseException) -> int:
     """Print one line about ``error`` and return the exit code that goes with it."""
+    mark = styled("error:", "error", sys.stderr)
     match error:
         case EdgeMemLLMError():
-            say(f"error: {error}")
+            say(f"{mark} {error}")
         case BrokenPipeError():
             return EXIT_CLOSED_PIPE
         case OSError():
             where = f"{error.filename}: " if error.filename else ""
-            say(f"error: {where}{error.strerror or error}.")
+            say(f"{mark} {where}{error.strerror or error}.")
         case MemoryError():
             say(
-                "error: there is not enough memory for this. Close other programs, or ask for "
+                f"{mark} there is not enough memory for this. Close other programs, or ask for "
                 "less: a smaller model, context or batch."
             )
         case RecursionError():
-            say("error: something that was given is nested too deeply to be read.")
+            say(f"{mark} something that was given is nested too deeply to be read.")
         case _:
             say(
-                f"error: {type(error).__name__}: {error}\n"
+                f"{mark} {type(error).__name__}: {error}\n"
                 "This is a bug in edge-memllm. Run the command again with EDGE_MEMLLM_DEBUG=1 "
                 "and send us what it prints (CONTRIBUTING.md says how)."
             )

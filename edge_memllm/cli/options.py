@@ -108,6 +108,7 @@ class Command(Generic[Asked]):
     execute: Callable[[Asked], int]
     description: str
     examples: str
+    interrupted: Callable[[Asked], str] | None = None  # what Ctrl-C leaves, and how to go on
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Make a parser that of this command; `execute` of what it parses does the work."""
@@ -117,7 +118,13 @@ class Command(Generic[Asked]):
 
     def run(self, arguments: argparse.Namespace) -> int:
         """Do the work, and return the exit code."""
-        return self.execute(self.asked(arguments))
+        asked = self.asked(arguments)
+        try:
+            return self.execute(asked)
+        except KeyboardInterrupt as error:
+            if self.interrupted is not None:
+                error.add_note(self.interrupted(asked))
+            raise
 
     def asked(self, arguments: argparse.Namespace) -> Asked:
         """Return what was asked. Raises as `options_of` does."""
@@ -147,6 +154,11 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
         options["width"] = _HELP_WIDTH
         super().__init__(prog, max_help_position=28, **options)
 
+    def _format_usage(self, *given: Any) -> str:
+        """Write the usage; argparse breaks no group of which one may be given."""
+        lines = super()._format_usage(*given).split("\n")
+        return "\n".join(each for line in lines for each in _usage_lines(line))
+
     def _split_lines(self, text: str, width: int) -> list[str]:
         """Wrap without breaking the names of options at their dashes."""
         return textwrap.wrap(text, width, break_on_hyphens=False)
@@ -163,6 +175,15 @@ class HelpFormatter(argparse.RawDescriptionHelpFormatter):
             lines += _shell_lines(line, width)
             paragraph = []
         return "\n".join(lines).rstrip()
+
+
+def _usage_lines(line: str) -> list[str]:
+    """Break a line of a usage that is too long between the choices of its last group."""
+    place = line.rfind(" | ", 0, _HELP_WIDTH - 2)
+    if len(line) <= _HELP_WIDTH or place < 0:
+        return [line]
+    indent = " " * (len(line) - len(line.lstrip()) + 1)
+    return [line[: place + 2], *_usage_lines(indent + line[place + 3 :])]
 
 
 def _shell_lines(command: str, width: int) -> list[str]:

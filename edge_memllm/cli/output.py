@@ -223,6 +223,21 @@ def say(text: str) -> None:
         _discard(sys.stderr)
 
 
+_STYLES = {"error": "1;31", "aside": "2"}
+
+
+def styled(text: str, style: str, stream: TextIO) -> str:
+    """Return text in a style for a terminal that shows styles; plain under NO_COLOR."""
+    return f"\x1b[{_STYLES[style]}m{text}\x1b[0m" if _shows_styles(stream) else text
+
+
+def _shows_styles(stream: TextIO) -> bool:
+    environment = os.environ
+    if environment.get("NO_COLOR") or environment.get("TERM") == "dumb" or not stream.isatty():
+        return False
+    return os.name != "nt" or "WT_SESSION" in environment  # the older console prints the codes
+
+
 def unwritten_output() -> OSError | None:
     """Write what was printed; return why that cannot be done, and let go of it."""
     found = sys.stdout.failure if isinstance(sys.stdout, _Output) else None

@@ -6,14 +6,16 @@ are chosen, what has come, and what it cost.
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Callable, Sequence
 from contextlib import closing
 from dataclasses import asdict, dataclass, fields, replace
 from typing import TYPE_CHECKING, Annotated, Any
 
-from edge_memllm.cli.output import byte_count
+from edge_memllm.cli.output import byte_count, styled
 from edge_memllm.engine.request import Request, check_speculate
+from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.errors import RequestError
 from edge_memllm.options import Option
 from edge_memllm.process.interrupts import go_on
@@ -28,8 +30,12 @@ if TYPE_CHECKING:
 Message = dict[str, str]
 
 PROMPT = ">>> "
+MORE = "... "
+LINES = '"""'
 HELP = """\
-Type a line and press Enter. Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice here, leaves.
+Type a line and press Enter. Three quotation marks begin several lines, and end
+them; a line that ends with a backslash goes on in the next one.
+Ctrl-C stops an answer; Ctrl-D, or Ctrl-C twice here, leaves.
   /set                 show the settings
   /set NAME VALUE      change one, for example: /set temperature 0.7
   /overlays            show which overlays are loaded, and which are on
@@ -137,7 +143,7 @@ class Conversation:
         warned = False
         while True:
             try:
-                line = self._read_line(PROMPT).strip()
+                line = self._read_message()
             except EOFError:
                 print()
                 return
@@ -150,12 +156,28 @@ class Conversation:
                 _note("\nCtrl-C again, or Ctrl-D, leaves.")
                 continue
             warned = False
-            if line.startswith("/"):
+            if line.startswith("/") and "\n" not in line:
                 if line in ("/quit", "/exit"):
                     return
                 self._command(line)
             elif line:
                 self._answer(line)
+
+    def _read_message(self) -> str:
+        """Read a line, or the lines between three quotation marks."""
+        line = self._read_line(PROMPT).strip()
+        if line.startswith(LINES):
+            return self._read_until_marks(line.removeprefix(LINES))
+        while line.endswith("\\"):
+            line = f"{line[:-1]}\n{self._read_line(MORE).rstrip()}"
+        return line
+
+    def _read_until_marks(self, line: str) -> str:
+        lines = []
+        while LINES not in line:
+            lines.append(line)
+            line = self._read_line(MORE)
+        return "\n".join([*lines, line.partition(LINES)[0]]).strip()
 
     def _greeting(self) -> str:
         if self.chat:
@@ -186,6 +208,8 @@ class Conversation:
         if self.chat:
             self.messages = [*messages, {"role": "assistant", "content": answer.text}]
         self._last = answer
+        if (cut := cut_note(self.settings, answer)) is not None:
+            _note(cut)
         if self._show_statistics and answer.statistics is not None:
             _note(statistics_line(answer.statistics))
 
@@ -246,7 +270,7 @@ class Conversation:
 
 def _note(text: str, end: str = "\n") -> None:
     """Say something that is not the model's text: on stderr, so that output stays clean."""
-    print(text, end=end, file=sys.stderr, flush=True)
+    print(styled(text, "aside", sys.stderr), end=end, file=sys.stderr, flush=True)
 
 
 def _enable_history() -> None:
@@ -255,6 +279,59 @@ def _enable_history() -> None:
         import readline  # noqa: F401
     except ImportError:
         return
+
+
+@dataclass(frozen=True, kw_only=True)
+class FormOptions:
+    """The form that a text is held to."""
+
+    json_object: Annotated[bool, Option("any one JSON object", one_of="form")] = False
+    json_schema: Annotated[
+        str | None,
+        Option("JSON that this file's schema accepts", "FILE", reads_text=True, one_of="form"),
+    ] = None
+    regex: Annotated[
+        str | None, Option("what a regular expression matches", "TEXT", parse=str, one_of="form")
+    ] = None
+    grammar: Annotated[
+        str | None,
+        Option("what this file's grammar in Lark or GBNF allows", reads_text=True, one_of="form"),
+    ] = None
+
+    @property
+    def response_format(self) -> ResponseFormat | None:
+        """The form as a request has it. Raises `RequestError` for a schema that is no JSON."""
+        if self.json_object:
+            return ResponseFormat("json_object")
+        if self.json_schema is not None:
+            return ResponseFormat("json_schema", _schema_text(self.json_schema))
+        if self.regex is not None:
+            return ResponseFormat("regex", self.regex)
+        return None if self.grammar is None else ResponseFormat("grammar", self.grammar)
+
+
+def _schema_text(text: str) -> str:
+    try:
+        schema = json.loads(text)
+    except (ValueError, RecursionError) as error:
+        raise RequestError(f"--json-schema: the file is no JSON ({error}). Correct it.") from None
+    if not isinstance(schema, dict):
+        raise RequestError(
+            f"--json-schema: the file holds a {type(schema).__name__}, expected an object."
+        )
+    return text
+
+
+def cut_note(request: Request, answer: Answer) -> str | None:
+    """What to say of a text whose form is not complete, None if it is."""
+    form = ResponseFormat.of(request.response_format)
+    if form is None or answer.finish_reason != "length":
+        return None
+    what = "JSON" if form.is_json else "text"
+    return (
+        f"[the {what} is cut off after {request.max_new_tokens} tokens, so it is not complete; "
+        "--max-new-tokens gives it more]"
+    )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -8,12 +8,14 @@ from typing import Annotated
 
 from edge_memllm.cli.models import Yes, load_model
 from edge_memllm.cli.options import Command, Json
-from edge_memllm.cli.output import read_standard_input, write_json
+from edge_memllm.cli.output import read_standard_input, styled, write_json
 from edge_memllm.cli.prompt import (
     Answer,
     Conversation,
+    FormOptions,
     SamplingOptions,
     chat_prompt,
+    cut_note,
     has_template,
     statistics_line,
 )
@@ -41,7 +43,8 @@ _EXAMPLES = """\
   edge-memllm run artifact --prompt "It was a dark and" --max-new-tokens 60
   edge-memllm run artifact --prompt "Dear Sir," --temperature 0.7 --top-p 0.9 --seed 7
   edge-memllm run artifact --stop "." --json < prompt.txt
-  edge-memllm run artifact --speculate 8 < prompt.txt"""
+  edge-memllm run artifact --speculate 8 < prompt.txt
+  edge-memllm run artifact --prompt "A person" --json-schema person.json"""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,6 +57,10 @@ class RunOptions:
     no_stats: Annotated[bool, Option("no line of statistics")] = False
     yes: Yes = False
     json: Json = False
+    form: Annotated[
+        FormOptions,
+        Group("form of the text", "It is kept to token by token; needs the extra serve."),
+    ]
     sampling: Annotated[
         SamplingOptions,
         Group("sampling", "Left out, a value comes from the artifact's generation_config.json."),
@@ -67,7 +74,8 @@ class RunOptions:
             check_seed(asked.seed)
         check_stops(asked.stop)
         check_speculate(asked.speculate)
-        return replace(asked, sampling=self.sampling.on(model.sampling))
+        form = self.form.response_format
+        return replace(asked, sampling=self.sampling.on(model.sampling), response_format=form)
 
 
 def execute(options: RunOptions) -> int:
@@ -77,6 +85,7 @@ def execute(options: RunOptions) -> int:
         prompt = read_standard_input()
     if prompt is None and options.json:
         raise RequestError("--json answers one prompt. Give it with --prompt or on stdin.")
+    _ = options.form.response_format  # a file that is no schema is refused before a model is loaded
     with load_model(options.loading, yes=options.yes) as model:
         request = options.request_to(model)
         if prompt is None:
@@ -104,8 +113,19 @@ def _answer_once(model: Model, prompt: str, request: Request, options: RunOption
         )
         return
     print()
+    if (cut := cut_note(request, answer)) is not None:
+        print(styled(cut, "aside", sys.stderr), file=sys.stderr)
     if not options.no_stats:
-        print(statistics_line(answer.statistics), file=sys.stderr)
+        print(styled(statistics_line(answer.statistics), "aside", sys.stderr), file=sys.stderr)
 
 
-RUN = Command(RunOptions, execute, _DESCRIPTION, _EXAMPLES)
+def interrupted(options: RunOptions) -> str:
+    """Say what Ctrl-C leaves of one text."""
+    if options.json:
+        return "Stopped: nothing was printed. A smaller --max-new-tokens ends sooner."
+    if options.request.seed is None:
+        return "Stopped: the text so far is all there is. With a --seed it could be written again."
+    return "Stopped: the text so far is all there is. The same command writes it again."
+
+
+RUN = Command(RunOptions, execute, _DESCRIPTION, _EXAMPLES, interrupted)

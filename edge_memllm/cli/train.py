@@ -201,5 +201,16 @@ def _shown(value: Any) -> str:
     return f"{value:.4f}" if isinstance(value, float) else str(value)
 
 
-TRAIN = Command(TrainOptions, train, _TRAIN, _TRAIN_EXAMPLES)
-CONVERT = Command(ConvertOptions, convert, _CONVERT, _CONVERT_EXAMPLES)
+def interrupted(options: TrainOptions | ConvertOptions) -> str:
+    """Say what Ctrl-C leaves of a training."""
+    saved = next(options.out.glob("*/checkpoint-*"), None)
+    if saved is None:
+        return f"Stopped before a first checkpoint: nothing of it is kept in {options.out}."
+    return (
+        f"Stopped: checkpoints are in {saved.parent}. The same command with --resume goes on from "
+        "the newest."
+    )
+
+
+TRAIN = Command(TrainOptions, train, _TRAIN, _TRAIN_EXAMPLES, interrupted)
+CONVERT = Command(ConvertOptions, convert, _CONVERT, _CONVERT_EXAMPLES, interrupted)

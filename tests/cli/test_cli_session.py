@@ -85,6 +85,31 @@ def test_without_a_template_each_line_is_continued(
     assert shown.err.count("first token after") == 2
 
 
+@pytest.mark.parametrize(
+    ("lines", "message"),
+    [
+        (('"""one', "  two", 'three"""'), "one\n  two\nthree"),
+        (('"""', "one", "", '/two"""'), "one\n\n/two"),
+        (('"""one"""',), "one"),
+        (("one\\", "two\\", "three"), "one\ntwo\nthree"),
+    ],
+)
+def test_a_message_may_have_several_lines(
+    lines: tuple[str, ...], message: str, chat: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    session = say(chat, *lines)
+    assert session.messages[0] == {"role": "user", "content": message}
+    assert len(session.messages) == 2
+
+
+def test_a_form_that_is_cut_off_is_said_to_be(
+    chat: Model, capsys: pytest.CaptureFixture[str]
+) -> None:
+    settings = replace(SETTINGS, response_format={"type": "json_object"})
+    Conversation(chat, settings, read_line=typed("one")).run()
+    assert "[the JSON is cut off after 4 tokens, so it is not complete" in capsys.readouterr().err
+
+
 def test_with_a_template_the_conversation_is_kept_until_reset(
     chat: Model, capsys: pytest.CaptureFixture[str]
 ) -> None:

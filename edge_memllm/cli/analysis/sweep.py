@@ -106,4 +106,9 @@ def short_names(paths: Sequence[Path]) -> list[str]:
     return names
 
 
-SWEEP = Command(SweepOptions, execute, _DESCRIPTION, _EXAMPLES)
+def interrupted(_: SweepOptions) -> str:
+    """Say what Ctrl-C leaves of a sweep."""
+    return "Stopped: what was measured is kept. The same command measures the rest."
+
+
+SWEEP = Command(SweepOptions, execute, _DESCRIPTION, _EXAMPLES, interrupted)
