@@ -41,9 +41,9 @@ _PATIENCE = 3.0  # seconds
 _PACKAGES = ("starlette", "uvicorn")
 
 _DESCRIPTION = """\
-Serve a model over HTTP, in the words of OpenAI's API: completions, chat where the model has a
-template, streaming, likelihoods, JSON by a schema. Many requests run together; each distinct token
-of a step is read from storage once. docs/serving.md has the details.
+Serve a model over HTTP, in the words of OpenAI's API and Anthropic's: completions, chat where the
+model has a template, tools, streaming, likelihoods, JSON by a schema. Many requests run together;
+each distinct token of a step is read from storage once. docs/serving.md has the details.
 
 It listens to this machine alone unless --host says otherwise. Ctrl-C, or SIGTERM, lets replies
 under way finish; a second one ends at once."""

@@ -19,7 +19,7 @@ from edge_memllm.server.fields import (
     refused,
     shown,
 )
-from edge_memllm.server.parameters import Parameter, nothing_of
+from edge_memllm.server.parameters import EPHEMERAL, Parameter, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.chat import ChatTemplate
@@ -49,7 +49,7 @@ _MESSAGE_UNSUPPORTED = {
     ),
 }
 _PART_UNSUPPORTED = nothing_of(
-    "it takes text only", prompt_cache_breakpoint=(), cache_control=({"type": "ephemeral"},)
+    "it takes text only", prompt_cache_breakpoint=(), cache_control=EPHEMERAL
 )
 
 _MOST_VARIABLES = 32

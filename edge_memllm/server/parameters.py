@@ -22,6 +22,9 @@ BOTH: tuple[Endpoint, ...] = ("completions", "chat")
 OPENAI: tuple[Endpoint, ...] = (*BOTH, "responses")
 ALL: tuple[Endpoint, ...] = (*OPENAI, "messages")
 
+# Whatever is to be kept for how long: beginnings of prompts are, as long as there is room.
+EPHEMERAL = ({"type": "ephemeral"}, *({"type": "ephemeral", "ttl": ttl} for ttl in ("5m", "1h")))
+
 
 @dataclass(frozen=True, slots=True)
 class Parameter:
@@ -208,7 +211,7 @@ PARAMETERS: tuple[Parameter, ...] = (
     *_not_done(
         "beginnings of prompts are always kept, as long as there is room",
         MESSAGES,
-        cache_control=({"type": "ephemeral"},),
+        cache_control=EPHEMERAL,
     ),
     *_not_done(
         "this model has one way of answering",

@@ -78,11 +78,13 @@ def test_statistics_come_with_the_end_of_a_choice(served: Served) -> None:
     assert not any(found[:-1])
 
 
-def lines_of(served: Served, at_first: Callable[[], None], **body: Any) -> list[str]:
+def lines_of(
+    served: Served, at_first: Callable[[], None], path: str = "/v1/completions", **body: Any
+) -> list[str]:
     """The lines of a stream; something is done when the first one has come."""
     lines: list[str] = []
     asked = {"stream": True, **body}
-    with httpx.stream("POST", f"{served.url}/v1/completions", json=asked, timeout=20) as response:
+    with httpx.stream("POST", f"{served.url}{path}", json=asked, timeout=20) as response:
         for line in response.iter_lines():
             if not lines:
                 at_first()
@@ -117,6 +119,33 @@ def test_an_error_in_a_stream_is_an_event(served: Served, runtime: GatedRuntime)
     runtime.gate.clear()
     *_, last = lines_of(served, fail, prompt="x", max_tokens=50)
     assert json.loads(last.removeprefix("data: "))["error"]["type"] == "server_error"
+
+
+@pytest.mark.parametrize(
+    ("path", "body", "error"),
+    [
+        ("/v1/responses", {"input": "x", "max_output_tokens": 50}, {"type": "error"}),
+        (
+            "/v1/messages",
+            {"messages": HELLO, "max_tokens": 50},
+            {"type": "error", "error": {"type": "api_error"}},
+        ),
+    ],
+)
+def test_an_error_in_a_stream_of_typed_events_has_its_type(
+    served: Served, runtime: GatedRuntime, path: str, body: dict[str, Any], error: dict[str, Any]
+) -> None:
+    def fail() -> None:
+        runtime.failure = StorageError("table.safetensors: gone")
+        runtime.gate.set()
+
+    runtime.gate.clear()
+    *_, kind, last = lines_of(served, fail, path, **body)
+    found = json.loads(last.removeprefix("data: "))
+    assert kind == "event: error"
+    assert found["type"] == error["type"]
+    assert found.get("error", {}).get("type") == error.get("error", {}).get("type")
+    assert "table" not in json.dumps(found)
 
 
 @pytest.mark.parametrize("stream", [True, False])

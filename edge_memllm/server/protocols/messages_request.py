@@ -19,13 +19,13 @@ from edge_memllm.server.messages import (
     take_function,
     tool_use,
 )
-from edge_memllm.server.parameters import not_honoured, nothing_of
+from edge_memllm.server.parameters import EPHEMERAL, not_honoured, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.tools.formats import Tool
 
 _UNSUPPORTED = not_honoured("messages")
-_KEPT: Mapping[str, Any] = {"cache_control": ({"type": "ephemeral"},)}
+_KEPT: Mapping[str, Any] = {"cache_control": EPHEMERAL}
 _BLOCK_UNSUPPORTED = nothing_of(
     "it takes text only", citations=([],), caller=(), toolset_name=(), **_KEPT
 )
