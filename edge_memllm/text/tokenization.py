@@ -248,8 +248,7 @@ class Detokenizer:
     def push(self, token: int) -> str:
         """Take the next id and return the text that is now certain."""
         if token in self._spelt:
-            before, self._window = self._end_bytes() + self._end_text(), []
-            return before + self._spelt[token]
+            return self._end_bytes() + self._end_text() + self._spelt[token]
         if self._tokenizer.is_silent(token):
             return ""
         spelt = self._tokenizer.bytes_of(token)

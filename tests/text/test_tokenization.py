@@ -220,6 +220,21 @@ def test_special_tokens_are_no_text() -> None:
     assert tokenizer.decode(ids) == "ab"
 
 
+def test_special_tokens_that_are_to_be_shown_stand_between_the_text(
+    sentence_tokenizer: Tokenizer,
+) -> None:
+    letters = byte_tokenizer().encode("The river", special=False)
+    for tokenizer, ids, special in (
+        (byte_tokenizer(), letters, EOS),
+        (sentence_tokenizer, [3, 5, 0, 1, 2, 5], 6),
+    ):
+        for place in range(1, len(ids)):
+            plain, shown = Detokenizer(tokenizer), Detokenizer(tokenizer, [special])
+            pieces = [shown.push(each) for each in (*ids[:place], special, *ids[place:])]
+            expected = [plain.push(each) for each in ids]
+            assert pieces == [*expected[:place], tokenizer.spelling(special), *expected[place:]]
+
+
 def test_encoding_puts_special_tokens_around_a_text_only_when_asked() -> None:
     from tokenizers.processors import TemplateProcessing
 
