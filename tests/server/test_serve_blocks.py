@@ -143,7 +143,7 @@ def test_blocks_become_messages(served: Served) -> None:
     ]
     assert prompt_of(served.service, messages=messages) == (
         '[user]Hi[assistant]I look.\n{"name": "weather", "arguments": {"city": "Rome"}}'
-        "[user]Result of weather: hot[user]So?[assistant]"
+        "[user]Result of weather: hot\nSo?[assistant]"
     )
 
 

@@ -96,6 +96,10 @@ def _without_calls(messages: Iterable[Message]) -> Iterable[Message]:
         if message.get("role") == "tool":
             results.append(f"Result of {message['name']}: {message.get('content') or ''}")
             continue
+        content = message.get("content")
+        if results and message.get("role") == "user" and isinstance(content, str):
+            results.append(content)  # templates may want roles that alternate
+            continue
         if results:
             yield {"role": "user", "content": "\n".join(results)}
             results = []
@@ -115,9 +119,10 @@ def _without_calls(messages: Iterable[Message]) -> Iterable[Message]:
 def _described(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
     lines = "\n".join(map(_line, tools))
     told = _INSTRUCTION.format(tools=lines)
-    if messages and messages[0].get("role") in ("system", "developer"):
-        first = messages[0]
-        return [{**first, "content": f"{first.get('content') or ''}\n\n{told}"}, *messages[1:]]
+    first = messages[0] if messages else {}
+    said = first.get("content") or ""
+    if first.get("role") in ("system", "developer") and isinstance(said, str):
+        return [{**first, "content": f"{said}\n\n{told}"}, *messages[1:]]
     return [{"role": "system", "content": told}, *messages]
 
 

@@ -89,6 +89,14 @@ def test_a_template_without_tools_gets_them_in_words() -> None:
     assert result == {"role": "user", "content": 'Result of weather: {"sky": "blue"}'}
 
 
+def test_roles_alternate_behind_results_too() -> None:
+    second = {"role": "tool", "name": "now", "content": "noon"}
+    messages = [*history("{}")[1:], second, {"role": "user", "content": "So?"}]
+    found, _ = with_tools(PLAIN, messages, [TOOL])
+    assert [message["role"] for message in found] == ["system", "user", "assistant", "user"]
+    assert found[-1]["content"] == 'Result of weather: {"sky": "blue"}\nResult of now: noon\nSo?'
+
+
 def test_a_history_stays_readable_where_no_tools_are_given() -> None:
     messages, _ = with_tools(PLAIN, history("{}")[1:])
     assert [message["role"] for message in messages] == ["user", "assistant", "user"]
