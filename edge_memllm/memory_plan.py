@@ -134,7 +134,7 @@ def memory_items(
     places = manifest.layout.offsets_bytes(vocabulary)
     records = min(choices.prefill_chunk, vocabulary)
     staging = _STAGING_BUFFERS * records * manifest.layout.buffer_bytes
-    work = choices.prefill_chunk * _work_bytes(manifest)
+    work = choices.prefill_chunk * _work_bytes(manifest, "cuda")
     items = [
         Item("interpreter and libraries", base_bytes),
         *([_graph_item(manifest, packed=choices.packed)] if graph else []),
@@ -158,7 +158,7 @@ def cuda_items(manifest: Manifest, prefill_chunk: int) -> list[Item]:
     items = [
         Item(f"graph: {manifest.graph.weights} weights", graph_file_bytes(manifest)),
         Item("the largest matrix in float16, when several tokens go through it", several),
-        Item(f"work on {prefill_chunk} tokens of a prompt", prefill_chunk * _work_bytes(manifest)),
+        Item(f"work on {prefill_chunk} tokens of a prompt", prefill_chunk * _work_bytes(manifest, "cpu")),
         Item("libraries", _CUDA_LIBRARY_BYTES),
     ]
     return [item for item in items if item.bytes]
@@ -229,19 +229,21 @@ def _graph_item(manifest: Manifest, *, packed: bool) -> Item:
     return Item(words, round(graph_file_bytes(manifest) * factor))
 
 
-def _work_bytes(manifest: Manifest) -> int:
+def _work_bytes(manifest: Manifest, device: str) -> int:
     """Bytes that a step works on, for each of its tokens: every layer's memory, and the rest."""
     model = manifest.model
     memory = len(model.memory.gain) * model.memory.width
-    return (memory + _WORK_FACTOR * model.hidden_size) * _value_bytes(manifest)
+    return (memory + _WORK_FACTOR * model.hidden_size) * _value_bytes(manifest, device)
 
 
 def _records_bytes(manifest: Manifest) -> int:
     return manifest.layout.records_bytes(manifest.model.vocab_size)
 
 
-def _value_bytes(manifest: Manifest) -> int:
-    return EMBEDDING_DTYPES[manifest.graph.compute_dtype].itemsize
+def _value_bytes(manifest: Manifest, device: str) -> int:
+    from edge_memllm_runtimes.cpu_graph import computed_dtype
+
+    return EMBEDDING_DTYPES[computed_dtype(manifest, device)].itemsize
 
 
 @dataclass(frozen=True, slots=True)

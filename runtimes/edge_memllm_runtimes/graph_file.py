@@ -20,76 +20,76 @@ from typing import Any
 from edge_memllm.errors import ArtifactError
 
 # Kinds of fields. A tuple is one of them, repeated.
-_INT, _FLOAT, _TEXT, _SPAN = "int", "float", "text", "span"
+INT, FLOAT, TEXT, SPAN = "int", "float", "text", "span"
 # message -> field number -> name and kind: a scalar, or another message.
-_MESSAGES: dict[str, dict[int, tuple[str, str, bool]]] = {
+MESSAGES: dict[str, dict[int, tuple[str, str, bool]]] = {
     "model": {
-        1: ("ir_version", _INT, False),
-        2: ("producer_name", _TEXT, False),
-        3: ("producer_version", _TEXT, False),
-        4: ("domain", _TEXT, False),
-        5: ("model_version", _INT, False),
-        6: ("doc_string", _TEXT, False),
+        1: ("ir_version", INT, False),
+        2: ("producer_name", TEXT, False),
+        3: ("producer_version", TEXT, False),
+        4: ("domain", TEXT, False),
+        5: ("model_version", INT, False),
+        6: ("doc_string", TEXT, False),
         7: ("graph", "graph", False),
         8: ("opset_import", "opset", True),
         14: ("metadata_props", "entry", True),
     },
-    "opset": {1: ("domain", _TEXT, False), 2: ("version", _INT, False)},
-    "entry": {1: ("key", _TEXT, False), 2: ("value", _TEXT, False)},
+    "opset": {1: ("domain", TEXT, False), 2: ("version", INT, False)},
+    "entry": {1: ("key", TEXT, False), 2: ("value", TEXT, False)},
     "graph": {
         1: ("node", "node", True),
-        2: ("name", _TEXT, False),
+        2: ("name", TEXT, False),
         5: ("initializer", "tensor", True),
-        10: ("doc_string", _TEXT, False),
+        10: ("doc_string", TEXT, False),
         11: ("input", "value", True),
         12: ("output", "value", True),
         13: ("value_info", "value", True),
         16: ("metadata_props", "entry", True),
     },
     "node": {
-        1: ("input", _TEXT, True),
-        2: ("output", _TEXT, True),
-        3: ("name", _TEXT, False),
-        4: ("op_type", _TEXT, False),
+        1: ("input", TEXT, True),
+        2: ("output", TEXT, True),
+        3: ("name", TEXT, False),
+        4: ("op_type", TEXT, False),
         5: ("attribute", "attribute", True),
-        6: ("doc_string", _TEXT, False),
-        7: ("domain", _TEXT, False),
+        6: ("doc_string", TEXT, False),
+        7: ("domain", TEXT, False),
         9: ("metadata_props", "entry", True),
     },
     "attribute": {
-        1: ("name", _TEXT, False),
-        2: ("f", _FLOAT, False),
-        3: ("i", _INT, False),
-        4: ("s", _TEXT, False),
-        7: ("floats", _FLOAT, True),
-        8: ("ints", _INT, True),
-        9: ("strings", _TEXT, True),
-        13: ("doc_string", _TEXT, False),
-        20: ("type", _INT, False),
+        1: ("name", TEXT, False),
+        2: ("f", FLOAT, False),
+        3: ("i", INT, False),
+        4: ("s", TEXT, False),
+        7: ("floats", FLOAT, True),
+        8: ("ints", INT, True),
+        9: ("strings", TEXT, True),
+        13: ("doc_string", TEXT, False),
+        20: ("type", INT, False),
     },
     "tensor": {
-        1: ("dims", _INT, True),
-        2: ("data_type", _INT, False),
-        8: ("name", _TEXT, False),
-        9: ("raw_data", _SPAN, False),
-        12: ("doc_string", _TEXT, False),
+        1: ("dims", INT, True),
+        2: ("data_type", INT, False),
+        8: ("name", TEXT, False),
+        9: ("raw_data", SPAN, False),
+        12: ("doc_string", TEXT, False),
         13: ("external_data", "entry", True),
-        14: ("data_location", _INT, False),
+        14: ("data_location", INT, False),
         16: ("metadata_props", "entry", True),
     },
     "value": {
-        1: ("name", _TEXT, False),
+        1: ("name", TEXT, False),
         2: ("type", "type", False),
-        3: ("doc_string", _TEXT, False),
+        3: ("doc_string", TEXT, False),
         4: ("metadata_props", "entry", True),
     },
-    "type": {1: ("tensor_type", "tensor type", False), 6: ("denotation", _TEXT, False)},
-    "tensor type": {1: ("elem_type", _INT, False), 2: ("shape", "shape", False)},
+    "type": {1: ("tensor_type", "tensor type", False), 6: ("denotation", TEXT, False)},
+    "tensor type": {1: ("elem_type", INT, False), 2: ("shape", "shape", False)},
     "shape": {1: ("dim", "dimension", True)},
     "dimension": {
-        1: ("dim_value", _INT, False),
-        2: ("dim_param", _TEXT, False),
-        3: ("denotation", _TEXT, False),
+        1: ("dim_value", INT, False),
+        2: ("dim_param", TEXT, False),
+        3: ("denotation", TEXT, False),
     },
 }
 # What there is elsewhere in ONNX and never in ours, for a sentence that says more than a number.
@@ -109,9 +109,9 @@ _FOREIGN = {
     ("tensor", 3): "a segment of a tensor",
     **{("tensor", number): "weights that are not raw bytes" for number in (4, 5, 6, 7, 10, 11)},
 }
-_VARINT, _FIXED64, _BYTES, _FIXED32 = 0, 1, 2, 5
-_KINDS = (_VARINT, _FIXED64, _BYTES, _FIXED32)
-_WIRE = {_INT: _VARINT, _FLOAT: _FIXED32}
+VARINT, FIXED64, FIELD_BYTES, FIXED32 = 0, 1, 2, 5
+_KINDS = (VARINT, FIXED64, FIELD_BYTES, FIXED32)
+_WIRE = {INT: VARINT, FLOAT: FIXED32}
 _LONGEST_VARINT = 10
 _MAX_TEXT = 4096
 # A graph of a hundred layers has some hundred thousand; each takes memory while it is read.
@@ -183,7 +183,7 @@ def read_graph(data: bytes) -> GraphFile:
 
     Raises `ArtifactError` when it is not one, and when it holds what our exporter does not write.
     """
-    model = _Reader(data).message("model", 0, len(data))
+    model = read_messages(data)
     graph = model.get("graph", {})
     packed: set[int] = set()
     tensors = [_tensor(each, packed) for each in graph.get("initializer", ())]
@@ -201,6 +201,14 @@ def read_graph(data: bytes) -> GraphFile:
     )
 
 
+def read_messages(data: bytes) -> dict[str, Any]:
+    """Return the fields of a file's outermost message; spans of bytes are pairs of places.
+
+    Raises as `read_graph` does.
+    """
+    return _Reader(data).message("model", 0, len(data))
+
+
 class _Reader:
     """Reads messages into dicts of their fields' names; a span of bytes stays a pair of places."""
 
@@ -209,7 +217,7 @@ class _Reader:
         self._fields = 0
 
     def message(self, kind: str, place: int, end: int) -> dict[str, Any]:
-        known = _MESSAGES[kind]
+        known = MESSAGES[kind]
         found: dict[str, Any] = {}
         while place < end:
             self._count()
@@ -222,7 +230,7 @@ class _Reader:
             if number not in known:
                 raise _foreign(_FOREIGN.get((kind, number), f"field {number} of a {kind}"))
             name, each, repeated = known[number]
-            if wire == _BYTES:
+            if wire == FIELD_BYTES:
                 length, place = self._varint(place, end)
                 if length > end - place:
                     raise _malformed("a field is longer than what holds it")
@@ -240,11 +248,11 @@ class _Reader:
         return found
 
     def _delimited(self, kind: str, repeated: bool, place: int, end: int) -> list[Any]:
-        if kind == _SPAN:
+        if kind == SPAN:
             return [(place, end)]
-        if kind == _TEXT:
+        if kind == TEXT:
             return [self._text(place, end)]
-        if kind not in (_INT, _FLOAT):
+        if kind not in (INT, FLOAT):
             return [self.message(kind, place, end)]
         if not repeated:
             raise _malformed("a number is written as bytes")
@@ -259,7 +267,7 @@ class _Reader:
         """Return a number, and the place behind it."""
         if _WIRE.get(kind) != wire:
             raise _malformed(f"it has a field of kind {wire} where none is expected")
-        if kind == _INT:
+        if kind == INT:
             value, place = self._varint(place, end)
             return value - (1 << 64) if value >> 63 else value, place
         if place + 4 > end:

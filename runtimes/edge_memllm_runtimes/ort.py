@@ -20,10 +20,11 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.runtime_protocol import KVCache, StepLogits
+from edge_memllm_runtimes.cpu_graph import computed_dtype
 from edge_memllm_runtimes.kv_cache import KVBudget, check_step, own_cache
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_cache import CudaGraphs, OrtCache
-from edge_memllm_runtimes.ort_graph import GraphShape, read_checked_graph
+from edge_memllm_runtimes.ort_graph import GraphShape, read_checked_graph, rewritten
 from edge_memllm_runtimes.ort_library import import_library
 from edge_memllm_runtimes.ort_session import (
     open_packed,
@@ -89,7 +90,7 @@ class OrtRuntime:
         self._where = str(artifact.path / artifact.manifest.graph.file)
         self._session: Any = _session(artifact, device, options)
         self._home = Home(self._session, device)
-        self._shape = GraphShape.of(artifact.manifest, device)
+        self._shape = GraphShape.of(artifact.manifest, device, own_dtype=options.own_dtype)
         self._budget = (
             None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
         )
@@ -154,6 +155,10 @@ class OrtRuntime:
 def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
     if options.packed_cache is None:
         checked = read_checked_graph(artifact, own=options.own_files)
+        if device == "cpu":
+            manifest = artifact.manifest
+            dtype = computed_dtype(manifest, device, own_dtype=options.own_dtype)
+            checked = rewritten(checked, floats=dtype != manifest.graph.compute_dtype)
         return open_session(checked, artifact, device, options)
     graph = packed_graph(
         options.packed_cache,

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.model_spec import CacheSpec, cache_values
 from edge_memllm.errors import ArtifactError
+from edge_memllm_runtimes.cpu_graph import computed_dtype, for_cpu
 from edge_memllm_runtimes.graph_check import check_graph
 from edge_memllm_runtimes.graph_file import DATA_TYPES, GraphFile, Tensor, read_graph
 from edge_memllm_runtimes.kv_cache import ROLLING_SLACK, cache_names, reader_names, rolling_capacity
@@ -47,14 +48,14 @@ class GraphShape:
     slack: int  # rows of rolling caches beyond their windows
 
     @classmethod
-    def of(cls, manifest: Manifest, device: str) -> GraphShape:
-        """Return the sizes of the graph that `read_checked_graph` lets through."""
+    def of(cls, manifest: Manifest, device: str, *, own_dtype: bool = False) -> GraphShape:
+        """Return the sizes of the graph that a device computes; see `computed_dtype`."""
         model = manifest.model
         return cls(
             vocab_size=model.vocab_size,
             caches=model.caches,
             context=model.max_position_embeddings,
-            dtype=np.dtype(manifest.graph.compute_dtype),
+            dtype=np.dtype(computed_dtype(manifest, device, own_dtype=own_dtype)),
             kv_dtype=np.dtype(manifest.graph.kv_dtype),
             memory_gain=model.memory.gain,
             keeps_less=len(model.caches) < model.num_hidden_layers,
@@ -120,6 +121,15 @@ def read_checked_graph(artifact: Artifact, *, own: bool = False) -> CheckedGraph
             if each.outside is not None
         }
     return CheckedGraph(artifact.path / spec.file, content, weights)
+
+
+def rewritten(graph: CheckedGraph, *, floats: bool) -> CheckedGraph:
+    """Return the graph as a CPU computes it; see `cpu_graph`."""
+    found = for_cpu(graph.content, floats=floats)
+    weights = graph.weights | {
+        name: graph.weights[name].astype(np.float32) for name in found.widened
+    }
+    return replace(graph, content=found.content, weights=weights)
 
 
 def check_artifact_graph(artifact: Artifact) -> tuple[bytes, GraphFile]:

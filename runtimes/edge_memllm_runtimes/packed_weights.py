@@ -18,6 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import numpy as np
 import xxhash
 
 from edge_memllm.artifact.atomic import clear_leftovers, reason, whole_folder
@@ -26,6 +27,7 @@ from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS
 from edge_memllm.artifact.strict_json import MAX_JSON_BYTES, exact_fields, parse_json_object
 from edge_memllm.errors import ArtifactError, CorruptionError, EdgeMemLLMError, RequestError
 from edge_memllm.progress import PACKING, Progress
+from edge_memllm_runtimes.cpu_graph import FLOATS_FILE, floats_of, for_cpu
 from edge_memllm_runtimes.ort_graph import check_artifact_graph, check_graph_file
 from edge_memllm_runtimes.ort_session import is_spelt
 
@@ -34,7 +36,7 @@ if TYPE_CHECKING:
 
 _RECORD = "packed.json"
 _STORED = "stored"  # where the artifact's graph lies while it is repacked
-_LAYOUT = "1"  # of this cache: what is saved, and how it is recorded
+_LAYOUT = "2"  # of this cache: what is saved, and how it is recorded
 # Sizes of the graph: the copy, then originals and repacked copies (2.33 measured).
 _SPACE_FACTOR = 3.5
 _ALIGNMENT = 64  # what the library's allocator gives, and its packing relies on
@@ -222,13 +224,20 @@ def _make(
 
 
 def _copied(artifact: Artifact, folder: Path) -> Path:
-    """Copy the graph and its weights, checked; return the path of the graph."""
+    """Copy the graph as a CPU computes it, and its weights, checked; return the graph's path."""
     graph = artifact.manifest.graph
-    content, _ = check_artifact_graph(artifact)
+    content, checked = check_artifact_graph(artifact)
+    found = for_cpu(content)
     folder.mkdir()
-    (folder / graph.file).write_bytes(content)
+    (folder / graph.file).write_bytes(found.content)
     if graph.external_data is not None:
-        artifact.copy_checked(graph.external_data, folder / graph.external_data)
+        copy = folder / graph.external_data
+        artifact.copy_checked(graph.external_data, copy)
+        with (folder / FLOATS_FILE).open("wb") as file:
+            for weight in found.widened:
+                place = checked.tensors[weight]
+                halves = np.fromfile(copy, "<f2", place.size // 2, offset=place.start)
+                file.write(floats_of(halves))
     return folder / graph.file
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from contextlib import closing
 from pathlib import Path
 from typing import Any
 
@@ -11,17 +12,21 @@ import pytest
 from gguf.constants import GGML_QUANT_SIZES, GGMLQuantizationType
 from gguf.quants import dequantize
 
+from edge_memllm.artifact.folder import Artifact
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.errors import ExportError
 from edge_memllm.evaluation.perplexity import divergences
 from edge_memllm.mixed_precision import Target
 from edge_memllm.options.export import ExportOptions
+from edge_memllm.table.table import Table
 from edge_memllm_export import export_model
 from edge_memllm_export.checkpoint import Checkpoint
 from edge_memllm_export.exporter import graph_form
 from edge_memllm_export.judging.judged_artifact import JudgedArtifact
 from edge_memllm_export.sources.gguf_grids import Grid, read_grid
 from edge_memllm_export.weights.kept_grids import kept
+from edge_memllm_runtimes.options import RuntimeOptions
+from edge_memllm_runtimes.runtime import open_runtime
 from support.gguf_files import (
     VOCABULARY,
     metadata_of,
@@ -203,6 +208,25 @@ def test_a_prompt_may_be_longer_than_a_chunk(tmp_path: Path) -> None:
             with Feeder(judged.runtime, judged.table, 1, chunk) as feeder:
                 found.append(np.array(feeder.prefill(0, TOKENS), np.float32))
     assert np.allclose(*found, atol=1e-3)
+
+
+@pytest.mark.parametrize("kind", ["Q4_0", "Q4_1", "Q8_0"])
+def test_a_processor_computes_them_in_float32(tmp_path: Path, kind: str) -> None:
+    file = write_wide(tmp_path / "m.gguf", "llama", kind)
+    export_model(file, tmp_path / "out", kv_dtype="float32", verify=False)
+    truth = next(Checkpoint.open(file).architecture.reference().logits(TOKENS, len(TOKENS)))
+    found = []
+    for own in (True, False):
+        with Artifact.open(tmp_path / "out") as artifact:
+            runtime = open_runtime(artifact, "cpu", RuntimeOptions(own_dtype=own))
+            with (
+                closing(Table.open(artifact, "ram")) as table,
+                Feeder(runtime, table, 1, 64) as feeder,
+            ):
+                found.append(np.abs(np.array(feeder.score(0, TOKENS), np.float32) - truth).max())
+            runtime.close()
+    rounded, floats = found
+    assert floats < 0.75 * rounded  # the rest is the table's rounding of embeddings
 
 
 def test_rows_of_several_types_and_types_without_a_grid(tmp_path: Path) -> None:

@@ -19,7 +19,7 @@ from edge_memllm.errors import EdgeMemLLMError, RequestError, RuntimeUnavailable
 from edge_memllm_runtimes import open_runtime
 from edge_memllm_runtimes.options import RuntimeOptions
 from support.checkpoints import MakeArtifact
-from support.runtimes import ARTIFACTS, LONG, TEXT, pretend_cuda
+from support.runtimes import ARTIFACTS, LONG, TEXT, in_own_dtype, pretend_cuda
 
 onnxruntime = pytest.importorskip("onnxruntime")
 
@@ -53,6 +53,7 @@ def test_its_buffers_give_the_logits_of_the_cpu(
     make_artifact: MakeArtifact, monkeypatch: pytest.MonkeyPatch, form: str, graph: bool
 ) -> None:
     path = make_artifact(**ARTIFACTS[form])
+    in_own_dtype(monkeypatch)
     expected = logits(path, "cpu", TEXT)
     pretend_cuda(monkeypatch)
     np.testing.assert_array_equal(logits(path, "cuda", TEXT, cuda_graph=graph), expected)
@@ -62,6 +63,7 @@ def test_batches_and_growth_give_the_texts_of_the_cpu(
     half: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     prompts = [LONG[:250], TEXT, TEXT[::-1], [1, 1]]
+    in_own_dtype(monkeypatch)
     with edge_memllm.load(half, device="cpu", threads=1) as model:
         expected = model.generate(prompts, max_new_tokens=12, ignore_eos=True)
     pretend_cuda(monkeypatch)

@@ -79,6 +79,15 @@ def scores(case: Case, ids: list[int], chunk: int = CONTEXT) -> np.ndarray:
     return np.concatenate(parts)
 
 
+def in_own_dtype(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Let a CPU compute graphs in the dtype they are stored in, as an accelerator does."""
+    for module in ("ort", "ort_graph"):
+        monkeypatch.setattr(
+            f"edge_memllm_runtimes.{module}.computed_dtype",
+            lambda manifest, *_, **__: manifest.graph.compute_dtype,
+        )
+
+
 def pretend_cuda(patch: pytest.MonkeyPatch) -> list[str]:
     """Let "cuda" stand for the CPU. Returns the list that gpu_graph_id of every run goes into."""
     import onnxruntime

@@ -32,7 +32,9 @@ class JudgedArtifact:
         self.artifact = Artifact.open(path)
         try:
             self.table = Table.open(self.artifact, "pread")
-            self.runtime = open_runtime(self.artifact, "cpu", RuntimeOptions(own_files=own))
+            # In the graph's own float16: what overflows there does so on an accelerator.
+            options = RuntimeOptions(own_files=own, own_dtype=True)
+            self.runtime = open_runtime(self.artifact, "cpu", options)
         except BaseException:
             self.artifact.close()
             raise

@@ -1,0 +1,17 @@
+"""The graph of an artifact as a CPU computes it fastest; what it computes stays the same.
+
+An artifact holds one graph for every device. It computes in float16, which accelerators want; a CPU
+converts to float32 in nearly every operator and back behind it. So what was checked is rewritten
+before ONNX Runtime sees it: float32 between operators, and of keys and values that several layers
+read no more than they look at.
+"""
+
+from edge_memllm_runtimes.cpu_graph.rewriting import (
+    FLOATS_FILE,
+    CpuGraph,
+    computed_dtype,
+    floats_of,
+    for_cpu,
+)
+
+__all__ = ["FLOATS_FILE", "CpuGraph", "computed_dtype", "floats_of", "for_cpu"]
