@@ -134,7 +134,7 @@ def memory_items(
     places = manifest.layout.offsets_bytes(vocabulary)
     records = min(choices.prefill_chunk, vocabulary)
     staging = _STAGING_BUFFERS * records * manifest.layout.buffer_bytes
-    work = choices.prefill_chunk * _work_bytes(manifest, "cuda")
+    work = choices.prefill_chunk * _work_bytes(manifest, "cpu")
     items = [
         Item("interpreter and libraries", base_bytes),
         *([_graph_item(manifest, packed=choices.packed)] if graph else []),
@@ -158,7 +158,10 @@ def cuda_items(manifest: Manifest, prefill_chunk: int) -> list[Item]:
     items = [
         Item(f"graph: {manifest.graph.weights} weights", graph_file_bytes(manifest)),
         Item("the largest matrix in float16, when several tokens go through it", several),
-        Item(f"work on {prefill_chunk} tokens of a prompt", prefill_chunk * _work_bytes(manifest, "cpu")),
+        Item(
+            f"work on {prefill_chunk} tokens of a prompt",
+            prefill_chunk * _work_bytes(manifest, "cuda"),
+        ),
         Item("libraries", _CUDA_LIBRARY_BYTES),
     ]
     return [item for item in items if item.bytes]

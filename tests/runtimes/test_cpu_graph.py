@@ -14,8 +14,8 @@ from edge_memllm.artifact.folder import Artifact
 from edge_memllm.engine.feeding import Feeder
 from edge_memllm.table.table import Table
 from edge_memllm_runtimes.cpu_graph import for_cpu
+from edge_memllm_runtimes.cpu_graph.edited import write_message
 from edge_memllm_runtimes.graph_file import read_graph, read_messages
-from edge_memllm_runtimes.graph_writer import write_message
 from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_graph import read_checked_graph
 from edge_memllm_runtimes.runtime import open_runtime
