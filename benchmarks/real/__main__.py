@@ -3,12 +3,14 @@
     python -m benchmarks.real check [EXPORT OPTIONS]
     python -m benchmarks.real compare --text TEXT [--rounds 5] [--artifact DIR]
     python -m benchmarks.real copy --text TEXT
+    python -m benchmarks.real json [--artifact DIR]
     python -m benchmarks.real page [--check]
 
 ``check`` is what ``make real`` runs: it fetches the file, exports it, asks it, asks it by its
 name, and compares it with its float weights in transformers. ``compare`` holds it beside llama.cpp
 on the same file: quality, speed, memory. ``copy`` does so with the quality of a rescaled copy in
-few bits. Both store their figures in docs/results/real-models.json, and write the page of it.
+few bits. ``json`` counts replies in JSON that end by themselves. All store their figures in
+docs/results/real-models.json, and write the page of it.
 """
 
 from __future__ import annotations
@@ -61,7 +63,10 @@ def _check(file: Path, arguments: argparse.Namespace, options: Sequence[str]) ->
 
 def _compare(file: Path, arguments: argparse.Namespace) -> Iterator[str]:
     from benchmarks.real.comparison import Judge, compare_copy, compare_file
+    from benchmarks.real.endings import measure_endings
 
+    if arguments.command == "json":
+        return measure_endings(file, arguments.folder, arguments.threads, arguments.artifact)
     judge = Judge(arguments.text, arguments.windows, arguments.threads)
     if arguments.command == "copy":
         return compare_copy(file, arguments.folder, judge)
@@ -78,7 +83,8 @@ def _parser() -> argparse.ArgumentParser:
     check = commands.add_parser("check", help="whether the model holds; other options: export's")
     compare = commands.add_parser("compare", help="beside llama.cpp, on the file as it is")
     copy = commands.add_parser("copy", help="beside llama.cpp's types, on a rescaled copy")
-    for each in (check, compare, copy):
+    endings = commands.add_parser("json", help="how often JSON ends by itself")
+    for each in (check, compare, copy, endings):
         each.add_argument(
             "--folder", type=Path, default=Path("build/real"), help="for what is made"
         )
@@ -87,7 +93,8 @@ def _parser() -> argparse.ArgumentParser:
         each.add_argument("--text", type=Path, required=True, help="that chose nothing of a model")
         each.add_argument("--windows", type=int, default=12, help="of 512 tokens, at most")
     compare.add_argument("--rounds", type=int, default=5)
-    compare.add_argument("--artifact", type=Path, help="already exported of the file")
+    for each in (compare, endings):
+        each.add_argument("--artifact", type=Path, help="already exported of the file")
     page = commands.add_parser("page", help="write docs/results/real-models.md and its picture")
     page.add_argument("--check", action="store_true", help="write nothing, only compare")
     return parser

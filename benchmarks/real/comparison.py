@@ -110,7 +110,7 @@ def compare_file(
         found.append(each)
         yield f"round {len(found)} of {rounds}"
     measured = {"rounds": rounds, "threads": judge.threads, "models": speed.summary(found)}
-    _store("file", {"name": gguf.name, "quality": quality, "speed": measured})
+    store("file", {"name": gguf.name, "quality": quality, "speed": measured})
 
 
 def compare_copy(gguf: Path, folder: Path, judge: Judge) -> Iterator[str]:
@@ -135,7 +135,7 @@ def compare_copy(gguf: Path, folder: Path, judge: Judge) -> Iterator[str]:
             refused.append(name)
     yield "judging"
     found = judge.quality(source, artifacts, files)
-    _store("copy", {"name": gguf.name, "seed": SEED, "refused": refused, "quality": found})
+    store("copy", {"name": gguf.name, "seed": SEED, "refused": refused, "quality": found})
 
 
 def artifact_bytes(artifact: Path) -> dict[str, int]:
@@ -153,7 +153,7 @@ def _exported(source: Path, out: Path, options: Sequence[str], may_refuse: bool 
     return done.status == 0
 
 
-def _store(part: str, found: Mapping[str, Any]) -> None:
+def store(part: str, found: Mapping[str, Any]) -> None:
     stored = json.loads(RESULTS.read_text("utf-8")) if RESULTS.exists() else {}
     stored[part] = {**found, "environment": environment(_PACKAGES)}
     RESULTS.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -63,6 +64,26 @@ def forms() -> dict[str, dict[str, Any]]:
     }
 
 
+def measure_endings(gguf: Path, folder: Path, threads: int, artifact: Path | None) -> Iterator[str]:
+    """Yield a line for each form and temperature, and store the figures."""
+    from benchmarks.real.comparison import store
+
+    if artifact is None:
+        from edge_memllm_export import export_model
+
+        artifact = folder / "artifact"
+        if not artifact.exists():
+            export_model(gguf, artifact)
+    rows = []
+    for name, temperature, found in endings(artifact, threads):
+        row = {"form": name, "temperature": temperature, **found}
+        rows.append(row)
+        yield f"{name} at {temperature}: {found['ended']} of {SEEDS} ended, {found['valid']} valid"
+        for each in found["cut"]:
+            yield f"  {each}"
+    store("json", {"name": gguf.name, "seeds": SEEDS, "limit": LIMIT, "rows": rows})
+
+
 def endings(artifact: Path, threads: int) -> Iterator[tuple[str, float, dict[str, Any]]]:
     """Yield for each form and temperature how many replies ended, and how many are valid."""
     import edge_memllm
@@ -93,8 +114,6 @@ def _counted(engine: Any, prompt: list[int], form: Any, temperature: float) -> d
         sampling=Sampling(temperature=temperature),
         response_format=form,
     )
-    from dataclasses import replace
-
     judge = form.get("json_schema", {}).get("schema", {"type": "object"})
     ended, valid, tokens, cut = 0, 0, [], []
     for seed, reply in [(s, engine.submit(replace(asked, seed=s))) for s in range(SEEDS)]:

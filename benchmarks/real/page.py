@@ -55,7 +55,12 @@ def write_page(*, check: bool) -> int:
 
 def page_files(results: Mapping[str, Any]) -> dict[Path, str]:
     """Return the text of the page, and of the picture where there is something to show."""
-    parts = [_HEAD, *_file_part(results.get("file")), *_copy_part(results.get("copy"))]
+    parts = [
+        _HEAD,
+        *_file_part(results.get("file")),
+        *_copy_part(results.get("copy")),
+        *_json_part(results.get("json")),
+    ]
     found = {PAGE: "\n".join(parts)}
     if "copy" in results:
         found[PICTURE] = plot(results["copy"]["quality"]["models"])
@@ -107,6 +112,34 @@ def _copy_part(found: Mapping[str, Any] | None) -> Iterator[str]:
     yield _quality_table(found["quality"])
     if found["refused"]:
         yield f"\nRefused by the export: {', '.join(found['refused'])}."
+    yield f"\n{_environment(found['environment'])}\n"
+
+
+def _json_part(found: Mapping[str, Any] | None) -> Iterator[str]:
+    yield "## JSON that ends\n"
+    if found is None:
+        yield _MISSING
+        return
+    yield (
+        f"`python -m benchmarks.real json`: {found['seeds']} seeds of each [form](../forms.md), at "
+        f"most {found['limit']:,} tokens, all in one engine. *Ended* is what its form ended, not "
+        "its limit; *valid* what jsonschema-rs accepts under the schema as it was given. The open "
+        "schema names properties and requires none, the strict one requires all: text, integer, "
+        "number, enum, boolean, an object, an array of texts and one of objects.\n"
+    )
+    head = ["", "temperature", "ended", "valid", "tokens, median", "most"]
+    rows = [
+        [
+            row["form"],
+            f"{row['temperature']:g}",
+            f"{row['ended']} of {found['seeds']}",
+            f"{row['valid']} of {found['seeds']}",
+            str(row["tokens"][len(row["tokens"]) // 2]),
+            str(row["tokens"][-1]),
+        ]
+        for row in found["rows"]
+    ]
+    yield markdown(head, rows)
     yield f"\n{_environment(found['environment'])}\n"
 
 

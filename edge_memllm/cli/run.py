@@ -44,7 +44,7 @@ _EXAMPLES = """\
   edge-memllm run artifact --prompt "Dear Sir," --temperature 0.7 --top-p 0.9 --seed 7
   edge-memllm run artifact --stop "." --json < prompt.txt
   edge-memllm run artifact --speculate 8 < prompt.txt
-  edge-memllm run artifact --prompt "A person" --json-schema person.json"""
+  edge-memllm run artifact --regex "yes|no" --prompt "Is it late?" --raw"""
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -252,7 +252,7 @@ def test_the_page_is_of_the_stored_figures() -> None:
 def test_what_is_not_measured_is_said() -> None:
     files = page.page_files({})
     assert list(files) == [page.PAGE]
-    assert files[page.PAGE].count("Not measured yet.") == 2
+    assert files[page.PAGE].count("Not measured yet.") == 3
 
 
 def test_the_page_is_that_of_today() -> None:
