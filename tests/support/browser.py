@@ -223,6 +223,14 @@ def visit(browser: Browser, served: Served, expected: str = READY, **options: ob
     return page
 
 
+def reload(page: Page, entries: int) -> None:
+    """Reload the page, and wait until it shows so many texts."""
+    page.evaluate("window.before = true")
+    page.call("Page.reload")
+    shown = f"{READY} && document.querySelectorAll('.entry').length === {entries}"
+    until(page, f"!window.before && document.body && {shown}")
+
+
 def until(page: Page, expression: str) -> None:
     limit = time.monotonic() + 20
     while not page.evaluate(expression):

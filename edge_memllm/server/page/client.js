@@ -43,7 +43,7 @@ export async function post(path, body, signal) {
 // Yields the events of a stream. Leaving early must abort `signal`.
 export async function* stream(path, body, signal) {
   const response = await send(path, posted({ ...body, stream: true }), signal);
-  for await (const data of events(response.body)) {
+  for await (const data of events(response.body, signal)) {
     if (data === DONE) return;
     const event = JSON.parse(data);
     if (event.error) throw new Refusal(response.status, event.error);
@@ -59,18 +59,25 @@ function posted(body) {
 
 async function send(path, options, signal) {
   const headers = { ...options.headers, ...(key && { Authorization: `Bearer ${key}` }) };
-  const response = await fetch(path, { ...options, headers, signal, cache: "no-store" });
+  const asked = fetch(path, { ...options, headers, signal, cache: "no-store" });
+  const response = await asked.catch((error) => unreached(error, signal));
   if (response.ok) return response;
   const answer = await response.json().catch(() => ({}));
   throw new Refusal(response.status, answer.error, response.headers.get("Retry-After"));
 }
 
-async function* events(body) {
+// Fails as the network did, in words; who has stopped it is told nothing else.
+function unreached(error, signal) {
+  if (signal?.aborted) throw error;
+  throw new Refusal(0, { message: "The server cannot be reached. Is it still running?" });
+}
+
+async function* events(body, signal) {
   const reader = body.pipeThrough(new TextDecoderStream()).getReader();
   let rest = "";
   try {
     for (;;) {
-      const { value, done } = await reader.read();
+      const { value, done } = await reader.read().catch((error) => unreached(error, signal));
       if (done) return;
       rest += value;
       const blocks = rest.split("\n\n");

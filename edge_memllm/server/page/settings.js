@@ -4,7 +4,7 @@ import { find, make } from "./elements.js";
 
 const STORED = "edge-memllm-settings";
 const NUMBERS = ["max_tokens", "seed", "temperature", "top_p", "top_k", "repetition_penalty"];
-const KEPT = [...NUMBERS, "stop", "system"];
+const KEPT = [...NUMBERS, "stop", "tools"];
 
 export class Settings {
   #form = find("wishes");
@@ -54,8 +54,10 @@ export class Settings {
     return { overlays: boxes.filter((box) => box.checked).map((box) => box.value) };
   }
 
-  get system() {
-    return this.#form.elements.system.value.trim();
+  // The tools that a chat tells the model of, as a field of a request.
+  tools() {
+    const tools = toolsIn(this.#form.elements.tools.value);
+    return tools.length ? { tools } : {};
   }
 
   #limit(most) {
@@ -67,6 +69,9 @@ export class Settings {
 
   #changed() {
     find("overlays").disabled = !this.#form.elements.memory.checked;
+    const { tools } = this.#form.elements;
+    const good = toolsIn(tools.value) !== null;
+    tools.setCustomValidity(good ? "" : 'Tools are a list in JSON: [{"type": "function", "function": {…}}, …]');
     const kept = KEPT.map((name) => [name, this.#form.elements[name].value]);
     try {
       localStorage.setItem(STORED, JSON.stringify(Object.fromEntries(kept)));
@@ -85,5 +90,16 @@ export class Settings {
     for (const name of KEPT) {
       if (typeof kept[name] === "string") this.#form.elements[name].value = kept[name];
     }
+  }
+}
+
+// The tools in a text; null if it is no list in JSON.
+function toolsIn(text) {
+  if (!text.trim()) return [];
+  try {
+    const found = JSON.parse(text);
+    return Array.isArray(found) ? found : null;
+  } catch {
+    return null;
   }
 }

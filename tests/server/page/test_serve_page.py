@@ -21,7 +21,7 @@ from support.browser import (
     written,
 )
 from support.checkpoints import MakeArtifact
-from support.server import TEMPLATE, Served, busy, serving, serving_small
+from support.server import TEMPLATE, Served, serving, serving_small
 from support.small_model import ScriptedRuntime, byte_tokenizer
 
 HOSTILE = "<img src=x onerror=alert(1)>&amp;\u202e</p>"
@@ -154,13 +154,13 @@ def test_a_chat_goes_on_with_what_was_said(page: Page, served: Served) -> None:
     said = [("system", "Be brief."), ("user", "One"), ("assistant", first), ("user", "Two")]
     messages = [{"role": role, "content": content} for role, content in said]
     assert prompt.endswith(TEMPLATE.render(messages))
-    assert busy(served.engine) == 0
+    served.settled()
 
 
 def test_a_text_is_taken_up_again(page: Page) -> None:
     ask(page, "Hello", tokens=4)
     written(page)
-    click(page, ".meta button")
+    click(page, "[data-do=on]")
     wanted = "Hello" + "".join(texts(page, WORDS))
     assert page.evaluate("document.getElementById('prompt').value") == wanted
 

@@ -28,7 +28,7 @@ from support.server import Served, serving, serving_small
 from support.small_model import open_small_model
 
 
-@pytest.mark.parametrize("way", ["button", "Escape", "Clear"])
+@pytest.mark.parametrize("way", ["button", "Escape", "New"])
 def test_it_can_be_stopped(page: Page, served: Served, runtime: SpellingRuntime, way: str) -> None:
     runtime.pause_at = 6
     ask(page, "Hello", tokens=90)
@@ -36,14 +36,14 @@ def test_it_can_be_stopped(page: Page, served: Served, runtime: SpellingRuntime,
     if way == "Escape":
         page.press("Escape")
     else:
-        click(page, "#stop" if way == "button" else "#clear")
+        click(page, "#stop" if way == "button" else "#new")
     # The server has to see it before the next token is let through.
     wait_until(lambda: served.service.metrics.under_way == 0)
     runtime.gate.set()
     served.settled()
     assert len(runtime.steps) <= 7
     assert page.evaluate("document.getElementById('stop').hidden")
-    if way == "Clear":
+    if way == "New":
         assert texts(page, ".entry") == []
     else:
         assert "stopped" in texts(page, ".meta")[0]
