@@ -24,6 +24,7 @@ export class History {
     this.#current = current;
     const found = this.#conversations.list(kind);
     find("conversations").replaceChildren(...found.map((each) => this.#item(each)));
+    find("history-title").textContent = kind === "chat" ? "Conversations" : "Texts";
     find("new").textContent = kind === "chat" ? "New chat" : "New text";
     find("forget").hidden = found.length < 2;
     find("undo").hidden = !this.#deleted.length;
