@@ -38,6 +38,21 @@ def memory_limits(root: Path = _ROOT) -> Iterator[int]:
             yield from (int(line) for line in lines(folder / name) if line.isdecimal())
 
 
+def available_memory(root: Path = _ROOT) -> int | None:
+    """Return the bytes the system calls available, or the limit of this process' control group.
+
+    The smaller of both. None where the system does not tell.
+    """
+    known = [*_available(root), *memory_limits(root)]
+    return min(known) if known else None
+
+
+def _available(root: Path) -> Iterator[int]:
+    for line in lines(root / "proc/meminfo"):
+        if line.startswith("MemAvailable:"):
+            yield int(line.split()[1]) * 1024
+
+
 def group_folders(controller: str, root: Path = _ROOT) -> Iterator[Path]:
     """Yield the folders of this process' groups that may bound what `controller` is of.
 

@@ -11,20 +11,17 @@ from __future__ import annotations
 import logging
 import os
 import random
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from contextlib import suppress
-from pathlib import Path
 from statistics import median
 from time import perf_counter
 
 from edge_memllm.errors import RequestError
-from edge_memllm.process.limits import lines, memory_limits
+from edge_memllm.process.limits import available_memory
 from edge_memllm.readers.direct import DirectReader
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.readers.reader import Reader, Region
 from edge_memllm.readers.uring import UringReader
-
-_ROOT = Path("/")
 
 _log = logging.getLogger(__name__)
 
@@ -33,21 +30,6 @@ _PROBES = 8  # records per reader, fewer when storage is slow
 _PROBE_SECONDS = 0.025
 _SLOW_SECONDS = 0.005
 _MISSES = 0.5  # of the reads of ordinary text, at most, when little of the table is in memory
-
-
-def available_memory(root: Path = _ROOT) -> int | None:
-    """Return the bytes the system calls available, or the limit of this process' control group.
-
-    The smaller of both. None where the system does not tell.
-    """
-    known = [*_available(root), *memory_limits(root)]
-    return min(known) if known else None
-
-
-def _available(root: Path) -> Iterator[int]:
-    for line in lines(root / "proc/meminfo"):
-        if line.startswith("MemAvailable:"):
-            yield int(line.split()[1]) * 1024
 
 
 def choose_reader(file: int, where: str, region: Region, *, cached: bool) -> Reader:

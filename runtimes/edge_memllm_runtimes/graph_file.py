@@ -10,6 +10,7 @@ needed. What a graph means is the business of `graph_check`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 import struct
@@ -171,6 +172,7 @@ class GraphFile:
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
     packed_offsets: frozenset[int]  # of repacked weights in the file beside it
+    repacked: frozenset[str]  # the weights that those are copies of
 
     @property
     def external_files(self) -> set[str]:
@@ -185,7 +187,7 @@ def read_graph(data: bytes) -> GraphFile:
     """
     model = read_messages(data)
     graph = model.get("graph", {})
-    packed: set[int] = set()
+    packed: dict[str, list[int]] = {}
     tensors = [_tensor(each, packed) for each in graph.get("initializer", ())]
     opsets = model.get("opset_import", ())
     return GraphFile(
@@ -197,7 +199,8 @@ def read_graph(data: bytes) -> GraphFile:
         tensors=_unique([(each.name, each) for each in tensors], "initializer"),
         inputs=tuple(_value(each) for each in graph.get("input", ())),
         outputs=tuple(_value(each) for each in graph.get("output", ())),
-        packed_offsets=frozenset(packed),
+        packed_offsets=frozenset(itertools.chain.from_iterable(packed.values())),
+        repacked=frozenset(packed),
     )
 
 
@@ -306,7 +309,7 @@ class _Reader:
             raise _malformed(f"it has more than {_MAX_FIELDS} parts")
 
 
-def _tensor(fields: dict[str, Any], packed: set[int]) -> Tensor:
+def _tensor(fields: dict[str, Any], packed: dict[str, list[int]]) -> Tensor:
     name, dims = fields.get("name", ""), tuple(fields.get("dims", ()))
     data_type = fields.get("data_type", 0)
     if data_type not in ITEM_BYTES:
@@ -320,7 +323,8 @@ def _tensor(fields: dict[str, Any], packed: set[int]) -> Tensor:
         raise _malformed(f"{name!a:.80} has its bytes in two places or in none")
     if outside:
         where, start, size = _place(name, outside)
-        packed.update(_packed_offsets(outside))
+        if offsets := _packed_offsets(outside):
+            packed[name] = offsets
     else:
         where, (start, end) = None, fields["raw_data"]
         size = end - start

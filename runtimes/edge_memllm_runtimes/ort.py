@@ -32,7 +32,7 @@ from edge_memllm_runtimes.ort_session import (
     pack_graph,
     require_device,
 )
-from edge_memllm_runtimes.packed_weights import packed_graph
+from edge_memllm_runtimes.packed_weights import forget_originals, packed_graph
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
@@ -168,7 +168,9 @@ def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
         unasked=options.packed_unasked,
         progress=options.progress,
     )
-    return open_packed(graph, artifact, options)
+    session = open_packed(graph, artifact, options)
+    forget_originals(graph)
+    return session
 
 
 def _run(session: Any, binding: Any, how: Any) -> None:

@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from edge_memllm.errors import RequestError, StorageError
+from edge_memllm.process.limits import available_memory
 from edge_memllm.readers import Reader, Region, choice, open_reader
-from edge_memllm.readers.choice import available_memory
 from edge_memllm.readers.direct import DirectReader
 from edge_memllm.readers.pread import PreadReader
 from edge_memllm.readers.uring import UringReader

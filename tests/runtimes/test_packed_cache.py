@@ -29,7 +29,10 @@ from edge_memllm.store import store
 from edge_memllm_runtimes import ort
 from edge_memllm_runtimes import packed_weights as packed_cache
 from edge_memllm_runtimes.cpu_graph import for_cpu
+from edge_memllm_runtimes.graph_file import read_graph
+from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.packed_weights import packed_graph, processor_kind
+from edge_memllm_runtimes.runtime import open_runtime
 from support.checkpoints import MakeArtifact, files_of
 from support.runtimes import ARTIFACTS
 
@@ -507,3 +510,19 @@ def test_what_another_version_made_goes_and_what_nobody_used_for_a_month(
     old.rename(home / "packed" / "old")
     loaded(artifact)
     assert sorted(home.joinpath("packed").iterdir()) == sorted([old, *others[1:]])
+
+
+@pytest.mark.skipif(not hasattr(os, "posix_fadvise"), reason="the system keeps its page cache")
+@pytest.mark.parametrize(("memory", "dropped"), [(1 << 20, True), (1 << 40, False), (None, False)])
+def test_where_memory_is_short_originals_leave_the_page_cache(
+    artifact: Path, cache: Path, monkeypatch: pytest.MonkeyPatch, memory: int, dropped: bool
+) -> None:
+    advised = []
+    monkeypatch.setattr(os, "posix_fadvise", lambda _, *given: advised.append(given))
+    monkeypatch.setattr(packed_cache, "available_memory", lambda: memory)
+    with Artifact.open(artifact) as opened:
+        open_runtime(opened, "cpu", RuntimeOptions(threads=1, packed_cache=cache)).close()
+    graph = read_graph((made(cache) / "graph.onnx").read_bytes())
+    originals = [graph.tensors[name] for name in graph.repacked]
+    expected = {(each.start, each.size, os.POSIX_FADV_DONTNEED) for each in originals}
+    assert set(advised) == (expected if dropped else set())
