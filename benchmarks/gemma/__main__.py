@@ -8,7 +8,8 @@
 
 ``make`` writes a folder of transformers in bfloat16 and a GGUF file in Q4_0, ``export`` our
 artifact of the folder, timed. ``measure`` adds rounds to those that are stored until there are as
-many as asked for; it can be ended and taken up again, and ``--again`` begins anew. ``limit`` runs
+many as asked for; it can be ended and taken up again, and ``--again`` begins anew. A llama.cpp
+that was compiled here (llama-cpp-python) has rounds of its own. ``limit`` runs
 each contender without a limit of memory and in groups of 2 and 1.5 GB (Linux, root). All store
 their figures in docs/results/gemma.json, and write its page. E2B takes 18 GB of disk.
 """
@@ -25,7 +26,8 @@ from benchmarks.gemma.making import FORMS, Place, export, make_sources
 from benchmarks.gemma.measuring import limited, measure, pack
 from benchmarks.gemma.page import write_page
 from benchmarks.gemma.shapes import SHAPES
-from benchmarks.gemma.store import EXPORTS, LIMITED, ROUNDS, SIZES, keep, part
+from benchmarks.gemma.store import COMPILED, EXPORTS, LIMITED, ROUNDS, SIZES, keep, part
+from benchmarks.peers.llama_library import is_compiled
 
 
 def main(words: Sequence[str] | None = None) -> int:
@@ -60,10 +62,11 @@ def _measure(place: Place, arguments: argparse.Namespace, _: Sequence[str]) -> N
     place.check()
     pack(place, arguments.threads)
     keep(place.shape, SIZES, place.sizes(), arguments.threads)
-    rounds = [] if arguments.again else part(place.shape, ROUNDS, [])
+    key = COMPILED if is_compiled() else ROUNDS
+    rounds = [] if arguments.again else part(place.shape, key, [])
     while len(rounds) < arguments.rounds:
         rounds.append(measure(place, len(rounds), arguments.threads))
-        keep(place.shape, ROUNDS, rounds, arguments.threads)
+        keep(place.shape, key, rounds, arguments.threads)
         _say(f"round {len(rounds)} of {arguments.rounds}")
 
 

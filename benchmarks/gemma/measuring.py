@@ -129,7 +129,8 @@ def limited(
     of = {each.name: each for each in contenders(place)}
     mapped = Contender(MAPPED, MAPPED, "llama", "gguf", {"mmap": True})
     unmapped = Contender(UNMAPPED, UNMAPPED, "edge", None, {"packed_cache": None})
-    for contender in (of[OURS], unmapped, mapped, of[LAZY]):
+    ours = [of[name] for name in (OURS, TWO_BITS) if name in of]
+    for contender in (*ours, unmapped, mapped, of[LAZY]):
         for limit in (None, *LIMITS):
             name = contender.name
             if (name, limit) not in done:
@@ -158,7 +159,8 @@ def _within(place: Place, contender: Contender, limit: int | None, threads: int)
 def _files(place: Place, contender: Contender) -> list[Any]:
     if contender.model is not None:
         return [place.gguf]
-    folders = (place.artifact("int4"), place.packed("int4"))
+    form = "int2" if contender.name == TWO_BITS else "int4"
+    folders = (place.artifact(form), place.packed(form))
     return [file for folder in folders for file in folder.rglob("*") if file.is_file()]
 
 

@@ -11,7 +11,7 @@ from benchmarks.gemma.bars import bars
 from benchmarks.gemma.figures import FIGURES, Rounds, names, ratios, values
 from benchmarks.gemma.measuring import DISTURBANCE, OURS, STEPS
 from benchmarks.gemma.shapes import PUBLISHED
-from benchmarks.gemma.store import EXPORTS, LIMITED, RESULTS, ROUNDS, SIZES, stored
+from benchmarks.gemma.store import COMPILED, EXPORTS, LIMITED, RESULTS, ROUNDS, SIZES, stored
 from benchmarks.generated import write_files
 from benchmarks.peers.page import markdown
 from edge_memllm.svg import Box, beside, dot, frame, picture, spanning
@@ -81,6 +81,14 @@ def _shape_part(shape: str, found: Mapping[str, Any]) -> Iterator[str]:
         yield markdown(["", "asked", "found", ""], asked) + "\n"
     if found.get(ROUNDS):
         yield from _rounds_part(found[ROUNDS], found["threads"])
+    if found.get(COMPILED):
+        yield (
+            "The same beside a llama.cpp that was compiled for this processor, which the prebuilt "
+            "one is not:\n"
+        )
+        if shape == "e2b":
+            yield markdown(["", "asked", "found", ""], bars({ROUNDS: found[COMPILED]})) + "\n"
+        yield from _rounds_part(found[COMPILED], found["threads"])
     if found.get(LIMITED):
         yield from _limited_part(found[LIMITED])
     if found.get(EXPORTS):

@@ -14,6 +14,7 @@ from benchmarks.gemma.shapes import PUBLISHED
 
 RESULTS = Path(__file__).parents[2] / "docs" / "results" / "gemma.json"
 ROUNDS, LIMITED, EXPORTS, SIZES = "rounds", "limited", "exports", "bytes"
+COMPILED = "rounds, compiled"  # beside a llama.cpp that was compiled for the processor
 _PACKAGES = ("edge-memllm", "onnxruntime", "xllamacpp", "llama-cpp-python", "numpy")
 
 
