@@ -40,7 +40,7 @@ python -m benchmarks.gemma limit --folder DIR            # in groups of 2 and 1.
 
 For the rounds beside a llama.cpp that is compiled here, llama-cpp-python is installed from source
 with `CMAKE_ARGS="-DGGML_NATIVE=OFF -DGGML_AVX512=ON -DGGML_AVX512_VNNI=ON"` and what else the
-processor has: left to itself (`-DGGML_NATIVE=ON`) it took AMX too, and ended in a segmentation fault.
+processor has: left to itself (`-DGGML_NATIVE=ON`) it takes AMX too, and crashed here.
 
 *Table in memory* is llama.cpp without mapping and without its lazy mode, and ours with `--reader
 ram`; *lazy* is llama.cpp with `--lazy-mode on`, which maps the table and reads rows as they are
