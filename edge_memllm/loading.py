@@ -17,15 +17,22 @@ from pathlib import Path
 from typing import Annotated, Any
 
 from edge_memllm.artifact.folder import Artifact
+from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.checked_values import is_integer, wrong_value
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.engine.request import check_positive
 from edge_memllm.errors import EdgeMemLLMError, RequestError, RuntimeUnavailableError
-from edge_memllm.memory_plan import Choices, MemoryPlan, packs_by_itself, plan_memory
+from edge_memllm.memory_plan import (
+    Choices,
+    MemoryPlan,
+    packs_by_itself,
+    plan_memory,
+)
 from edge_memllm.model import Model
 from edge_memllm.options import DEVICES, Device, Option, byte_size, called_with, positive_int
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.table import CACHE_BYTES
+from edge_memllm.process.memory_account import MemoryShare
 from edge_memllm.progress import Progress
 from edge_memllm.readers import ReaderName, reader_names
 from edge_memllm.runtime_protocol import Runtime
@@ -148,6 +155,7 @@ class LoadOptions:
     export: bool = False
     export_options: Mapping[str, Any] | None = None
     progress: Progress | None = None
+    memory_share: MemoryShare | None = None
 
 
 @called_with(LoadOptions)
@@ -175,6 +183,7 @@ def load(options: LoadOptions) -> Model:
     folder that keeps weights as this CPU wants them, which takes them out of anonymous memory;
     "auto" takes one in the user's cache for large graphs, and goes without where that cannot be;
     None keeps nothing.
+    `memory_share` is in place of a limit where several models of a process share one.
     `cuda_graph` records a decode step on CUDA and replays it.
 
     `overlays` are files (docs/overlays.md) that change rows of chosen tokens, in this order; a
@@ -219,6 +228,22 @@ def load(options: LoadOptions) -> Model:
     return model
 
 
+@called_with(LoadOptions)
+def plan_loading(options: LoadOptions) -> tuple[Manifest, MemoryPlan]:
+    """Return what an artifact is, and what it would take, without loading it.
+
+    Where `device` is "auto" that is counted as on a CPU. Raises as `load` does.
+    """
+    from edge_memllm_runtimes import usable_devices
+
+    _check(options)
+    with Artifact.open(_artifact_folder(options), check_graph=False) as artifact:
+        device = usable_devices(artifact, options.device)[-1]
+        packed = _packed_folder(device, options, artifact)
+        before = process_memory().anon_bytes
+        return artifact.manifest, _plan(device, options, artifact, before, packed)
+
+
 def _bytes(options: LoadOptions, name: str) -> int | None:
     """Return a size, which may be given as words such as "1GB". Raises `RequestError`."""
     value = getattr(options, name)
@@ -244,6 +269,11 @@ def _check(options: LoadOptions) -> None:
         raise wrong_value("record_cache", cache, "bytes, 0 for none")
     if options.export_options is not None and not options.export:
         raise RequestError("export_options are given, and export is not. Give export=True.")
+    if options.memory_share is not None and options.memory_limit is not None:
+        raise RequestError(
+            "memory_limit and memory_share are both given: a share is part of another limit. Leave "
+            "one of the two out."
+        )
     if options.hot_text is not None and not cache:
         raise RequestError(
             "hot_text says what to keep in the record cache, and there is none. Give record_cache."
@@ -319,6 +349,7 @@ def _opened(device: str, options: LoadOptions, artifact: Artifact, plan: MemoryP
         threads=options.threads,
         kv_bytes=plan.kv_bytes,
         score_bytes=plan.score_bytes,
+        memory_share=options.memory_share,
         packed_cache=plan.packed_cache,
         packed_unasked=options.packed_cache == AUTO,
         arena_bytes=plan.arena_bytes,

@@ -269,6 +269,16 @@ class MemoryPlan:
         """What there should be right after loading, besides the interpreter and libraries."""
         return sum(item.bytes for item in self.items[1:] if item.at_load)
 
+    @property
+    def model_bytes(self) -> int:
+        """What the model takes besides the interpreter and libraries, without keys and values."""
+        return total(self.items[1:])
+
+    def first_bytes(self, manifest: Manifest, texts: int) -> int:
+        """Bytes of keys, values and attention with which so many texts side by side begin."""
+        position = texts * self.position_bytes + self.score_bytes
+        return _first_positions(manifest, texts * self.window_bytes, position)[1]
+
     def as_dict(self) -> dict[str, Any]:
         """Return the plan as a dict for JSON, line by line."""
         plan: dict[str, Any] = {

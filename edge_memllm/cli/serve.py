@@ -1,4 +1,4 @@
-"""``edge-memllm serve``: a model behind OpenAI's protocol."""
+"""``edge-memllm serve``: models behind OpenAI's protocol."""
 
 from __future__ import annotations
 
@@ -7,31 +7,36 @@ import os
 import sys
 from argparse import ArgumentTypeError
 from collections.abc import Iterator
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from contextlib import ExitStack, contextmanager
+from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
 from pathlib import Path
-from time import monotonic, sleep
+from threading import current_thread, main_thread
 from typing import TYPE_CHECKING, Annotated
 
-from edge_memllm.cli.models import Yes, load_model
+import edge_memllm
+from edge_memllm.cli.models import Yes, load_model, local_artifact
 from edge_memllm.cli.options import Command, Json
-from edge_memllm.cli.output import read_text, write_json
+from edge_memllm.cli.output import StageBars, read_text, write_json
 from edge_memllm.engine.feeding import SERVING_CHUNK
 from edge_memllm.engine.request import start_token
 from edge_memllm.errors import RequestError, missing_extra
-from edge_memllm.loading import LoadOptions
+from edge_memllm.loading import LoadOptions, plan_loading
+from edge_memllm.memory_plan import BASE_BYTES, Item, arithmetic, total
 from edge_memllm.model import Model
-from edge_memllm.options import Group, Option, positive_int
+from edge_memllm.options import Group, Option, byte_size, keywords, positive_int
 from edge_memllm.process.interrupts import leave
+from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
 from edge_memllm.server.settings import KEY_VARIABLE, Settings
+from edge_memllm.statistics import process_memory
 from edge_memllm.store.source import hub_source
 from edge_memllm.text.chat import ChatTemplate
 
 if TYPE_CHECKING:
     import socket
 
-    from edge_memllm.server.service import Service
+    from edge_memllm.server.models import ServedModel, ServedModels
+    from edge_memllm.server.service import ServerState, Service
 
 
 LEAST_KEY = 8
@@ -41,9 +46,12 @@ _PATIENCE = 3.0  # seconds
 _PACKAGES = ("starlette", "uvicorn")
 
 _DESCRIPTION = """\
-Serve a model over HTTP, in the words of OpenAI's API and Anthropic's: completions, chat where the
+Serve models over HTTP, in the words of OpenAI's API and Anthropic's: completions, chat where the
 model has a template, tools, streaming, likelihoods, JSON by a schema. Many requests run together;
 each distinct token of a step is read from storage once. docs/serving.md has the details.
+
+Of several models the first is loaded now and the others when a request names them; within
+--memory-limit the one that is longest unused makes room.
 
 It listens to this machine alone unless --host says otherwise. Ctrl-C, or SIGTERM, lets replies
 under way finish; a second one ends at once."""
@@ -63,10 +71,21 @@ def port_number(text: str) -> int:
     return value
 
 
-@dataclass(frozen=True, kw_only=True)
+@dataclass(frozen=True)
 class ServeOptions:
     """What may be asked of ``edge-memllm serve``."""
 
+    models: Annotated[
+        tuple[Path, ...],
+        Option(
+            "exported models, or what to export them of first: folders of checkpoints, .gguf "
+            "files, org/name of the Hugging Face Hub; or names that 'list' shows",
+            metavar="MODEL",
+            parse=Path,
+            several="words",
+        ),
+    ]
+    _: KW_ONLY
     chat_template: Annotated[
         Path | None,
         Option("a Jinja template that makes a prompt of chat messages", unset="the artifact's"),
@@ -119,7 +138,14 @@ class ServeOptions:
             group="work",
         ),
     ] = False
-    loading: Annotated[LoadOptions, Group("loading", unset={"prefill_chunk": str(SERVING_CHUNK)})]
+    loading: Annotated[
+        LoadOptions,
+        Group(
+            "loading",
+            without={"path": Path()},
+            unset={"prefill_chunk": str(SERVING_CHUNK)},
+        ),
+    ]
 
 
 def settings_of(options: ServeOptions) -> Settings:
@@ -135,27 +161,60 @@ def settings_of(options: ServeOptions) -> Settings:
             )
     return replace(
         asked,
-        model_id=_model_id(options),
+        model_id=model_names(options)[0],
         api_keys=_keys(options),
         origins=tuple(map(checked_origin, asked.origins)),
         hosts=tuple(map(checked_host, asked.hosts)),
     )
 
 
-def _model_id(options: ServeOptions) -> str:
-    path = Path(options.loading.path)
-    hub = hub_source(path)
-    local = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
-    found = options.name or (local if hub is None else hub.model.repository)
+def model_names(options: ServeOptions) -> list[str]:
+    """Return what requests call the models by. Raises `RequestError` for what cannot be."""
+    several = len(options.models) > 1
+    if several:
+        _refuse_for_several(options)
+    found = [_name_of(path) for path in options.models]
+    if options.name is not None:
+        found = [options.name]
     for name, option in (
-        (found, "--name"),
+        *((each, "another folder, or --name" if several else "--name") for each in found),
         *((each, "--alias") for each in options.settings.aliases),
     ):
         if not name.isprintable() or not name.strip():
             raise RequestError(
                 f"the model's name is {name!r}, which nobody can type. Give {option}."
             )
+    for name in found:
+        if found.count(name) > 1:
+            raise RequestError(
+                f"two models are called {name!r}, and requests name one. Give one of the folders "
+                "another name, or serve them apart."
+            )
     return found
+
+
+def _refuse_for_several(options: ServeOptions) -> None:
+    loading = options.loading
+    given = {
+        "--name": options.name,
+        "--alias": options.settings.aliases,
+        "--chat-template": options.chat_template,
+        "--overlay": loading.overlays,
+        "--vram-limit": loading.vram_limit,
+        "--hot-text": loading.hot_text,
+    }
+    for option, value in given.items():
+        if value:
+            raise RequestError(
+                f"{option} is for one model, and {len(options.models)} are served. Leave it out, "
+                "or serve one model."
+            )
+
+
+def _name_of(path: Path) -> str:
+    hub = hub_source(path)
+    local = path.stem if path.suffix.lower() == ".gguf" else path.resolve().name
+    return local if hub is None else hub.model.repository
 
 
 def _keys(options: ServeOptions) -> tuple[str, ...]:
@@ -189,11 +248,104 @@ def execute(options: ServeOptions) -> int:
     with (
         _logging_to_stderr(settings),
         bound_socket(settings.host, options.port) as bound,
-        load_model(options.loading, yes=options.yes) as model,
     ):
-        path = options.chat_template
-        template = None if path is None else _template(path, model)
-        return _serve(model, template, settings, bound, options)
+        models = _served_models(options, settings)
+        try:
+            models.load(models.all[0])
+            return _serve(models, bound, options)
+        finally:
+            models.close(_PATIENCE)
+
+
+def _served_models(options: ServeOptions, settings: Settings) -> ServedModels:
+    """Return the models, none of them loaded; what is to be exported first is."""
+    from edge_memllm.server.models import ServedModel, ServedModels
+    from edge_memllm.server.service import ServerState
+
+    state = ServerState(settings)
+    names, limit = model_names(options), options.loading.memory_limit
+    if len(names) == 1:
+        opening = Opening(options, options.models[0], settings, state)
+        models = [ServedModel(names[0], opening.open, {}, settings.aliases)]
+        return ServedModels(state, models, idle_seconds=settings.idle_seconds)
+    base = max(BASE_BYTES, process_memory().anon_bytes or 0)
+    account = None if limit is None else MemoryAccount(max(0, _as_bytes(limit) - base))
+    models = []
+    for name, source in zip(names, options.models, strict=True):
+        with StageBars() as bars:
+            path = local_artifact(source, bars, yes=options.yes)
+        own = replace(settings, model_id=name)
+        models.append(_planned(Opening(options, path, own, state), account, base))
+    return ServedModels(state, models, account=account, idle_seconds=settings.idle_seconds)
+
+
+def _as_bytes(limit: int | str) -> int:
+    return byte_size(limit) if isinstance(limit, str) else limit
+
+
+@dataclass(frozen=True)
+class Opening:
+    """How one model is opened, as often as it has to be."""
+
+    options: ServeOptions
+    path: Path
+    settings: Settings
+    state: ServerState
+
+    def open(self, share: MemoryShare | None) -> Service:
+        """Load the model and start its engine."""
+        from edge_memllm.engine.engine import Engine
+        from edge_memllm.server.service import Service
+
+        options, loading = self.options, replace(self.options.loading, path=self.path)
+        if share is not None:
+            loading = replace(loading, memory_limit=None, memory_share=share)
+        with ExitStack() as opened:
+            if current_thread() is main_thread():
+                model = load_model(loading, yes=options.yes)
+            else:  # while the server runs: there is nobody to ask, and no bar to show
+                model = edge_memllm.load(**keywords(loading))
+            opened.enter_context(model)
+            path = options.chat_template
+            template = None if path is None else _template(path, model)
+            engine = Engine(
+                model,
+                slots=options.slots,
+                queue=options.queue,
+                per_client=options.per_client,
+                prefill_chunk=options.loading.prefill_chunk,
+                batch_invariant=options.batch_invariant,
+            )
+            opened.callback(engine.close)
+            service = Service(engine, self.settings, template, self.state)
+            opened.pop_all()
+        return service
+
+
+def _planned(opening: Opening, account: MemoryAccount | None, base: int) -> ServedModel:
+    """Return a model with what its manifest tells, and its share of the memory."""
+    from edge_memllm.server.models import ServedModel, manifest_facts
+
+    options, name = opening.options, opening.settings.model_id
+    loading = replace(options.loading, path=opening.path, memory_limit=None)
+    manifest, plan = plan_loading(**keywords(loading))
+    facts = manifest_facts(manifest)
+    if account is None:
+        return ServedModel(name, opening.open, facts)
+    first = plan.first_bytes(manifest, options.slots)
+    share = MemoryShare(account, plan.model_bytes, first, plan.score_bytes)
+    facts["memory_bytes"] = share.least_bytes
+    refusal = None
+    if share.least_bytes > account.limit:
+        texts = f"keys and values with which {options.slots} texts begin"
+        lines = [Item(plan.items[0].what, base), *plan.items[1:], Item(texts, first)]
+        refusal = (
+            f"the model '{name}' does not fit: memory_limit is {account.limit + base:,} bytes and "
+            f"about {total(lines):,} are needed:\n{arithmetic(lines)}\nRaise the limit, or lower "
+            "slots or prefill_chunk."
+        )
+        print(f"warning: {refusal}", file=sys.stderr)
+    return ServedModel(name, opening.open, facts, share=share, refusal=refusal)
 
 
 def _template(path: Path, model: Model) -> ChatTemplate:
@@ -211,60 +363,38 @@ def _template(path: Path, model: Model) -> ChatTemplate:
     return template
 
 
-def _serve(
-    model: Model,
-    template: ChatTemplate | None,
-    settings: Settings,
-    bound: socket.socket,
-    options: ServeOptions,
-) -> int:
-    from edge_memllm.engine.engine import Engine
+def _serve(models: ServedModels, bound: socket.socket, options: ServeOptions) -> int:
     from edge_memllm.server.server import Server
-    from edge_memllm.server.service import Service
 
-    with Engine(
-        model,
-        slots=options.slots,
-        queue=options.queue,
-        per_client=options.per_client,
-        prefill_chunk=options.loading.prefill_chunk,
-        batch_invariant=options.batch_invariant,
-    ) as engine:
-        service = Service(engine, settings, template)
-        server = Server(service)
-        _announce(service, bound, as_json=options.json)
-        server.run(sockets=[bound])
-        if not (engine.close(_PATIENCE) and _at_rest(service)):
-            # Nothing that they use may be closed, and no thread can be stopped.
-            print("error: work on a request does not come back. Left it there.", file=sys.stderr)
-            leave(EXIT_STUCK)
+    server = Server(models)
+    _announce(models, bound, options)
+    server.run(sockets=[bound])
+    if not models.close(_PATIENCE):
+        # Nothing that they use may be closed, and no thread can be stopped.
+        print("error: work on a request does not come back. Left it there.", file=sys.stderr)
+        leave(EXIT_STUCK)
     return 0
 
 
-def _at_rest(service: Service) -> bool:
-    """Wait a moment for threads whose work nobody waits for any more; False if one goes on."""
-    until = monotonic() + _PATIENCE
-    while service.busy and monotonic() < until:
-        sleep(0.01)
-    return not service.busy
-
-
-def _announce(service: Service, bound: socket.socket, *, as_json: bool) -> None:
+def _announce(models: ServedModels, bound: socket.socket, options: ServeOptions) -> None:
     """Say where the server is, before it listens: it does from the next moment on."""
     from edge_memllm.server.guard import missing_protection
 
-    settings, engine = service.settings, service.engine.statistics
-    url = _url(bound)
+    settings, first = models.state.settings, models.all[0]
+    url, chat, slots = _url(bound), bool(first.facts["chat"]), first.facts["slots"]
     for warning in missing_protection(settings):
         print(f"warning: {warning}", file=sys.stderr)
-    if as_json:
-        chat = service.template is not None
-        write_json({"url": url, "model": settings.model_id, "slots": engine.slots, "chat": chat})
+    if options.json:
+        names = [each.name for each in models.all]
+        told = {"url": url, "model": first.name, "models": names, "slots": slots, "chat": chat}
+        write_json(told)
         sys.stdout.flush()
         return
-    kinds = "completions and chat" if service.template else "completions (no chat template)"
+    kinds = "completions and chat" if chat else "completions (no chat template)"
     key = "with a key" if settings.api_keys else "without a key"
-    print(f"{settings.model_id} at {url}: {kinds}, {engine.slots} at once, {key}", file=sys.stderr)
+    print(f"{first.name} at {url}: {kinds}, {slots} at once, {key}", file=sys.stderr)
+    if others := [each.name for each in models.all[1:]]:
+        print(f"when they are asked for: {', '.join(others)}", file=sys.stderr)
     print(f"a page for people: {url}/   for programs: {url}/v1   Ctrl-C ends", file=sys.stderr)
 
 

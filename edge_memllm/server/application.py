@@ -7,8 +7,8 @@ page. What generates is in `replies`.
 from __future__ import annotations
 
 import hashlib
+from collections import Counter
 from collections.abc import Iterator
-from dataclasses import asdict
 from functools import partial
 from importlib.resources import files
 from importlib.resources.abc import Traversable
@@ -26,10 +26,9 @@ from starlette.types import ASGIApp
 
 from edge_memllm.errors import EdgeMemLLMError
 from edge_memllm.server.calls import read_chat, read_completion
-from edge_memllm.server.fields import (
-    ApiError,
-)
+from edge_memllm.server.fields import ApiError, explained
 from edge_memllm.server.guard import Guard, Journal
+from edge_memllm.server.models import ServedModel, ServedModels
 from edge_memllm.server.protocols.messages_reply import MessageWriter, error_response
 from edge_memllm.server.protocols.messages_request import read_message
 from edge_memllm.server.protocols.responses_reply import ResponseWriter
@@ -37,9 +36,9 @@ from edge_memllm.server.protocols.responses_request import read_response
 from edge_memllm.server.protocols.tokens import TextTokens
 from edge_memllm.server.replies import GenerationEndpoint
 from edge_memllm.server.reply_format import ChatFormat, ChunkWriter, CompletionFormat
-from edge_memllm.server.service import CONTENT_TYPE, Service
+from edge_memllm.server.service import CONTENT_TYPE
+from edge_memllm.server.settings import Settings
 from edge_memllm.statistics import process_memory
-from edge_memllm.text.tools.prompt import template_format
 
 _UNAVAILABLE = 503
 
@@ -74,19 +73,19 @@ _LEFT = 499  # what nobody gets to see, for nobody is there
 _ONE_DAY = 24 * 60 * 60
 
 
-def application(service: Service) -> ASGIApp:
-    """Return the ASGI application over a service."""
-    routes = [*_routes(service), *page_routes()]
+def application(models: ServedModels) -> ASGIApp:
+    """Return the ASGI application over the models of a server."""
+    routes = [*_routes(models), *page_routes()]
 
     async def explain(_: Request, error: Exception) -> Response:
-        return service.explained(error).response()
+        return explained(error).response()
 
     async def nothing(_: Request, error: Exception) -> Response:
         return Response(status_code=_LEFT)
 
     app = Starlette(
         routes=routes,
-        middleware=list(_layers(service)),
+        middleware=list(_layers(models.state.settings)),
         exception_handlers={
             ApiError: explain,
             EdgeMemLLMError: explain,
@@ -96,16 +95,15 @@ def application(service: Service) -> ASGIApp:
         },
     )
     app.router.redirect_slashes = False
-    return Journal(app, service.metrics, [route.path for route in routes])
+    return Journal(app, models.state.metrics, [route.path for route in routes])
 
 
 async def _not_here(why: str, _: Request) -> Response:
     raise ApiError(400, why, code="unsupported_endpoint")
 
 
-def _layers(service: Service) -> Iterator[Middleware]:
+def _layers(settings: Settings) -> Iterator[Middleware]:
     """Yield the layers from the outside; errors of the inner ones can be read across origins."""
-    settings = service.settings
     if settings.origins:
         yield Middleware(
             CORSMiddleware,
@@ -118,14 +116,14 @@ def _layers(service: Service) -> Iterator[Middleware]:
     yield Middleware(Guard, settings)
 
 
-def _routes(service: Service) -> Iterator[Route]:
-    information, tokens = Information(service), TextTokens(service)
-    chat = GenerationEndpoint(service, read_chat, partial(ChunkWriter, ChatFormat()))
+def _routes(models: ServedModels) -> Iterator[Route]:
+    information, tokens = Information(models), TextTokens(models)
+    chat = GenerationEndpoint(models, read_chat, partial(ChunkWriter, ChatFormat()))
     completions = GenerationEndpoint(
-        service, read_completion, partial(ChunkWriter, CompletionFormat())
+        models, read_completion, partial(ChunkWriter, CompletionFormat())
     )
-    responses = GenerationEndpoint(service, read_response, ResponseWriter)
-    messages = GenerationEndpoint(service, read_message, MessageWriter, error_response)
+    responses = GenerationEndpoint(models, read_response, ResponseWriter)
+    messages = GenerationEndpoint(models, read_message, MessageWriter, error_response)
     for prefix in (VERSION, ""):
         yield Route(f"{prefix}/completions", completions, methods=["POST"])
         yield Route(f"{prefix}/chat/completions", chat, methods=["POST"])
@@ -144,60 +142,57 @@ def _routes(service: Service) -> Iterator[Route]:
 
 
 class Information:
-    """Answers from what the service knows; no engine work."""
+    """Answers from what the server knows; no engine work, and nothing is loaded for it."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
 
     async def models(self, _: Request) -> Response:
         """`GET /v1/models`."""
-        names = (self._service.settings.model_id, *self._service.settings.aliases)
-        return JSONResponse({"object": "list", "data": [self._model(name) for name in names]})
+        data = [
+            self._model(name, model)
+            for model in self._models.all
+            for name in (model.name, *model.aliases)
+        ]
+        return JSONResponse({"object": "list", "data": data})
 
     async def model(self, request: Request) -> Response:
         """`GET /v1/models/{id}`."""
         name = request.path_params["model"]
-        self._service.check_model_id(name, "model")
-        return JSONResponse(self._model(name))
+        return JSONResponse(self._model(name, self._models.find(name)))
 
-    async def overlays(self, _: Request) -> Response:
+    async def overlays(self, request: Request) -> Response:
         """`GET /v1/overlays`: those that are loaded, in the order in which they act."""
-        names = self._service.model.overlays
+        model = self._models.find(request.query_params.get("model"))
+        names = model.facts.get("overlays", ())
         data = [{"id": name, "object": "overlay"} for name in names]
         return JSONResponse({"object": "list", "data": data})
 
     async def health(self, _: Request) -> Response:
-        """`GET /health`: 200 while requests can be served."""
-        service = self._service
-        if not service.engine.running:
+        """`GET /health`: 200 while requests can be served; how many models are in which state."""
+        models = self._models
+        if not models.running:
             return JSONResponse({"status": "ended"}, _UNAVAILABLE)
-        trouble = service.trouble
+        states = dict(Counter(each.state for each in models.all))
+        trouble = models.trouble
         if trouble is not None:
-            return JSONResponse({"status": "degraded", "reason": trouble})
-        return JSONResponse({"status": "ok"})
+            return JSONResponse({"status": "degraded", "reason": trouble, "models": states})
+        return JSONResponse({"status": "ok", "models": states})
 
     async def metrics(self, _: Request) -> Response:
         """`GET /metrics`, for Prometheus."""
-        text = self._service.metrics.text(self._service.engine.statistics, process_memory())
+        models = self._models
+        text = models.state.metrics.text(models.statistics, process_memory())
         return Response(text, media_type=CONTENT_TYPE)
 
-    def _model(self, name: str) -> dict[str, Any]:
-        service = self._service
+    def _model(self, name: str, model: ServedModel) -> Json:
         return {
             "id": name,
             "object": "model",
-            "created": service.created,
+            "created": self._models.state.created,
             "owned_by": "edge-memllm",
-            "max_model_len": service.spec.max_position_embeddings,
-            "chat": service.template is not None,
-            "tools": None if service.template is None else template_format(service.template).name,
-            "identity": service.spec.identity,
-            "max_tokens": service.settings.limits.max_tokens,
-            "memory_layers": service.spec.memory.layers,
-            "record_bytes": service.model.manifest.layout.record_bytes,
-            "reader": service.model.reader,
-            "device": service.model.device,
-            "sampling": asdict(service.model.sampling),
+            "state": model.state,
+            **model.facts,
         }
 
 

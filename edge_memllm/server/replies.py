@@ -26,8 +26,9 @@ from edge_memllm.engine.grammar import MakeConstraint
 from edge_memllm.engine.reply import Reply, ReplyPiece
 from edge_memllm.errors import DeadlineError
 from edge_memllm.server.calls import Call
-from edge_memllm.server.fields import ApiError, Body, BodyFields, parsed, received
+from edge_memllm.server.fields import ApiError, Body, BodyFields, explained, parsed, received
 from edge_memllm.server.guard import client_of
+from edge_memllm.server.models import ServedModels
 from edge_memllm.server.reply_format import (
     WAITING,
     Addition,
@@ -52,13 +53,14 @@ class GenerationEndpoint:
 
     def __init__(
         self,
-        service: Service,
+        models: ServedModels,
         read: ReadCall,
         write: MakeWriter,
         refuse: Callable[[ApiError], Response] = ApiError.response,
     ) -> None:
         """Take what an endpoint is; `refuse` says how an error looks before a reply begins."""
-        self._service = service
+        self._models = models
+        self._state = models.state
         self._read = read
         self._write = write
         self._refuse = refuse
@@ -79,55 +81,69 @@ class GenerationEndpoint:
         except Exception as error:
             if begun:
                 raise
-            await self._refuse(self._service.explained(error))(scope, receive, send)
+            await self._refuse(explained(error))(scope, receive, send)
 
     async def _answer(self, scope: Scope, receive: Receive, send: Send) -> None:
         since = monotonic()
         async with AsyncExitStack() as stack:
             try:
-                async with asyncio.timeout(self._service.settings.limits.reply_seconds):
-                    async with received(
-                        Request(scope, receive), self._limits, self._service.long_bodies
-                    ) as body:
-                        client = await stack.enter_async_context(_watched(receive))
-                        call = await client.wait_for(self._understood(body))
-                    constraint = await client.wait_for(
-                        self._service.constraint(call.form, call.tools)
-                    )
-                    replies = await self._service.quick.run(
-                        self._submit, call, client_of(scope), since, constraint
-                    )
+                async with asyncio.timeout(self._limits.reply_seconds):
+                    asked = await self._asked(scope, receive, since, stack)
             except TimeoutError:
                 raise self._too_late() from None
-            for reply in replies:
-                stack.callback(reply.cancel)
-                client.on_leaving(reply.cancel)
-            writer = self._write(self._service, call)
-            answer = _Answer(call, self._service, writer, replies, client)
-            if call.stream:
-                await answer.stream(send)
-            elif await answer.gather():
-                await JSONResponse(answer.whole())(scope, receive, send)
+            service, call, replies, client = asked
+            try:
+                answer = _Answer(call, service, self._write(service, call), replies, client)
+                if call.stream:
+                    await answer.stream(send)
+                elif await answer.gather():
+                    await JSONResponse(answer.whole())(scope, receive, send)
+            except ClientDisconnect:
+                raise
+            except Exception as error:
+                raise service.explained(error) from error
+
+    async def _asked(
+        self, scope: Scope, receive: Receive, since: float, stack: AsyncExitStack
+    ) -> tuple[Service, Call, list[Reply], _Client]:
+        """Read a request and ask the engine of its model, which is loaded for it if need be."""
+        async with received(Request(scope, receive), self._limits, self._state.long_bodies) as body:
+            client = await stack.enter_async_context(_watched(receive))
+            lane = self._state.lane(body)
+            fields = await client.wait_for(lane.run(self._parsed, body))
+            model = self._models.asked(fields)
+            service = await client.wait_for(self._models.kept(model, stack))
+            call = await client.wait_for(lane.run(self._read, fields, service))
+        constraint = await client.wait_for(service.constraint(call.form, call.tools))
+        replies = await self._state.quick.run(
+            self._submit, service, call, client_of(scope), since, constraint
+        )
+        for reply in replies:
+            stack.callback(reply.cancel)
+            client.on_leaving(reply.cancel)
+        return service, call, replies, client
 
     @property
     def _limits(self) -> Limits:
-        return self._service.settings.limits
+        return self._state.settings.limits
 
-    async def _understood(self, body: Body) -> Call:
-        return await self._service.lane(body).run(self._read_body, body)
-
-    def _read_body(self, body: Body) -> Call:
-        return self._read(BodyFields(parsed(body, self._limits)), self._service)
+    def _parsed(self, body: Body) -> BodyFields:
+        return BodyFields(parsed(body, self._limits))
 
     def _submit(
-        self, call: Call, client: str, since: float, constraint: MakeConstraint | None
+        self,
+        service: Service,
+        call: Call,
+        client: str,
+        since: float,
+        constraint: MakeConstraint | None,
     ) -> list[Reply]:
         """Ask for all prompts, or none: if the queue is full on the way, no reply is kept."""
         timeout = self._limits.reply_seconds
         with ExitStack() as undo:
             replies: list[Reply] = []
             for request in call.requests(client, timeout, since, constraint):
-                replies.append(self._service.engine.submit(request))
+                replies.append(service.engine.submit(request))
                 undo.callback(replies[-1].cancel)
             undo.pop_all()
         return replies

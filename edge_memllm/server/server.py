@@ -25,7 +25,7 @@ from edge_memllm.errors import RequestError
 from edge_memllm.process.interrupts import taking_one
 from edge_memllm.server.application import application
 from edge_memllm.server.fields import ApiError
-from edge_memllm.server.service import Service
+from edge_memllm.server.models import ServedModels
 from edge_memllm.server.settings import Limits
 
 _RETRY_SECONDS = 1
@@ -166,13 +166,13 @@ def bound_socket(host: str, port: int) -> socket.socket:
 class Server(uvicorn.Server):
     """Serves until it is told to end; `run(sockets=[...])` in a thread of the caller's choice."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
         self.forced = False
-        settings = service.settings
+        settings = models.state.settings
         super().__init__(
             uvicorn.Config(
-                application(service),
+                application(models),
                 http=partial(PatientProtocol, limits=settings.limits),  # type: ignore[arg-type]
                 ws="none",
                 lifespan="off",
@@ -202,11 +202,11 @@ class Server(uvicorn.Server):
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
         """Take nothing new, let the engine finish until the deadline, then end."""
-        engine, seconds = self._service.engine, self._service.settings.drain_seconds
+        models, seconds = self._models, self._models.state.settings.drain_seconds
         _log.info("ending: replies under way have %g s", seconds)
-        draining = asyncio.create_task(asyncio.to_thread(engine.drain, seconds, _GRACE_SECONDS))
+        draining = asyncio.create_task(asyncio.to_thread(models.drain, seconds, _GRACE_SECONDS))
         await super().shutdown(sockets)
         if self.forced:
-            await asyncio.to_thread(engine.close, _GRACE_SECONDS)
+            await asyncio.to_thread(models.drain, 0.0, _GRACE_SECONDS)
         if not await draining:
             _log.warning("ended before all replies were finished")

@@ -1,4 +1,4 @@
-"""What all endpoints share: the model, the engine over it, what was made of both, and metrics."""
+"""What endpoints share: a loaded model and the engine over it, the state of a server, metrics."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from collections import Counter, deque
 from collections.abc import Iterator, Mapping
 from functools import cached_property
 from itertools import accumulate
-from time import monotonic
+from time import monotonic, sleep
 
 from edge_memllm.engine.engine import Engine
 from edge_memllm.engine.grammar import MakeConstraint
@@ -72,28 +72,66 @@ _MEMORY: Mapping[str, tuple[str, str, str]] = {
 }
 
 
+class ServerState:
+    """What all models of a server share: settings, metrics, and threads that read requests."""
+
+    def __init__(self, settings: Settings) -> None:
+        self.settings = settings
+        self.metrics = Metrics()
+        self.created = int(time.time())
+        self.quick = Lane("short requests", _QUICK_THREADS)
+        self.thorough = Lane("long requests", 1)
+        self.schemas = Lane("schemas", 1, settings.limits.schemas_waiting)
+        self.long_bodies = asyncio.Semaphore(settings.limits.long_bodies)
+
+    @property
+    def busy(self) -> bool:
+        """Whether a thread still works on a request, be it that nobody waits for it."""
+        return any(lane.busy for lane in (self.quick, self.thorough, self.schemas))
+
+    def at_rest(self, patience: float) -> bool:
+        """Wait a moment for work that nobody waits for any more; False if some goes on."""
+        until = monotonic() + patience
+        while self.busy and monotonic() < until:
+            sleep(0.01)
+        return not self.busy
+
+    def lane(self, body: Body) -> Lane:
+        """Return where a body is to be read and its prompts are to be tokenized."""
+        return self.quick if body.brief else self.thorough
+
+
 class Service:
-    """Holds no request; safe to share. The engine and its model stay the caller's to close."""
+    """One model that is loaded, and the engine over it. Holds no request; safe to share."""
 
     def __init__(
-        self, engine: Engine, settings: Settings, template: ChatTemplate | None = None
+        self,
+        engine: Engine,
+        settings: Settings,
+        template: ChatTemplate | None = None,
+        state: ServerState | None = None,
     ) -> None:
         """Take an engine; `template` replaces the chat template of its model."""
+        self.state = state or ServerState(settings)
         self.engine = engine
         self.model = engine.model
         self.settings = settings
         self.template = template or self.model.tokenizer.chat_template
-        self.created = self.now()
-        self.metrics = Metrics()
+        self.metrics = self.state.metrics
         self.trouble: str | None = None  # why the last reply could not be read, if it was that
         self.spec = self.model.manifest.model
         self.grammars = self.model.grammars
         self.texts = TokenTexts(self.model.tokenizer, self.spec.vocab_size)
         self.token_bound = self.model.tokenizer.bound
-        self.quick = Lane("short requests", _QUICK_THREADS)
-        self.thorough = Lane("long requests", 1)
-        self.schemas = Lane("schemas", 1, settings.limits.schemas_waiting)
-        self.long_bodies = asyncio.Semaphore(settings.limits.long_bodies)
+        self.quick = self.state.quick
+        self.schemas = self.state.schemas
+
+    def close(self, patience: float) -> bool:
+        """End the engine and free the model; False, and it stays, where a step hangs."""
+        if not self.engine.close(patience):
+            return False
+        self.model.close()
+        return True
 
     @property
     def most_tokens(self) -> int:
@@ -107,15 +145,6 @@ class Service:
         graph, table = self.model.manifest.graph, self.model.manifest.table
         parts = (self.spec.identity, graph, table.codec, self.model.runtime.name)
         return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
-
-    @property
-    def busy(self) -> bool:
-        """Whether a thread still works on a request, be it that nobody waits for it."""
-        return any(lane.busy for lane in (self.quick, self.thorough, self.schemas))
-
-    def lane(self, body: Body) -> Lane:
-        """Return where a body is to be read and its prompts are to be tokenized."""
-        return self.quick if body.brief else self.thorough
 
     async def constraint(
         self, wanted: WantedForm | None, tools: ToolUse | None = None
@@ -182,8 +211,13 @@ class Service:
         """Raise `ApiError` for a model that is not served."""
         served = self.settings.model_id
         if name != served and name not in self.settings.aliases:
-            message = f"There is no model {shown(name)} here. This server has {shown(served)}."
-            raise ApiError(404, message, code="model_not_found", param=param)
+            raise unknown_model(name, shown(served), param)
+
+
+def unknown_model(name: str, there: str, param: str) -> ApiError:
+    """Return the error for a model that is not served; `there` are those that are."""
+    message = f"There is no model {shown(name)} here. This server has {there}."
+    return ApiError(404, message, code="model_not_found", param=param)
 
 
 class Metrics:

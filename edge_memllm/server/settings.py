@@ -127,6 +127,17 @@ class Settings:
             group="work",
         ),
     ] = 10.0
+    idle_seconds: Annotated[
+        float | None,
+        Option(
+            "free a model that nobody has asked for so long; the next request loads it again",
+            metavar="SECONDS",
+            parse=positive_number,
+            flag="--idle-unload",
+            unset="it stays",
+            group="work",
+        ),
+    ] = None
     log_requests: Annotated[bool, Option("a line on stderr for each request", group="work")] = False
     pulse_seconds: float = 10.0  # a waiting stream says so at this interval
     limits: Annotated[Limits, Group("limits of a request")] = field(default_factory=Limits)

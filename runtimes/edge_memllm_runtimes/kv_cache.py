@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
 from edge_memllm.process.forking import ProcessLock
+from edge_memllm.process.memory_account import MemoryShare
 from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
 
 if TYPE_CHECKING:
@@ -144,7 +145,7 @@ class GrowingCache(ABC):
         position_bytes: int = 0,
         window_bytes: int = 0,
         windows: Iterable[RollingWindow] = (),
-        budget: KVBudget | None = None,
+        budget: KVBudget | MemoryShare | None = None,
     ) -> None:
         """Take the bytes of one sequence, and what all caches share.
 

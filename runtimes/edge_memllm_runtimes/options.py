@@ -11,6 +11,7 @@ from pathlib import Path
 
 from edge_memllm.errors import RequestError
 from edge_memllm.process.limits import processor_share
+from edge_memllm.process.memory_account import MemoryShare
 from edge_memllm.progress import Progress
 
 _TOPOLOGY = Path("/sys/devices/system/cpu")
@@ -24,6 +25,7 @@ class RuntimeOptions:
     threads: int | None = None  # of a CPU; None takes one per physical core
     kv_bytes: int | None = None  # keys and values of all generations together
     score_bytes: int = 0  # part of `kv_bytes` that a position takes of attention, once per batch
+    memory_share: MemoryShare | None = None  # in place of both: what several models share
     packed_cache: Path | None = None  # CPU only: where repacked weights are kept between loads
     packed_unasked: bool = False  # nobody chose that folder: it must leave space, and stay small
     own_files: bool = False  # nobody else can change the artifact: its weights can be mapped

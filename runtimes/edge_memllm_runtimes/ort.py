@@ -19,6 +19,7 @@ from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import RecordBuffer
 from edge_memllm.errors import EdgeMemLLMError
+from edge_memllm.process.memory_account import MemoryShare
 from edge_memllm.runtime_protocol import KVCache, StepLogits
 from edge_memllm_runtimes.cpu_graph import computed_dtype
 from edge_memllm_runtimes.kv_cache import KVBudget, check_step, own_cache
@@ -91,9 +92,7 @@ class OrtRuntime:
         self._session: Any = _session(artifact, device, options)
         self._home = Home(self._session, device)
         self._shape = GraphShape.of(artifact.manifest, device, own_dtype=options.own_dtype)
-        self._budget = (
-            None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
-        )
+        self._budget = _budget(options)
         self._graphs = CudaGraphs(self._session) if options.cuda_graph else None
         # Nothing may touch the device while a graph is recorded, and a replay works in memory
         # that other runs use as well: one step at a time then.
@@ -171,6 +170,12 @@ def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
     session = open_packed(graph, artifact, options)
     forget_originals(graph)
     return session
+
+
+def _budget(options: RuntimeOptions) -> KVBudget | MemoryShare | None:
+    if options.memory_share is not None:
+        return options.memory_share
+    return None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
 
 
 def _run(session: Any, binding: Any, how: Any) -> None:

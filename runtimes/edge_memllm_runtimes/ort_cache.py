@@ -16,6 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import RecordBuffer
+from edge_memllm.process.memory_account import MemoryShare
 from edge_memllm.runtime_protocol import KVState, KVStateLayout
 from edge_memllm_runtimes.kv_cache import GrowingCache, KVBudget, Mark, RollingWindow, cache_names
 from edge_memllm_runtimes.ort_graph import GraphShape
@@ -213,7 +214,7 @@ class OrtCache(GrowingCache):
         device: str,
         batch: int,
         *,
-        budget: KVBudget | None = None,
+        budget: KVBudget | MemoryShare | None = None,
         graphs: CudaGraphs | None = None,
     ) -> None:
         window_bytes = shape.cache_bytes(0)

@@ -101,6 +101,25 @@ def test_options_that_cannot_be(words: Sequence[str], message: str) -> None:
         settings(*words)
 
 
+@pytest.mark.parametrize(
+    ("words", "message"),
+    [
+        (["--name", "x"], "--name is for one model, and 2 are served"),
+        (["--alias", "x"], "--alias is for one model"),
+        (["--overlay", "x"], "--overlay is for one model"),
+        (["--vram-limit", "1GB"], "--vram-limit is for one model"),
+    ],
+)
+def test_what_is_for_one_model_is_refused_for_several(words: Sequence[str], message: str) -> None:
+    with pytest.raises(RequestError, match=message):
+        settings_of(parsed("one", "two", *words))
+
+
+def test_two_models_of_one_name_are_refused() -> None:
+    with pytest.raises(RequestError, match="two models are called 'same'"):
+        settings_of(parsed("/x/same", "/y/same"))
+
+
 def test_a_file_without_keys_is_refused(tmp_path: Path) -> None:
     (tmp_path / "keys").write_text("\n \n", encoding="utf-8")
     with pytest.raises(RequestError, match="no key in it"):
@@ -194,7 +213,8 @@ def test_one_command_serves_and_a_signal_ends_it(
     template.write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "utf-8")
     words = ["--name", "m", "--chat-template", str(template), "--log-requests"]
     with served(str(make_artifact()), *words, **{KEY_VARIABLE: KEY}) as (process, said):
-        assert said | {"url": ""} == {"url": "", "model": "m", "slots": 4, "chat": True}
+        told = {"url": "", "model": "m", "models": ["m"], "slots": 4, "chat": True}
+        assert said | {"url": ""} == told
         wait_for(said["url"])
         key = {"authorization": f"Bearer {KEY}"}
         assert httpx.get(f"{said['url']}/v1/models").status_code == 401

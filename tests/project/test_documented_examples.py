@@ -43,7 +43,7 @@ def stock(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 def end_at_once(server: Any, **_: Any) -> None:
     """What a server does that is told to end before anybody asks."""
-    assert server._service.engine.close(10)
+    assert server._models.close(10)
 
 
 @pytest.fixture

@@ -67,6 +67,7 @@ def test_the_public_calls_keep_their_parameters() -> None:
         "export",
         "export_options",
         "progress",
+        "memory_share",
     ]
     options = ["max_new_tokens", "stop", "stop_token_ids", "max_tokens", "sampling"]
     options += ["temperature", "top_p", "top_k", "min_p", "seed", "ignore_eos"]

@@ -106,9 +106,9 @@ def test_an_error_before_the_first_event_is_a_status(served: Served, runtime: Ga
     assert response.status_code == 500
     assert response.json()["error"]["code"] == "StorageError"
     assert "table" not in response.text  # where files lie is nobody's business
-    assert served.get("/health").json() == {"status": "degraded", "reason": "StorageError"}
+    assert served.get("/health").json()["reason"] == "StorageError"
     served.complete(max_tokens=1)
-    assert served.get("/health").json() == {"status": "ok"}
+    assert served.get("/health").json()["status"] == "ok"
 
 
 def test_an_error_in_a_stream_is_an_event(served: Served, runtime: GatedRuntime) -> None:

@@ -20,6 +20,7 @@ from edge_memllm import Model
 from edge_memllm.engine import Engine
 from edge_memllm.server.calls import Call, read_chat, read_completion
 from edge_memllm.server.fields import ApiError, BodyFields
+from edge_memllm.server.models import ServedModels
 from edge_memllm.server.protocols.messages_request import read_message
 from edge_memllm.server.protocols.responses_request import read_response
 from edge_memllm.server.server import Server, bound_socket
@@ -140,7 +141,7 @@ def serving(
         bound_socket("127.0.0.1", 0) as bound,
     ):
         service = Service(made, Settings(MODEL_ID, **settings), template)
-        server = Server(service)
+        server = Server(ServedModels.of(service))
         thread = threading.Thread(target=server.run, kwargs={"sockets": [bound]})
         thread.start()
         url = f"http://127.0.0.1:{bound.getsockname()[1]}"

@@ -4,6 +4,7 @@ const STORED = "edge-memllm-key";
 const DONE = "[DONE]";
 
 let key = stored();
+let model; // of every request, once it is known
 
 function stored() {
   try {
@@ -11,6 +12,10 @@ function stored() {
   } catch {
     return ""; // a browser that keeps nothing
   }
+}
+
+export function use(name) {
+  model = name;
 }
 
 export function unlock(given) {
@@ -54,7 +59,7 @@ export async function* stream(path, body, signal) {
 
 function posted(body) {
   const headers = { "Content-Type": "application/json" };
-  return { method: "POST", headers, body: JSON.stringify(body) };
+  return { method: "POST", headers, body: JSON.stringify({ model, ...body }) };
 }
 
 async function send(path, options, signal) {

@@ -1,6 +1,6 @@
 // The page: begins with what the server says of its model, and asks for a key where one is wanted.
 
-import { Refusal, get, unlock } from "./client.js";
+import { Refusal, get, unlock, use } from "./client.js";
 import { find, whole } from "./elements.js";
 import { Page } from "./page.js";
 import { complain } from "./status.js";
@@ -34,13 +34,18 @@ function lock() {
 async function start() {
   let told;
   try {
-    told = await Promise.all([get("/v1/models"), get("/v1/overlays")]);
+    const { data } = await get("/v1/models");
+    const asked = new URLSearchParams(location.search).get("model"); // ?model=NAME, or the first
+    const model = data.find((each) => each.id === asked) ?? data[0];
+    const overlays = await get(`/v1/overlays?model=${encodeURIComponent(model.id)}`);
+    use(model.id);
+    told = [model, overlays];
   } catch (error) {
     const said = explained(error);
     find("facts").textContent = error.status === UNAUTHORIZED ? "Locked" : said;
     return;
   }
-  const [{ data: [model] }, { data: overlays }] = told;
+  const [model, { data: overlays }] = told;
   find("lock").hidden = true;
   find("model").textContent = document.title = model.id;
   find("facts").textContent = facts(model);

@@ -6,6 +6,7 @@ In the words of vLLM (`/tokenize`), llama.cpp (`/apply-template`), Anthropic and
 from __future__ import annotations
 
 from collections.abc import Awaitable, Callable, Iterator
+from contextlib import AsyncExitStack
 from functools import partial
 from typing import TypeAlias
 
@@ -14,7 +15,7 @@ from starlette.responses import JSONResponse, Response
 
 from edge_memllm.engine.request import check_tokens, start_token
 from edge_memllm.server.calls import take_continued
-from edge_memllm.server.fields import Body, BodyFields, blaming, checked_text, parsed, received
+from edge_memllm.server.fields import BodyFields, blaming, checked_text, explained, parsed, received
 from edge_memllm.server.messages import (
     Chat,
     take_choice,
@@ -22,6 +23,7 @@ from edge_memllm.server.messages import (
     take_tools,
     take_variables,
 )
+from edge_memllm.server.models import ServedModels
 from edge_memllm.server.protocols.messages_reply import error_response
 from edge_memllm.server.protocols.messages_request import read_counted
 from edge_memllm.server.protocols.responses_request import read_response
@@ -29,13 +31,14 @@ from edge_memllm.server.reply_format import Json
 from edge_memllm.server.service import Service
 
 Answer: TypeAlias = Callable[[Request], Awaitable[Response]]
+Work: TypeAlias = Callable[[BodyFields, Service], Json]
 
 
 class TextTokens:
     """Answers with the model's tokenizer, in vLLM's words; no engine work."""
 
-    def __init__(self, service: Service) -> None:
-        self._service = service
+    def __init__(self, models: ServedModels) -> None:
+        self._models = models
 
     def answers(self) -> Iterator[tuple[str, Answer]]:
         """Yield each path that takes a body, and what answers it."""
@@ -49,9 +52,14 @@ class TextTokens:
             yield path, partial(self._answer, work)
         yield "/v1/messages/count_tokens", self._count_message
 
-    async def information(self, _: Request) -> Response:
-        """`GET /tokenizer_info`."""
-        service, spell = self._service, self._service.model.tokenizer.spelling
+    async def information(self, request: Request) -> Response:
+        """`GET /tokenizer_info`; with several models, `?model=NAME` names one."""
+        async with AsyncExitStack() as stack:
+            model = self._models.find(request.query_params.get("model"))
+            return self._information(await self._models.kept(model, stack))
+
+    def _information(self, service: Service) -> Response:
+        spell = service.model.tokenizer.spelling
         start, ends = start_token(service.spec), service.spec.eos_token_ids
         template = service.template
         return JSONResponse(
@@ -68,59 +76,60 @@ class TextTokens:
         try:
             return await self._answer(self._count_chat, request)
         except Exception as error:
-            return error_response(self._service.explained(error))
+            return error_response(explained(error))
 
-    async def _answer(self, work: Callable[[BodyFields], Json], request: Request) -> Response:
-        service = self._service
-        async with received(request, service.settings.limits, service.long_bodies) as body:
-            return await service.lane(body).run(self._done, body, work)
+    async def _answer(self, work: Work, request: Request) -> Response:
+        state = self._models.state
+        limits = state.settings.limits
+        async with received(request, limits, state.long_bodies) as body, AsyncExitStack() as stack:
+            lane = state.lane(body)
+            fields = BodyFields(await lane.run(parsed, body, limits))
+            service = await self._models.kept(self._models.asked(fields), stack)
+            return await lane.run(lambda: JSONResponse(work(fields, service)))
 
-    def _done(self, body: Body, work: Callable[[BodyFields], Json]) -> Response:
-        return JSONResponse(work(BodyFields(parsed(body, self._service.settings.limits))))
-
-    def _tokenize(self, fields: BodyFields) -> Json:
-        self._service.check_model(fields)
-        most = self._service.settings.limits.text_characters
+    def _tokenize(self, fields: BodyFields, service: Service) -> Json:
+        service.check_model(fields)
+        most = service.settings.limits.text_characters
         of_chat = fields.peek("messages") is not None
         if of_chat:
-            chat = self._take_chat(fields)
-            text = checked_text(chat.prompt(self._service), "messages", most)
+            chat = self._take_chat(fields, service)
+            text = checked_text(chat.prompt(service), "messages", most)
         else:
             text = checked_text(fields.required("prompt"), "prompt", most)
         special = fields.flag("add_special_tokens", default=not of_chat)
         fields.finish()
-        ids = self._service.model.tokenizer.encode(text, special=special)
-        context = self._service.spec.max_position_embeddings
+        ids = service.model.tokenizer.encode(text, special=special)
+        context = service.spec.max_position_embeddings
         return {"count": len(ids), "max_model_len": context, "tokens": ids}
 
-    def _apply_template(self, fields: BodyFields) -> Json:
-        self._service.check_model(fields)
-        chat = self._take_chat(fields)
+    def _apply_template(self, fields: BodyFields, service: Service) -> Json:
+        service.check_model(fields)
+        chat = self._take_chat(fields, service)
         fields.finish()
-        return {"prompt": chat.prompt(self._service)}
+        return {"prompt": chat.prompt(service)}
 
-    def _take_chat(self, fields: BodyFields) -> Chat:
-        limits = self._service.settings.limits
+    def _take_chat(self, fields: BodyFields, service: Service) -> Chat:
+        limits = service.settings.limits
         messages, tools = take_messages(fields, limits), take_tools(fields, limits)
         choice, continued = take_choice(fields), take_continued(fields)
         offered = () if choice.need is None else tools
         return Chat(messages, offered, continued, take_variables(fields))
 
-    def _count_chat(self, fields: BodyFields) -> Json:
-        text = read_counted(fields, self._service).prompt(self._service)
-        return {"input_tokens": len(self._service.model.tokenizer.encode(text, special=False))}
+    def _count_chat(self, fields: BodyFields, service: Service) -> Json:
+        text = read_counted(fields, service).prompt(service)
+        return {"input_tokens": len(service.model.tokenizer.encode(text, special=False))}
 
-    def _count_response(self, fields: BodyFields) -> Json:
-        (prompt,) = read_response(fields, self._service).prompts
+    def _count_response(self, fields: BodyFields, service: Service) -> Json:
+        (prompt,) = read_response(fields, service).prompts
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
 
-    def _detokenize(self, fields: BodyFields) -> Json:
-        self._service.check_model(fields)
-        most = self._service.settings.limits.text_tokens
+    def _detokenize(self, fields: BodyFields, service: Service) -> Json:
+        service.check_model(fields)
+        most = service.settings.limits.text_tokens
         given = fields.optional_items("tokens", most)
         if given is None:
             fields.required("tokens")
         fields.finish()
         with blaming("tokens"):
-            ids = check_tokens(given or (), self._service.spec.vocab_size)
-        return {"prompt": self._service.model.tokenizer.decode(ids)}
+            ids = check_tokens(given or (), service.spec.vocab_size)
+        return {"prompt": service.model.tokenizer.decode(ids)}
