@@ -395,7 +395,8 @@ def _announce(models: ServedModels, bound: socket.socket, options: ServeOptions)
     print(f"{first.name} at {url}: {kinds}, {slots} at once, {key}", file=sys.stderr)
     if others := [each.name for each in models.all[1:]]:
         print(f"when they are asked for: {', '.join(others)}", file=sys.stderr)
-    print(f"a page for people: {url}/   for programs: {url}/v1   Ctrl-C ends", file=sys.stderr)
+    page = f"a page for people: {url}/   " if settings.page else ""
+    print(f"{page}for programs: {url}/v1   Ctrl-C ends", file=sys.stderr)
 
 
 def _url(bound: socket.socket) -> str:

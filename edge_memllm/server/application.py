@@ -75,7 +75,7 @@ _ONE_DAY = 24 * 60 * 60
 
 def application(models: ServedModels) -> ASGIApp:
     """Return the ASGI application over the models of a server."""
-    routes = [*_routes(models), *page_routes()]
+    routes = [*_routes(models), *(page_routes() if models.state.settings.page else ())]
 
     async def explain(_: Request, error: Exception) -> Response:
         return explained(error).response()

@@ -23,7 +23,7 @@ from edge_memllm.engine.reply import as_exception
 from edge_memllm.engine.scheduler import EngineStatistics
 from edge_memllm.errors import DrainingError
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
-from edge_memllm.server.fields import ApiError, BodyFields, is_storage
+from edge_memllm.server.fields import ApiError, BodyFields, is_storage, shown
 from edge_memllm.server.service import ServerState, Service, unknown_model
 from edge_memllm.statistics import give_back
 from edge_memllm.text.tools.prompt import template_format
@@ -150,7 +150,8 @@ class ServedModels:
             message = f"{param} is missing, and this server has several models: {there}. Name one."
             raise ApiError(400, message, code="missing_required_parameter", param=param)
         if name not in self._names:
-            raise unknown_model(name, there, param)
+            quoted = ", ".join(shown(each.name) for each in self.all)
+            raise unknown_model(name, quoted, param)
         return self._names[name]
 
     def asked(self, fields: BodyFields) -> ServedModel:

@@ -138,6 +138,9 @@ class Settings:
             group="work",
         ),
     ] = None
+    page: Annotated[bool, Option("serve no page for people", flag="--no-page", group="access")] = (
+        True
+    )
     log_requests: Annotated[bool, Option("a line on stderr for each request", group="work")] = False
     pulse_seconds: float = 10.0  # a waiting stream says so at this interval
     limits: Annotated[Limits, Group("limits of a request")] = field(default_factory=Limits)

@@ -73,6 +73,12 @@ def test_tokens_that_cannot_be(served: Served, path: str, body: object, message:
     assert message in response.json()["error"]["message"]
 
 
+def test_the_page_can_be_left_out(folder: Path) -> None:
+    with serving_small(folder, page=False) as served:
+        assert served.get("/").status_code == served.get("/page/main.js").status_code == 404
+        assert served.get("/v1/models").status_code == 200
+
+
 def test_health_ends_with_the_engine(folder: Path) -> None:
     with serving_small(folder) as served:
         assert served.get("/health").json()["status"] == "ok"

@@ -117,7 +117,8 @@ def test_a_request_names_one_of_them(folder: Path) -> None:
     assert missing.status_code == 400
     assert "this server has several models: a, b, c. Name one." in missing.text
     assert unknown.status_code == 404
-    assert "This server has a, b, c." in unknown.text
+    said = unknown.json()["error"]["message"]
+    assert said == 'There is no model "d" here. This server has "a", "b", "c".'
 
 
 def test_an_idle_model_is_freed_and_comes_back(folder: Path) -> None:
