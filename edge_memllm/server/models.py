@@ -21,7 +21,7 @@ from typing import Any, Literal
 from edge_memllm.artifact.manifest import Manifest
 from edge_memllm.engine.reply import as_exception
 from edge_memllm.engine.scheduler import EngineStatistics
-from edge_memllm.errors import DrainingError
+from edge_memllm.errors import DrainingError, RequestError
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
 from edge_memllm.server.fields import ApiError, BodyFields, is_storage, shown
 from edge_memllm.server.service import ServerState, Service, unknown_model
@@ -174,7 +174,7 @@ class ServedModels:
         """Load a model now, in this thread. Raises what went wrong."""
         with self._changed:
             if model.share is not None and not model.share.open():
-                raise _never_fits(model)
+                raise RequestError(str(_never_fits(model)))
             self._open(model)
             self._wake()
 

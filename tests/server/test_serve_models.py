@@ -18,6 +18,7 @@ import pytest
 import edge_memllm
 from edge_memllm import Model, Sampling
 from edge_memllm.engine import Engine
+from edge_memllm.errors import RequestError
 from edge_memllm.loading import plan_loading
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
 from edge_memllm.server.models import ServedModel, ServedModels
@@ -178,6 +179,12 @@ def test_one_that_can_never_fit_is_refused_with_the_reason(folder: Path) -> None
         assert ask(url, "a").status_code == 200
     assert (refused.status_code, refused.json()["error"]["code"]) == (400, "model_does_not_fit")
     assert "5 are needed" in refused.text
+
+
+def test_the_first_must_fit(folder: Path) -> None:
+    models = Home(folder).models(room=0)
+    with pytest.raises(RequestError, match="'a' does not fit"):
+        models.load(models.all[0])
 
 
 def test_what_cannot_be_loaded_is_told_and_tried_again(folder: Path) -> None:
