@@ -147,14 +147,14 @@ def test_long_prompts_are_read_one_at_a_time_and_others_go_on(served: Served, sl
         slow.gate.set()
         assert [each.result().status_code for each in late] == [400, 400, 400, 200]
     assert slow.most == 1
-    wait_until(lambda: not served.service.busy)
+    wait_until(lambda: not served.service.state.busy)
 
 
 def test_no_more_long_bodies_are_in_memory_than_may_be(served: Served, slow: Slow) -> None:
     with ThreadPoolExecutor(5) as pool:
         body = {"prompt": "x" * LONG}
         late = [pool.submit(served.post, "/v1/completions", body) for _ in range(4)]
-        wait_until(lambda: served.service.thorough._under_way == 4)
+        wait_until(lambda: served.service.state.thorough._under_way == 4)
         response = served.post("/v1/completions", body)  # waits a second for a place
         assert response.status_code == 429
         assert response.json()["error"]["code"] == "busy"
@@ -177,7 +177,7 @@ def test_a_deadline_holds_while_a_prompt_is_read(folder: Path, slow: Slow) -> No
             assert "was given 0.3 seconds, and it was not read" in response.text
         assert slow.calls == 1  # the second one waited for the first, and was taken away
         slow.gate.set()
-        wait_until(lambda: not served.service.busy)
+        wait_until(lambda: not served.service.state.busy)
         assert slow.calls == 1
 
 
@@ -202,9 +202,9 @@ def test_who_leaves_while_its_prompt_waits_is_not_read(served: Served, slow: Slo
         late = pool.submit(served.post, "/v1/completions", {"prompt": "x" * LONG})
         wait_until(lambda: slow.now == 1)
         found = served.ask_raw({"prompt": "y" * LONG})
-        wait_until(lambda: served.service.thorough._under_way == 2)
+        wait_until(lambda: served.service.state.thorough._under_way == 2)
         found.close()
-        wait_until(lambda: served.service.thorough._under_way == 1)
+        wait_until(lambda: served.service.state.thorough._under_way == 1)
         slow.gate.set()
         assert late.result().status_code == 400
     assert slow.calls == 1
