@@ -97,6 +97,7 @@ def test_every_option_reaches_load(tmp_path: Path) -> None:
         "export": False,
         "export_options": None,
         "progress": None,
+        "memory_share": None,
     }
 
 
