@@ -164,7 +164,7 @@ class Information:
     async def overlays(self, request: Request) -> Response:
         """`GET /v1/overlays`: those that are loaded, in the order in which they act."""
         model = self._models.find(request.query_params.get("model"))
-        names = model.facts.get("overlays", ())
+        names = model.known.get("overlays", ())
         data = [{"id": name, "object": "overlay"} for name in names]
         return JSONResponse({"object": "list", "data": data})
 
@@ -192,7 +192,7 @@ class Information:
             "created": self._models.state.created,
             "owned_by": "edge-memllm",
             "state": model.state,
-            **model.facts,
+            **model.known,
         }
 
 

@@ -70,6 +70,11 @@ class ServedModel:
         self.last_used = monotonic()
 
     @property
+    def known(self) -> Facts:
+        """What is told of it: overlays, for one, may come and go while it is loaded."""
+        return self.facts if self.service is None else service_facts(self.service)
+
+    @property
     def idle(self) -> bool:
         """Whether it could be freed: it is loaded, nobody uses it, and it can be opened again."""
         return self.state == "loaded" and not self.users and self.open is not None

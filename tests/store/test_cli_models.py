@@ -95,7 +95,7 @@ def test_at_a_terminal_it_asks(
 def test_no_is_no(typed: str, call: Call, source: Path, exporter: FakeExporter) -> None:
     code, _, error = call(*run(source), typed=typed)
     assert code == 1
-    assert "error: Nothing was exported. To choose how and where: edge-memllm export" in error
+    assert "Nothing was exported. To choose how and where: edge-memllm export" in error
     assert exporter.made == []
 
 
