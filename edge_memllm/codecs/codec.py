@@ -280,8 +280,11 @@ class EmbeddingForm:
         scales_bytes = self.codec.sizes(1, self.width).scales_bytes
         scales, codes = stored[:, :scales_bytes], stored[:, scales_bytes:]
         with np.errstate(over="ignore", invalid="ignore"):  # bytes that no writer made
-            values = self.codec.decode(scales, codes, 1, self.width)
-            return values[:, 0].astype(EMBEDDING_DTYPES[self.dtype], copy=False)
+            values = self.codec.decode(scales, codes, 1, self.width)[:, 0]
+            dtype = EMBEDDING_DTYPES[self.dtype]
+            # Half a step beyond the largest number stored may be beyond the largest there is.
+            most = np.float32(np.finfo(dtype).max)
+            return values.clip(-most, most).astype(dtype, copy=False)
 
 
 def _check_magnitudes(embedding: Floats) -> None:

@@ -24,6 +24,17 @@ EMBEDDINGS = arrays(
 )
 
 
+@pytest.mark.parametrize("codec_id", FOR_EMBEDDINGS)
+def test_the_largest_numbers_stay_numbers(codec_id: str) -> None:
+    """A step of few bits is thousands wide there: half of one more is beyond float16."""
+    form = embedding_form(WIDTH, "float16", codec_id)
+    embedding = np.zeros((3, WIDTH), np.float32)
+    embedding[:, :2] = [[-64875.54, 60358.758], [64875.54, -60358.758], [-64984.652, 60079.645]]
+    fed = form.decode(form.encode(embedding))
+    assert np.isfinite(fed).all()
+    assert (np.abs(fed.astype(np.float64) - embedding) <= form.bound(embedding)).all()
+
+
 @given(st.sampled_from(FOR_EMBEDDINGS), st.sampled_from(DTYPES), EMBEDDINGS)
 def test_what_is_fed_is_within_the_bound(codec_id: str, dtype: str, embedding: np.ndarray) -> None:
     form = embedding_form(WIDTH, dtype, codec_id)
