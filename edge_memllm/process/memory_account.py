@@ -10,12 +10,11 @@ from collections.abc import Callable
 from edge_memllm.process.forking import ProcessLock
 
 
-class MemoryAccount:
-    """Bytes that several models of one process may take together. Thread-safe."""
+class ByteBudget:
+    """Bytes that several holders may take together. Thread-safe."""
 
     def __init__(self, limit: int) -> None:
         self.limit = limit
-        self.make_room: Callable[[], bool] = lambda: False  # frees something, if it can
         self._held = 0
         self._lock = ProcessLock()
 
@@ -35,6 +34,14 @@ class MemoryAccount:
                 return max(0, room)
             self._held += wanted - held
             return None
+
+
+class MemoryAccount(ByteBudget):
+    """Bytes that several models of one process may take together."""
+
+    def __init__(self, limit: int) -> None:
+        super().__init__(limit)
+        self.make_room: Callable[[], bool] = lambda: False  # frees something, if it can
 
 
 class MemoryShare:

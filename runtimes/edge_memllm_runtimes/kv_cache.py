@@ -16,8 +16,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.errors import EdgeMemLLMError, RequestError
-from edge_memllm.process.forking import ProcessLock
-from edge_memllm.process.memory_account import MemoryShare
+from edge_memllm.process.memory_account import ByteBudget, MemoryShare
 from edge_memllm.runtime_protocol import KVCache, KVState, KVStateLayout
 
 if TYPE_CHECKING:
@@ -109,29 +108,15 @@ class Mark:
         return sum(rows.nbytes for rows in self.rows.values())
 
 
-class KVBudget:
+class KVBudget(ByteBudget):
     """Bytes that the texts of all generations under way may take together.
 
     `score_bytes` is what attention works on per position, whatever the number of sequences.
     """
 
     def __init__(self, limit: int, score_bytes: int = 0) -> None:
-        self.limit = limit
+        super().__init__(limit)
         self.score_bytes = score_bytes
-        self._held = 0
-        self._lock = ProcessLock()
-
-    def exchange(self, held: int, wanted: int) -> int | None:
-        """Hold `wanted` bytes instead of `held`. Returns None, or the bytes that would have fit.
-
-        When they do not fit, nothing changes.
-        """
-        with self._lock:
-            room = self.limit - self._held + held
-            if wanted > room:
-                return max(0, room)
-            self._held += wanted - held
-            return None
 
 
 class GrowingCache(ABC):
