@@ -11,11 +11,14 @@ from edge_memllm.server.parameters import (
     ALL,
     BOTH,
     CHAT,
+    CHUNKED,
     COMPLETIONS,
+    LLAMA,
     MESSAGES,
     OPENAI,
     PARAMETERS,
     RESPONSES,
+    STREAMED,
     Parameter,
 )
 
@@ -31,12 +34,15 @@ A field that is not here is refused with 400 and its name; null counts as left o
 
 _HONOURED = (
     (ALL, "Everywhere"),
-    (OPENAI, "Everywhere but in messages"),
+    (STREAMED, "Everywhere but in messages"),
+    (OPENAI, "OpenAI's protocols"),
+    (CHUNKED, "Completions, chat, and llama.cpp's completion"),
     (BOTH, "Completions and chat"),
     (COMPLETIONS, "Completions"),
     (CHAT, "Chat"),
     (RESPONSES, "Responses"),
     (MESSAGES, "Messages"),
+    (LLAMA, "llama.cpp's completion"),
 )
 
 

@@ -6,12 +6,13 @@ temperature, top-k, top-p, min-p, then one draw. Knows nothing of text, models o
 
 from __future__ import annotations
 
+import math
 import secrets
 from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import MappingProxyType
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
 import numpy as np
 from numpy.typing import NDArray
@@ -22,6 +23,7 @@ from edge_memllm.errors import EdgeMemLLMError
 
 MOST_PENALTY = 2.0
 MOST_BIAS = 100.0
+FORBIDDEN = -math.inf  # as a bias
 _NO_BIAS: Mapping[int, float] = MappingProxyType({})
 
 _INFINITE = 0x7C00  # the bits of +inf; NaN lies above, in both signs
@@ -86,20 +88,23 @@ class Penalties:
 
     Both penalties look at the tokens chosen so far, not at the prompt: `frequency_penalty` is
     subtracted from a token's logit for each time, `presence_penalty` once. `logit_bias` is added
-    to the logits of tokens: -100 all but forbids one, 100 all but forces it.
+    to the logits of tokens: -100 all but forbids one, 100 all but forces it, and minus infinity
+    forbids it.
 
     Raises `RequestError` for values out of range.
     """
 
     frequency_penalty: float = 0.0  # -2 to 2
     presence_penalty: float = 0.0  # -2 to 2
-    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)  # -100 to 100 each
+    # -100 to 100 each, or -inf
+    logit_bias: Mapping[int, float] = field(default_factory=lambda: _NO_BIAS)
 
     def __post_init__(self) -> None:
         for name in ("frequency_penalty", "presence_penalty"):
             check_number(name, getattr(self, name), -MOST_PENALTY, MOST_PENALTY)
         for token, bias in self.logit_bias.items():
-            check_number(f"logit_bias of token {token!r:.40}", bias, -MOST_BIAS, MOST_BIAS)
+            if bias != FORBIDDEN:
+                check_number(f"logit_bias of token {token!r:.40}", bias, -MOST_BIAS, MOST_BIAS)
 
     @property
     def active(self) -> bool:
@@ -167,6 +172,13 @@ def allowed_ids(constraint: Constraint, vocab_size: int) -> NDArray[np.intp] | N
     return ids
 
 
+class Drawn(NamedTuple):
+    """What one token was drawn from: ids [N] and their probabilities, all above 0."""
+
+    ids: Indices
+    probabilities: NDArray[np.float64]
+
+
 class Sampler:
     """Chooses tokens for one sequence; the same seed, stream and logits give the same tokens.
 
@@ -192,6 +204,8 @@ class Sampler:
         self._random = random_draws(seed, stream) if draws is None else draws
         self._seen: set[int] = set()
         self._scratch = Scratch()
+        self.watched = False  # whether `drawn` is wanted
+        self.drawn: Drawn | None = None  # of the last token; None where one alone could come
 
     def observe(self, tokens: Iterable[int]) -> None:
         """Note tokens that stand in the text, for the repetition penalty."""
@@ -203,6 +217,7 @@ class Sampler:
 
         Raises `EdgeMemLLMError` if any logit is NaN or infinite.
         """
+        self.drawn = None
         token = self._at_a_glance(logits)
         if token is None:
             token = self._choose(self._scratch.widened(logits))
@@ -232,7 +247,10 @@ class Sampler:
             logits = logits if bias is None else logits + bias
         ids = None if self._constraint is None else allowed_ids(self._constraint, logits.size)
         if ids is not None:
-            return int(ids[self._likeliest_or_drawn(logits[ids])])
+            place = self._likeliest_or_drawn(logits[ids])
+            if self.drawn is not None:
+                self.drawn = Drawn(ids[self.drawn.ids], self.drawn.probabilities)
+            return int(ids[place])
         return self._likeliest_or_drawn(logits)
 
     def _likeliest_or_drawn(self, logits: Logits) -> int:
@@ -240,6 +258,9 @@ class Sampler:
 
     def _draw(self, logits: Logits) -> int:
         ids, probabilities = candidates(logits, self.sampling, self._scratch)
+        if self.watched:
+            possible = probabilities > 0
+            self.drawn = Drawn(ids[possible], probabilities[possible])
         return int(ids[owner(probabilities, self._random.random())])
 
 

@@ -6,7 +6,7 @@ import logging
 import os
 import sys
 from argparse import ArgumentTypeError
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import KW_ONLY, dataclass, replace
 from importlib.util import find_spec
@@ -27,7 +27,7 @@ from edge_memllm.model import Model
 from edge_memllm.options import Group, Option, byte_size, keywords, positive_int
 from edge_memllm.process.interrupts import leave
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
-from edge_memllm.server.settings import KEY_VARIABLE, Settings
+from edge_memllm.server.settings import KEY_VARIABLE, UNIX, Settings
 from edge_memllm.statistics import process_memory
 from edge_memllm.store.source import hub_source
 from edge_memllm.text.chat import ChatTemplate
@@ -242,12 +242,12 @@ def execute(options: ServeOptions) -> int:
     for package in _PACKAGES:
         if find_spec(package) is None:
             raise missing_extra(package, "serve")
-    from edge_memllm.server.server import bound_socket
+    from edge_memllm.server.server import bound_sockets
 
     settings = settings_of(options)
     with (
         _logging_to_stderr(settings),
-        bound_socket(settings.host, options.port) as bound,
+        bound_sockets(settings.listens, options.port) as bound,
     ):
         models = _served_models(options, settings)
         try:
@@ -363,12 +363,12 @@ def _template(path: Path, model: Model) -> ChatTemplate:
     return template
 
 
-def _serve(models: ServedModels, bound: socket.socket, options: ServeOptions) -> int:
+def _serve(models: ServedModels, bound: Sequence[socket.socket], options: ServeOptions) -> int:
     from edge_memllm.server.server import Server
 
     server = Server(models)
     _announce(models, bound, options)
-    server.run(sockets=[bound])
+    server.run(sockets=[*bound])
     if not models.close(_PATIENCE):
         # Nothing that they use may be closed, and no thread can be stopped.
         print("error: work on a request does not come back. Left it there.", file=sys.stderr)
@@ -376,23 +376,33 @@ def _serve(models: ServedModels, bound: socket.socket, options: ServeOptions) ->
     return 0
 
 
-def _announce(models: ServedModels, bound: socket.socket, options: ServeOptions) -> None:
+def _announce(models: ServedModels, bound: Sequence[socket.socket], options: ServeOptions) -> None:
     """Say where the server is, before it listens: it does from the next moment on."""
     from edge_memllm.server.guard import missing_protection
 
     settings, first = models.state.settings, models.all[0]
-    url, chat, slots = _url(bound), bool(first.facts["chat"]), first.facts["slots"]
+    urls, chat, slots = [*map(_url, bound)], bool(first.facts["chat"]), first.facts["slots"]
+    url = urls[0]
     for warning in missing_protection(settings):
         print(f"warning: {warning}", file=sys.stderr)
     if options.json:
         names = [each.name for each in models.all]
-        told = {"url": url, "model": first.name, "models": names, "slots": slots, "chat": chat}
+        told = {
+            "url": url,
+            "urls": urls,
+            "model": first.name,
+            "models": names,
+            "slots": slots,
+            "chat": chat,
+        }
         write_json(told)
         sys.stdout.flush()
         return
     kinds = "completions and chat" if chat else "completions (no chat template)"
     key = "with a key" if settings.api_keys else "without a key"
     print(f"{first.name} at {url}: {kinds}, {slots} at once, {key}", file=sys.stderr)
+    if urls[1:]:
+        print(f"at {', '.join(urls[1:])} too", file=sys.stderr)
     if others := [each.name for each in models.all[1:]]:
         print(f"when they are asked for: {', '.join(others)}", file=sys.stderr)
     page = f"a page for people: {url}/   " if settings.page else ""
@@ -400,7 +410,10 @@ def _announce(models: ServedModels, bound: socket.socket, options: ServeOptions)
 
 
 def _url(bound: socket.socket) -> str:
-    host, port = bound.getsockname()[:2]
+    address = bound.getsockname()
+    if isinstance(address, str):
+        return f"{UNIX}{address}"
+    host, port = address[:2]
     return f"http://[{host}]:{port}" if ":" in host else f"http://{host}:{port}"
 
 

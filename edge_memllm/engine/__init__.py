@@ -14,6 +14,7 @@ if TYPE_CHECKING:
     from edge_memllm.engine.engine import Engine
     from edge_memllm.engine.reply import (
         ChoiceStatistics,
+        PromptProgress,
         RecordUse,
         Reply,
         ReplyPiece,
@@ -26,6 +27,7 @@ __all__ = [
     "ChoiceStatistics",
     "Engine",
     "EngineStatistics",
+    "PromptProgress",
     "RecordUse",
     "Reply",
     "ReplyPiece",
@@ -37,6 +39,7 @@ _HOMES = {
     "ChoiceStatistics": "reply",
     "Engine": "engine",
     "EngineStatistics": "scheduler",
+    "PromptProgress": "reply",
     "RecordUse": "reply",
     "Reply": "reply",
     "ReplyPiece": "reply",

@@ -17,8 +17,8 @@ from typing import Literal, TypeVar
 import numpy as np
 
 from edge_memllm.engine.feeding import Feeder
-from edge_memllm.engine.request import CheckedRequest
-from edge_memllm.engine.scores import TokenScore, token_scores
+from edge_memllm.engine.request import CheckedRequest, ScoreOf
+from edge_memllm.engine.scores import TokenScore, drawn_score, token_scores
 from edge_memllm.errors import Cancellation
 from edge_memllm.runtime_protocol import StepLogits
 from edge_memllm.sampling import Sampler
@@ -47,6 +47,7 @@ class TokenSequence:
     max_new_tokens: int
     eos_token_ids: frozenset[int] = frozenset()
     top: int | None = None  # so many likeliest tokens are told of with each, as a `TokenScore`
+    top_of: ScoreOf = "model"
     tokens: list[int] = field(default_factory=list)
     score: TokenScore | None = None  # of the last token
     finish_reason: FinishReason | None = None
@@ -65,7 +66,8 @@ class TokenSequence:
             constraint=None if asked.constraint is None else asked.constraint(),
             draws=draws,
         )
-        return cls(checked.prompt, sampler, checked.limit, checked.ends, asked.top)
+        sampler.watched = asked.top is not None and asked.top_of == "sampling"
+        return cls(checked.prompt, sampler, checked.limit, checked.ends, asked.top, asked.top_of)
 
     @property
     def left(self) -> int:
@@ -79,7 +81,9 @@ class TokenSequence:
     def extend(self, logits: StepLogits) -> int:
         """Choose the next token from logits [V], decide whether it is the last, and return it."""
         token = self.sampler.pick(logits)
-        if self.top is not None:
+        if self.top is not None and self.top_of == "sampling":
+            self.score = drawn_score(token, self.sampler.drawn, self.top)
+        elif self.top is not None:
             self.score = next(token_scores(logits[None], [token], self.top))
         self.tokens.append(token)
         if token in self.eos_token_ids:
@@ -249,8 +253,19 @@ class TextAssembly:
         shown_tokens: Sequence[int] = (),
     ) -> None:
         self.sequence = sequence
+        self._tokenizer = tokenizer
+        self._stops = stops
         self._detokenizer = Detokenizer(tokenizer, shown_tokens)
         self._matcher = StopMatcher(stops)
+
+    @property
+    def stopped_by(self) -> str | None:
+        """The stop string that ended the text: one that came, or the token that it is."""
+        sequence = self.sequence
+        if self._matcher.stopped or sequence.finish_reason != "stop" or not self._stops:
+            return self._matcher.found
+        spelt = self._tokenizer.spelling(sequence.tokens[-1])
+        return spelt if spelt in self._stops else None
 
     def advance(self) -> str:
         """Return what the token adds that the sequence has just got; may stop the sequence."""

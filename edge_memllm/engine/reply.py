@@ -41,6 +41,8 @@ class ReplyPiece:
     The last piece of a choice has a `finish_reason` and statistics, as in `Piece`. A
     request for no tokens at all ends with a piece whose `token` is None. `records`, where they
     were wished for, are of the tokens fed for it: of the prompt, then of the token before each.
+    `stopped_by` is the stop string that ended the text, if one did. A piece with `progress` tells
+    of the prompt, where that was wished for, and has nothing else.
     """
 
     choice: int
@@ -50,6 +52,8 @@ class ReplyPiece:
     finish_reason: FinishReason | None = None
     statistics: ChoiceStatistics | None = None
     records: tuple[RecordUse, ...] = ()
+    stopped_by: str | None = None
+    progress: PromptProgress | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,6 +64,16 @@ class RecordUse:
     token: int
     bytes: int  # that the record has, wherever it came from
     origin: Origin
+
+
+@dataclass(frozen=True, slots=True)
+class PromptProgress:
+    """How much of a prompt is computed."""
+
+    tokens: int
+    reused: int  # that were there already
+    computed: int  # those reused among them
+    seconds: float  # since its first chunk
 
 
 @dataclass(frozen=True, slots=True)
@@ -298,6 +312,9 @@ class Generation:
         self.sequence = TokenSequence.of(request, number)
         self.beginning = Beginning(request.prompt, records)
         self.scores_prompt = asked.score_prompt and number == 0
+        # Computes the whole of its prompt, whatever of it is there.
+        self.fresh = self.scores_prompt or not (asked.cache_prompt or number)
+        self._progress = asked.progress and number == 0
         self.reused = 0  # tokens of the prompt that need no computing
         self._number = number
         self._overlays = records.names
@@ -309,6 +326,7 @@ class Generation:
         self._trace = Trace(request.prompt, records.source.layout) if asked.trace else None
         self._submitted = monotonic()
         self._begun: float | None = None
+        self._filled: float | None = None  # since when its prompt is computed, where that is told
         self._first: float | None = None
 
     @property
@@ -333,6 +351,14 @@ class Generation:
     def begin(self) -> None:
         """Note that it has a place now."""
         self._begun = monotonic()
+
+    def note_progress(self, computed: int) -> None:
+        """Tell how many tokens of the prompt are computed, if that is wished for."""
+        if self._progress:
+            self._filled = self._filled or monotonic()
+            seconds = monotonic() - self._filled if computed > self.reused else 0.0
+            told = PromptProgress(len(self.prompt), self.reused, computed, seconds)
+            self._reply.put(ReplyPiece(self._number, "", None, progress=told))
 
     def note_fed(
         self, start: int, tokens: Sequence[int], fetched: Fetched, before: Sequence[int] = ()
@@ -376,7 +402,10 @@ class Generation:
         reason: FinishReason | None = self.sequence.finish_reason
         statistics = None if reason is None else self._statistics()
         records = () if self._trace is None else self._trace.take()
-        self._reply.put(ReplyPiece(self._number, text, token, score, reason, statistics, records))
+        stopped_by = None if reason is None or token is None else self._text.stopped_by
+        self._reply.put(
+            ReplyPiece(self._number, text, token, score, reason, statistics, records, stopped_by)
+        )
 
     def _statistics(self) -> ChoiceStatistics:
         now, start = monotonic(), self._submitted

@@ -20,6 +20,7 @@ from typing import (
     ParamSpec,
     TypeAlias,
     TypeVar,
+    get_args,
 )
 
 from edge_memllm.artifact.model_spec import ModelSpec
@@ -32,6 +33,8 @@ from edge_memllm.text.tokenization import Tokenizer, check_stops
 from edge_memllm.text.tools.formats import Tool
 
 Prompt: TypeAlias = str | Sequence[int]
+
+ScoreOf: TypeAlias = Literal["model", "sampling"]
 
 AUTO = "auto"
 MAX_NEW_TOKENS = 128  # unless it is said
@@ -81,7 +84,12 @@ class Request:
         without_memory: Computes as if no layer added anything of its memory.
         choices: So many texts, each with random numbers of its own.
         top: Gives every token its score, and so many likeliest ones with theirs; None gives none.
+        top_of: Whose scores: "model" is before temperature, penalties, biases and constraints;
+            "sampling" is what the token was drawn from, after all of them.
         score_prompt: Scores the prompt's tokens as well.
+        cache_prompt: Starts behind the beginning of the prompt, where the keys and values of that
+            are there; False computes all of it.
+        progress: Tells how much of the prompt is computed, before its first chunk and after each.
         trace: Tells where each token's record came from.
         client: Whose request it is; clients take turns.
         timeout: Seconds after which it is given up, from when it is submitted or from `since`.
@@ -137,7 +145,10 @@ class Request:
     without_memory: bool = False
     choices: int = 1
     top: int | None = None
+    top_of: ScoreOf = "model"
     score_prompt: bool = False
+    cache_prompt: bool = True
+    progress: bool = False
     trace: bool = False
     client: str = ""
     timeout: float | None = None
@@ -176,6 +187,8 @@ def check_request(
     check_positive("choices", request.choices)
     if request.top is not None:
         check_integer("top", request.top, 0, MOST_TOP)
+    if request.top_of not in get_args(ScoreOf):
+        raise wrong_value("top_of", request.top_of, "'model' or 'sampling'")
     if request.penalties is not None:
         _check_bias(request.penalties, model.vocab_size)
     if request.timeout is not None:
@@ -222,7 +235,8 @@ def _asked_tokens(request: Request) -> int:
 
 _NOT_HERE = ": one text alone has none of that. Submit the request to an edge_memllm.engine.Engine."
 ENGINE_ONLY: Mapping[str, str] = dict.fromkeys(
-    ("choices", "score_prompt", "trace", "client", "timeout", "since"), _NOT_HERE
+    ("choices", "score_prompt", "cache_prompt", "progress", "trace", "client", "timeout", "since"),
+    _NOT_HERE,
 )
 CHAT_ONLY: Mapping[str, str] = dict.fromkeys(
     ("tools", "tool_choice"), ": tools are for chats. Ask with chat or stream_chat."

@@ -96,7 +96,7 @@ class Scheduler:
 
     def admit(self, text: Generation) -> None:
         """Give a text a place; there must be a free one."""
-        slot = self._slots.take(text.beginning, reuse=not text.scores_prompt)
+        slot = self._slots.take(text.beginning, reuse=not text.fresh)
         text.begin()
         self._note_reused(text, len(slot.tokens))
         self._places[text] = slot
@@ -149,15 +149,17 @@ class Scheduler:
         return len(text.prompt) - len(self._places[text].tokens)
 
     def _will_serve(self, older: Generation, text: Generation) -> bool:
-        if text.scores_prompt:
+        if text.fresh:
             return False
         theirs, own = self._places[older], self._places[text]
         return self._slots.worth_waiting(theirs, older.beginning, own, text.beginning)
 
     def _fill(self, text: Generation) -> None:
         slot = self._places[text]
-        if not text.scores_prompt:
+        if not text.fresh:
             self._note_reused(text, self._slots.share(slot, text.beginning))
+        if len(slot.tokens) == text.reused:
+            text.note_progress(text.reused)
         chunk = self._slots.next_chunk(slot, self._chunk)
         records = text.beginning.records
         self._feeder.use(records.source, records.memory_gain)
@@ -186,6 +188,7 @@ class Scheduler:
         text.note_fed(begin, chunk, feeder.fetched)
         self._slots.note_chunk(slot, chunk)
         self._statistics.prompt_tokens += len(chunk)
+        text.note_progress(end)
         if end < len(text.prompt):
             feeder.announce(text.prompt[end : end + self._chunk])
             return None

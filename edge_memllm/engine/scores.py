@@ -9,14 +9,15 @@ from typing import Any
 import numpy as np
 from numpy.typing import NDArray
 
-from edge_memllm.sampling import next_token_losses
+from edge_memllm.sampling import Drawn, next_token_losses
 
 
 @dataclass(frozen=True, slots=True)
 class TokenScore:
     """How likely the model held a token, and which it held likeliest.
 
-    In nats, by the model's own distribution: before temperature, penalties, biases, constraints.
+    In nats, by the model's own distribution: before temperature, penalties, biases, constraints;
+    or, where that was asked for, by the one that it was drawn from.
     """
 
     token: int
@@ -30,6 +31,18 @@ def token_scores(logits: NDArray[Any], tokens: Sequence[int], top: int) -> Itera
     losses = next_token_losses(wide, tokens)
     for row, token, loss in zip(wide, tokens, losses.tolist(), strict=True):
         yield TokenScore(token, -loss, _likeliest(row, float(row[token]) + loss, top))
+
+
+def drawn_score(token: int, drawn: Drawn | None, top: int) -> TokenScore:
+    """Return the score of a token among those it was drawn from; None: it was the only one."""
+    if drawn is None:
+        return TokenScore(token, 0.0, ((token, 0.0),) if top else ())
+    order = np.lexsort((drawn.ids, -drawn.probabilities))
+    ids, logprobs = drawn.ids[order], np.log(drawn.probabilities[order])
+    own = float(logprobs[np.flatnonzero(ids == token)[0]])
+    return TokenScore(
+        token, own, tuple(zip(ids[:top].tolist(), logprobs[:top].tolist(), strict=True))
+    )
 
 
 def _likeliest(

@@ -29,6 +29,10 @@ from edge_memllm.server.calls import read_chat, read_completion
 from edge_memllm.server.fields import ApiError, explained
 from edge_memllm.server.guard import Guard, Journal
 from edge_memllm.server.models import ServedModel, ServedModels
+from edge_memllm.server.protocols.llama_form import whole_result
+from edge_memllm.server.protocols.llama_reply import LlamaWriter
+from edge_memllm.server.protocols.llama_request import read_llama
+from edge_memllm.server.protocols.llama_state import LlamaState
 from edge_memllm.server.protocols.messages_reply import MessageWriter, error_response
 from edge_memllm.server.protocols.messages_request import read_message
 from edge_memllm.server.protocols.responses_reply import ResponseWriter
@@ -118,12 +122,13 @@ def _layers(settings: Settings) -> Iterator[Middleware]:
 
 def _routes(models: ServedModels) -> Iterator[Route]:
     information, tokens = Information(models), TextTokens(models)
-    chat = GenerationEndpoint(models, read_chat, partial(ChunkWriter, ChatFormat()))
+    chat = GenerationEndpoint(models, read_chat, partial(ChunkWriter, ChatFormat(), whole_result))
     completions = GenerationEndpoint(
-        models, read_completion, partial(ChunkWriter, CompletionFormat())
+        models, read_completion, partial(ChunkWriter, CompletionFormat(), whole_result)
     )
     responses = GenerationEndpoint(models, read_response, ResponseWriter)
     messages = GenerationEndpoint(models, read_message, MessageWriter, error_response)
+    llama = GenerationEndpoint(models, read_llama, LlamaWriter)
     for prefix in (VERSION, ""):
         yield Route(f"{prefix}/completions", completions, methods=["POST"])
         yield Route(f"{prefix}/chat/completions", chat, methods=["POST"])
@@ -132,6 +137,8 @@ def _routes(models: ServedModels) -> Iterator[Route]:
         yield Route(f"{prefix}/models", information.models)
         yield Route(f"{prefix}/models/{{model:path}}", information.model)
     yield Route(f"{VERSION}/overlays", information.overlays)
+    yield Route("/completion", llama, methods=["POST"])
+    yield from LlamaState(models).routes()
     for path, answer in tokens.answers():
         yield Route(path, answer, methods=["POST"])
     yield Route("/tokenizer_info", tokens.information)
@@ -192,6 +199,7 @@ class Information:
             "created": self._models.state.created,
             "owned_by": "edge-memllm",
             "state": model.state,
+            "aliases": [model.name, *model.aliases],
             **model.known,
         }
 

@@ -16,7 +16,7 @@ from edge_memllm.engine.grammar import MakeConstraint
 from edge_memllm.engine.request import Request, check_tokens
 from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.model import Model
-from edge_memllm.sampling import MOST_BIAS, MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
+from edge_memllm.sampling import MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
 from edge_memllm.server.fields import (
     ApiError,
     BodyFields,
@@ -36,13 +36,15 @@ from edge_memllm.server.messages import (
     tool_use,
 )
 from edge_memllm.server.parameters import not_honoured, nothing_of
+from edge_memllm.server.protocols.biases import take_biases
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.long_text import BLOCK, tokens_beyond
-from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS
+from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS, Tokenizer
 
 MOST_TEMPERATURE = 2.0
 MOST_REPETITION = 10.0
+_MOST_SLOT = 1 << 16
 MOST_USER = 256
 _MOST_METADATA, _MOST_METADATA_TEXT = 16, 512
 _STREAM_UNSUPPORTED = nothing_of("events are not padded", include_obfuscation=(False,))
@@ -74,6 +76,9 @@ class Call:
     usage: bool = False  # at the end of a stream
     running_usage: bool = False  # with each of its parts
     statistics: bool = False
+    progress: bool = False  # of the prompt, told in a stream
+    timings: bool = False  # with each part of a stream
+    verbose: bool = False  # tells the prompt's text, and how tokens were chosen
     user: str = ""
     repeated: Mapping[str, Any] = field(default_factory=dict)  # of the request, in the reply
 
@@ -107,7 +112,7 @@ def read_completion(fields: BodyFields, service: Service) -> Call:
     _check_best_of(fields, choices)
     prompts = take_prompts(fields, limits.choices // choices, limits)
     most = service.most_tokens
-    given = fields.optional_integer("max_tokens", 0, most)
+    given = _take_limit(fields, ("max_tokens", "n_predict"), 0, most)
     top = _take_completion_top(fields)
     echo = fields.flag("echo")
     fields.finish(_COMPLETION_UNSUPPORTED)
@@ -226,16 +231,28 @@ def _take_top(fields: BodyFields) -> int | None:
 
 
 def _take_max_tokens(fields: BodyFields, most: int) -> int | None:
-    """Take the limit under its new name or its old one."""
-    name, old = "max_completion_tokens", "max_tokens"
-    new_value, old_value = (fields.optional_integer(each, 1, most) for each in (name, old))
-    if None not in (new_value, old_value) and new_value != old_value:
-        raise refused(name, f"{name} is {new_value} and {old} is {old_value}. Give one of them.")
-    return new_value or old_value
+    """Take the limit under its new name, its old one or llama.cpp's."""
+    return _take_limit(fields, ("max_completion_tokens", "max_tokens", "n_predict"), 1, most)
 
 
-def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
+def _take_limit(fields: BodyFields, names: Sequence[str], least: int, most: int) -> int | None:
+    """Take a limit of tokens that goes by several names; -1 of llama.cpp's is none."""
+    if fields.peek("n_predict") == -1:
+        fields.value("n_predict")
+    given = {name: fields.optional_integer(name, least, most) for name in names}
+    found = {name: value for name, value in given.items() if value is not None}
+    if len({*found.values()}) > 1:
+        (first, value), (second, other) = [*found.items()][:2]
+        raise refused(first, f"{first} is {value} and {second} is {other}. Give one of them.")
+    return next(iter(found.values()), None)
+
+
+def take_call(
+    fields: BodyFields, model: Model, limits: Limits, *, words: Tokenizer | None = None
+) -> Call:
     """Take what completions and chat have in common; prompts and their limits are to follow.
+
+    With `words` a bias may name tokens by their text, as in llama.cpp.
 
     Raises `ApiError` for the first field that cannot be granted.
     """
@@ -244,9 +261,20 @@ def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
     take_hints(fields)
     form = take_form(fields, limits.schema_bytes)
     choices = _or(fields.optional_integer("n", 1, limits.choices), 1)
-    request = take_request(fields, model, limits)
+    request = take_request(fields, model, limits, words=words)
+    progress, timings = take_telling(fields)
+    fields.optional_integer("id_slot", -1, _MOST_SLOT)
     return Call(
-        request=replace(request, choices=choices, trace=fields.flag("trace")),
+        request=replace(
+            request,
+            choices=choices,
+            trace=fields.flag("trace"),
+            cache_prompt=fields.flag("cache_prompt", default=True),
+            progress=progress or timings,
+        ),
+        progress=progress,
+        timings=timings,
+        verbose=fields.flag("verbose"),
         form=form,
         stream=stream,
         usage=usage,
@@ -256,14 +284,26 @@ def take_call(fields: BodyFields, model: Model, limits: Limits) -> Call:
     )
 
 
-def take_request(fields: BodyFields, model: Model, limits: Limits, stop: str = "stop") -> Request:
+def take_telling(fields: BodyFields) -> tuple[bool, bool]:
+    """Take whether a stream tells how far its prompt is, and times with each of its parts."""
+    return fields.flag("return_progress"), fields.flag("timings_per_token")
+
+
+def take_request(
+    fields: BodyFields,
+    model: Model,
+    limits: Limits,
+    stop: str = "stop",
+    *,
+    words: Tokenizer | None = None,
+) -> Request:
     """Take how tokens are chosen, and what ends a reply; the field for texts is called `stop`."""
     seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
     return Request(
         prompt=(),
         seed=None if seed is None else seed % SEED_LIMIT,
         sampling=_take_sampling(fields, model.sampling),
-        penalties=_take_penalties(fields, model.manifest.model.vocab_size, limits.biases),
+        penalties=_take_penalties(fields, model.manifest.model.vocab_size, limits.biases, words),
         stop=_take_stops(fields, stop, limits.stops),
         stop_token_ids=_take_stop_tokens(fields, limits.stops, model),
         ignore_eos=fields.flag("ignore_eos"),
@@ -281,33 +321,28 @@ def _take_sampling(fields: BodyFields, default: Sampling) -> Sampling:
         "top_p": None if top_p is None else max(top_p, _LEAST_TOP_P),
         "top_k": None if top_k is None else max(top_k, 0),
         "min_p": fields.optional_number("min_p", 0, 1),
-        "repetition_penalty": fields.optional_number("repetition_penalty", 0.01, MOST_REPETITION),
+        "repetition_penalty": _take_repetition(fields),
     }
     return replace(default, **{name: value for name, value in given.items() if value is not None})
 
 
-def _take_penalties(fields: BodyFields, vocab_size: int, most: int) -> Penalties:
+def _take_repetition(fields: BodyFields) -> float | None:
+    """Take the penalty of what is there already, under its name or llama.cpp's."""
+    name, other = "repetition_penalty", "repeat_penalty"
+    first, second = (fields.optional_number(each, 0.01, MOST_REPETITION) for each in (name, other))
+    if None not in (first, second) and first != second:
+        raise refused(other, f"{name} is {first:g} and {other} is {second:g}. Give one of them.")
+    return second if first is None else first
+
+
+def _take_penalties(
+    fields: BodyFields, vocab_size: int, most: int, words: Tokenizer | None
+) -> Penalties:
     frequency, presence = (
         fields.optional_number(name, -MOST_PENALTY, MOST_PENALTY) or 0.0
         for name in ("frequency_penalty", "presence_penalty")
     )
-    biases = fields.pairs("logit_bias", most)
-    where = fields.param("logit_bias")
-    return Penalties(frequency, presence, _biases(biases, where, vocab_size))
-
-
-def _biases(given: Mapping[str, object], where: str, vocab_size: int) -> dict[int, float]:
-    """Return biases by token; they come under the token's number, written as text."""
-    found: dict[int, float] = {}
-    for name in given:
-        token = int(name) if name.isascii() and name.isdecimal() and len(name) < 20 else -1
-        if not 0 <= token < vocab_size or str(token) != name:
-            expected = f"token numbers from 0 to {vocab_size - 1}"
-            raise refused(where, f"{where} has the entry {shown(name)}, expected {expected}.")
-    entries = BodyFields(given, f"{where}.")
-    for name in given:
-        found[int(name)] = entries.optional_number(name, -MOST_BIAS, MOST_BIAS) or 0.0
-    return found
+    return Penalties(frequency, presence, take_biases(fields, vocab_size, most, words))
 
 
 def _take_stops(fields: BodyFields, name: str, most: int) -> tuple[str, ...]:
@@ -424,7 +459,7 @@ def encoded(prompt: Prompt, service: Service) -> list[int]:
     value, where = prompt
     if isinstance(value, str):
         return encoded_text(value, service, where)
-    _check_length(len(value), service, where)
+    check_length(len(value), service, where)
     with blaming(where):
         return check_tokens(value, service.spec.vocab_size)
 
@@ -433,12 +468,12 @@ def encoded_text(text: str, service: Service, where: str, *, special: bool = Tru
     """Return the ids of a text; what cannot fit is refused before, or while, it is tokenized."""
     tokenizer = service.model.tokenizer
     if len(text) > _SHORT:
-        _check_length(service.token_bound.fewest(len(text)), service, where, least=True)
+        check_length(service.token_bound.fewest(len(text)), service, where, least=True)
     if len(text) > BLOCK:
         beyond = tokens_beyond(tokenizer, text, _room(service))
-        _check_length(beyond or 0, service, where, least=True)
+        check_length(beyond or 0, service, where, least=True)
     ids = tokenizer.encode(text, special=special)
-    _check_length(len(ids), service, where)
+    check_length(len(ids), service, where)
     return ids
 
 
@@ -448,11 +483,11 @@ def _room(service: Service) -> int:
     return context if limit is None else min(context, limit)
 
 
-def _check_length(length: int, service: Service, where: str, *, least: bool = False) -> None:
+def check_length(length: int, service: Service, where: str, *, least: bool = False) -> None:
     """Refuse what is too long.
 
     In words that clients look for, so that they know to shorten it: litellm for the first half
-    sentence, langchain-openai for "prompt is too long".
+    sentence, langchain-openai for "prompt is too long", those of llama.cpp for what it exceeds.
     """
     room, context = _room(service), service.spec.max_position_embeddings
     if length <= room:
@@ -462,8 +497,10 @@ def _check_length(length: int, service: Service, where: str, *, least: bool = Fa
     raise ApiError(
         400,
         f"This model's maximum context length is {context} tokens{own}. However, your prompt is "
-        f"too long: {it} resulted in {'at least ' if least else ''}{length} tokens. Please reduce "
-        f"the length of the {what}.",
+        f"too long: {it} resulted in {'at least ' if least else ''}{length} tokens, which exceeds "
+        f"the available context size. Please reduce the length of the {what}.",
         code="context_length_exceeded",
         param=where,
+        kind="exceed_context_size_error",
+        facts={"n_prompt_tokens": length, "n_ctx": context},
     )

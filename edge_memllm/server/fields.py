@@ -79,8 +79,13 @@ class ApiError(Exception):
         code: str | None = None,
         param: str | None = None,
         headers: Mapping[str, str] | None = None,
+        kind: str | None = None,
+        facts: Mapping[str, object] | None = None,
     ) -> None:
+        """Take what is told; `kind` stands in place of the status's own, `facts` beside it."""
         super().__init__(message)
+        self.kind = kind or _KINDS.get(status, "invalid_request_error")
+        self.facts = dict(facts or {})
         self.status = status
         self.code = code
         self.param = param
@@ -91,10 +96,11 @@ class ApiError(Exception):
         return {
             "error": {
                 "message": str(self),
-                "type": _KINDS.get(self.status, "invalid_request_error"),
+                "type": self.kind,
                 "param": self.param,
                 "code": self.code,
                 "request_id": REQUEST_ID.get() or None,
+                **self.facts,
             }
         }
 

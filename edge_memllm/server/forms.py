@@ -91,8 +91,8 @@ def _openai(wanted: BodyFields, most: int) -> WantedForm | None:
 
 def take_json_schema(fields: BodyFields, most: int) -> WantedForm:
     """Take a schema with its name, and whether it is strict."""
-    name = fields.required("name")
-    if not isinstance(name, str) or not _NAME.fullmatch(name):
+    name = fields.value("name")  # which OpenAI asks for, llama.cpp does not, and nothing needs
+    if name is not None and (not isinstance(name, str) or not _NAME.fullmatch(name)):
         where = fields.param("name")
         expected = "1 to 64 letters, digits, underscores and dashes"
         raise refused(where, f"{where} is {shown(name)}, expected {expected}.")

@@ -23,7 +23,7 @@ from starlette.types import ASGIApp, Message, Receive, Scope, Send
 from edge_memllm.errors import RequestError
 from edge_memllm.server.fields import REQUEST_ID, ApiError
 from edge_memllm.server.service import Metrics
-from edge_memllm.server.settings import Settings
+from edge_memllm.server.settings import UNIX, Settings
 
 ANY = "*"
 # Without a key: what a monitor asks for, and the page, which asks its reader for the key.
@@ -66,7 +66,7 @@ class Guard:
 
     def __init__(self, app: ASGIApp, settings: Settings) -> None:
         self._app = app
-        self._any_host = not is_loopback(settings.host) and not settings.hosts
+        self._any_host = bool(_beyond(settings)) and not settings.hosts
         self._hosts = frozenset(name.lower() for name in settings.hosts)
         self._origins = settings.origins
         self._keys = tuple(map(_digest, settings.api_keys))
@@ -226,11 +226,19 @@ def _digest(key: str) -> bytes:
     return hashlib.sha256(key.encode("utf-8", "surrogateescape")).digest()
 
 
+def _beyond(settings: Settings) -> list[str]:
+    """Return the addresses that can be reached from other machines."""
+    return [
+        each for each in settings.listens if not each.startswith(UNIX) and not is_loopback(each)
+    ]
+
+
 def missing_protection(settings: Settings) -> Iterable[str]:
     """Yield what whoever starts a server like this has to be told."""
-    if not is_loopback(settings.host) and not settings.api_keys:
+    beyond = _beyond(settings)
+    if beyond and not settings.api_keys:
         yield (
-            f"anybody who reaches {settings.host} can use this server: it has no API key and "
+            f"anybody who reaches {' or '.join(beyond)} can use this server: it has no API key and "
             "listens beyond this machine. Give --api-key-file, or leave --host out."
         )
     if ANY in settings.origins:

@@ -12,7 +12,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-Endpoint = Literal["completions", "chat", "responses", "messages"]
+Endpoint = Literal["completions", "chat", "responses", "messages", "llama"]
 
 COMPLETIONS: tuple[Endpoint, ...] = ("completions",)
 CHAT: tuple[Endpoint, ...] = ("chat",)
@@ -20,7 +20,10 @@ RESPONSES: tuple[Endpoint, ...] = ("responses",)
 MESSAGES: tuple[Endpoint, ...] = ("messages",)
 BOTH: tuple[Endpoint, ...] = ("completions", "chat")
 OPENAI: tuple[Endpoint, ...] = (*BOTH, "responses")
-ALL: tuple[Endpoint, ...] = (*OPENAI, "messages")
+LLAMA: tuple[Endpoint, ...] = ("llama",)  # its own /completion
+CHUNKED: tuple[Endpoint, ...] = (*BOTH, *LLAMA)
+STREAMED: tuple[Endpoint, ...] = (*OPENAI, *LLAMA)
+ALL: tuple[Endpoint, ...] = (*OPENAI, "messages", *LLAMA)
 
 # Whatever is to be kept for how long: beginnings of prompts are, as long as there is room.
 EPHEMERAL = ({"type": "ephemeral"}, *({"type": "ephemeral", "ttl": ttl} for ttl in ("5m", "1h")))
@@ -97,6 +100,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         tool_choice="`auto`, `none`, `required`, one function, or `allowed_tools`",
         parallel_tool_calls="false is one call at the most",
         stream_options="nothing is chosen by it",
+        include="`message.output_text.logprobs`: each token's likelihood",
+        top_logprobs="so many likeliest tokens with each, and their likelihoods",
     ),
     *_done(
         MESSAGES,
@@ -110,7 +115,17 @@ PARAMETERS: tuple[Parameter, ...] = (
         metadata="`user_id`: users of one client take turns",
     ),
     *_done(
-        BOTH,
+        LLAMA,
+        prompt='a text, tokens and texts in one list, `{"prompt_string": ...}`, or a list of those',
+        n_predict="-1, and if left out: what the context holds",
+        n_probs="so many likeliest tokens with each",
+        post_sampling_probs="the probabilities that a token was drawn with, in their place",
+        return_tokens="the tokens of the reply",
+        response_fields="tells these fields alone; `a/b` is b of a",
+    ),
+    *_done(BOTH, n_predict="llama.cpp's word for `max_tokens`"),
+    *_done(
+        CHUNKED,
         n="so many replies to each prompt",
         stream_options="`include_usage`; with it, `continuous_usage_stats`",
         response_format="`text`, `json_object`, `json_schema`, `regex` or `grammar`",
@@ -123,9 +138,14 @@ PARAMETERS: tuple[Parameter, ...] = (
         grammar="llama.cpp's word for a grammar, in Lark or GBNF",
         statistics="times, reused tokens and the seed, with the end of a choice",
         trace="where the record of each token came from",
+        cache_prompt="false computes the whole prompt, whatever of it is there already",
+        id_slot="a hint, which this server does without: a place is chosen by what it holds",
+        verbose="chat tells its prompt's text too, and how tokens were chosen, in `__verbose`",
     ),
     *_done(
-        OPENAI,
+        STREAMED,
+        return_progress="a stream tells how much of the prompt is computed",
+        timings_per_token="a stream tells with each part what it took so far",
         stop="texts that end a reply",
         user="users of one client take turns",
         safety_identifier="as `user`",
@@ -143,9 +163,11 @@ PARAMETERS: tuple[Parameter, ...] = (
         top_k="0 and -1 are all",
         min_p="from 0 to 1",
         repetition_penalty="1 is none",
+        repeat_penalty="llama.cpp's word for `repetition_penalty`",
         frequency_penalty="from -2 to 2",
         presence_penalty="from -2 to 2",
-        logit_bias="by token id",
+        logit_bias="by token id; as in llama.cpp a list of `[id, bias]` too, where false forbids, "
+        "and texts in place of ids for its own `/completion`",
         ignore_eos="the text goes on behind the tokens that end it",
         overlays="names of those that act",
         without_memory="computes as if memory added nothing",
@@ -190,8 +212,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     *_not_done(
         "nothing more than the text is told",
         RESPONSES,
-        include=([], ["reasoning.encrypted_content"]),
-        top_logprobs=(0,),
         moderation=(),
     ),
     *_not_done("this server calls no tools itself", RESPONSES, max_tool_calls=()),
@@ -241,7 +261,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     *_not_done("all requests are served alike", service_tier=("auto", "default"), priority=(0,)),
     *_not_done(
         "beginnings of prompts are always kept, as long as there is room",
-        cache_prompt=(True,),
         prompt_cache_retention=("in_memory",),
         prompt_cache_options=({},),
         cache_salt=(),
@@ -289,12 +308,13 @@ PARAMETERS: tuple[Parameter, ...] = (
         guided_whitespace_pattern=(),
     ),
     # llama.cpp
-    *_not_done("the field is called `max_tokens`", n_predict=(-1,)),
     *_not_done("the field is called `logprobs`", n_probs=(0,), post_sampling_probs=(False,)),
-    *_not_done("the field is called `repetition_penalty`", repeat_penalty=(1,)),
-    *_not_done("penalties look at the whole text", repeat_last_n=(-1,), penalize_nl=(True,)),
+    *_not_done(
+        "penalties look at the whole text", CHUNKED, repeat_last_n=(-1,), penalize_nl=(True,)
+    ),
     *_not_done(
         "tokens are chosen by the fields above",
+        CHUNKED,
         typical_p=(1,),
         tfs_z=(1,),
         top_a=(0,),
@@ -306,16 +326,17 @@ PARAMETERS: tuple[Parameter, ...] = (
         min_keep=(0, 1),
         samplers=([],),
     ),
-    *_not_done("a place is chosen by what it holds", id_slot=(-1,), n_keep=(0,), n_discard=(0,)),
-    *_not_done("overlays are asked for with `overlays`", lora=([],)),
-    *_not_done("images are not understood", image_data=([],)),
-    *_not_done("time is limited by the server", t_max_predict_ms=(0, -1), t_max_prompt_ms=(0, -1)),
+    *_not_done("a text ends where the context does", CHUNKED, n_keep=(0, -1), n_discard=(0,)),
+    *_not_done("overlays are asked for with `overlays`", CHUNKED, lora=([],)),
+    *_not_done("images are not understood", CHUNKED, image_data=([],)),
     *_not_done(
-        "times are told with `statistics`",
-        timings_per_token=(False,),
-        return_progress=(False,),
-        return_tokens=(False,),
-        response_fields=([],),
+        "time is limited by the server",
+        CHUNKED,
+        t_max_predict_ms=(0, -1),
+        t_max_prompt_ms=(0, -1),
+    ),
+    *_not_done(
+        "a reply tells what its protocol has", return_tokens=(False,), response_fields=([],)
     ),
     *_not_done("replies hold no reasoning", CHAT, reasoning_format=("none", "auto")),
 )

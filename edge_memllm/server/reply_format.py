@@ -8,17 +8,24 @@ from __future__ import annotations
 
 import json
 import uuid
-from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import asdict, dataclass, field
-from typing import Any, NamedTuple, Protocol
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any, NamedTuple, Protocol, TypeAlias
 
 from starlette.types import Send
 
 from edge_memllm.engine.engine import Engine
-from edge_memllm.engine.reply import ChoiceStatistics, RecordUse, Reply, ReplyPiece
+from edge_memllm.engine.reply import (
+    ChoiceStatistics,
+    PromptProgress,
+    RecordUse,
+    Reply,
+    ReplyPiece,
+)
 from edge_memllm.engine.scores import TokenScore
 from edge_memllm.server.calls import Call
 from edge_memllm.server.fields import ApiError
+from edge_memllm.server.protocols.timings import RunningTimings, progress_of, timings_of
 from edge_memllm.server.service import Service
 from edge_memllm.statistics import process_memory
 from edge_memllm.text.token_texts import TokenTexts
@@ -36,6 +43,10 @@ HEADERS = [
 ]
 DONE = b"data: [DONE]\n\n"
 WAITING = b": waiting\n\n"
+
+
+# All that is told of a choice, its prompt among it.
+TellAll: TypeAlias = Callable[["Content", Sequence[int], Call, Service], Json]
 
 
 class ReplyWriter(Protocol):
@@ -57,13 +68,19 @@ class ReplyWriter(Protocol):
 class ChunkWriter:
     """Completions and chat, whose streams are chunks: the same id and time in all of them."""
 
-    def __init__(self, format: ReplyFormat, service: Service, call: Call) -> None:
+    def __init__(
+        self, format: ReplyFormat, tell_all: TellAll, service: Service, call: Call
+    ) -> None:
+        """Take how choices look; `tell_all` is for who asks for all there is to tell."""
         self._format = format
+        self._tell_all = tell_all
         self._texts = service.texts
         self._scored = call.request.top is not None
         self._statistics = call.statistics
         self._traced = call.request.trace
+        self._service, self._call = service, call
         self._engine = service.engine
+        self._last: Json = {}  # timings of the last choice that ended
         self._head: Json = {
             "id": f"{format.prefix}-{uuid.uuid4().hex}",
             "created": service.now(),
@@ -79,7 +96,15 @@ class ChunkWriter:
             self._choice(index, self._format.whole(each, self._scored, self._texts), each)
             for index, each in enumerate(contents)
         ]
-        return {**self._head, "object": self._format.whole_kind, "choices": choices, "usage": usage}
+        told: Json = {}
+        if len(contents) == 1:  # of several, none is the whole's
+            (content,) = contents
+            told["timings"] = content.timings
+            if self._call.verbose:
+                (prompt,) = self._call.prompts
+                told["__verbose"] = self._tell_all(content, prompt, self._call, self._service)
+        kind = self._format.whole_kind
+        return {**self._head, "object": kind, "choices": choices, "usage": usage, **told}
 
     def events(self, addition: Addition, usage: Json | None) -> Iterator[bytes]:
         """Yield what begins a choice, if something does, and what adds to it."""
@@ -87,15 +112,21 @@ class ChunkWriter:
         opening = self._format.opening() if first else None
         if opening is not None:
             yield event(self._chunk([self._choice(index, opening, Content())]))
-        if part.text or part.calls or part.scores or part.reason or part.records:
-            fields = self._format.part(part, self._scored, self._texts)
-            chunk = self._chunk([self._choice(index, fields, part)])
+        for each in self._format.steps(part):
+            fields = self._format.part(each, self._scored, self._texts)
+            chunk = self._chunk([self._choice(index, fields, each)])
+            if each.progress is not None:
+                chunk["prompt_progress"] = progress_of(each.progress)
+            if self._call.timings or each.reason is not None:
+                chunk["timings"] = each.timings
+            if each.reason is not None:
+                self._last = {"timings": each.timings}
             yield event(chunk if usage is None else {**chunk, "usage": usage})
 
     def ending(self, usage: Json) -> Iterator[bytes]:
         """Yield what a stream has taken, if that is asked for, and the word that ends it."""
         if self._no_usage:
-            yield event({**self._chunk([]), "usage": usage})
+            yield event({**self._chunk([]), "usage": usage, **self._last})
         yield DONE
 
     def failure(self, error: ApiError) -> bytes:
@@ -131,6 +162,9 @@ class ReplyFormat(Protocol):
     def part(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
         """Return the fields that add to a choice in a stream."""
 
+    def steps(self, content: Content) -> Iterator[Content]:
+        """Yield what comes one after the other of a part; nothing of one that tells nothing."""
+
 
 class CompletionFormat:
     """`/v1/completions`."""
@@ -147,6 +181,11 @@ class CompletionFormat:
         """Nothing goes before the text."""
 
     part = whole
+
+    def steps(self, content: Content) -> Iterator[Content]:
+        """Yield it as it is."""
+        if content.tells:
+            yield content
 
 
 class ChatFormat:
@@ -169,7 +208,7 @@ class ChatFormat:
 
     def opening(self) -> Json | None:
         """Say whose message it is."""
-        return {"delta": {"role": "assistant", "content": "", "refusal": None}, "logprobs": None}
+        return {"delta": {"role": "assistant", "content": None, "refusal": None}, "logprobs": None}
 
     def part(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
         """Return what is added to the message."""
@@ -178,6 +217,16 @@ class ChatFormat:
         if content.calls:
             delta["tool_calls"] = [_call_part(each) for each in content.calls]
         return {"delta": delta, "logprobs": logprobs}
+
+    def steps(self, content: Content) -> Iterator[Content]:
+        """Yield what is said, and then why it ends, with what it took."""
+        if content.reason is not None and (content.text or content.calls or content.scores):
+            yield replace(content, reason=None, statistics=None)
+            yield Content(
+                reason=content.reason, statistics=content.statistics, timings=content.timings
+            )
+        elif content.tells:
+            yield content
 
 
 def _whole_call(call: CallPiece) -> Json:
@@ -213,6 +262,15 @@ class Content:
     statistics: ChoiceStatistics | None = None
     tokens: list[int] = field(default_factory=list)
     records: list[RecordUse] = field(default_factory=list)
+    stopped_by: str | None = None  # a stop string
+    progress: PromptProgress | None = None  # of the prompt; such a part has no more
+    timings: Json | None = None
+
+    @property
+    def tells(self) -> bool:
+        """Whether there is anything in it for who asked."""
+        said = self.text or self.calls or self.scores or self.records
+        return bool(said or self.reason or self.progress)
 
 
 class Addition(NamedTuple):
@@ -228,7 +286,9 @@ class GatheredContent:
 
     def __init__(self, call: Call, service: Service, replies: Sequence[Reply]) -> None:
         self.wholes = [Content() for _ in range(len(call.prompts) * call.request.choices)]
-        self._begun: set[int] = set()
+        self._opened: set[int] = set()  # of which something has come
+        self._begun: set[int] = set()  # whose first token has
+        self._clocks = [RunningTimings() for _ in self.wholes]
         self._parsers = [None if call.tools is None else call.tools.parser() for _ in self.wholes]
         self._call = call
         self._service = service
@@ -252,7 +312,12 @@ class GatheredContent:
     def add(self, prompt: int, piece: ReplyPiece) -> Addition:
         """Take a piece of a prompt's reply."""
         index = self._index(prompt, piece)
-        first = not self._has(prompt, piece)
+        opened, first = index not in self._opened, not self._has(prompt, piece)
+        self._opened.add(index)
+        self._clocks[index].note(piece.progress, piece.token)
+        if piece.progress is not None:
+            progress = piece.progress if self._call.progress else None
+            return Addition(index, Content(progress=progress, timings=self._timings(index)), opened)
         self._begun.add(index)
         whole, part = self.wholes[index], self._echo(prompt) if first else Content()
         if piece.score is not None:
@@ -265,8 +330,17 @@ class GatheredContent:
         whole.records += part.records
         whole.text += part.text
         whole.scores += part.scores
+        part.stopped_by = piece.stopped_by
+        part.timings = self._timings(index, part.statistics)
         whole.reason, whole.statistics = part.reason, part.statistics
-        return Addition(index, part, first)
+        whole.stopped_by, whole.timings = part.stopped_by, part.timings
+        return Addition(index, part, opened)
+
+    def _timings(self, index: int, statistics: ChoiceStatistics | None = None) -> Json | None:
+        """Return what a choice took, at its end or where that is told all along."""
+        if statistics is not None:
+            return timings_of(statistics)
+        return self._clocks[index].told() if self._call.timings else None
 
     def _add_text(self, index: int, part: Content, piece: ReplyPiece) -> None:
         """Add the text of a piece to a part, or the calls in it; and why it ends, if it does."""

@@ -7,12 +7,14 @@ the process at once.
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import logging
 import os
 import socket
-from collections.abc import Iterator
-from contextlib import contextmanager
+import stat
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial
 from types import FrameType
 
@@ -26,7 +28,7 @@ from edge_memllm.process.interrupts import taking_one
 from edge_memllm.server.application import application
 from edge_memllm.server.fields import ApiError
 from edge_memllm.server.models import ServedModels
-from edge_memllm.server.settings import Limits
+from edge_memllm.server.settings import UNIX, Limits
 
 _RETRY_SECONDS = 1
 
@@ -136,6 +138,58 @@ def _no_room() -> bytes:
         f"Retry-After: {_RETRY_SECONDS}\r\nConnection: close\r\nContent-Length: {len(body)}\r\n\r\n"
     )
     return head.encode("ascii") + body
+
+
+@contextmanager
+def bound_sockets(addresses: Sequence[str], port: int) -> Iterator[list[socket.socket]]:
+    """Hold all addresses; a free port is the same one for all. Raises `RequestError`."""
+    with ExitStack() as stack:
+        found: list[socket.socket] = []
+        for address in addresses:
+            if address.startswith(UNIX):
+                bound = stack.enter_context(_unix_socket(address.removeprefix(UNIX)))
+            else:
+                bound = stack.enter_context(bound_socket(address, port))
+                port = bound.getsockname()[1]
+            found.append(bound)
+        yield found
+
+
+@contextmanager
+def _unix_socket(path: str) -> Iterator[socket.socket]:
+    """Hold a socket of this machine at a path, which is free again afterwards."""
+    if not hasattr(socket, "AF_UNIX"):
+        raise RequestError(f"{UNIX}{path} needs sockets with paths, which this system has not.")
+    found = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
+    with found:
+        try:
+            _clear(path)
+            found.bind(path)
+        except OSError as error:
+            raise RequestError(
+                f"{UNIX}{path} cannot be used: {error.strerror or error}. Choose another path with "
+                "--host."
+            ) from error
+        made = os.stat(path)
+        try:
+            yield found
+        finally:
+            with suppress(OSError):
+                if os.path.samestat(made, os.stat(path)):  # not that of a server after this one
+                    os.unlink(path)
+
+
+def _clear(path: str) -> None:
+    """Remove the socket of a server that has gone. Raises `OSError` where one answers."""
+    if not os.path.exists(path) or not stat.S_ISSOCK(os.stat(path).st_mode):
+        return  # what is no socket is in the way, and stays
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as probe:
+        try:
+            probe.connect(path)
+        except ConnectionRefusedError:
+            os.unlink(path)
+            return
+    raise OSError(errno.EADDRINUSE, os.strerror(errno.EADDRINUSE))
 
 
 def bound_socket(host: str, port: int) -> socket.socket:

@@ -8,6 +8,8 @@ from typing import Annotated
 from edge_memllm.options import Group, Option, byte_size, positive_int, positive_number
 
 KIB = 1 << 10
+LOOPBACK = "127.0.0.1"
+UNIX = "unix:"  # begins an address that is a path
 KEY_VARIABLE = "EDGE_MEMLLM_API_KEY"  # of the environment
 
 
@@ -65,14 +67,19 @@ class Settings:
 
     model_id: str
     _: KW_ONLY
-    host: Annotated[
-        str,
+    addresses: Annotated[
+        tuple[str, ...],
         Option(
-            "where to listen; 0.0.0.0 is everywhere (default: %(default)s, this machine alone)",
+            f"where to listen; may be repeated. 0.0.0.0 is everywhere, {UNIX}PATH a socket of this "
+            "machine",
             metavar="ADDRESS",
+            parse=str,
+            several="repeated",
+            flag="--host",
+            unset=f"{LOOPBACK}, this machine alone",
             group="address",
         ),
-    ] = "127.0.0.1"
+    ] = ()
     api_keys: Annotated[
         tuple[str, ...],
         Option(
@@ -144,3 +151,8 @@ class Settings:
     log_requests: Annotated[bool, Option("a line on stderr for each request", group="work")] = False
     pulse_seconds: float = 10.0  # a waiting stream says so at this interval
     limits: Annotated[Limits, Group("limits of a request")] = field(default_factory=Limits)
+
+    @property
+    def listens(self) -> tuple[str, ...]:
+        """Where it does: on this machine alone, if nothing is said."""
+        return self.addresses or (LOOPBACK,)

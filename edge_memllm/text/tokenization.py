@@ -386,7 +386,12 @@ class StopMatcher:
     def __init__(self, stops: Sequence[str]) -> None:
         self._automata = [_PrefixAutomaton(text) for text in stops]
         self._held = ""
-        self.stopped = False
+        self.found: str | None = None  # the stop string that is complete
+
+    @property
+    def stopped(self) -> bool:
+        """Whether a stop string is complete."""
+        return self.found is not None
 
     def push(self, text: str) -> str:
         """Take the next piece and return what can be shown now; nothing after a stop."""
@@ -397,7 +402,7 @@ class StopMatcher:
         for end in range(start + 1, len(self._held) + 1):
             matched = self._advance(self._held[end - 1])
             if matched:
-                self.stopped = True
+                self.found = self._held[end - matched : end]
                 return self._release(end - matched)
         open_prefix = max((automaton.matched for automaton in self._automata), default=0)
         return self._release(len(self._held) - open_prefix)

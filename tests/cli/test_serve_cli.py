@@ -24,7 +24,7 @@ from edge_memllm.cli.main import build_parser, main
 from edge_memllm.cli.options import options_of
 from edge_memllm.cli.serve import ServeOptions, settings_of
 from edge_memllm.errors import RequestError
-from edge_memllm.server.server import bound_socket
+from edge_memllm.server.server import bound_socket, bound_sockets
 from edge_memllm.server.settings import KEY_VARIABLE, Limits, Settings
 from support.checkpoints import MakeArtifact
 
@@ -60,7 +60,7 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
     )
     assert found == Settings(
         "my model",
-        host="0.0.0.0",
+        addresses=("0.0.0.0",),
         api_keys=(KEY, "key-of-environment", "key-of-file-1", "key-of-file-2"),
         origins=("https://a", "*"),
         hosts=("ai.lan",),
@@ -213,7 +213,14 @@ def test_one_command_serves_and_a_signal_ends_it(
     template.write_text("{{ bos_token }}{{ messages[0].content }}{{ eos_token }}", "utf-8")
     words = ["--name", "m", "--chat-template", str(template), "--log-requests"]
     with served(str(make_artifact()), *words, **{KEY_VARIABLE: KEY}) as (process, said):
-        told = {"url": "", "model": "m", "models": ["m"], "slots": 4, "chat": True}
+        told = {
+            "url": "",
+            "urls": [said["url"]],
+            "model": "m",
+            "models": ["m"],
+            "slots": 4,
+            "chat": True,
+        }
         assert said | {"url": ""} == told
         wait_for(said["url"])
         key = {"authorization": f"Bearer {KEY}"}
@@ -259,3 +266,44 @@ def test_listening_to_others_without_a_key_is_said_loudly(make_artifact: MakeArt
         _, errors = process.communicate(timeout=20)
     assert "warning: anybody who reaches 0.0.0.0 can use this server" in errors
     assert process.returncode == 0
+
+
+def test_a_socket_of_this_machine_is_free_again_afterwards(tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    with bound_sockets((f"unix:{path}", "127.0.0.1", "localhost"), 0) as found:
+        ports = {each.getsockname()[1] for each in found[1:]}
+        assert len(ports) == 1  # a free port is the same for all
+        found[0].listen()
+        with (
+            pytest.raises(RequestError, match=r"s\.sock cannot be used: Address already in use"),
+            bound_sockets((f"unix:{path}",), 0),
+        ):
+            pass
+    assert not path.exists()
+    with socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as gone:
+        gone.bind(str(path))  # one that a server left behind
+    with bound_sockets((f"unix:{path}",), 0):
+        assert path.exists()
+    path.write_text("precious")
+    with (
+        pytest.raises(RequestError, match="Choose another path"),
+        bound_sockets((f"unix:{path}",), 0),
+    ):
+        pass
+    assert path.read_text() == "precious"
+
+
+def test_several_addresses_serve_at_once(make_artifact: MakeArtifact, tmp_path: Path) -> None:
+    path = tmp_path / "s.sock"
+    hosts = ["--host", "127.0.0.1", "--host", f"unix:{path}", "--idle-unload", "60"]
+    with served(str(make_artifact()), *hosts) as (process, said):
+        assert said["urls"] == [said["url"], f"unix:{path}"]
+        body = {"prompt": "Hello", "max_tokens": 2, "temperature": 0}
+        with httpx.Client(transport=httpx.HTTPTransport(uds=str(path))) as client:
+            by_path = client.post("http://localhost/v1/completions", json=body).json()
+            assert client.get("http://other.example/v1/models").status_code == 403
+        by_port = httpx.post(said["url"] + "/v1/completions", json=body).json()
+        assert by_path["choices"] == by_port["choices"]
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(30) == 0
+    assert not path.exists()

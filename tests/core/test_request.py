@@ -53,6 +53,7 @@ class Untouchable(FakeRuntime):
         ({"speculate": 65}, "speculate is 65"),
         ({"speculate": 1.0}, r"speculate is 1\.0"),
         ({"speculate": True}, "speculate is True"),
+        ({"top_of": "all"}, "top_of is 'all', expected 'model' or 'sampling'"),
     ],
 )
 @pytest.mark.parametrize("call", ["stream", "generate"])

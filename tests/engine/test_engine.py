@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -219,3 +220,64 @@ def test_penalties_and_constraints_reach_the_sampler(model: Model) -> None:
         assert each.taken == [piece.token for piece in pieces if piece.choice == number]
         assert len(each.taken) == 9
         assert all(token % 2 for token in each.taken)
+
+
+def test_progress_is_told_before_the_first_chunk_and_after_each(model: Model) -> None:
+    prompt = [*range(1, 11)]
+    with Engine(model, slots=2, prefill_chunk=4) as engine:
+        pieces = [*engine.submit(Request(prompt, progress=True, max_new_tokens=2, choices=2))]
+        again = [*engine.submit(Request(prompt, progress=True, max_new_tokens=1))]
+    told = [piece.progress for piece in pieces if piece.progress is not None]
+    assert [(each.tokens, each.reused, each.computed) for each in told] == [
+        (10, 0, 0),
+        (10, 0, 4),
+        (10, 0, 8),
+        (10, 0, 10),
+    ]
+    assert told[0].seconds == 0
+    assert [each.seconds for each in told] == sorted(each.seconds for each in told)
+    first = next(place for place, piece in enumerate(pieces) if piece.token is not None)
+    assert not [piece for piece in pieces[first:] if piece.progress is not None]
+    computed = [piece.progress.computed for piece in again if piece.progress is not None]
+    assert computed == [9, 10]
+
+
+def test_a_prompt_can_be_computed_whole(model: Model) -> None:
+    asked = Request([*range(1, 30)], max_new_tokens=3, seed=1)
+    with Engine(model, slots=2) as engine:
+        texts, reused = [], []
+        for fresh in (False, True, False):
+            *_, last = pieces = [*engine.submit(replace(asked, cache_prompt=not fresh))]
+            texts.append([piece.token for piece in pieces])
+            reused.append(last.statistics.reused_tokens)
+    assert reused == [0, 0, 28]
+    assert texts[0] == texts[1] == texts[2]
+
+
+def test_scores_of_what_a_token_was_drawn_from(model: Model) -> None:
+    sampling = Sampling(temperature=0.7, top_k=4)
+    asked = Request([7, 8], max_new_tokens=9, sampling=sampling, seed=1, top=9, ignore_eos=True)
+    with Engine(model) as engine:
+        plain = tokens_of(engine.submit(asked))
+        scored = [*engine.submit(replace(asked, top_of="sampling"))]
+        greedy = replace(asked, sampling=Sampling(), top_of="sampling", max_new_tokens=1)
+        (only,) = engine.submit(greedy)
+    assert [piece.token for piece in scored] == plain  # looking changes nothing
+    for piece in scored:
+        assert len(piece.score.top) == 4
+        assert sum(np.exp(value) for _, value in piece.score.top) == pytest.approx(1)
+        assert (piece.token, piece.score.logprob) in piece.score.top
+        assert [value for _, value in piece.score.top] == sorted(
+            (value for _, value in piece.score.top), reverse=True
+        )
+    assert only.score.top == ((only.token, 0.0),)
+
+
+def test_the_stop_string_that_ended_a_text_is_told(model: Model) -> None:
+    text = "".join(piece.text for piece in model.stream([7, 8], max_new_tokens=20))
+    with Engine(model) as engine:
+        for stops, expected in ((text[2:4], text[2:4]), ("</s>", "</s>"), ((), None)):
+            bias = {EOS: 100.0} if expected == "</s>" else {}
+            request = Request([7, 8], stop=stops, penalties=Penalties(logit_bias=bias))
+            *_, last = engine.submit(replace(request, max_new_tokens=20))
+            assert last.stopped_by == expected

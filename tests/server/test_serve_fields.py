@@ -20,6 +20,7 @@ from support.server import (
     Served,
     chat,
     complete,
+    llama,
     message,
     refusal,
     respond,
@@ -27,7 +28,13 @@ from support.server import (
 )
 from support.small_model import write_small_artifact
 
-READ = {"completions": complete, "chat": chat, "responses": respond, "messages": message}
+READ = {
+    "completions": complete,
+    "chat": chat,
+    "responses": respond,
+    "messages": message,
+    "llama": llama,
+}
 
 
 NOTHING = [

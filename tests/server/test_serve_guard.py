@@ -166,11 +166,11 @@ def test_clients_are_told_apart_by_key_or_address(
 
 
 def test_what_is_open_to_others_is_said_loudly() -> None:
-    warnings = list(missing_protection(Settings("m", host="0.0.0.0", origins=("*",))))
+    warnings = list(missing_protection(Settings("m", addresses=("0.0.0.0",), origins=("*",))))
     assert "anybody who reaches 0.0.0.0 can use this server: it has no API key" in warnings[0]
     assert "pages of every web site" in warnings[1]
-    assert not list(missing_protection(Settings("m", host="0.0.0.0", api_keys=KEYS)))
-    assert not list(missing_protection(Settings("m", host="::1")))
+    assert not list(missing_protection(Settings("m", addresses=("0.0.0.0",), api_keys=KEYS)))
+    assert not list(missing_protection(Settings("m", addresses=("::1", "unix:/run/m.sock"))))
 
 
 @pytest.mark.parametrize(

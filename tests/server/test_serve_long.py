@@ -107,7 +107,7 @@ def test_what_cannot_fit_is_refused_without_tokenizing_it(
     monkeypatch.setattr(Tokenizer, "encode", short)
     error = served.refusal(f"/v1/{path}", **body)
     assert error["code"] == "context_length_exceeded"
-    assert error["type"] == "invalid_request_error"
+    assert error["type"] == "exceed_context_size_error"
     assert error["param"].startswith(what)
     assert error["message"].startswith("This model's maximum context length is 128 tokens. However")
     assert "your prompt is too long: " in error["message"]

@@ -221,7 +221,7 @@ def test_items_become_messages(served: Served) -> None:
         ({"previous_response_id": "resp_1"}, "previous_response_id", "the whole conversation"),
         ({"conversation": "conv_1"}, "conversation", "the whole conversation"),
         ({"text": {"format": {"type": "xml"}}}, "text.format.type", 'is "xml"'),
-        ({"text": {"format": {"type": "json_schema"}}}, "text.format.name", "is missing|is null"),
+        ({"text": {"format": {"type": "json_schema", "name": ""}}}, "text.format.name", "1 to 64"),
         ({"n": 2}, "n", "no parameter"),
         ({"messages": []}, "messages", "no parameter"),
     ],
@@ -242,3 +242,41 @@ def test_an_error_is_the_clients(client: OpenAI) -> None:
 def test_input_tokens_are_counted(served: Served, client: OpenAI) -> None:
     counted = client.responses.input_tokens.count(model=MODEL_ID, input="Hi")
     assert counted.input_tokens == asked(served, max_output_tokens=1)["usage"]["input_tokens"]
+
+
+def test_likelihoods_of_a_response(served: Served) -> None:
+    body = {"temperature": 0, "max_output_tokens": 5, "ignore_eos": True}
+    wanted = {"include": ["message.output_text.logprobs"], "top_logprobs": 2}
+    (part,) = asked(served, **body, **wanted)["output"][0]["content"]
+    assert len(part["logprobs"]) == 5
+    for each in part["logprobs"]:
+        assert {*each} == {"token", "logprob", "bytes", "top_logprobs"}
+        assert len(each["top_logprobs"]) == 2
+        assert each["logprob"] == pytest.approx(each["top_logprobs"][0]["logprob"])
+    told = served.events("/v1/responses", input="Hi", **body, **wanted)
+    deltas = [each for each in told if each["type"] == "response.output_text.delta"]
+    streamed = [score["token"] for each in deltas for score in each["logprobs"]]
+    assert streamed == [each["token"] for each in part["logprobs"]]
+    (done,) = (each for each in told if each["type"] == "response.output_text.done")
+    assert len(done["logprobs"]) == 5
+    (whole,) = told[-1]["response"]["output"][0]["content"]
+    assert whole["logprobs"] == part["logprobs"]
+    assert told[-1]["response"]["top_logprobs"] == 2
+    (plain,) = asked(served, **body)["output"][0]["content"]
+    assert plain["logprobs"] == []
+    (own,) = asked(served, **body, include=wanted["include"])["output"][0]["content"]
+    assert [each["top_logprobs"] for each in own["logprobs"]] == [[]] * 5
+
+
+def test_a_stream_tells_progress_and_times(served: Served) -> None:
+    body = {"input": "Hi", "max_output_tokens": 5, "ignore_eos": True}
+    told = served.events("/v1/responses", **body, return_progress=True, timings_per_token=True)
+    progress = [each for each in told if "prompt_progress" in each]
+    assert {each["type"] for each in progress} == {"response.in_progress"}
+    last = progress[-1]["prompt_progress"]
+    assert last["processed"] == last["total"] > 0
+    deltas = [each for each in told if each["type"] == "response.output_text.delta"]
+    assert all(each["timings"]["predicted_n"] for each in deltas)
+    assert told[-1]["timings"]["predicted_n"] == 5
+    plain = served.events("/v1/responses", **body)
+    assert not [each for each in plain if {"timings", "prompt_progress"} & {*each}]

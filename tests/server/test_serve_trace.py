@@ -83,10 +83,11 @@ def test_parts_of_a_trace_add_up_to_the_whole(served: Served) -> None:
     *parts, _ = served.events("/v1/chat/completions", **asked)
     again = served.post("/v1/chat/completions", asked).json()["choices"][0]["trace"]
     traces = [each["choices"][0].get("trace") for each in parts]
-    assert traces[0] is None  # the opening, which says whose message it is
-    assert [len(each["tokens"]) for each in traces[1:]] == [1] * 6
+    # The opening says whose message it is, and the end why it ends.
+    assert traces[0] is traces[-1] is None
+    assert [len(each["tokens"]) for each in traces[1:-1]] == [1] * 6
     for name in ("tokens", "records"):
-        joined = [value for each in traces[1:] for value in each[name]]
+        joined = [value for each in traces[1:-1] for value in each[name]]
         assert [_what(each) for each in joined] == [_what(each) for each in again[name]]
 
 

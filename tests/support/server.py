@@ -21,6 +21,7 @@ from edge_memllm.engine import Engine
 from edge_memllm.server.calls import Call, read_chat, read_completion
 from edge_memllm.server.fields import ApiError, BodyFields
 from edge_memllm.server.models import ServedModels
+from edge_memllm.server.protocols.llama_request import read_llama
 from edge_memllm.server.protocols.messages_request import read_message
 from edge_memllm.server.protocols.responses_request import read_response
 from edge_memllm.server.server import Server, bound_socket
@@ -182,6 +183,10 @@ def chat(service: Service, **body: Any) -> Call:
 
 def respond(service: Service, **body: Any) -> Call:
     return compiled(read_response(BodyFields({"input": "Hi", **body}), service), service)
+
+
+def llama(service: Service, **body: Any) -> Call:
+    return compiled(read_llama(BodyFields({"prompt": "Hello", **body}), service), service)
 
 
 def message(service: Service, **body: Any) -> Call:

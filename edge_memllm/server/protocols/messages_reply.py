@@ -64,8 +64,6 @@ class MessageWriter:
             begun = self._message([], Content(), _usage({"prompt_tokens": tokens}))
             yield _event("message_start", message=begun)
         part = addition.part
-        self._content.tokens += part.tokens
-        self._content.text += part.text
         if part.text:
             if not isinstance(self._open, str):
                 yield from self._begin(_text_block(""), "text")
@@ -76,7 +74,7 @@ class MessageWriter:
             if call.arguments:
                 yield self._delta({"type": "input_json_delta", "partial_json": call.arguments})
         if part.reason is not None:
-            self._content.reason = part.reason
+            self._content.reason, self._content.stopped_by = part.reason, part.stopped_by
             yield from self._stop()
 
     def ending(self, usage: Json) -> Iterator[bytes]:
@@ -106,7 +104,7 @@ class MessageWriter:
 
     def _message(self, blocks: list[Json], content: Content, usage: Json) -> Json:
         reason = None if content.reason is None else _REASONS[content.reason]
-        sequence = self._stopped_by(content) if reason == "end_turn" else None
+        sequence = content.stopped_by if reason == "end_turn" else None
         return {
             "id": self._id,
             "type": "message",
@@ -117,15 +115,6 @@ class MessageWriter:
             "stop_sequence": sequence,
             "usage": usage,
         }
-
-    def _stopped_by(self, content: Content) -> str | None:
-        """Return the stop string that ended a text; None if a token did."""
-        stops, ends = self._call.request.stop, self._service.spec.eos_token_ids
-        if not stops or (content.tokens and content.tokens[-1] in ends):
-            return None
-        written = self._service.model.tokenizer.decode(content.tokens)
-        rest = written[len(content.text) :]
-        return max((stop for stop in stops if rest.startswith(stop)), key=len, default=None)
 
 
 def _text_block(text: str) -> Json:

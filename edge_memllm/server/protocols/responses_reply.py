@@ -8,7 +8,15 @@ from typing import Any
 
 from edge_memllm.server.calls import Call
 from edge_memllm.server.fields import ApiError
-from edge_memllm.server.reply_format import Addition, CallPiece, Content, Json, event
+from edge_memllm.server.protocols.timings import progress_of
+from edge_memllm.server.reply_format import (
+    Addition,
+    CallPiece,
+    Content,
+    Json,
+    chat_scores,
+    event,
+)
 from edge_memllm.server.service import Service
 
 
@@ -27,15 +35,20 @@ class ResponseWriter:
             "truncation": "disabled",
             **call.repeated,
         }
+        self._service = service
+        self._told = call.timings
+        self._timings: Json | None = None
         self._events = 0
         self._items: list[_Item] = []
+        self._pending: list[Json] = []  # likelihoods of tokens whose text has not come
         self._reason: str | None = None
 
     def whole(self, contents: Sequence[Content], usage: Json) -> Json:
         """Return the complete reply."""
         (content,) = contents
         if content.text or not content.calls:
-            self._items.append(_Item(text=content.text))
+            logprobs = self._logprobs(content)
+            self._items.append(_Item(text=content.text, logprobs=logprobs))
         self._items += [_Item(call=call) for call in content.calls]
         self._reason = content.reason
         for item in self._items:
@@ -48,6 +61,16 @@ class ResponseWriter:
             for kind in ("created", "in_progress"):
                 yield self._event(f"response.{kind}", response=self._response(None))
         part = addition.part
+        self._timings = part.timings or self._timings
+        if part.progress is not None:
+            told = progress_of(part.progress)
+            yield self._event(
+                "response.in_progress",
+                response=self._response(None),
+                prompt_progress=told,
+                **self._times(),
+            )
+        self._pending += self._logprobs(part)
         if part.text:
             yield from self._add_text(part.text)
         for call in part.calls:
@@ -60,7 +83,8 @@ class ResponseWriter:
 
     def ending(self, usage: Json) -> Iterator[bytes]:
         """Yield the whole reply, which ends the stream."""
-        yield self._event(f"response.{self._status}", response=self._response(usage))
+        response = self._response(usage)
+        yield self._event(f"response.{self._status}", response=response, **self._times())
 
     def failure(self, error: ApiError) -> bytes:
         """Return the event that says what went wrong."""
@@ -72,7 +96,16 @@ class ResponseWriter:
             yield from self._begin(_Item())
         item = self._items[-1]
         item.text += text
-        yield self._of_item("output_text.delta", item, content_index=0, delta=text, logprobs=[])
+        item.logprobs += self._pending
+        yield self._of_item(
+            "output_text.delta",
+            item,
+            content_index=0,
+            delta=text,
+            logprobs=[_without_bytes(each) for each in self._pending],
+            **self._times(),
+        )
+        self._pending = []
 
     def _add_to_call(self, piece: CallPiece) -> Iterator[bytes]:
         if piece.name is not None:
@@ -101,8 +134,11 @@ class ResponseWriter:
             return
         item.end(self._reason)
         if item.call is None:
-            text, part = item.text, _text_part(item.text)
-            yield self._of_item("output_text.done", item, content_index=0, text=text, logprobs=[])
+            part = _text_part(item.text, item.logprobs)
+            shown = [_without_bytes(each) for each in item.logprobs]
+            yield self._of_item(
+                "output_text.done", item, content_index=0, text=item.text, logprobs=shown
+            )
             yield self._of_item("content_part.done", item, content_index=0, part=part)
         else:
             name, arguments = item.call.name, item.call.arguments
@@ -125,6 +161,15 @@ class ResponseWriter:
         self._events += 1
         return b"event: " + kind.encode() + b"\n" + event(value)
 
+    def _times(self) -> Json:
+        """Return what the reply took so far, where that is asked for."""
+        return {"timings": self._timings} if self._told and self._timings is not None else {}
+
+    def _logprobs(self, content: Content) -> list[Json]:
+        """Return how likely each token was, where that was asked for."""
+        found: list[Json] = chat_scores(content.scores, self._service.texts)["content"]
+        return found
+
     @property
     def _status(self) -> str:
         if self._reason is None:
@@ -146,8 +191,15 @@ class ResponseWriter:
 class _Item:
     """A message, or a call."""
 
-    def __init__(self, *, text: str = "", call: CallPiece | None = None) -> None:
+    def __init__(
+        self,
+        *,
+        text: str = "",
+        call: CallPiece | None = None,
+        logprobs: Sequence[Json] = (),
+    ) -> None:
         self.text = text
+        self.logprobs = list(logprobs)
         self.call = call
         self.id = f"{'msg' if call is None else 'fc'}_{uuid.uuid4().hex}"
         self._status = "in_progress"
@@ -164,14 +216,20 @@ class _Item:
     def as_json(self) -> Json:
         head = {"id": self.id, "status": self._status}
         if self.call is None:
-            content = [_text_part(self.text)] if self.ended else []
+            content = [_text_part(self.text, self.logprobs)] if self.ended else []
             return {**head, "type": "message", "role": "assistant", "content": content}
         call = {"call_id": self.call.id, "name": self.call.name, "arguments": self.call.arguments}
         return {**head, "type": "function_call", **call}
 
 
-def _text_part(text: str) -> Json:
-    return {"type": "output_text", "text": text, "annotations": [], "logprobs": []}
+def _text_part(text: str, logprobs: Sequence[Json] = ()) -> Json:
+    return {"type": "output_text", "text": text, "annotations": [], "logprobs": list(logprobs)}
+
+
+def _without_bytes(score: Json) -> Json:
+    """Return a likelihood as events have it."""
+    top = [{key: each[key] for key in ("token", "logprob")} for each in score["top_logprobs"]]
+    return {"token": score["token"], "logprob": score["logprob"], "top_logprobs": top}
 
 
 def _usage(usage: Json) -> Json:

@@ -6,14 +6,17 @@ Nothing is stored, so each request has the whole conversation.
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
+from dataclasses import replace
 from typing import Any
 
 from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.server.calls import (
+    MOST_TOP,
     Call,
     answer_of,
     take_hints,
     take_request,
+    take_telling,
     take_user,
     with_chat,
 )
@@ -48,7 +51,10 @@ _TEXT_UNSUPPORTED = nothing_of("this model has one way of answering", verbosity=
 _STREAM_UNSUPPORTED = nothing_of("events are not padded", include_obfuscation=(False,))
 # What items have that a reply had, and that says nothing of their text.
 _ITEM_UNSUPPORTED = nothing_of("it means nothing here", phase=(), caller=(), namespace=())
-_PART_UNSUPPORTED = nothing_of("it takes text only", annotations=([],), logprobs=([],))
+_PART_UNSUPPORTED = nothing_of("it takes text only", annotations=([],))
+_LOGPROBS = "message.output_text.logprobs"
+# Reasoning is never hidden: there is nothing encrypted to tell.
+_INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
 _PARTS = ("input_text", "output_text", "text")
 
 
@@ -69,10 +75,17 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     if options is not None:
         options.finish(_STREAM_UNSUPPORTED)
     take_hints(fields)
+    progress, timings = take_telling(fields)
     call = Call(
-        request=take_request(fields, service.model, limits),
+        request=replace(
+            take_request(fields, service.model, limits),
+            top=_take_top(fields),
+            progress=progress or timings,
+        ),
         form=form,
         stream=stream,
+        progress=progress,
+        timings=timings,
         user=take_user(fields),
         repeated=repeated,
     )
@@ -82,6 +95,19 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
     chat = Chat(messages, () if choice.need is None else tools)
     return with_chat(call, chat, use, most, service, "input")
+
+
+def _take_top(fields: BodyFields) -> int | None:
+    """Take how many likeliest tokens to tell with each, 0 for its own likelihood; None for none."""
+    where = fields.param("include")
+    wanted = fields.optional_items("include", len(_INCLUDED)) or []
+    for each in wanted:
+        if each not in _INCLUDED:
+            expected = " or ".join(f"'{name}'" for name in _INCLUDED)
+            message = f"{where} has {shown(each)}, expected {expected}."
+            raise refused(where, message, "unsupported_parameter")
+    top = fields.optional_integer("top_logprobs", 0, MOST_TOP)
+    return (top or 0) if top or _LOGPROBS in wanted else None
 
 
 def _repeated(fields: BodyFields) -> Mapping[str, Any]:
@@ -95,6 +121,7 @@ def _repeated(fields: BodyFields) -> Mapping[str, Any]:
         "text": fields.peek("text") or {"format": {"type": "text"}},
         "tool_choice": fields.peek("tool_choice") or "auto",
         "tools": fields.peek("tools") or [],
+        "top_logprobs": fields.peek("top_logprobs") or 0,
         **sampling,
     }
 
@@ -188,6 +215,7 @@ def _part(fields: BodyFields, limits: Limits) -> str:
         message = f"{where} is {shown(kind)}: this server takes parts of text only, 'input_text' or"
         raise refused(where, f"{message} 'output_text'.", "unsupported_parameter")
     text = checked_text(fields.required("text"), fields.param("text"), limits.body_bytes)
+    fields.value("logprobs")  # of a reply that is handed back
     fields.finish(_PART_UNSUPPORTED)
     return text
 

@@ -14,7 +14,7 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from edge_memllm.engine.request import check_tokens, start_token
-from edge_memllm.server.calls import take_continued
+from edge_memllm.server.calls import read_chat, take_continued
 from edge_memllm.server.fields import BodyFields, blaming, checked_text, explained, parsed, received
 from edge_memllm.server.messages import (
     Chat,
@@ -24,6 +24,7 @@ from edge_memllm.server.messages import (
     take_variables,
 )
 from edge_memllm.server.models import ServedModels
+from edge_memllm.server.parameters import nothing_of
 from edge_memllm.server.protocols.messages_reply import error_response
 from edge_memllm.server.protocols.messages_request import read_counted
 from edge_memllm.server.protocols.responses_request import read_response
@@ -32,6 +33,8 @@ from edge_memllm.server.service import Service
 
 Answer: TypeAlias = Callable[[Request], Awaitable[Response]]
 Work: TypeAlias = Callable[[BodyFields, Service], Json]
+
+_CONTENT_UNSUPPORTED = nothing_of("special tokens are always known", parse_special=(True,))
 
 
 class TextTokens:
@@ -47,6 +50,8 @@ class TextTokens:
             "/detokenize": self._detokenize,
             "/apply-template": self._apply_template,
             "/v1/responses/input_tokens": self._count_response,
+            "/v1/chat/completions/input_tokens": self._count_openai,
+            "/chat/completions/input_tokens": self._count_openai,
         }
         for path, work in works.items():
             yield path, partial(self._answer, work)
@@ -88,6 +93,8 @@ class TextTokens:
             return await lane.run(lambda: JSONResponse(work(fields, service)))
 
     def _tokenize(self, fields: BodyFields, service: Service) -> Json:
+        if fields.peek("content") is not None:
+            return self._tokenize_content(fields, service)
         service.check_model(fields)
         most = service.settings.limits.text_characters
         of_chat = fields.peek("messages") is not None
@@ -101,6 +108,18 @@ class TextTokens:
         ids = service.model.tokenizer.encode(text, special=special)
         context = service.spec.max_position_embeddings
         return {"count": len(ids), "max_model_len": context, "tokens": ids}
+
+    def _tokenize_content(self, fields: BodyFields, service: Service) -> Json:
+        """Tokenize a text in llama.cpp's words."""
+        service.check_model(fields)
+        most = service.settings.limits.text_characters
+        text = checked_text(fields.required("content"), "content", most)
+        special, pieces = fields.flag("add_special"), fields.flag("with_pieces")
+        fields.finish(_CONTENT_UNSUPPORTED)
+        ids = service.model.tokenizer.encode(text, special=special)
+        if not pieces:
+            return {"tokens": ids}
+        return {"tokens": [{"id": each, "piece": _piece(each, service)} for each in ids]}
 
     def _apply_template(self, fields: BodyFields, service: Service) -> Json:
         service.check_model(fields)
@@ -119,6 +138,10 @@ class TextTokens:
         text = read_counted(fields, service).prompt(service)
         return {"input_tokens": len(service.model.tokenizer.encode(text, special=False))}
 
+    def _count_openai(self, fields: BodyFields, service: Service) -> Json:
+        (prompt,) = read_chat(fields, service).prompts
+        return {"object": "response.input_tokens", "input_tokens": len(prompt)}
+
     def _count_response(self, fields: BodyFields, service: Service) -> Json:
         (prompt,) = read_response(fields, service).prompts
         return {"object": "response.input_tokens", "input_tokens": len(prompt)}
@@ -132,4 +155,11 @@ class TextTokens:
         fields.finish()
         with blaming("tokens"):
             ids = check_tokens(given or (), service.spec.vocab_size)
-        return {"prompt": service.model.tokenizer.decode(ids)}
+        text = service.model.tokenizer.decode(ids)
+        return {"prompt": text, "content": text}
+
+
+def _piece(token: int, service: Service) -> str | list[int]:
+    """Return a token's text; its bytes where they are no whole character."""
+    texts = service.texts
+    return texts.text(token) if texts.has_text(token) else list(texts.utf8(token))
