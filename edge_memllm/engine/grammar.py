@@ -13,7 +13,7 @@ import subprocess
 import sys
 import sysconfig
 from collections import OrderedDict
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -26,8 +26,9 @@ from edge_memllm.engine.json_ending import JsonEnding, TokenBytes, closed
 from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.errors import RequestError, RuntimeUnavailableError, missing_extra
 from edge_memllm.process.forking import ProcessLock
-from edge_memllm.sampling import Constraint
-from edge_memllm.text.tokenization import Tokenizer
+from edge_memllm.sampling import Constraint, LeaningConstraint
+from edge_memllm.text.reasoning import Reasoning, ReasoningParser
+from edge_memllm.text.tokenization import Detokenizer, Tokenizer
 
 if TYPE_CHECKING:
     from llguidance import LLMatcher, LLTokenizer
@@ -269,3 +270,55 @@ def _refusal(noun: str, reason: str) -> RequestError:
 
 def _one_line(text: str) -> str:
     return " ".join(text.split())[:300].rstrip(".")
+
+
+def behind_reasoning(
+    make: MakeConstraint, reasoning: Reasoning, tokenizer: Tokenizer, shown: Sequence[int]
+) -> MakeConstraint:
+    """Return what leaves the reasoning free and holds the answer as `make` would."""
+    return lambda: _Behind(make(), reasoning, tokenizer, shown)
+
+
+class _Behind:
+    """A `Constraint` that begins where the reasoning has ended, or turns out to be none."""
+
+    def __init__(
+        self, answer: Constraint, reasoning: Reasoning, tokenizer: Tokenizer, shown: Sequence[int]
+    ) -> None:
+        self._answer = answer
+        self._tokenizer = tokenizer
+        self._detokenizer = Detokenizer(tokenizer, shown)
+        self._parser = ReasoningParser(reasoning)
+        self._reasoned = reasoning.begun
+        self._waiting: list[int] = []  # tokens that may turn out to be the answer's
+
+    def allowed(self) -> NDArray[np.bool_] | None:
+        """Return which tokens [V] may come next; None, for all, while it reasons."""
+        return None if self._parser.open else self._answer.allowed()
+
+    def bias(self) -> NDArray[np.float32] | None:
+        """Return what brings the answer to its end."""
+        if self._parser.open or not isinstance(self._answer, LeaningConstraint):
+            return None
+        return self._answer.bias()
+
+    def advance(self, token: int) -> None:
+        """Take the token that was chosen."""
+        if not self._parser.open:
+            self._answer.advance(token)
+            return
+        self._waiting.append(token)
+        said = self._parser.push(self._detokenizer.push(token))
+        self._reasoned = self._reasoned or self._parser.inside or any(s.reasoned for s in said)
+        if self._parser.open:
+            return
+        if not self._reasoned:
+            for each in self._waiting:
+                self._answer.advance(each)
+            return
+        # What one token brought of the answer beside the end of the reasoning.
+        rest = "".join(each.text for each in said if not each.reasoned)
+        for each in self._tokenizer.encode(rest, special=False) if rest else ():
+            mask = self._answer.allowed()
+            if mask is None or mask[each]:
+                self._answer.advance(each)

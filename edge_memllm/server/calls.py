@@ -31,8 +31,10 @@ from edge_memllm.server.messages import (
     Chat,
     take_choice,
     take_messages,
+    take_thinking,
     take_tools,
     take_variables,
+    template_of,
     tool_use,
 )
 from edge_memllm.server.parameters import not_honoured, nothing_of
@@ -40,6 +42,7 @@ from edge_memllm.server.protocols.biases import take_biases
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.long_text import BLOCK, tokens_beyond
+from edge_memllm.text.reasoning import Reasoning, reasoning_of
 from edge_memllm.text.tokenization import MAX_STOP_CHARACTERS, Tokenizer
 
 MOST_TEMPERATURE = 2.0
@@ -72,6 +75,7 @@ class Call:
     echo: Sequence[str] | None = None  # the texts of the prompts, where replies begin with them
     form: WantedForm | None
     tools: ToolUse | None = None
+    reasoning: Reasoning | None = None  # how that is told apart from the answer, where it is
     stream: bool
     usage: bool = False  # at the end of a stream
     running_usage: bool = False  # with each of its parts
@@ -158,7 +162,9 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     messages = take_messages(fields, limits)
     tools, choice = take_tools(fields, limits), take_choice(fields)
     parallel = fields.flag("parallel_tool_calls", default=True)
-    continued, variables = take_continued(fields), take_variables(fields)
+    continued = take_continued(fields)
+    variables = {**take_thinking(fields, service), **take_variables(fields)}
+    reasons = take_reasoning_format(fields)
     call = take_call(fields, model, limits)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
@@ -166,8 +172,17 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     call = replace(call, request=replace(call.request, top=top))
     answer = answer_of(call.form) if tools else None
     use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
-    chat = Chat(messages, () if choice.need is None else tools, continued, variables)
+    offered = () if choice.need is None else tools
+    chat = Chat(messages, offered, continued, variables, reasons)
     return with_chat(call, chat, use, max_tokens, service)
+
+
+def take_reasoning_format(fields: BodyFields) -> bool:
+    """Take whether reasoning is told apart from the answer, in llama.cpp's words."""
+    value, where = fields.value("reasoning_format"), fields.param("reasoning_format")
+    if value not in (None, "none", "auto", "deepseek"):
+        raise refused(where, f"{where} is {shown(value)}, expected none, auto or deepseek.")
+    return value != "none"
 
 
 def with_chat(
@@ -182,19 +197,21 @@ def with_chat(
 
     `param` is the field at fault where it does not fit.
     """
-    context = service.spec.max_position_embeddings
+    context, tokenizer = service.spec.max_position_embeddings, service.model.tokenizer
     most = max_tokens or min(service.most_tokens, context)
+    prompt = chat.prompt(service, param)
     with blaming(param):
-        ids = encoded_text(chat.prompt(service, param), service, param, special=False)
-    request = replace(call.request, max_new_tokens=most)
+        ids = encoded_text(prompt, service, param, special=False)
+    request, shown = replace(call.request, max_new_tokens=most), set[int]()
+    reasoning = reasoning_of(template_of(service).source, prompt) if chat.reasons else None
+    if reasoning is not None:
+        shown |= {*filter(None, map(tokenizer.special_token, reasoning.marks))}
     if use is not None:
-        tokenizer = service.model.tokenizer
-        request = replace(
-            request,
-            shown_tokens=use.shown_tokens(tokenizer),
-            stop_token_ids=(*request.stop_token_ids, *use.ends(tokenizer)),
-        )
-    return replace(call, request=request, prompts=[ids], tools=use)
+        shown |= {*use.shown_tokens(tokenizer)}
+        ends = (*request.stop_token_ids, *use.ends(tokenizer))
+        request = replace(request, stop_token_ids=ends)
+    request = replace(request, shown_tokens=tuple(sorted(shown)))
+    return replace(call, request=request, prompts=[ids], tools=use, reasoning=reasoning)
 
 
 def answer_of(wanted: WantedForm | None) -> Mapping[str, Any] | None:

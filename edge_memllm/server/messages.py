@@ -23,6 +23,7 @@ from edge_memllm.server.parameters import EPHEMERAL, Parameter, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.chat import ChatTemplate
+from edge_memllm.text.reasoning import reasoning_of
 from edge_memllm.text.tools.formats import NAME, Tool
 from edge_memllm.text.tools.prompt import template_format, with_tools
 
@@ -44,14 +45,13 @@ _MESSAGE_UNSUPPORTED = {
         "a template makes no use of it",
         refusal=("",),
         annotations=([],),
-        reasoning=("",),
-        reasoning_content=("",),
     ),
 }
 _PART_UNSUPPORTED = nothing_of(
     "it takes text only", prompt_cache_breakpoint=(), cache_control=EPHEMERAL
 )
 
+EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _MOST_VARIABLES = 32
 # What a template is given from other fields, or from the model.
 _GIVEN = (
@@ -86,6 +86,9 @@ def _message(fields: BodyFields, limits: Limits) -> Message:
     if role == "assistant":
         fields.value("parsed")  # as below
         calls = _take_calls(fields, limits)
+        for key in ("reasoning_content", "reasoning"):  # as servers give it, of either name
+            if thought := fields.bounded_text(key, limits.body_bytes):
+                found["reasoning_content"] = thought
         if calls:
             found["tool_calls"] = calls
     elif fields.peek("tool_calls") == []:
@@ -301,6 +304,22 @@ def _allowed_name(tool: object) -> str | None:
     return None
 
 
+def take_thinking(fields: BodyFields, service: Service) -> Mapping[str, Any]:
+    """Take how much is to be reasoned, as a template is told that whose model does."""
+    value, where = fields.peek("reasoning_effort"), fields.param("reasoning_effort")
+    if value is None or not can_reason(service):
+        return {}  # what asks for nothing is taken as such, the rest refused
+    fields.value("reasoning_effort")
+    if value not in EFFORTS:
+        raise refused(where, f"{where} is {shown(value)}, expected one of {', '.join(EFFORTS)}.")
+    return {"reasoning_effort": value, "enable_thinking": value != "none"}
+
+
+def can_reason(service: Service) -> bool:
+    """Whether the template knows of reasoning, so that there may be some in a reply."""
+    return service.template is not None and reasoning_of(service.template.source, "") is not None
+
+
 def take_variables(fields: BodyFields) -> Mapping[str, Any]:
     """Take what a template is given beside messages and tools."""
     found, where = fields.pairs("chat_template_kwargs", _MOST_VARIABLES), "chat_template_kwargs"
@@ -318,6 +337,7 @@ class Chat(NamedTuple):
     tools: Sequence[Tool] = ()  # that the model is told of
     continued: bool = False  # inside the last message
     variables: Mapping[str, Any] = {}  # what else the template gets
+    reasons: bool = True  # reasoning is told apart from the answer
 
     def prompt(self, service: Service, param: str = "messages") -> str:
         """Return the text that the template makes. Raises `ApiError`."""

@@ -83,6 +83,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         parallel_tool_calls="false is one call at the most",
         chat_template_kwargs="what the template asks for beside messages and tools, as "
         "`enable_thinking`",
+        reasoning_format="`none` leaves reasoning in the text; `auto` and `deepseek` give it "
+        "apart, in `reasoning_content`",
         continue_final_message="the reply goes on inside the last message",
         add_generation_prompt="the other side of `continue_final_message`",
         logprobs="each token's likelihood",
@@ -186,7 +188,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     *_not_done(
         "this model has one way of answering",
         CHAT,
-        reasoning_effort=("none",),
         reasoning=({},),
         include_reasoning=(False, True),
         thinking=({"type": "disabled"},),
@@ -255,6 +256,11 @@ PARAMETERS: tuple[Parameter, ...] = (
         container=(),
         mcp_servers=([],),
         context_management=(),
+    ),
+    *_not_done(
+        "this model does not reason; of one that does, the template is told",
+        CHAT,
+        reasoning_effort=("none",),
     ),
     *_not_done("replies are not looked over", CHAT, moderation=()),
     *_not_done("the reply is not known before", CHAT, prediction=()),
@@ -338,7 +344,6 @@ PARAMETERS: tuple[Parameter, ...] = (
     *_not_done(
         "a reply tells what its protocol has", return_tokens=(False,), response_fields=([],)
     ),
-    *_not_done("replies hold no reasoning", CHAT, reasoning_format=("none", "auto")),
 )
 
 

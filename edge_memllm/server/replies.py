@@ -114,7 +114,9 @@ class GenerationEndpoint:
             model = self._models.asked(fields)
             service = await client.wait_for(self._models.kept(model, stack))
             call = await client.wait_for(lane.run(self._read, fields, service))
-        constraint = await client.wait_for(service.constraint(call.form, call.tools))
+        constraint = await client.wait_for(
+            service.constraint(call.form, call.tools, call.reasoning)
+        )
         replies = await self._state.quick.run(
             self._submit, service, call, client_of(scope), since, constraint
         )

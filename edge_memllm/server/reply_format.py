@@ -28,6 +28,7 @@ from edge_memllm.server.fields import ApiError
 from edge_memllm.server.protocols.timings import RunningTimings, progress_of, timings_of
 from edge_memllm.server.service import Service
 from edge_memllm.statistics import process_memory
+from edge_memllm.text.reasoning import ReasoningParser
 from edge_memllm.text.token_texts import TokenTexts
 from edge_memllm.text.tokenization import Detokenizer
 from edge_memllm.text.tools.parsing import CallArguments, CallBegins, ReplyText
@@ -199,6 +200,8 @@ class ChatFormat:
         """Return the assistant's message and likelihoods."""
         logprobs = chat_scores(content.scores, texts) if scored else None
         message: Json = {"role": "assistant", "content": content.text, "refusal": None}
+        if content.reasoning:
+            message["reasoning_content"] = content.reasoning
         if content.calls:
             message |= {
                 "content": content.text or None,
@@ -213,14 +216,17 @@ class ChatFormat:
     def part(self, content: Content, scored: bool, texts: TokenTexts) -> Json:
         """Return what is added to the message."""
         logprobs = chat_scores(content.scores, texts) if scored else None
-        delta: Json = {"content": content.text} if content.text else {}
+        delta: Json = {"reasoning_content": content.reasoning} if content.reasoning else {}
+        if content.text:
+            delta["content"] = content.text
         if content.calls:
             delta["tool_calls"] = [_call_part(each) for each in content.calls]
         return {"delta": delta, "logprobs": logprobs}
 
     def steps(self, content: Content) -> Iterator[Content]:
         """Yield what is said, and then why it ends, with what it took."""
-        if content.reason is not None and (content.text or content.calls or content.scores):
+        said = content.text or content.reasoning or content.calls or content.scores
+        if content.reason is not None and said:
             yield replace(content, reason=None, statistics=None)
             yield Content(
                 reason=content.reason, statistics=content.statistics, timings=content.timings
@@ -256,6 +262,8 @@ class Content:
     """What a choice holds, whole or in part; it is finished once there is a reason."""
 
     text: str = ""
+    reasoning: str = ""  # before the text
+    reasoning_tokens: int = 0
     calls: list[CallPiece] = field(default_factory=list)
     scores: list[PlacedScore] = field(default_factory=list)
     reason: str | None = None
@@ -269,7 +277,7 @@ class Content:
     @property
     def tells(self) -> bool:
         """Whether there is anything in it for who asked."""
-        said = self.text or self.calls or self.scores or self.records
+        said = self.text or self.reasoning or self.calls or self.scores or self.records
         return bool(said or self.reason or self.progress)
 
 
@@ -289,6 +297,10 @@ class GatheredContent:
         self._opened: set[int] = set()  # of which something has come
         self._begun: set[int] = set()  # whose first token has
         self._clocks = [RunningTimings() for _ in self.wholes]
+        reasoning = call.reasoning
+        self._reasoning = [
+            None if reasoning is None else ReasoningParser(reasoning) for _ in self.wholes
+        ]
         self._parsers = [None if call.tools is None else call.tools.parser() for _ in self.wholes]
         self._call = call
         self._service = service
@@ -329,6 +341,7 @@ class GatheredContent:
         whole.tokens += part.tokens
         whole.records += part.records
         whole.text += part.text
+        whole.reasoning += part.reasoning
         whole.scores += part.scores
         part.stopped_by = piece.stopped_by
         part.timings = self._timings(index, part.statistics)
@@ -346,11 +359,11 @@ class GatheredContent:
         """Add the text of a piece to a part, or the calls in it; and why it ends, if it does."""
         parser, whole = self._parsers[index], self.wholes[index]
         part.reason = piece.finish_reason
+        text, ended = self._answer(index, part, piece), piece.finish_reason is not None
         if parser is None:
-            part.text += piece.text
+            part.text += text
             return
-        ended = piece.finish_reason is not None
-        for each in (*parser.push(piece.text), *(parser.flush() if ended else ())):
+        for each in (*parser.push(text), *(parser.flush() if ended else ())):
             match each:
                 case ReplyText(text):
                     part.text += text
@@ -368,6 +381,20 @@ class GatheredContent:
         if whole.calls and part.reason == "stop":
             part.reason = "tool_calls"
 
+    def _answer(self, index: int, part: Content, piece: ReplyPiece) -> str:
+        """Add the reasoning in a piece to a part, and return what is none."""
+        parser = self._reasoning[index]
+        if parser is None:
+            return piece.text
+        inside = parser.inside
+        said = parser.push(piece.text)
+        if piece.finish_reason is not None:
+            said += parser.flush()
+        part.reasoning = "".join(each.text for each in said if each.reasoned)
+        if (inside or parser.inside) and piece.token is not None:
+            self.wholes[index].reasoning_tokens += 1
+        return "".join(each.text for each in said if not each.reasoned)
+
     def _call_id(self) -> str:
         """Return the id of a new call, in the form that the model's template takes."""
         assert self._call.tools is not None
@@ -378,7 +405,11 @@ class GatheredContent:
         """Return the tokens of the whole, once it is complete."""
         count = self._call.request.choices
         known = [each.statistics for each in self.wholes if each.statistics is not None]
-        return usage_of(known[at : at + count] for at in range(0, len(known), count))
+        usage = usage_of(known[at : at + count] for at in range(0, len(known), count))
+        if self._call.reasoning is not None:
+            reasoned = sum(each.reasoning_tokens for each in self.wholes)
+            usage["completion_tokens_details"] = {"reasoning_tokens": reasoned}
+        return usage
 
     def _index(self, prompt: int, piece: ReplyPiece) -> int:
         return prompt * self._call.request.choices + piece.choice

@@ -13,7 +13,7 @@ from itertools import accumulate
 from time import monotonic, sleep
 
 from edge_memllm.engine.engine import Engine
-from edge_memllm.engine.grammar import MakeConstraint
+from edge_memllm.engine.grammar import MakeConstraint, behind_reasoning
 from edge_memllm.engine.reply import ReplyPiece
 from edge_memllm.engine.response_format import ResponseFormat
 from edge_memllm.engine.scheduler import EngineStatistics
@@ -33,6 +33,7 @@ from edge_memllm.server.lanes import Lane
 from edge_memllm.server.settings import Settings
 from edge_memllm.statistics import ProcessMemory
 from edge_memllm.text.chat import ChatTemplate
+from edge_memllm.text.reasoning import Reasoning
 from edge_memllm.text.token_texts import TokenTexts
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
@@ -147,12 +148,29 @@ class Service:
         return "fp_" + hashlib.sha256(repr(parts).encode()).hexdigest()[:12]
 
     async def constraint(
-        self, wanted: WantedForm | None, tools: ToolUse | None = None
+        self,
+        wanted: WantedForm | None,
+        tools: ToolUse | None = None,
+        reasoning: Reasoning | None = None,
     ) -> MakeConstraint | None:
         """Return what makes constraints to a form, or to calls; new ones wait for those before.
 
-        Raises `ApiError`.
+        They hold what comes behind the reasoning, where a prompt has opened that, or where all is
+        free until a call begins. Raises `ApiError`.
         """
+        found = await self._constraint(wanted, tools)
+        free = tools is not None and not tools.from_the_start
+        if found is None or reasoning is None or not (reasoning.begun or free):
+            return found
+        tokenizer = self.model.tokenizer
+        special = map(tokenizer.special_token, reasoning.marks)
+        shown = [token for token in special if token is not None]
+        shown += () if tools is None else tools.shown_tokens(tokenizer)
+        return behind_reasoning(found, reasoning, tokenizer, shown)
+
+    async def _constraint(
+        self, wanted: WantedForm | None, tools: ToolUse | None
+    ) -> MakeConstraint | None:
         if tools is not None:
             return await self._of_tools(tools)
         if wanted is None:

@@ -80,8 +80,9 @@ def test_the_public_calls_keep_their_parameters() -> None:
         "without_memory",
         "choices",
         "top",
+        "top_of",
     ]
-    options += ["score_prompt", "trace"]
+    options += ["score_prompt", "cache_prompt", "progress", "trace"]
     options += ["client", "timeout", "since"]
     model, session = edge_memllm.Model, edge_memllm.Session
     for call in (model.stream, model.generate, model.astream):

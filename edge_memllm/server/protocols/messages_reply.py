@@ -53,7 +53,8 @@ class MessageWriter:
     def whole(self, contents: Sequence[Content], usage: Json) -> Json:
         """Return the complete reply."""
         (content,) = contents
-        blocks: list[Json] = [_text_block(content.text)] if content.text else []
+        blocks: list[Json] = [_thinking_block(content.reasoning)] if content.reasoning else []
+        blocks += [_text_block(content.text)] if content.text else []
         blocks += [_tool_block(call, _input(call)) for call in content.calls]
         return self._message(blocks, content, _usage(usage))
 
@@ -64,8 +65,12 @@ class MessageWriter:
             begun = self._message([], Content(), _usage({"prompt_tokens": tokens}))
             yield _event("message_start", message=begun)
         part = addition.part
+        if part.reasoning:
+            if self._open != "thinking":
+                yield from self._begin(_thinking_block(""), "thinking")
+            yield self._delta({"type": "thinking_delta", "thinking": part.reasoning})
         if part.text:
-            if not isinstance(self._open, str):
+            if self._open != "text":
                 yield from self._begin(_text_block(""), "text")
             yield self._delta({"type": "text_delta", "text": part.text})
         for call in part.calls:
@@ -95,6 +100,8 @@ class MessageWriter:
         self._open = opened
 
     def _stop(self) -> Iterator[bytes]:
+        if self._open == "thinking":  # clients wait for one; nothing is signed here
+            yield self._delta({"type": "signature_delta", "signature": ""})
         if self._open is not None:
             yield _event("content_block_stop", index=self._blocks - 1)
         self._open = None
@@ -115,6 +122,10 @@ class MessageWriter:
             "stop_sequence": sequence,
             "usage": usage,
         }
+
+
+def _thinking_block(text: str) -> Json:
+    return {"type": "thinking", "thinking": text, "signature": ""}
 
 
 def _text_block(text: str) -> Json:

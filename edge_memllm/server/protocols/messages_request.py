@@ -14,6 +14,7 @@ from edge_memllm.server.messages import (
     Chat,
     Choice,
     Message,
+    can_reason,
     checked_tools,
     role_of,
     take_function,
@@ -44,7 +45,7 @@ def read_message(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
     limits = service.settings.limits
     service.check_model(fields)
-    chat, choice, parallel = _take_chat(fields, limits)
+    chat, choice, parallel = _take_chat(fields, service)
     stream = fields.flag("stream")
     call = Call(
         request=take_request(fields, service.model, limits, "stop_sequences"),
@@ -63,7 +64,7 @@ def read_message(fields: BodyFields, service: Service) -> Call:
 def read_counted(fields: BodyFields, service: Service) -> Chat:
     """Return the chat whose tokens are to be counted. Raises `ApiError`."""
     service.check_model(fields)
-    chat, choice, _ = _take_chat(fields, service.settings.limits)
+    chat, choice, _ = _take_chat(fields, service)
     fields.finish(_UNSUPPORTED)
     return _of_choice(chat, choice)
 
@@ -73,13 +74,16 @@ def _of_choice(chat: Chat, choice: Choice) -> Chat:
     return chat if choice.need is not None else chat._replace(tools=())
 
 
-def _take_chat(fields: BodyFields, limits: Limits) -> tuple[Chat, Choice, bool]:
+def _take_chat(fields: BodyFields, service: Service) -> tuple[Chat, Choice, bool]:
     """Take messages and tools, which of them may be called, and whether several at once."""
+    limits = service.settings.limits
     messages = [*_system(fields, limits), *_messages(fields, limits)]
     tools = _take_tools(fields, limits)
     choice, parallel = _take_choice(fields)
     last = messages[-1]
-    return Chat(messages, tools, continued=_is_begun(last)), choice, parallel
+    variables = _take_thinking(fields, service)
+    chat = Chat(messages, tools, continued=_is_begun(last), variables=variables)
+    return chat, choice, parallel
 
 
 def _is_begun(message: Message) -> bool:
@@ -160,14 +164,43 @@ def _from_user(
 def _from_assistant(
     blocks: list[BodyFields], role: str, names: dict[str, str], limits: Limits
 ) -> Iterator[Message]:
-    texts, calls = list[str](), list[Message]()
+    texts, calls, thoughts = list[str](), list[Message](), list[str]()
     for block in blocks:
-        if block.peek("type") == "tool_use":
+        kind = block.peek("type")
+        if kind == "tool_use":
             calls.append(_call(block, names))
+        elif kind == "thinking":
+            thoughts.append(_thought(block, limits))
         else:
-            texts.append(_text_of(block, limits, ("text", "tool_use")))
+            texts.append(_text_of(block, limits, ("text", "thinking", "tool_use")))
     found: Message = {"role": role, "content": "".join(texts)} if texts else {"role": role}
+    if thoughts:
+        found["reasoning_content"] = "\n".join(thoughts)
     yield {**found, "tool_calls": calls} if calls else found
+
+
+def _thought(fields: BodyFields, limits: Limits) -> str:
+    fields.value("type")
+    fields.value("signature")  # of whoever made it
+    where = fields.param("thinking")
+    text = checked_text(fields.required("thinking"), where, limits.body_bytes)
+    fields.finish(_BLOCK_UNSUPPORTED)
+    return text
+
+
+def _take_thinking(fields: BodyFields, service: Service) -> Mapping[str, bool]:
+    """Take whether to reason; a model that does not is asked for nothing by `disabled` alone."""
+    if not can_reason(service) or fields.peek("thinking") is None:
+        return {}
+    thinking = fields.required_group("thinking")
+    kind, where = thinking.required("type"), thinking.param("type")
+    if kind not in ("enabled", "adaptive", "disabled"):
+        expected = "enabled, adaptive or disabled"
+        raise refused(where, f"{where} is {shown(kind)}, expected {expected}.")
+    thinking.optional_integer("budget_tokens", 1, 1 << 31)  # models know no budget
+    thinking.value("display")
+    thinking.finish()
+    return {"enable_thinking": kind != "disabled"}
 
 
 def _call(fields: BodyFields, names: dict[str, str]) -> Message:

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator, Sequence
-from typing import Any
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal, TypeAlias
 
 from edge_memllm.server.calls import Call
 from edge_memllm.server.fields import ApiError
@@ -18,6 +18,9 @@ from edge_memllm.server.reply_format import (
     event,
 )
 from edge_memllm.server.service import Service
+
+Kind: TypeAlias = Literal["reasoning", "message", "function_call"]
+_PREFIXES: Mapping[Kind, str] = {"reasoning": "rs", "message": "msg", "function_call": "fc"}
 
 
 class ResponseWriter:
@@ -46,10 +49,12 @@ class ResponseWriter:
     def whole(self, contents: Sequence[Content], usage: Json) -> Json:
         """Return the complete reply."""
         (content,) = contents
-        if content.text or not content.calls:
+        if content.reasoning:
+            self._items.append(_Item("reasoning", text=content.reasoning))
+        if content.text or not (content.calls or content.reasoning):
             logprobs = self._logprobs(content)
-            self._items.append(_Item(text=content.text, logprobs=logprobs))
-        self._items += [_Item(call=call) for call in content.calls]
+            self._items.append(_Item("message", text=content.text, logprobs=logprobs))
+        self._items += [_Item("function_call", call=call) for call in content.calls]
         self._reason = content.reason
         for item in self._items:
             item.end(self._reason)
@@ -71,6 +76,8 @@ class ResponseWriter:
                 **self._times(),
             )
         self._pending += self._logprobs(part)
+        if part.reasoning:
+            yield from self._add_reasoning(part.reasoning)
         if part.text:
             yield from self._add_text(part.text)
         for call in part.calls:
@@ -78,7 +85,7 @@ class ResponseWriter:
         if part.reason is not None:
             self._reason = part.reason
             if not self._items:
-                yield from self._begin(_Item())
+                yield from self._begin(_Item("message"))
             yield from self._end_last()
 
     def ending(self, usage: Json) -> Iterator[bytes]:
@@ -91,9 +98,17 @@ class ResponseWriter:
         told = error.body()["error"]
         return self._event("error", code=told["code"], message=told["message"], param=told["param"])
 
+    def _add_reasoning(self, text: str) -> Iterator[bytes]:
+        if not self._items or self._items[-1].kind != "reasoning":
+            yield from self._begin(_Item("reasoning"))
+        item = self._items[-1]
+        item.text += text
+        self._pending = []  # of the answer's tokens alone is told how likely they were
+        yield self._of_item("reasoning_text.delta", item, content_index=0, delta=text)
+
     def _add_text(self, text: str) -> Iterator[bytes]:
-        if not self._items or self._items[-1].call is not None:
-            yield from self._begin(_Item())
+        if not self._items or self._items[-1].kind != "message":
+            yield from self._begin(_Item("message"))
         item = self._items[-1]
         item.text += text
         item.logprobs += self._pending
@@ -109,7 +124,8 @@ class ResponseWriter:
 
     def _add_to_call(self, piece: CallPiece) -> Iterator[bytes]:
         if piece.name is not None:
-            yield from self._begin(_Item(call=CallPiece(piece.index, piece.id, piece.name)))
+            call = CallPiece(piece.index, piece.id, piece.name)
+            yield from self._begin(_Item("function_call", call=call))
         item = self._items[-1]
         assert item.call is not None
         if piece.arguments:
@@ -124,7 +140,7 @@ class ResponseWriter:
         self._items.append(item)
         yield self._item_event("added")
         if item.call is None:
-            part = _text_part("")
+            part = item.part()
             yield self._of_item("content_part.added", item, content_index=0, part=part)
 
     def _end_last(self) -> Iterator[bytes]:
@@ -133,8 +149,11 @@ class ResponseWriter:
         if item is None or item.ended:
             return
         item.end(self._reason)
-        if item.call is None:
-            part = _text_part(item.text, item.logprobs)
+        if item.kind == "reasoning":
+            yield self._of_item("reasoning_text.done", item, content_index=0, text=item.text)
+            yield self._of_item("content_part.done", item, content_index=0, part=item.part())
+        elif item.call is None:
+            part = item.part()
             shown = [_without_bytes(each) for each in item.logprobs]
             yield self._of_item(
                 "output_text.done", item, content_index=0, text=item.text, logprobs=shown
@@ -189,10 +208,11 @@ class ResponseWriter:
 
 
 class _Item:
-    """A message, or a call."""
+    """Reasoning, a message, or a call."""
 
     def __init__(
         self,
+        kind: Kind,
         *,
         text: str = "",
         call: CallPiece | None = None,
@@ -200,8 +220,9 @@ class _Item:
     ) -> None:
         self.text = text
         self.logprobs = list(logprobs)
+        self.kind = kind
         self.call = call
-        self.id = f"{'msg' if call is None else 'fc'}_{uuid.uuid4().hex}"
+        self.id = f"{_PREFIXES[kind]}_{uuid.uuid4().hex}"
         self._status = "in_progress"
 
     @property
@@ -213,13 +234,20 @@ class _Item:
         cut = reason == "length" and (self.call is None or not self.call.complete)
         self._status = "incomplete" if cut else "completed"
 
+    def part(self) -> Json:
+        """Return the text so far, of reasoning or of a message."""
+        if self.kind == "reasoning":
+            return {"type": "reasoning_text", "text": self.text}
+        return _text_part(self.text, self.logprobs)
+
     def as_json(self) -> Json:
-        head = {"id": self.id, "status": self._status}
+        head = {"id": self.id, "status": self._status, "type": self.kind}
         if self.call is None:
-            content = [_text_part(self.text, self.logprobs)] if self.ended else []
-            return {**head, "type": "message", "role": "assistant", "content": content}
+            content = [self.part()] if self.ended else []
+            own: Json = {"summary": []} if self.kind == "reasoning" else {"role": "assistant"}
+            return {**head, **own, "content": content}
         call = {"call_id": self.call.id, "name": self.call.name, "arguments": self.call.arguments}
-        return {**head, "type": "function_call", **call}
+        return {**head, **call}
 
 
 def _text_part(text: str, logprobs: Sequence[Json] = ()) -> Json:
@@ -234,10 +262,11 @@ def _without_bytes(score: Json) -> Json:
 
 def _usage(usage: Json) -> Json:
     cached = usage.get("prompt_tokens_details", {}).get("cached_tokens", 0)
+    reasoned = usage.get("completion_tokens_details", {}).get("reasoning_tokens", 0)
     return {
         "input_tokens": usage["prompt_tokens"],
         "input_tokens_details": {"cached_tokens": cached, "cache_write_tokens": 0},
         "output_tokens": usage["completion_tokens"],
-        "output_tokens_details": {"reasoning_tokens": 0},
+        "output_tokens_details": {"reasoning_tokens": reasoned},
         "total_tokens": usage["total_tokens"],
     }

@@ -28,11 +28,13 @@ from edge_memllm.server.fields import (
 )
 from edge_memllm.server.forms import WantedForm, take_json_schema
 from edge_memllm.server.messages import (
+    EFFORTS,
     MOST_MESSAGES,
     MOST_NAME,
     ROLES_OF_TEXT,
     Chat,
     Message,
+    can_reason,
     check_arguments,
     checked_tools,
     role_of,
@@ -55,6 +57,10 @@ _PART_UNSUPPORTED = nothing_of("it takes text only", annotations=([],))
 _LOGPROBS = "message.output_text.logprobs"
 # Reasoning is never hidden: there is nothing encrypted to tell.
 _INCLUDED = (_LOGPROBS, "reasoning.encrypted_content")
+_THOUGHT = {"role", "reasoning_content"}
+_REASONING_UNSUPPORTED = nothing_of(
+    "all of the reasoning is told", summary=("auto", "detailed"), generate_summary=("auto",)
+)
 _PARTS = ("input_text", "output_text", "text")
 
 
@@ -75,6 +81,7 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     if options is not None:
         options.finish(_STREAM_UNSUPPORTED)
     take_hints(fields)
+    thinking = _take_reasoning(fields, service)
     progress, timings = take_telling(fields)
     call = Call(
         request=replace(
@@ -93,8 +100,22 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     fields.finish(_UNSUPPORTED)
     answer = answer_of(form) if tools else None
     use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
-    chat = Chat(messages, () if choice.need is None else tools)
+    chat = Chat(messages, () if choice.need is None else tools, variables=thinking)
     return with_chat(call, chat, use, most, service, "input")
+
+
+def _take_reasoning(fields: BodyFields, service: Service) -> Mapping[str, Any]:
+    """Take how much is to be reasoned, where the model does."""
+    if not can_reason(service) or fields.peek("reasoning") is None:
+        return {}
+    given = fields.required_group("reasoning")
+    effort, where = given.value("effort"), given.param("effort")
+    if effort is not None and effort not in EFFORTS:
+        raise refused(where, f"{where} is {shown(effort)}, expected one of {', '.join(EFFORTS)}.")
+    given.finish(_REASONING_UNSUPPORTED)
+    return (
+        {} if effort is None else {"reasoning_effort": effort, "enable_thinking": effort != "none"}
+    )
 
 
 def _take_top(fields: BodyFields) -> int | None:
@@ -139,6 +160,9 @@ def _messages(fields: BodyFields, limits: Limits) -> Iterator[Message]:
     names: dict[str, str] = {}
     for number, each in enumerate(value):
         found = _item(BodyFields.of(each, f"{where}[{number}]"), names, limits)
+        if last is not None and {*last} == _THOUGHT and found["role"] == "assistant":
+            last = {**last, **found}  # what it led to
+            continue
         if last is not None and last["role"] == "assistant" and "tool_calls" in found:
             last = {**last, "tool_calls": [*last.get("tool_calls", ()), *found["tool_calls"]]}
             continue
@@ -158,6 +182,8 @@ def _item(fields: BodyFields, names: dict[str, str], limits: Limits) -> Message:
     match kind:
         case "message":
             return _text_message(fields, limits)
+        case "reasoning":
+            return _reasoning(fields, limits)
         case "function_call":
             return _call(fields, names, limits)
         case "function_call_output":
@@ -167,6 +193,19 @@ def _item(fields: BodyFields, names: dict[str, str], limits: Limits) -> Message:
             raise refused(where, f"{message} Give the item itself.", "unsupported_parameter")
     expected = "message, function_call or function_call_output"
     raise refused(where, f"{where} is {shown(kind)}, expected {expected}.")
+
+
+def _reasoning(fields: BodyFields, limits: Limits) -> Message:
+    """Return a message of reasoning alone; what it led to comes behind it."""
+    fields.value("encrypted_content")
+    texts = [
+        checked_text(part.required("text"), part.param("text"), limits.body_bytes)
+        for name in ("content", "summary")
+        for number, each in enumerate(fields.optional_items(name, MOST_MESSAGES) or ())
+        for part in (BodyFields.of(each, f"{fields.param(name)}[{number}]"),)
+    ]
+    fields.finish(_ITEM_UNSUPPORTED)
+    return {"role": "assistant", "reasoning_content": "\n".join(texts)}
 
 
 def _text_message(fields: BodyFields, limits: Limits) -> Message:
