@@ -71,6 +71,7 @@ check: setup  ## format, lint, types, generated documents
 	$(BIN)/python -m benchmarks.paper page --check
 	$(BIN)/python -m benchmarks.real page --check
 	$(BIN)/python -m benchmarks.gemma page --check
+	$(BIN)/python -m benchmarks.dense page --check
 
 pytest: setup  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)

@@ -29,6 +29,7 @@ PAGE = RESULTS.with_suffix(".md")
 PICTURE = ROOT / "docs" / "images" / "conversion.svg"
 LENGTH = 256
 _BATCH = 8
+_DATA = ("document_start", "sequence_length", "boundary_first")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -144,7 +145,7 @@ def student(given: str, windows: Any) -> dict[str, Any]:
         "fit_tokens": recipe["conversion"]["fit_tokens"],
         "settings": {
             **{key: recipe[key] for key in ("model", "training", "conversion")},
-            "data": {key: recipe["data"][key] for key in ("document_start", "sequence_length")},
+            "data": {key: recipe["data"][key] for key in _DATA},
         },
         "points": points,
     }

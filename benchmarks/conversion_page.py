@@ -178,14 +178,24 @@ def _settings(results: Results) -> list[str]:
     return lines
 
 
+def _toml(value: Any) -> str:
+    """A value as the shell hands it to --set."""
+    return str(value).lower() if isinstance(value, bool) else shlex.quote(str(value))
+
+
 def _overrides(settings: Results) -> Sequence[str]:
     kept = {
-        "data": ("document_start", "sequence_length"),
-        "training": ("batch_size", "learning_rate", "min_learning_rate", "warmup_steps", "seed"),
+        "data": ("document_start", "sequence_length", "boundary_first"),
+        "training": (
+            *("batch_size", "learning_rate", "min_learning_rate", "warmup_steps", "weight_decay"),
+            "seed",
+        ),
         "conversion": tuple(settings["conversion"]),
     }
+    # What was stored before there was a choice.
+    settings = {**settings, "data": {"boundary_first": False, **settings["data"]}}
     return [
-        f"--set {section}.{key}={shlex.quote(str(settings[section][key]))}"
+        f"--set {section}.{key}={_toml(settings[section][key])}"
         for section, keys in kept.items()
         for key in keys
     ]

@@ -1,11 +1,13 @@
-"""The paper in small: measure trained runs, store the figures, write the page from them.
+"""The paper in small: train, measure the runs, store the figures, write the page from them.
 
+    python -m benchmarks.paper train RUNS --data DATA [--steps 2100] [--seeds 1,2,3]
     python -m benchmarks.paper measure RUNS --data DATA [--only gain,drop]
     python -m benchmarks.paper decode --preset 250m --artifacts FOLDER --cache cold
     python -m benchmarks.paper page [--check]
 
-RUNS holds finished runs as NAME-sSEED. Only what is missing is measured, so the same command is
-given again when more runs are there. DATA holds the texts and tasks of benchmarks/paper/judging.py.
+RUNS holds finished runs as NAME-sSEED, longer ones as NAME-long-sSEED. Only what is missing is
+trained or measured, so the same command is given again: trainings go on where they were stopped.
+DATA holds the texts and tasks of benchmarks/paper/judging.py.
 """
 
 from __future__ import annotations
@@ -30,6 +32,12 @@ def main(words: list[str] | None = None) -> int:
 
 
 def _measure(arguments: argparse.Namespace, more: list[str]) -> Iterator[str]:
+    if arguments.command == "train":
+        from benchmarks.paper.training import Length, train_runs
+
+        seeds = [int(seed) for seed in arguments.seeds.split(",")]
+        length = Length(arguments.steps)
+        return train_runs(arguments.runs, arguments.data, length, seeds)
     if arguments.command == "decode":
         from benchmarks.paper.measure import measure_decoding
 
@@ -48,6 +56,11 @@ def _parser() -> argparse.ArgumentParser:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True)
+    train = commands.add_parser("train", help="train what is not finished, or go on with it")
+    train.add_argument("runs", type=Path)
+    train.add_argument("--data", type=Path, required=True)
+    train.add_argument("--steps", type=int, help="longer trainings, in runs of their own names")
+    train.add_argument("--seeds", default="1", help="with commas between them")
     measure = commands.add_parser("measure", help="judge trained runs, store the figures")
     measure.add_argument("runs", type=Path)
     measure.add_argument("--data", type=Path, required=True)

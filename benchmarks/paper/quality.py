@@ -28,7 +28,8 @@ from benchmarks.paper.layout import (
 from benchmarks.paper.store import CHANGES, FORMER, FORMER_COMMIT, WANTED
 from edge_memllm.svg import Box, Line, beside, dot, frame, line_chart, picture, spanning
 
-_ERRORS = 2.0  # standard errors that count as beyond noise
+# Student's t, two-sided 95 %, by degrees of freedom; the last is for more of them as well.
+_T = (12.706, 4.303, 3.182, 2.776, 2.571, 2.447, 2.365, 2.306, 2.262, 2.228)
 
 
 @dataclass(frozen=True)
@@ -41,13 +42,22 @@ class Samples:
         """Return the mean over the seeds of a model."""
         return math.fsum(self.by_variant[variant]) / len(self.by_variant[variant])
 
+    @property
+    def degrees(self) -> int:
+        """Degrees of freedom of the noise: seeds beyond the first of each model."""
+        return sum(len(values) - 1 for values in self.by_variant.values())
+
+    @property
+    def critical(self) -> float:
+        """Standard errors that a difference must exceed, either way, to be beyond noise."""
+        return _T[min(self.degrees, len(_T)) - 1]
+
     def noise(self) -> float | None:
         """Return the standard deviation of one run, None while no model has two seeds."""
-        squares, degrees = 0.0, 0
+        squares = 0.0
         for variant, values in self.by_variant.items():
             squares += math.fsum((value - self.mean(variant)) ** 2 for value in values)
-            degrees += len(values) - 1
-        return math.sqrt(squares / degrees) if degrees else None
+        return math.sqrt(squares / self.degrees) if self.degrees else None
 
     def difference(self, variant: str, other: str) -> tuple[float, float | None]:
         """Return how much larger the figure of `variant` is, and the standard error of that."""
@@ -56,13 +66,16 @@ class Samples:
         return self.mean(variant) - self.mean(other), error
 
     def is_larger(self, variant: str, other: str) -> str:
-        """Return the verdict on whether the figure of `variant` is the larger one, in words."""
+        """Return the verdict on whether the figure of `variant` is the larger one, in words.
+
+        Two-sided: what is beyond noise the other way is said to be so.
+        """
         found, error = self.difference(variant, other)
         if error is None:
-            return "yes, one seed" if found > 0 else "no, one seed"
-        if abs(found) <= _ERRORS * error:
-            return "within noise"
-        return "yes" if found > 0 else "no"
+            return f"{'yes' if found > 0 else 'no'}, in one run each"
+        if abs(found) <= self.critical * error:
+            return "cannot be told"
+        return "yes" if found > 0 else "no, the reverse"
 
 
 # (tokens, training loss less that of Base), by model.
@@ -117,7 +130,13 @@ def gap_chart(gaps: Gaps) -> str:
     return line_chart("Against Base", names, lines, alone=True)
 
 
-_TEXTS = ("Wikipedia", "novels", "Wikitext-2", "together")
+# What is read of the held-out novels lies in the first of them: see `judging`.
+_TEXTS = {
+    "Wikipedia": "Wikipedia",
+    "novels": "half a novel",
+    "Wikitext-2": "Wikitext-2",
+    "together": "together",
+}
 _FIRST_TOKENS = 1e6  # of the curves: before that all fall alike
 _TRAINING = """\
 Perplexity of each run. To the commands belong `--data DATA/enwiki-slice/train.txt
@@ -141,6 +160,7 @@ def quality_section(entries: Entries) -> Section:
         _TRAINING,
         _family_table(family),
         _noise_words(samples),
+        _other_noise(losses(family, "Wikitext-2"), samples),
         image("paper-active.svg", "Perplexity by active parameters, one dot for each run."),
         image("paper-curves.svg", "Training loss by tokens, one line for each model."),
     ]
@@ -153,17 +173,17 @@ def quality_section(entries: Entries) -> Section:
     )
 
 
-def losses(entries: Entries) -> Samples:
-    """Return nats per token on the texts together, by model."""
+def losses(entries: Entries, text: str = "together") -> Samples:
+    """Return nats per token on a text, those of the trained kinds together, by model."""
     found: dict[str, list[float]] = {}
     for each in entries.values():
-        loss = each["figures"]["texts"]["together"]["nll_per_token"]
+        loss = each["figures"]["texts"][text]["nll_per_token"]
         found.setdefault(each["variant"], []).append(loss)
     return Samples(found)
 
 
 def _family_table(family: Entries) -> str:
-    head = ["model", "active", "total", "seed", *_TEXTS, "bits per byte", "command"]
+    head = ["model", "active", "total", "seed", *_TEXTS.values(), "bits per byte", "command"]
     rows = []
     for variant, words in VARIANTS.items():
         runs = [each for each in family.values() if each["variant"] == variant]
@@ -197,10 +217,25 @@ def _noise_words(samples: Samples) -> str:
         return "No model has two seeds yet, so the noise between runs is not known."
     count = sum(len(values) > 1 for values in samples.by_variant.values())
     return (
-        f"Two runs of one model differ by their seed (first weights, order of the data). Over the "
-        f"{count} models with more than one seed, one run's loss has a standard deviation of "
-        f"{noise:.4f} nats ({math.expm1(noise):.2%} of perplexity); a difference is called beyond "
-        "noise from two standard errors on."
+        "Two runs of one model differ by their seed (first weights, order of the data). Pooled "
+        f"over the {count} models with more than one, as if all had the same noise, one run's loss "
+        f"has a standard deviation of {noise:.4f} nats ({math.expm1(noise):.2%} of perplexity). "
+        f"That rests on {samples.degrees} degrees of freedom, so a difference is called beyond "
+        f"noise only from {samples.critical:.2f} standard errors on (Student's t, two-sided, 95 %, "
+        "each comparison by itself). It is the noise of training alone: all runs were judged on "
+        "the same text, and what other text would say is not in it."
+    )
+
+
+def _other_noise(other: Samples, samples: Samples) -> str:
+    """Say what the text of another kind is good for."""
+    noise, usual = other.noise(), samples.noise()
+    if noise is None or usual is None:
+        return "What Wikitext-2's column is worth is not known either."
+    return (
+        f"On Wikitext-2, which none of them learned from, it is {noise:.4f} nats, "
+        f"{noise / usual:.0f} times as much: that column is given because the paper has it, and no "
+        "comparison is drawn."
     )
 
 
@@ -225,8 +260,10 @@ def _compared(samples: Samples, worse: str, better: str, where: str) -> Claim:
     if not {worse, better} <= samples.by_variant.keys():
         return Claim(paper, MISSING, "-")
     found, error = samples.difference(worse, better)
-    spread = "" if error is None else f", standard error {error:.4f} nats"
-    here = f"{_name(worse)} {math.expm1(found):+.1%} in perplexity ({found:+.4f} nats{spread})"
+    nats = f"{found:+.4f} nats"
+    if error is not None:
+        nats = f"{found:+.4f} ± {error:.4f} nats, t = {found / error:+.1f}"
+    here = f"{_name(worse)} {math.expm1(found):+.1%} in perplexity ({nats})"
     return Claim(paper, here, samples.is_larger(worse, better))
 
 
@@ -274,25 +311,32 @@ def _curves(family: Entries) -> str:
     return line_chart("Training", names, lines, alone=True)
 
 
-_LONGER_KIND = "-long"
+LONGER_KIND = "-long"
 _LONGER_TITLE = "Trained for longer"
 _LONGER = """\
-The same models, data and settings with more steps, over which the learning rate falls. The noise
-of one run is that of the shorter trainings."""
+The same models, data and settings with more steps, over which the learning rate falls; one seed
+each, so no noise is known at this length."""
+_NO_SINGLE_BUDGET = """\
+The smaller Bases of equal active size were not trained for longer: the paper's pattern, worse at
+equal total and better at equal active parameters, is found here half at one budget and half at
+another, and **at no single one**."""
 _BASE_LEADS = "Base better than MemoryLLM at equal total parameters, trained for longer"
 
 
 def longer_section(entries: Entries) -> Section:
     """Return the section from the entries of the measurement `perplexity`."""
     runs = {
-        name: entries[f"{name}{_LONGER_KIND}-s1"]
-        for name in FAMILY
-        if f"{name}{_LONGER_KIND}-s1" in entries
+        name: entries[f"{name}{LONGER_KIND}-s1"]
+        for name in VARIANTS
+        if f"{name}{LONGER_KIND}-s1" in entries
     }
     if not runs:
         return Section(_LONGER_TITLE, f"{MISSING}.", (Claim(_BASE_LEADS, MISSING, "-"),))
-    parts, pictures = [_LONGER, _longer_table(runs, entries)], {}
-    if gaps := gaps_to_base(entries, _LONGER_KIND):
+    parts, pictures = [_LONGER], {}
+    if "base-active" not in runs:
+        parts.append(_NO_SINGLE_BUDGET)
+    parts.append(_longer_table(runs, entries))
+    if gaps := gaps_to_base(entries, LONGER_KIND):
         pictures["paper-longer.svg"] = gap_chart(gaps)
         parts.append(image("paper-longer.svg", "Training loss less that of Base, by tokens."))
         parts.append(gap_words(gaps))
@@ -320,7 +364,7 @@ def _longer_table(runs: Entries, entries: Entries) -> str:
 
 def _longer_command(variant: str, run: Mapping[str, Any]) -> str:
     settings = run["figures"]["training"]["settings"]
-    words = training_command(variant, 1, f"{variant}{_LONGER_KIND}")
+    words = training_command(variant, 1, f"{variant}{LONGER_KIND}")
     return " ".join([words, *(f"--set training.{name}={settings[name]}" for name in settings)])
 
 
@@ -330,14 +374,18 @@ def _longer_claims(runs: Entries) -> Iterator[Claim]:
         return
     found = math.log(_perplexity(runs["memoryllm"]) / _perplexity(runs["base"]))
     words = f"MemoryLLM {math.expm1(found):+.1%} in perplexity ({found:+.4f} nats)"
-    yield Claim(_BASE_LEADS, words, f"{'yes' if found > 0 else 'no'}, one seed")
+    yield Claim(_BASE_LEADS, words, f"{'yes' if found > 0 else 'no'}, in one run each")
+    for worse, better in (("base-active-flex-3", "flex-3"), ("base-active", "memoryllm")):
+        if {worse, better} <= runs.keys():
+            samples = losses({name: {**runs[name], "variant": name} for name in (worse, better)})
+            yield _compared(samples, worse, better, "equal active parameters, trained for longer")
 
 
 _ABLATION = "abl-"
 _PLAIN = {0: "memoryllm", 1: "flex-1", 2: "flex-2", 3: "flex-3"}
 _ABLATIONS = """\
-Same data, same order, same number of steps. Noise is that of one run above; a difference between
-two single runs is beyond it from two standard errors on."""
+Same data, same order, same number of steps, one run each. Noise is that of one run above, and a
+difference between two single runs is beyond it as a difference above is."""
 
 
 def ablations_section(entries: Entries) -> Section:
@@ -351,13 +399,13 @@ def ablations_section(entries: Entries) -> Section:
         return Section(title, left[0])
     head = ["change", "against", "seed", "perplexity", "without it", "difference, nats"]
     head += ["beyond noise", "parameters in the layers", "table rows of a token", "trained with"]
-    noise = losses(entries).noise()
-    rows = [_ablation_row(run, entries, noise) for run in runs]
+    samples = losses(entries)
+    rows = [_ablation_row(run, entries, samples) for run in runs]
     text = "\n\n".join([_ABLATIONS, table(head, rows), *left])
     return Section(title, text, measured="perplexity")
 
 
-def _ablation_row(run: Mapping[str, Any], entries: Entries, noise: float | None) -> list[str]:
+def _ablation_row(run: Mapping[str, Any], entries: Entries, samples: Samples) -> list[str]:
     plain = _PLAIN[run["model"]["beta"]]
     words = "; ".join(run["model"]["changes"]) or run["variant"].removeprefix(_ABLATION)
     start = [words, VARIANTS[plain], str(run["seed"]), f"{_together(run)['perplexity']:.2f}"]
@@ -373,7 +421,7 @@ def _ablation_row(run: Mapping[str, Any], entries: Entries, noise: float | None)
         *start,
         f"{_together(other)['perplexity']:.2f}",
         f"{difference:+.4f}",
-        _beyond(difference, noise),
+        _beyond(difference, samples),
         *size,
     ]
 
@@ -394,9 +442,10 @@ def _together(run: Mapping[str, Any]) -> Mapping[str, Any]:
     return found
 
 
-def _beyond(difference: float, noise: float | None) -> str:
+def _beyond(difference: float, samples: Samples) -> str:
+    noise = samples.noise()
     if noise is None:
         return "noise not known"
-    if abs(difference) <= 2 * math.sqrt(2) * noise:
+    if abs(difference) <= samples.critical * math.sqrt(2) * noise:
         return "no"
     return "yes, worse" if difference > 0 else "yes, better"

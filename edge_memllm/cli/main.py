@@ -38,6 +38,7 @@ COMMANDS = (
     ("inspect", "inspection", "show what an artifact holds and needs"),
     ("eval", "analysis.evaluation", "measure perplexity on text, and scores on tasks"),
     ("explain", "analysis.explain", "look into the memory of a model"),
+    ("layers", "analysis.layers", "say which feed-forward layers of a dense model are tables"),
     ("suppress", "analysis.suppress", "find what promotes words and turn it down"),
     ("bench", "analysis.bench", "measure speed, memory and reads"),
     ("completion", "completion", "print what completes commands in a shell"),

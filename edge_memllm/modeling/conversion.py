@@ -287,6 +287,7 @@ def _unused_allowed(recipe: ConversionRecipe) -> ConversionRecipe:
 def _fitting_text(recipe: ConversionRecipe, out: Path) -> torch.Tensor:
     """Windows [W, T] of the training text, as many as ``fit_tokens`` allow."""
     length = recipe.data.sequence_length
-    windows = TokenWindows(token_file(out, "train"), length)
+    first = recipe.data.boundary_first
+    windows = TokenWindows(token_file(out, "train"), length, boundary_first=first)
     count = min(len(windows), recipe.conversion.fit_tokens // length)
     return torch.stack([windows[number]["input_ids"] for number in range(count)])

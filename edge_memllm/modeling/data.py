@@ -114,10 +114,17 @@ def _npy_header(dtype: np.dtype[Any], count: int) -> bytes:
 class TokenWindows(Dataset[dict[str, torch.Tensor]]):
     """Consecutive windows of a token file: documents packed end to end, no padding."""
 
-    def __init__(self, path: Path, length: int, name: str = "The text") -> None:
-        """Open the file; ``name`` is what a RecipeError calls a text that is shorter than that."""
+    def __init__(
+        self, path: Path, length: int, name: str = "The text", *, boundary_first: bool = False
+    ) -> None:
+        """Open the file; ``name`` is what a RecipeError calls a text that is shorter than that.
+
+        With ``boundary_first`` every window begins with the boundary token, as the file does.
+        """
         self.tokens = np.load(path, mmap_mode="r", allow_pickle=False)
         self.length = length
+        self._begin = self.tokens[:1] if boundary_first else self.tokens[:0]
+        self._room = length - len(self._begin)
         if len(self.tokens) < length:
             raise RecipeError(
                 f"{name} holds {len(self.tokens)} tokens, fewer than one sequence of {length}. "
@@ -125,10 +132,11 @@ class TokenWindows(Dataset[dict[str, torch.Tensor]]):
             )
 
     def __len__(self) -> int:
-        return len(self.tokens) // self.length
+        return len(self.tokens) // self._room
 
     def __getitem__(self, number: int) -> dict[str, torch.Tensor]:
-        window = self.tokens[number * self.length : (number + 1) * self.length]
+        text = self.tokens[number * self._room : (number + 1) * self._room]
+        window = np.concatenate([self._begin, text])
         ids = torch.from_numpy(window.astype(np.int64))
         return {"input_ids": ids, "labels": ids}
 

@@ -7,6 +7,10 @@ The layers are walked from the first to the last, with a text and with every tok
 token that begins a text. Each is fitted on what the student's layers before it make of both, to
 bring its stream back to that of the dense network. Of a token that the text lacks, what it does
 alone is all that is known; of others it counts as one occurrence more.
+
+Where every window begins with the token that begins a text, what is missing at that position is the
+same in all of them, often long, and no other position's: it is that token's row, and counts for
+nothing else.
 """
 
 from __future__ import annotations
@@ -58,25 +62,38 @@ def activations(dense: SwiGLU, x: torch.Tensor) -> torch.Tensor:
 
 
 def split_neurons(
-    dense: SwiGLU, width: int, x: torch.Tensor, wanted: torch.Tensor, groups: TokenGroups
+    dense: SwiGLU, width: int, x: torch.Tensor, wanted: torch.Tensor, groups: TokenGroups | None
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The ``width`` neurons to keep, LongTensor [S], and their output weights [S, D].
 
-    ``x`` [N, D] is what the dense network reads, ``wanted`` [N, D] what is to come out.
+    ``x`` [N, D] is what the dense network reads, ``wanted`` [N, D] what is to come out. ``groups``
+    None leaves nothing to rows: not what varies within a token is fitted, but all of it.
     """
     neurons = dense.gate_proj.out_features
     moment = x.new_zeros(neurons, neurons, dtype=torch.float64)
     cross = x.new_zeros(neurons, wanted.shape[1], dtype=torch.float64)
-    for positions, group in groups.chunks():
-        inside = _within(activations(dense, x[positions]), group)
+    for inside, missing in _inside(dense, x, wanted, groups):
         moment += (inside.T @ inside).double()
-        cross += (inside.T @ _within(wanted[positions], group)).double()
+        cross += (inside.T @ missing).double()
     ridge = _RIDGE * moment.diagonal().mean().clamp_min(torch.finfo(torch.float32).tiny)
     moment.diagonal().add_(ridge)
     cross += ridge * dense.down_proj.weight.T.double()
     kept = _eliminate(moment, cross, width)
     weights = torch.linalg.solve(moment[kept][:, kept], cross[kept])
     return kept, weights.to(x.dtype)
+
+
+def _inside(
+    dense: SwiGLU, x: torch.Tensor, wanted: torch.Tensor, groups: TokenGroups | None
+) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
+    """Activations [n, K] and what is wanted [n, D], less what rows will say of both."""
+    if groups is None:
+        for part, missing in zip(x.split(_CHUNK), wanted.split(_CHUNK), strict=True):
+            yield activations(dense, part), missing
+        return
+    for positions, group in groups.chunks():
+        inside = _within(activations(dense, x[positions]), group)
+        yield inside, _within(wanted[positions], group)
 
 
 def _eliminate(moment: torch.Tensor, cross: torch.Tensor, width: int) -> torch.Tensor:
@@ -215,10 +232,9 @@ class _Passage:
         for x in self.stream.flatten(0, 1).split(_BATCH_POSITIONS):
             x += layer.mlp(layer.post_attention_layernorm(x))
 
-    @property
-    def missing(self) -> torch.Tensor:
-        """What the student's stream lacks at every position [W * T, D]."""
-        return (self.truth - self.stream).flatten(0, 1)
+    def missing(self, start: int = 0) -> torch.Tensor:
+        """What the student's stream lacks at positions from ``start`` on [W * (T - start), D]."""
+        return (self.truth[:, start:] - self.stream[:, start:]).flatten(0, 1)
 
 
 class _Walk:
@@ -236,7 +252,9 @@ class _Walk:
         alone = torch.stack([torch.full_like(tokens, boundary), tokens], dim=1)
         self._ids = [ids, alone]
         self._text, self._alone = (_Passage.start(each, teacher) for each in self._ids)
-        self._groups = TokenGroups(ids.flatten(), len(tokens))
+        self._boundary = boundary
+        self._start = int(ids.shape[1] > 1 and bool((ids[:, 0] == boundary).all()))
+        self._groups = TokenGroups(ids[:, self._start :].flatten(), len(tokens))
 
     def fit(self, progress: Progress) -> torch.Tensor:
         """Fit FFN-C of all layers, the first first; the rows that go with them [V, L, D]."""
@@ -255,18 +273,21 @@ class _Walk:
             self._fit_compute(student, teacher.mlp)
             for passage in (self._text, self._alone):
                 passage.compute(student)
-        rows = self._alone.missing[1::2].clone()  # behind the boundary
-        rows.index_add_(0, self._groups.index, self._text.missing)
+        rows = self._alone.missing()[1::2].clone()  # behind the boundary
+        rows.index_add_(0, self._groups.index, self._text.missing(self._start))
         rows /= 1 + self._groups.counts.unsqueeze(1)
+        if self._start:
+            rows[self._boundary] = self._text.missing()[:: self._ids[0].shape[1]].mean(dim=0)
         for passage, ids in zip((self._text, self._alone), self._ids, strict=True):
             passage.stream += functional.embedding(ids, rows)
         return rows
 
     def _fit_compute(self, student: DecoderLayer, dense: SwiGLU) -> None:
-        normed = student.post_attention_layernorm(self._text.stream.flatten(0, 1))
+        stream = self._text.stream[:, self._start :].flatten(0, 1)
+        normed, missing = student.post_attention_layernorm(stream), self._text.missing(self._start)
         compute = student.mlp
         width = compute.down_proj.in_features
-        kept, weights = split_neurons(dense, width, normed, self._text.missing, self._groups)
+        kept, weights = split_neurons(dense, width, normed, missing, self._groups)
         compute.gate_proj.weight.copy_(dense.gate_proj.weight[kept])
         compute.up_proj.weight.copy_(dense.up_proj.weight[kept])
         compute.down_proj.weight.copy_(weights.T)

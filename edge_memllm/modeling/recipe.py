@@ -44,6 +44,8 @@ class DataRecipe:
 
     ``text_field`` names the field of a JSON line that holds its document. ``cache`` is a folder
     where tokens, and a tokenizer trained on the data, are kept for other runs on the same text.
+    With ``boundary_first`` each sequence begins with the token that begins a document, wherever in
+    one it is cut from.
     """
 
     train: list[str] = field(default_factory=list)
@@ -52,6 +54,7 @@ class DataRecipe:
     text_field: str = "text"
     sequence_length: int = 512
     cache: str | None = None
+    boundary_first: bool = False
 
 
 @dataclass
@@ -204,8 +207,10 @@ def _fits(value: Any, kind: str) -> bool:
     """Whether a TOML value has the annotated type (the few forms that recipes use)."""
     if kind == "list[str]":
         return isinstance(value, list) and all(isinstance(item, str) for item in value)
+    if kind == "bool" or isinstance(value, bool):
+        return kind == "bool" and isinstance(value, bool)
     types = {"int": int, "float": float, "str": str, "str | None": str}
-    return isinstance(value, types[kind]) and not isinstance(value, bool)
+    return isinstance(value, types[kind])
 
 
 @dataclass
@@ -229,9 +234,20 @@ class DistillationRecipe:
 
 @dataclass
 class ConversionRecipe(Recipe):
-    """A recipe whose ``[model]`` holds what the student chooses: ``STUDENT_FIELDS``."""
+    """A recipe whose ``[model]`` holds what the student chooses: ``STUDENT_FIELDS``.
+
+    Most weights come trained, so steps are smaller than from scratch and nothing decays; and
+    trained networks do something of their own at the first position, whatever is there, so
+    sequences begin with the token that is meant to be.
+    """
 
     model: dict[str, Any] = field(default_factory=lambda: {"beta": 3})
+    data: DataRecipe = field(default_factory=lambda: DataRecipe(boundary_first=True))
+    training: TrainingRecipe = field(
+        default_factory=lambda: TrainingRecipe(
+            learning_rate=3e-4, min_learning_rate=3e-5, weight_decay=0.0
+        )
+    )
     conversion: DistillationRecipe = field(default_factory=DistillationRecipe)
 
     @property

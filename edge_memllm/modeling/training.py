@@ -277,10 +277,12 @@ def run(
     """Train ``model`` on the token files under ``out``; what was reached, as plain data."""
     training, folder = recipe.training, out / _CHECKPOINTS
     length = recipe.data.sequence_length
-    windows = TokenWindows(token_file(out, "train"), length, "The training text")
+    first = recipe.data.boundary_first
+    train_file, valid_file = (token_file(out, split) for split in ("train", "valid"))
+    windows = TokenWindows(train_file, length, "The training text", boundary_first=first)
     valid = None
     if recipe.data.valid:
-        valid = TokenWindows(token_file(out, "valid"), length, "The validation text")
+        valid = TokenWindows(valid_file, length, "The validation text", boundary_first=first)
     arguments = training_arguments(recipe, folder)
     if len(windows) < training.batch_size * arguments.world_size:
         raise RecipeError(

@@ -49,12 +49,29 @@ def test_without_figures_everything_is_shown_as_missing(tmp_path: Path) -> None:
 def test_noise_is_pooled_and_decides() -> None:
     samples = Samples({"a": [1.0, 1.2], "b": [2.0, 2.0], "c": [1.3, 1.1]})
     assert samples.noise() == pytest.approx((0.04 / 3) ** 0.5)
+    assert (samples.degrees, samples.critical) == (3, 3.182)
     assert samples.is_larger("b", "a") == "yes"
-    assert samples.is_larger("a", "b") == "no"
-    assert samples.is_larger("c", "a") == "within noise"
+    assert samples.is_larger("a", "b") == "no, the reverse"
+    assert samples.is_larger("c", "a") == "cannot be told"
     one = Samples({"a": [1.0], "b": [2.0]})
     assert one.noise() is None
-    assert [one.is_larger("b", "a"), one.is_larger("a", "b")] == ["yes, one seed", "no, one seed"]
+    assert [one.is_larger("b", "a"), one.is_larger("a", "b")] == [
+        "yes, in one run each",
+        "no, in one run each",
+    ]
+
+
+def test_few_seeds_ask_for_more_standard_errors() -> None:
+    """Two and a half of them are noise with three degrees of freedom, and none with ten."""
+    few = Samples({"a": [0.0, 0.2], "b": [0.36, 0.56], "c": [0.0, 0.2]})
+    assert few.degrees == 3
+    found, error = few.difference("b", "a")
+    assert error is not None
+    assert 2 < found / error < few.critical
+    assert few.is_larger("b", "a") == "cannot be told"
+    many = Samples({**few.by_variant, **{str(n): [0.0, 0.2] for n in range(8)}})
+    assert many.critical == 2.228
+    assert many.is_larger("b", "a") == "yes"
 
 
 def entry(variant: str, figures: dict[str, Any], seed: int = 1, **model: Any) -> dict[str, Any]:
@@ -86,7 +103,7 @@ def test_orderings_are_judged_with_the_spread_of_seeds() -> None:
     found = {claim.paper: claim for claim in quality_section(entries).claims}
     assert found["Base better than MemoryLLM at equal total parameters"].verdict == "yes"
     small = "MemoryLLM better than Base at equal active parameters"
-    assert found[small].verdict == "within noise"
+    assert found[small].verdict == "cannot be told"
     assert found["Flex-2 better than Flex-1 at equal total parameters"].here == "not measured"
 
 
@@ -95,11 +112,23 @@ def test_longer_trainings_stand_beside_the_shorter_ones() -> None:
     for run in runs:
         run["figures"]["training"]["settings"] = {"steps": 2100}
     section = longer_section({f"{run['variant']}-s1": run for run in runs})
-    assert [claim.verdict for claim in section.claims] == ["yes, one seed"]
+    assert [claim.verdict for claim in section.claims] == ["yes, in one run each"]
     assert "| Base | 2.0 | 30.00 | 50.00 | `edge-memllm train" in section.text
     assert "--out runs/base-long-s1 --set training.steps=2100` |" in section.text
     assert "| MemoryLLM | 2.0 | 33.00 | not measured |" in section.text
     assert "paper-longer.svg" in section.pictures
+    assert "**at no single one**" in section.text
+
+
+def test_longer_trainings_of_smaller_models_are_compared_at_that_length() -> None:
+    sizes = {"base-long": 30, "memoryllm-long": 33, "base-active-long": 36}
+    runs = [trained(name, 1, value) for name, value in sizes.items()]
+    for run in runs:
+        run["figures"]["training"]["settings"] = {"steps": 2100}
+    section = longer_section({f"{run['variant']}-s1": run for run in runs})
+    assert [claim.verdict for claim in section.claims] == ["yes, in one run each"] * 2
+    assert "equal active parameters, trained for longer" in section.claims[1].paper
+    assert "no single one" not in section.text
 
 
 def test_ablations_stand_against_the_run_of_their_seed(tmp_path: Path) -> None:
@@ -194,7 +223,8 @@ def test_decoding_is_compared_with_base(tmp_path: Path, monkeypatch: pytest.Monk
     for name, ms in (("MemoryLLM", "10.00"), ("Flex-3", "40.00")):
         row = f"| {name} | 5.00 (Base {ms}) | 2.00x (1.90 to 2.10) | 900 (Base 400) | 100 (Base"
         assert row in section.text
-    assert section.claims[0].verdict == "yes"
+    assert section.claims[0].verdict == "faster and smaller, yes"
+    assert "Base itself took 10.00 to 40.00 ms" in section.text
 
 
 def bench_report(base_speed: float) -> dict[str, Any]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 from pathlib import Path
+from typing import Any
 from xml.etree import ElementTree
 
 import numpy as np
@@ -12,7 +13,7 @@ import pytest
 from safetensors.numpy import load_file
 
 import benchmarks.paper.page as page
-from benchmarks.paper import judging
+from benchmarks.paper import judging, training
 from benchmarks.paper.judging import Judge, TaskUse
 from benchmarks.paper.measure import measure_runs
 from benchmarks.paper.runs import changes, read_runs, scaled_compute
@@ -20,6 +21,7 @@ from benchmarks.paper.store import Results
 from benchmarks.paper.sweeps import rank_section
 from edge_memllm.modeling import MemoryLLMConfig
 from support.checkpoints import MakeCheckpoint
+from support.documents import parses
 
 WORDS = "The cat sat on the mat and looked at the dog. "
 
@@ -130,3 +132,31 @@ def test_changes_are_told_by_the_configuration() -> None:
     ]
     both = MemoryLLMConfig(beta=3, memory_norm="shared", memory_source="both")
     assert changes(both) == ["one memory norm for all layers", "FFN(x_0) and a free table, summed"]
+
+
+def test_trainings_are_made_go_on_and_are_not_repeated(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    called: list[list[str]] = []
+
+    def ran(words: list[str], **_: Any) -> None:
+        called.append(words)
+        out = Path(words[words.index("--out") + 1])
+        out.mkdir(parents=True, exist_ok=True)
+        (out / "model.safetensors").touch()
+
+    monkeypatch.setattr(training.subprocess, "run", ran)
+    runs, length = tmp_path / "runs", training.Length(2100)
+    (runs / "flex-3-long-s1" / "checkpoints" / "checkpoint-100").mkdir(parents=True)
+    told = list(training.train_runs(runs, tmp_path, length, variants=("base", "flex-3")))
+    assert told == ["base-long-s1: trained", "flex-3-long-s1: trained"]
+    first, second = called
+    assert "--resume" not in first
+    assert "--resume" in second
+    assert "training.steps=2100" in first
+    again = list(training.train_runs(runs, tmp_path, length, variants=("base", "flex-3")))
+    assert again == ["base-long-s1: finished", "flex-3-long-s1: finished"]
+    assert len(called) == 2
+    words = training.training_words("base", 2, runs / "base-s2", tmp_path, training.Length())
+    assert parses(words[3:])
+    assert not any("steps" in word for word in words)

@@ -31,6 +31,7 @@ NAMES = (
     "inspect",
     "eval",
     "explain",
+    "layers",
     "suppress",
     "bench",
     "completion",

@@ -14,7 +14,6 @@ import gguf
 import numpy as np
 import pytest
 from transformers import AutoModelForCausalLM
-from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 import edge_memllm
 from edge_memllm.artifact.folder import Artifact
@@ -25,7 +24,14 @@ from edge_memllm.errors import ExportError
 from edge_memllm_export import export_model, verify_against
 from edge_memllm_export.checkpoint import Checkpoint
 from support.checkpoints import change_config, write_dense
-from support.gguf_files import metadata_of, random_model, rounded, stored_tensors, write_gguf
+from support.gguf_files import (
+    byte_tokens,
+    metadata_of,
+    random_model,
+    rounded,
+    stored_tensors,
+    write_gguf,
+)
 from support.networks import greedy, greedy_of
 
 EXACT = {"graph_weights": "fp32", "accept_quality_loss": True}
@@ -144,21 +150,6 @@ def test_weights_that_are_not_the_configurations_are_refused(tmp_path: Path) -> 
     change_config(checkpoint, attention_bias=True)
     with pytest.raises(ExportError, match=r"lacks the weight model.layers.0.self_attn.k_proj.bias"):
         export_model(checkpoint, tmp_path / "out")
-
-
-def byte_tokens() -> dict[str, Any]:
-    """A tokenizer's metadata: a token for each byte, one of two, and the end of a text."""
-    tokens = [*bytes_to_unicode().values(), "th", "<|im_end|>"]
-    kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL]
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "smollm",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
-        "tokenizer.ggml.merges": ["t h"],
-        "tokenizer.ggml.eos_token_id": 257,
-        "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
-    }
 
 
 @pytest.mark.parametrize(

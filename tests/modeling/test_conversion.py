@@ -19,8 +19,9 @@ from transformers import AutoModelForCausalLM
 import edge_memllm
 from edge_memllm.cli.main import main
 from edge_memllm.errors import RecipeError
-from edge_memllm.modeling.conversion import convert, dense_network
+from edge_memllm.modeling.conversion import convert, dense_network, student_config
 from edge_memllm.modeling.distillation import divergence
+from edge_memllm.modeling.fitting import initialize
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.recipe import ConversionRecipe
 from edge_memllm_export import export_model
@@ -111,6 +112,33 @@ def test_every_kind_of_memory_is_fitted(source: str, text: str, tmp_path: Path) 
         layer.mlp.down_proj.weight.data.zero_()
     student.config.memory_gain = [0.0] * 3
     assert fitted < 0.5 * distance(student, dense, text)
+
+
+def led_by(boundary: int, windows: int, seed: int = 3) -> torch.Tensor:
+    """Windows that begin with the boundary, and have another one inside."""
+    ids = torch.randint(0, 200, (windows, 24), generator=torch.Generator().manual_seed(seed))
+    ids[:, 0] = ids[:, 12] = boundary
+    return ids
+
+
+def test_what_is_first_in_every_window_is_kept_as_it_is(tmp_path: Path) -> None:
+    """What layers give there is a constant, and the boundary's row holds it; else it is a mean."""
+    teacher = dense_network(write_dense(tmp_path / "dense", "llama"))
+    recipe = recipe_for("", beta=0, model={"memory_source": "table"})
+    config = student_config(teacher.config, recipe)
+    boundary = int(config.bos_token_id)
+    ids = led_by(boundary, 12)
+    student = MemoryLLMForCausalLM(config)
+    initialize(student, teacher, ids, boundary)
+    wanted, own = (
+        net(input_ids=ids, use_cache=False).logits[:, 0].detach() for net in (teacher, student)
+    )
+    assert torch.allclose(own, wanted, atol=1e-3)
+    apart = led_by(boundary, 12)
+    apart[:, 0] = torch.arange(12)
+    initialize(student, teacher, apart, boundary)
+    own = student(input_ids=ids, use_cache=False).logits[:, 0].detach()
+    assert not torch.allclose(own, wanted, atol=0.1)
 
 
 def test_distillation_comes_closer(text: str, tmp_path: Path) -> None:

@@ -84,6 +84,11 @@ class TestCorpus:
         assert len(windows) == 2
         joined = torch.cat([windows[i]["input_ids"] for i in range(2)])
         assert joined.tolist() == tokens[:8].tolist()
+        led = TokenWindows(path, 4, boundary_first=True)
+        assert len(led) == 3
+        assert all(int(led[i]["input_ids"][0]) == 0 for i in range(3))
+        joined = torch.cat([led[i]["labels"][1:] for i in range(3)])
+        assert joined.tolist() == tokens[:9].tolist()
 
 
 class TestTokenizer:

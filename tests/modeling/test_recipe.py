@@ -23,6 +23,8 @@ class TestRecipe:
         assert (recipe.training.steps, recipe.training.learning_rate) == (7, 1.0)
         recipe.override("training.save_dtype=float16")
         recipe.override("trainer.fsdp=true")
+        recipe.override("data.boundary_first=true")
+        assert recipe.data.boundary_first
         assert recipe.training.save_dtype == "float16"
         assert recipe.trainer == {"fsdp": True}
 
@@ -76,6 +78,7 @@ class TestRecipe:
             ("[training]\nstep = 1", r"unknown key 'step'; known are steps"),
             ("[traning]\nsteps = 1", r"unknown section \[traning\]"),
             ("[training]\nsteps = true", "steps is True; expected int"),
+            ("[data]\nboundary_first = 1", "boundary_first is 1; expected bool"),
             ('[data]\ntrain = "a.txt"', r"train is 'a.txt'; expected list\[str\]"),
             ("[training", "not a TOML file"),
             ("a = " + "[" * 99_999, "not a TOML file"),

@@ -15,6 +15,7 @@ import numpy as np
 import torch
 from gguf.quants import dequantize, quantize
 from transformers import AutoConfig, AutoModelForCausalLM
+from transformers.convert_slow_tokenizer import bytes_to_unicode
 
 from edge_memllm_export.sources.gguf_file import GGUFFile
 
@@ -80,6 +81,21 @@ def metadata_of(architecture: str, **changes: Any) -> dict[str, Any]:
     found = {f"{architecture}.{name}": value for name, value in names.items()}
     found |= {key.replace("__", "."): value for key, value in changes.items()}
     return {key: value for key, value in found.items() if value is not None}
+
+
+def byte_tokens() -> dict[str, Any]:
+    """A tokenizer's metadata: a token for each byte, one of two, and the end of a text."""
+    tokens = [*bytes_to_unicode().values(), "th", "<|im_end|>"]
+    kinds = [gguf.TokenType.NORMAL] * 257 + [gguf.TokenType.CONTROL]
+    return {
+        "tokenizer.ggml.model": "gpt2",
+        "tokenizer.ggml.pre": "smollm",
+        "tokenizer.ggml.tokens": tokens,
+        "tokenizer.ggml.token_type": np.array(kinds, np.int32),
+        "tokenizer.ggml.merges": ["t h"],
+        "tokenizer.ggml.eos_token_id": 257,
+        "tokenizer.chat_template": "{% for m in messages %}{{ m['content'] }}{% endfor %}",
+    }
 
 
 def stored_tensors(architecture: str, model: Any) -> dict[str, np.ndarray]:
