@@ -16,6 +16,15 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 540, 48, 356
 _WARM_UP = 0.4  # million tokens from scratch that are left out: beyond the picture
 
 
+_CONTROL = """\
+**What this does not say.** The dense model is half trained, so that its students pass it when they
+are trained from scratch: no figure here speaks of a model that was trained to its end. And there is
+no control: a student keeps some of the dense network's neurons and is trained, and what of its
+quality is the rows' is not told apart from that. One run of each, and no error: differences of a
+few thousandths of a nat mean nothing. `python -m benchmarks.dense control` makes students of a real
+model with rows and without, and `edge-memllm layers` says which of its layers are tables."""
+
+
 def plot(results: Results) -> str:
     """Perplexity against million tokens of training."""
     lines = [*_student_lines(results), *_scratch_lines(results)]
@@ -49,6 +58,8 @@ def page(results: Results) -> str:
             "Made by `python -m benchmarks.conversion page` of `conversion.json`; edit neither.",
             "",
             _introduction(results),
+            "",
+            _CONTROL,
             "",
             "![perplexity by tokens](../images/conversion.svg)",
             "",

@@ -43,6 +43,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         each.add_argument("--runs", type=Path, required=True)
         each.add_argument("--out", type=Path, default=stored)
         each.add_argument("--threads", type=int, default=1)
+        if name == "control":
+            each.add_argument("--only", help="one student, without the figures of both")
         each.add_argument(
             "--set", action="append", default=[], metavar="NAME=NUMBER", help="a field of its Size"
         )
@@ -59,6 +61,8 @@ def _run(arguments: argparse.Namespace) -> int:
 
     torch.set_num_threads(arguments.threads)
     found = _measured(arguments)
+    if not found:
+        return 0
     arguments.out.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
     return 0
 
@@ -68,7 +72,8 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
     if arguments.command == "control":
         from benchmarks.dense import control
 
-        return control.control(*given, _sized(control.Size, arguments.set))
+        size = _sized(control.Size, arguments.set)
+        return control.control(*given, size, arguments.only)
     from benchmarks.dense import retrofit
 
     return retrofit.retrofit(*given, _sized(retrofit.Size, arguments.set))

@@ -25,21 +25,26 @@ _BETA = 3
 class Size:
     """Windows that are learned from, those of them that first weights come from, held-out ones."""
 
-    learned: int = 192
-    fitted: int = 96
-    held_out: int = 48
-    documents: int = 192
+    learned: int = 128
+    fitted: int = 64
+    held_out: int = 40
+    documents: int = 160
     length: int = 256
     batch: int = 4
     rate: float = 3e-4
     rows: int = 8192
 
 
-def control(model: Path, texts: Sequence[Path], runs: Path, size: Size) -> dict[str, Any]:
-    """Fit, distil and judge both students; what is in ``runs`` already is not done again."""
+def control(
+    model: Path, texts: Sequence[Path], runs: Path, size: Size, only: str | None = None
+) -> dict[str, Any]:
+    """Fit, distil and judge both students; what is in ``runs`` already is not done again.
+
+    ``only`` names one student, which may be made beside the other; then nothing is returned.
+    """
     config = dense_network(model).config
     tokenizer = read_tokenizer(model / "tokenizer.json")
-    sides = [two_sides(read_documents(path, size.documents)) for path in texts]
+    sides = [two_sides(read_documents(path, size.length, size.documents)) for path in texts]
     learned_side = [text for learned, _ in sides for text in learned]
     held_side = [text for _, held_out in sides for text in held_out]
     cut = partial(
@@ -52,6 +57,9 @@ def control(model: Path, texts: Sequence[Path], runs: Path, size: Size) -> dict[
         "control": Shape([width] * config.num_hidden_layers, 0),
         "rows": Shape([width] * config.num_hidden_layers, min(size.rows, config.vocab_size - 1)),
     }
+    if only is not None:
+        bench.student(only, shapes[only])
+        return {}
     return bench.measured(shapes) | {
         "size": asdict(size),
         "model": {
@@ -73,10 +81,7 @@ class _Bench:
 
     def measured(self, shapes: Mapping[str, Shape]) -> dict[str, Any]:
         dense = kept(self.runs, "dense", self._dense)
-        students = {
-            name: kept(self.runs, name, partial(self._student, name, shape))
-            for name, shape in shapes.items()
-        }
+        students = {name: self.student(name, shape) for name, shape in shapes.items()}
         stages = {}
         for stage in ("fitted", "distilled"):
             stages[stage] = {
@@ -92,6 +97,11 @@ class _Bench:
             "training": {name: each["training"] for name, each in students.items()},
             **stages,
         }
+
+    def student(self, name: str, shape: Shape) -> dict[str, Any]:
+        """All figures of one student, made or taken from before."""
+        found: dict[str, Any] = kept(self.runs, name, partial(self._student, name, shape))
+        return found
 
     def _dense(self) -> list[float]:
         network = dense_network(self.model)

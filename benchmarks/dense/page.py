@@ -292,7 +292,7 @@ def retrofit_page(found: Stored) -> str:
     rows = [["nothing", f"{math.exp(found['base']['loss']):.2f}", ""]]
     for kind, words in (("lora", f"LoRA, rank {size['rank']}"), ("rows", "rows")):
         for name, each in found[kind].items():
-            if isinstance(each, Mapping) and "loss" in each:
+            if _judged(each):
                 part = words if name == "all" else f"{words}: {name}"
                 rows.append([part, f"{math.exp(each['loss']):.2f}", _gap(each["against_nothing"])])
     return (
@@ -310,7 +310,7 @@ def retrofit_page(found: Stored) -> str:
                     tokens=f"{found['learned_tokens']:,}",
                     batch=size["batch"] * size["length"],
                     rank=size["rank"],
-                    rows=f"{found['rows']:,}",
+                    rows=f"{found['row_tokens']:,}",
                     windows=size["held_out"],
                     length=size["length"],
                     rates=_rates(found),
@@ -351,17 +351,30 @@ def _rates(found: Stored) -> str:
 
 
 def _retrofit_verdict(found: Stored) -> str:
-    rows, lora = found["rows"]["all"]["against_nothing"], found["lora"]["all"]["against_nothing"]
-    tokens = found["rows"]["without the first token"]["against_nothing"]
+    gaps = {name: each["against_nothing"] for name, each in found["rows"].items() if _judged(each)}
+    rows, lora = gaps["all"], found["lora"]["all"]["against_nothing"]
     helps = _beyond(rows) and rows["mean"] < 0
+    best = min(gaps, key=lambda name: gaps[name]["mean"])
+    own = (
+        f"With a part of them alone the best are those of {best}: {_gap(gaps[best])}, chosen on "
+        "the text that judges them. "
+        if best != "all"
+        else ""
+    )
     better = rows["mean"] < lora["mean"]
     return (
-        f"Against nothing rows {'help' if helps else 'do not help'}: {_gap(rows)} nats. LoRA of as "
-        f"many tokens: {_gap(lora)}. Of the rows' gain, {_gap(tokens)} is that of the tokens of "
-        "the text themselves. **The verdict: "
+        f"Against nothing rows {'help' if helps else 'make no difference that can be told'}: "
+        f"{_gap(rows)} nats. {own}The row of the first token by itself, which is a prefix that was "
+        f"learned, gives {_gap(gaps['first token alone'])}; all others without it "
+        f"{_gap(gaps['without the first token'])}. LoRA of as many tokens: {_gap(lora)}. **The "
+        "verdict: "
         + (
             "yes, at this budget.**"
             if helps and better
-            else "no.** What rows learn of so little text, LoRA learns better."
+            else "no.** LoRA learns more of so little text, so no such rows are plugged in."
         )
     )
+
+
+def _judged(found: object) -> bool:
+    return isinstance(found, Mapping) and "loss" in found

@@ -117,7 +117,9 @@ def retrofit(model: Path, texts: Sequence[Path], runs: Path, size: Size) -> dict
     network = dense_network(model)
     tokenizer = read_tokenizer(model / "tokenizer.json")
     boundary = int(network.config.bos_token_id)
-    learned, held_out = two_sides([text for path in texts for text in read_documents(path)])
+    learned, held_out = two_sides(
+        [text for path in texts for text in read_documents(path, size.length)]
+    )
 
     def cut(side: Sequence[str], count: int, offset: float = 0.0) -> Windows:
         return cut_windows(side, tokenizer, boundary, size.length, count, offset)
@@ -151,7 +153,7 @@ class _Bench:
             "size": asdict(self.size),
             "steps": steps,
             "learned_tokens": steps * self.size.batch * self.sides.learned.ids.shape[1],
-            "rows": len(self.tokens),
+            "row_tokens": len(self.tokens),
             "base": self._summary(base, base),
         }
         for kind in RATES:

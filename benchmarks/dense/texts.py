@@ -40,10 +40,13 @@ class Windows:
         return Windows(self.ids[chosen], self.document[chosen])
 
 
-def read_documents(path: Path, count: int | None = None) -> list[str]:
-    """The texts behind title lines ``= title =``, at most ``count`` of them, spread evenly."""
+def read_documents(path: Path, length: int, count: int | None = None) -> list[str]:
+    """The texts behind title lines ``= title =``, at most ``count`` of them, spread evenly.
+
+    Those that have no piece for a window of ``length`` tokens are left out.
+    """
     parts = [part.strip() for part in _TITLE.split(path.read_text("utf-8"))]
-    found = [part for part in parts if part]
+    found = [part for part in parts if len(part) >= _CHARACTERS * length]
     if count is None or count >= len(found):
         return found
     return [found[at * len(found) // count] for at in range(count)]
@@ -72,7 +75,7 @@ def cut_windows(
     ids, numbers = [], []
     size = _CHARACTERS * length
     for number, text in enumerate(documents):
-        share = count // len(documents) + (number < count % len(documents))
+        share = (number + 1) * count // len(documents) - number * count // len(documents)
         room = len(text) // size
         share = min(share, room)
         for place in range(share):

@@ -36,8 +36,10 @@ def text(tmp_path: Path) -> Path:
 
 
 def test_no_document_is_on_both_sides_and_windows_begin_with_the_boundary(text: Path) -> None:
-    documents = read_documents(text)
+    documents = read_documents(text, 32)
     assert len(documents) == 12
+    assert read_documents(text, 4000) == []
+    assert len(read_documents(text, 32, 5)) == 5
     assert not any("title" in each for each in documents)
     learned, held_out = two_sides(documents)
     assert (len(learned), len(held_out)) == (9, 3)
@@ -204,7 +206,7 @@ def test_a_field_that_is_none_is_named(tmp_path: Path) -> None:
 
 def test_losses_are_those_of_the_network(make_checkpoint: MakeCheckpoint, text: Path) -> None:
     network = dense_network(make_checkpoint(beta=8))
-    documents = read_documents(text)
+    documents = read_documents(text, 32)
     windows = cut_windows(documents, raw_byte_tokenizer(), BOS, 16, 12)
     found = window_losses(lambda ids: network(input_ids=ids, use_cache=False).logits, windows)
     logits = network(input_ids=windows.ids[3:4], use_cache=False).logits[0, :-1]

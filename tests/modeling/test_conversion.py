@@ -145,7 +145,8 @@ def test_distillation_comes_closer(text: str, tmp_path: Path) -> None:
     dense = write_dense(tmp_path / "dense", "mistral")
     found = []
     for steps in (0, 30):
-        recipe = recipe_for(text, beta=1, training={"steps": steps, "save_every": 30})
+        training = {"steps": steps, "save_every": 30, "learning_rate": 1e-3}
+        recipe = recipe_for(text, beta=1, training=training)
         convert(dense, tmp_path / f"{steps}", recipe)
         student = AutoModelForCausalLM.from_pretrained(tmp_path / f"{steps}")
         found.append(distance(student, dense, text))
