@@ -43,8 +43,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         each.add_argument("--runs", type=Path, required=True)
         each.add_argument("--out", type=Path, default=stored)
         each.add_argument("--threads", type=int, default=1)
-        if name == "control":
-            each.add_argument("--only", help="one student, without the figures of both")
+        each.add_argument("--only", help="one student, or one kind of what is added")
         each.add_argument(
             "--set", action="append", default=[], metavar="NAME=NUMBER", help="a field of its Size"
         )
@@ -76,7 +75,8 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
         return control.control(*given, size, arguments.only)
     from benchmarks.dense import retrofit
 
-    return retrofit.retrofit(*given, _sized(retrofit.Size, arguments.set))
+    size = _sized(retrofit.Size, arguments.set)
+    return retrofit.retrofit(*given, size, arguments.only)
 
 
 def _sized(kind: type[Any], settings: Sequence[str]) -> Any:

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.generated import write_files
-from benchmarks.paper.layout import console, table
+from benchmarks.paper.layout import MISSING, console, table
 from edge_memllm.svg import Line, line_chart
 
 _RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
@@ -249,6 +249,7 @@ _CONTROL_COMMAND = (
 _CONTROL_METHOD = """\
 A student that got rows by a conversion has fewer neurons than the dense model, and it was trained.
 What of its quality is the rows'? So two students were made of {model} and treated alike:
+
 - *Both* keep {width} of {neurons} neurons in each of {layers} layers (beta 3; {parameters}
   parameters), those that make up best for the others, with output weights of their own, by
   regression on {fitted} tokens, layer after layer. What a layer puts out at the first position of
@@ -290,7 +291,11 @@ def retrofit_page(found: Stored) -> str:
     size = found["size"]
     head = ["", "perplexity", "nats against nothing"]
     rows = [["nothing", f"{math.exp(found['base']['loss']):.2f}", ""]]
+    if "lora" not in found:
+        rows.append([f"LoRA, rank {size['rank']}", MISSING, ""])
     for kind, words in (("lora", f"LoRA, rank {size['rank']}"), ("rows", "rows")):
+        if kind not in found:
+            continue
         for name, each in found[kind].items():
             if _judged(each):
                 part = words if name == "all" else f"{words}: {name}"
@@ -328,6 +333,7 @@ _RETROFIT_COMMAND = (
 _RETROFIT_METHOD = """\
 Not a conversion: {model} stays as it is, and learns one domain, English novels of 1840 to 1920, in
 something beside it.
+
 - *rows*: a row for each of the {rows} tokens of the text, behind each layer, zero at the start:
   what a table could hold, at no cost of memory. *first token alone* is the row of the token that
   begins each window, which every later position can attend to: a prefix that was learned, and not
@@ -345,6 +351,8 @@ something beside it.
 def _rates(found: Stored) -> str:
     parts = []
     for kind, words in (("rows", "Rows"), ("lora", "LoRA")):
+        if kind not in found:
+            continue
         tried = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in found[kind]["search"].items())
         parts.append(f"{words}: {tried} nats, so {found[kind]['rate']:g}.")
     return " ".join(parts)
@@ -352,7 +360,7 @@ def _rates(found: Stored) -> str:
 
 def _retrofit_verdict(found: Stored) -> str:
     gaps = {name: each["against_nothing"] for name, each in found["rows"].items() if _judged(each)}
-    rows, lora = gaps["all"], found["lora"]["all"]["against_nothing"]
+    rows, lora = gaps["all"], found.get("lora", {}).get("all", {}).get("against_nothing")
     helps = _beyond(rows) and rows["mean"] < 0
     best = min(gaps, key=lambda name: gaps[name]["mean"])
     own = (
@@ -361,19 +369,25 @@ def _retrofit_verdict(found: Stored) -> str:
         if best != "all"
         else ""
     )
-    better = rows["mean"] < lora["mean"]
     return (
         f"Against nothing rows {'help' if helps else 'make no difference that can be told'}: "
         f"{_gap(rows)} nats. {own}The row of the first token by itself, which is a prefix that was "
         f"learned, gives {_gap(gaps['first token alone'])}; all others without it "
-        f"{_gap(gaps['without the first token'])}. LoRA of as many tokens: {_gap(lora)}. **The "
-        "verdict: "
-        + (
-            "yes, at this budget.**"
-            if helps and better
-            else "no.** LoRA learns more of so little text, so no such rows are plugged in."
-        )
+        f"{_gap(gaps['without the first token'])}. {_against_lora(rows, lora, helps=helps)}"
     )
+
+
+def _against_lora(rows: Stored, lora: Stored | None, *, helps: bool) -> str:
+    if lora is None:
+        return (
+            "LoRA of as many tokens was not measured yet. **The verdict: not a yes.** No rows are "
+            "plugged in before they were held against it."
+        )
+    if helps and rows["mean"] < lora["mean"]:
+        verdict = "yes, at this budget.**"
+    else:
+        verdict = "no.** LoRA learns more of so little text, so no such rows are plugged in."
+    return f"LoRA of as many tokens: {_gap(lora)}. **The verdict: {verdict}"
 
 
 def _judged(found: object) -> bool:

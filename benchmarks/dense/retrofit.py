@@ -112,8 +112,10 @@ def _loss(network: Any, ids: torch.Tensor) -> torch.Tensor:
     return next_token_loss(logits, ids)
 
 
-def retrofit(model: Path, texts: Sequence[Path], runs: Path, size: Size) -> dict[str, Any]:
-    """Train and judge all of it; what is in ``runs`` already is not done again."""
+def retrofit(
+    model: Path, texts: Sequence[Path], runs: Path, size: Size, only: str | None = None
+) -> dict[str, Any]:
+    """Train and judge all of it, or ``only`` one kind; what is in ``runs`` is not done again."""
     network = dense_network(model)
     tokenizer = read_tokenizer(model / "tokenizer.json")
     boundary = int(network.config.bos_token_id)
@@ -127,7 +129,7 @@ def retrofit(model: Path, texts: Sequence[Path], runs: Path, size: Size) -> dict
     sides = _Sides(cut(learned, size.learned), cut(learned, size.tuning, 0.5), None)
     sides = replace(sides, held_out=cut(held_out, size.held_out))
     bench = _Bench(model, sides, runs, size)
-    return bench.measured() | {
+    return bench.measured([only] if only else list(RATES)) | {
         "model": {"layers": network.config.num_hidden_layers, "width": network.config.hidden_size},
         "documents": {"learned": len(learned), "held_out": len(held_out)},
         "environment": environment(("torch", "transformers", "edge-memllm")),
@@ -146,7 +148,7 @@ class _Bench:
         self.model, self.sides, self.runs, self.size = model, sides, runs, size
         self.tokens = sides.learned.ids.unique()
 
-    def measured(self) -> dict[str, Any]:
+    def measured(self, kinds: Sequence[str]) -> dict[str, Any]:
         steps = len(self.sides.learned) // self.size.batch
         base = kept(self.runs, "base", self._base)
         found = {
@@ -156,7 +158,7 @@ class _Bench:
             "row_tokens": len(self.tokens),
             "base": self._summary(base, base),
         }
-        for kind in RATES:
+        for kind in kinds:
             rate, search = self._searched(kind)
             losses = kept(self.runs, f"{kind}-final", partial(self._final, kind, rate, steps))
             found[kind] = {

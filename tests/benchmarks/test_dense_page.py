@@ -121,6 +121,10 @@ def test_a_yes_needs_more_than_lora_and_more_than_nothing() -> None:
     assert "rows help: -0.300" in yes
     assert "yes, at this budget" in yes
     assert "**The verdict: no.**" in page._retrofit_verdict(retrofit(-0.1, -0.3))
+    alone = retrofit(-0.3, -0.1)
+    del alone["lora"]
+    assert "**The verdict: not a yes.**" in page._retrofit_verdict(alone)
+    assert "| LoRA, rank 8 | not measured |" in page.retrofit_page(alone)
     neither = page._retrofit_verdict(retrofit(0.01, 0.02))
     assert "rows make no difference that can be told" in neither
     assert "**The verdict: no.**" in neither
