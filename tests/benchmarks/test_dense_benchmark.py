@@ -196,6 +196,13 @@ def test_both_commands_measure_and_go_on(
     monkeypatch.setattr(retrofit, "learn", None)
     assert run("control", model, text, tmp_path, *small, "fitted=8", "rows=20") == found
     assert run("retrofit", model, text, tmp_path, *small, "tuning=4") == added
+    out = tmp_path / "rows.json"
+    words = ["retrofit", str(model), "--text", str(text), "--runs", str(tmp_path / "retrofit")]
+    words += [f"--set={each}" for each in (*small, "tuning=4")]
+    assert main([*words, "--only", "rows", "--out", str(out)]) == 0
+    alone = json.loads(out.read_text("utf-8"))
+    assert alone["rows"] == added["rows"]
+    assert "lora" not in alone
 
 
 def test_a_field_that_is_none_is_named(tmp_path: Path) -> None:
