@@ -33,6 +33,7 @@ class Size:
     batch: int = 4
     rate: float = 3e-4
     rows: int = 8192
+    steps: int = 0  # of distillation at most; 0 reads all windows once
 
 
 def control(
@@ -91,7 +92,8 @@ class _Bench:
             stages[stage]["rows against control"] = self._summary(one, other)
         return {
             "dense": self._summary(dense, dense),
-            "tokens": self.plan.steps * self.size.batch * self.size.length,
+            "steps": {"planned": self.plan.steps, "made": len(students["rows"]["training"])},
+            "tokens": len(students["rows"]["training"]) * self.size.batch * self.size.length,
             "parameters": {name: each["parameters"] for name, each in students.items()},
             "row_values": students["rows"]["row_values"],
             "training": {name: each["training"] for name, each in students.items()},
@@ -118,11 +120,11 @@ class _Bench:
 
         def first() -> list[float]:
             fit(student, teacher, self.learned.first(self.size.fitted).ids)
-            learn(distilled, self.learned.ids, self.plan, folder, most=0)
+            learn(distilled, self.learned.ids, self.plan, folder, until=0)
             return window_losses(student.logits, self.held_out).tolist()
 
         fitted = kept(self.runs, f"{name}-fitted", first)
-        training = learn(distilled, self.learned.ids, self.plan, folder)
+        training = learn(distilled, self.learned.ids, self.plan, folder, self.size.steps or None)
         return {
             "fitted": fitted,
             "distilled": window_losses(student.logits, self.held_out).tolist(),

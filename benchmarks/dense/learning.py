@@ -188,20 +188,20 @@ class Learner(Protocol):
 
 
 def learn(
-    learner: Learner, ids: torch.Tensor, plan: Plan, folder: Path, most: int | None = None
+    learner: Learner, ids: torch.Tensor, plan: Plan, folder: Path, until: int | None = None
 ) -> list[float]:
     """Train on windows ``ids`` [W, T], from where a run in ``folder`` stopped; losses by step.
 
     One pass in an order of the plan's seed, again in another where the windows do not last.
-    ``most`` steps are made at most in this call; 0 keeps what the learner begins with.
+    ``until`` so many steps are made in all; 0 keeps what the learner begins with.
     """
     folder.mkdir(parents=True, exist_ok=True)
     file = folder / "state.safetensors"
     losses: list[float] = []
     if file.exists():
         losses = _restore(learner, file)
-    end = plan.steps if most is None else min(plan.steps, len(losses) + most)
-    if most == 0:
+    end = plan.steps if until is None else min(plan.steps, until)
+    if end == 0:
         _save(learner, file, losses)
     for step in range(len(losses), end):
         losses.append(learner.step(_batch(ids, plan, step), plan.rate_at(step)))

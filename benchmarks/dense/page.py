@@ -270,6 +270,13 @@ def _control_verdict(found: Stored) -> str:
     gap = found["distilled"]["rows against control"]["difference"]
     fitted = found["fitted"]["rows against control"]["difference"]
     above = found["distilled"]["rows"]["difference"]["mean"]
+    steps = found["steps"]
+    stopped = (
+        f" Training was stopped after {steps['made']} of {steps['planned']} steps, with a learning "
+        "rate far from its end: a whole run of as many tokens would have come further."
+        if steps["made"] < steps["planned"]
+        else ""
+    )
 
     def words(each: Stored) -> str:
         if not _beyond(each):
@@ -282,7 +289,7 @@ def _control_verdict(found: Stored) -> str:
         f"distillation they {words(gap)}. With them the student is still {above:.2f} nats above "
         f"the dense model ({math.exp(above):.1f} times its perplexity): **at this budget "
         "converting does not give back the model**, with rows or without. What more training would "
-        "do was not measured."
+        f"do was not measured.{stopped}"
     )
 
 

@@ -125,7 +125,7 @@ def test_learning_goes_on_where_it_stopped(make_checkpoint: MakeCheckpoint, tmp_
 
     plan = Plan(6, 2, 0.01, save_every=2)
     whole = learn(learner(), ids, plan, tmp_path / "whole")
-    first = learn(learner(), ids, plan, tmp_path / "parts", most=3)
+    first = learn(learner(), ids, plan, tmp_path / "parts", until=3)
     assert first == whole[:3]
     assert learn(learner(), ids, plan, tmp_path / "parts") == whole
 

@@ -69,6 +69,7 @@ def control(rows: float) -> dict[str, Any]:
     }
     return {
         "dense": {"loss": 3.5, "difference": gap(0.0, 0.0)},
+        "steps": {"planned": 8, "made": 8},
         "tokens": 1000,
         "row_values": 10**6,
         "parameters": {"rows": 10**6},
@@ -92,6 +93,9 @@ def control(rows: float) -> dict[str, Any]:
 )
 def test_rows_are_judged_against_their_control(rows: float, words: str) -> None:
     assert words in page.control_page(control(rows))
+    assert "was stopped" not in page.control_page(control(rows))
+    short = {**control(rows), "steps": {"planned": 8, "made": 4}}
+    assert "was stopped after 4 of 8 steps" in page.control_page(short)
 
 
 def retrofit(rows: float, lora: float) -> dict[str, Any]:
