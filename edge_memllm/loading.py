@@ -29,7 +29,7 @@ from edge_memllm.memory_plan import (
     plan_memory,
 )
 from edge_memllm.model import Model
-from edge_memllm.options import DEVICES, Device, Option, byte_size, called_with, positive_int
+from edge_memllm.options import Device, Option, byte_size, called_with, positive_int
 from edge_memllm.overlays import Overlay, open_overlay
 from edge_memllm.overlays.table import CACHE_BYTES
 from edge_memllm.process.memory_account import MemoryShare
@@ -38,7 +38,7 @@ from edge_memllm.readers import ReaderName, reader_names
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.statistics import give_back, process_memory
 from edge_memllm.store import ExportPlan, artifact_of, home_folder, refuse
-from edge_memllm.table.table import QUALITIES, Quality, Table
+from edge_memllm.table.table import Quality, Table
 from edge_memllm.text.tokenization import Tokenizer
 
 _log = logging.getLogger(__name__)
@@ -73,7 +73,6 @@ class LoadOptions:
         Device,
         Option(
             "where the graph runs; auto takes CUDA where it works, else the CPU, and says so",
-            choices=DEVICES,
         ),
     ] = "auto"
     reader: Annotated[
@@ -81,7 +80,6 @@ class LoadOptions:
         Option(
             "how the table is read; ram loads it whole, auto measures the storage for a moment and "
             "chooses",
-            choices=reader_names(),
         ),
     ] = "auto"
     threads: Annotated[
@@ -101,7 +99,6 @@ class LoadOptions:
         Option(
             "coarse reads only the front half of the records of a nested8 table: less to read, "
             "values of about 4 bits",
-            choices=QUALITIES,
         ),
     ] = "full"
     record_cache: Annotated[

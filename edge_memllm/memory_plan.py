@@ -10,7 +10,7 @@ mapped files are left out.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -39,6 +39,13 @@ _GRAPH_FACTORS = {
     "inside": {"mixed": 2.3, "int2": 2.3, "int4": 1.9, "int8": 2.0, "fp16": 3.3, "fp32": 1.1},
     "beside": {"mixed": 2.05, "int2": 2.05, "int4": 1.65, "int8": 1.6, "fp16": 2.2, "fp32": 1.1},
     "packed": {"mixed": 0.3, "int2": 0.3, "int4": 0.3, "int8": 0.3},
+}
+# The most there is while a session is made: the stored bytes, what the library reads of them and
+# what it makes of that are there at once.
+_LOADING_FACTORS = {
+    "inside": {"mixed": 4.0, "int2": 4.0, "int4": 3.7, "int8": 3.7, "fp16": 4.8, "fp32": 3.5},
+    "beside": {"mixed": 3.6, "int2": 3.6, "int4": 3.3, "int8": 3.3, "fp16": 4.5, "fp32": 2.2},
+    "packed": {"mixed": 2.1, "int2": 2.1, "int4": 2.1, "int8": 2.1},
 }
 _GRAPH_WORDS = {
     "inside": "graph: {} weights repacked",
@@ -222,14 +229,29 @@ def _kv_bytes(manifest: Manifest, capacity: int, device: str = "cpu") -> int:
 
 
 def _graph_item(manifest: Manifest, *, packed: bool) -> Item:
-    graph = manifest.graph
-    form = "packed" if packed else "inside" if graph.external_data is None else "beside"
+    weights, form = manifest.graph.weights, _graph_form(manifest, packed=packed)
+    words = _GRAPH_WORDS[form].format(weights)
+    if weights in ("fp16", "fp32"):
+        words = f"graph: {weights} weights"
+    return Item(words, _graph_bytes(manifest, _GRAPH_FACTORS[form]))
+
+
+def _graph_form(manifest: Manifest, *, packed: bool) -> str:
+    return "packed" if packed else "inside" if manifest.graph.external_data is None else "beside"
+
+
+def _graph_bytes(manifest: Manifest, factors: Mapping[str, float]) -> int:
     # A form that has no packed weights refuses the packed cache later, in words of its own.
-    factor = _GRAPH_FACTORS[form].get(graph.weights, max(_GRAPH_FACTORS[form].values()))
-    words = _GRAPH_WORDS[form].format(graph.weights)
-    if graph.weights in ("fp16", "fp32"):
-        words = f"graph: {graph.weights} weights"
-    return Item(words, round(graph_file_bytes(manifest) * factor))
+    factor = factors.get(manifest.graph.weights, max(factors.values()))
+    return round(graph_file_bytes(manifest) * factor)
+
+
+def _loading_bytes(manifest: Manifest, items: Sequence[Item], *, packed: bool) -> int:
+    """Return the most there is while a model is loaded, besides interpreter and libraries."""
+    loaded = total(item for item in items[1:] if item.at_load)
+    factors = _LOADING_FACTORS[_graph_form(manifest, packed=packed)]
+    graph = _graph_item(manifest, packed=packed).bytes
+    return loaded - graph + _graph_bytes(manifest, factors)
 
 
 def _work_bytes(manifest: Manifest, device: str) -> int:
@@ -262,6 +284,7 @@ class MemoryPlan:
     score_bytes: int  # what attention works on per position, one sequence at a time
     kv_bytes: int | None  # what all keys and values may take; None without a limit
     arena_bytes: int | None  # what the session may take on a CUDA device
+    loading_bytes: int = 0  # the most while it is loaded, besides interpreter and libraries
     packed_cache: Path | None = None  # where repacked weights lie, if they are mapped
 
     @property
@@ -347,6 +370,7 @@ def plan_memory(
         score_bytes=scores,
         kv_bytes=_left("memory_limit", memory_limit, host, [first], _ADVICE),
         arena_bytes=None,
+        loading_bytes=_loading_bytes(manifest, host, packed=choices.packed),
     )
 
 

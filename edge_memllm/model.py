@@ -7,7 +7,15 @@ keys and values, and after `close` the last one under way frees the model.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Iterable, Iterator, Sequence
+from collections.abc import (
+    AsyncGenerator,
+    Callable,
+    Coroutine,
+    Generator,
+    Iterable,
+    Iterator,
+    Sequence,
+)
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import replace
 from functools import cached_property
@@ -16,7 +24,16 @@ from typing import Any, Self, overload
 from weakref import WeakSet
 
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.engine.chat import Chat, ChatPiece, ChatReply, chatting, prepared, replied, whole
+from edge_memllm.engine.chat import (
+    Chat,
+    ChatPiece,
+    ChatReply,
+    awhole,
+    chatting,
+    prepared,
+    replied,
+    whole,
+)
 from edge_memllm.engine.feeding import PREFILL_CHUNKS, Feeder, StepCosts
 from edge_memllm.engine.generation import Piece, TextAssembly, TokenSequence, in_thread, stream_text
 from edge_memllm.engine.grammar import Grammars
@@ -196,11 +213,17 @@ class Model:
     def chat(self, chat: Chat) -> ChatReply:
         """Answer messages, by the model's chat template; return the whole reply.
 
-        `messages` is a text, or OpenAI's objects, those of tools among them; `tools` are OpenAI's
-        objects or `Tool`s, and `tool_choice` is "auto", "none", "required" or the name of one.
-        Holding calls to their schemas needs the extra serve. The rest is as in `stream`.
+        `messages` is a text, or OpenAI's objects, those of tools among them; `tools` are functions
+        with type hints and a docstring, OpenAI's objects or `Tool`s, and `tool_choice` is "auto",
+        "none", "required" or the name of one. Nothing calls a function but the caller. Holding
+        calls to their schemas needs the extra serve. The rest is as in `stream`.
         """
         return whole(self._chat_pieces(chat))
+
+    @asked_by(chatting(Request))
+    def achat(self, chat: Chat) -> Coroutine[Any, Any, ChatReply]:
+        """Check a chat now, then answer as `chat` does, for `await`; see `astream`."""
+        return awhole(self._achat_pieces(chat))
 
     @asked_by(chatting(Request))
     def stream_chat(self, chat: Chat) -> Generator[ChatPiece, None, None]:
@@ -213,6 +236,9 @@ class Model:
     @asked_by(chatting(Request))
     def astream_chat(self, chat: Chat) -> AsyncGenerator[ChatPiece, None]:
         """Stream as `stream_chat` does, for `async for`; see `astream`."""
+        return self._achat_pieces(chat)
+
+    def _achat_pieces(self, chat: Chat) -> AsyncGenerator[ChatPiece, None]:
         refuse_fields(chat.request, CANCELLED_BY_TASK)
         end = Cancellation()
         asked = replace(chat, request=replace(chat.request, cancellation=end))

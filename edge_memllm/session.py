@@ -7,7 +7,7 @@ model's parts, not how a saved session is laid out: that is `session_file`.
 from __future__ import annotations
 
 import os
-from collections.abc import AsyncGenerator, Callable, Generator, Iterator, Sequence
+from collections.abc import AsyncGenerator, Callable, Coroutine, Generator, Iterator, Sequence
 from contextlib import AbstractContextManager, closing, contextmanager
 from copy import deepcopy
 from dataclasses import replace
@@ -25,6 +25,7 @@ from edge_memllm.engine.chat import (
     ChatPiece,
     ChatReply,
     Message,
+    awhole,
     chatting,
     prepared,
     replied,
@@ -111,7 +112,7 @@ class Session:
         """Begin where `state` is; the model closes the session when it is closed itself."""
         self.sampling = state.sampling
         self.seed = state.seed
-        self.messages: list[Message] = []  # of its chat
+        self.messages: list[Message] = list(state.messages)  # of its chat
         self._model = model
         self._records = records
         self._draws = deepcopy(state.draws)
@@ -218,7 +219,7 @@ class Session:
         """Answer messages behind those of this session, and keep both; see `Model.chat`.
 
         Keys and values of the chat so far are used again, as far as the template leaves it as it
-        was. `messages` has the chat; one that was saved and restored begins without.
+        was. `messages` has the chat, and is saved with the session.
         """
         return whole(self._chat(chat))
 
@@ -226,6 +227,22 @@ class Session:
     def stream_chat(self, chat: Chat) -> Generator[ChatPiece, None, None]:
         """Stream as `chat` answers; what came until it is left is kept. See `Model.stream_chat`."""
         return self._chat(chat)
+
+    @asked_by(chatting(Request))
+    def achat(self, chat: Chat) -> Coroutine[Any, Any, ChatReply]:
+        """Answer as `chat` does, for `await`; see `Model.achat`."""
+        return awhole(self._achat(chat))
+
+    @asked_by(chatting(Request))
+    def astream_chat(self, chat: Chat) -> AsyncGenerator[ChatPiece, None]:
+        """Stream as `stream_chat` does, for `async for`; see `Model.astream`."""
+        return self._achat(chat)
+
+    def _achat(self, chat: Chat) -> AsyncGenerator[ChatPiece, None]:
+        refuse_fields(chat.request, CANCELLED_BY_TASK)
+        end = Cancellation()
+        asked = replace(chat, request=replace(chat.request, cancellation=end))
+        return in_thread(self._chat(asked), end)
 
     def _chat(self, chat: Chat) -> Generator[ChatPiece, None, None]:
         model, asked = self._model, chat.after(self.messages)
@@ -284,16 +301,14 @@ class Session:
         Costs the memory of the keys and values once more, and no computing.
         """
         with self._turn.whole():
-            other = Session(self._model, self._records, self._state())
-            other.messages = list(self.messages)
-            return other
+            return Session(self._model, self._records, self._state())
 
     def save(self, path: str | os.PathLike[str], *, overwrite: bool = False) -> int:
         """Write the session into one file, whole or not at all; return its bytes.
 
         It holds the text and its keys and values, `computed` positions of them, so only its owner
-        may read it. Raises `RequestError` for an existing file unless `overwrite`,
-        `StorageError` when writing fails.
+        may read it. Raises `RequestError` for an existing file unless `overwrite` and for
+        `messages` that are no JSON, `StorageError` when writing fails.
         """
         with self._turn.whole():
             origin = Origin.of(self._model.manifest, self._records)
@@ -398,6 +413,7 @@ class Session:
             draws=self._draws,
             computed=self.computed,
             kv=self._feeder.cache.state(0),
+            messages=tuple(self.messages),
         )
 
 

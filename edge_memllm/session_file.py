@@ -7,10 +7,11 @@ nothing of generating.
 from __future__ import annotations
 
 import hashlib
+import json
 import mmap
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import asdict, dataclass, field, replace
 from io import BufferedReader
@@ -37,21 +38,25 @@ from edge_memllm.artifact.tensor_header import (
     tensor_views,
 )
 from edge_memllm.checked_values import Fields
+from edge_memllm.engine.chat import Message
 from edge_memllm.engine.request import check_tokens
 from edge_memllm.errors import ArtifactError, CorruptionError, RequestError
 from edge_memllm.overlays.loaded import Selection
 from edge_memllm.runtime_protocol import KVStateLayout
 from edge_memllm.sampling import SEED_LIMIT, Sampling, random_draws
 
+_VERSION_1 = "1"  # without messages
 _KIND = FileKind(
     format="edge-memllm-session",
-    version="1",
+    version="2",
+    earlier=(_VERSION_1,),
     name="session",
     meaning="a saved session",
     advice="'Session.save' makes one.",
     anew="begin a new session",
 )
 _MOST_TOKENS = 1 << 24
+_MOST_MESSAGES = 1 << 26  # bytes
 _ORIGIN = ("identity", "artifact", "codec", "overlays", "digests")
 _FIELDS = (*_ORIGIN, "tokens", "computed", "logits", "sampling", "seed", "draws")
 _HALF = re.compile(r"[0-9a-f]{32}")
@@ -72,6 +77,7 @@ class SessionState:
     computed: int = 0  # of the tokens, from the front
     logits: NDArray[np.float32] | None = None  # [V]
     kv: Mapping[str, NDArray[Any]] = field(default_factory=dict)  # what `KVCache.state` gives
+    messages: tuple[Message, ...] = ()  # of its chat
 
 
 @dataclass(frozen=True, slots=True)
@@ -134,6 +140,7 @@ class SessionHeader:
     sampling: Sampling
     seed: int
     draws: tuple[str, str]  # state and increment of PCG64
+    messages: int | None  # bytes of their JSON; None in a file of version 1
     sha256: str = UNSEALED  # of the header with these zeros, then of what stands behind it
 
     def arrays(self, layout: KVStateLayout) -> Tensors:
@@ -142,13 +149,15 @@ class SessionHeader:
             "logits": (np.dtype(np.float32), (self.logits,)),
             "tokens": (np.dtype(np.uint32), (self.tokens,)),
         }
+        if self.messages is not None:
+            every["messages"] = (np.dtype(np.uint8), (self.messages,))
         return dict(sorted(every.items(), key=lambda item: (-item[1][0].itemsize, item[0])))
 
     def to_bytes(self, layout: KVStateLayout) -> bytes:
         """Return length and JSON, padded to whole words."""
         metadata = {
             "format": _KIND.format,
-            "format_version": _KIND.version,
+            "format_version": _VERSION_1 if self.messages is None else _KIND.version,
             "session": self._session(),
             "sha256": self.sha256,
         }
@@ -162,6 +171,8 @@ class SessionHeader:
         said = asdict(self.origin) | {
             name: getattr(self, name) for name in ("computed", "draws", "logits", "seed", "tokens")
         }
+        if self.messages is not None:
+            said["messages"] = self.messages
         said["sampling"] = asdict(self.sampling)
         return compact(said)
 
@@ -170,9 +181,10 @@ class SessionHeader:
         """Parse length and JSON. Raises `ArtifactError`."""
         metadata = _KIND.metadata(data, where, ("session", "sha256"))
         session = metadata.text("session", _OBJECT, "a JSON object as text")
-        said = exact_fields(
-            parse_json_object(session.encode(), where), f"{where}: session", _FIELDS
+        keys = (
+            _FIELDS if metadata.values["format_version"] == _VERSION_1 else (*_FIELDS, "messages")
         )
+        said = exact_fields(parse_json_object(session.encode(), where), f"{where}: session", keys)
         return _parsed(said, metadata.text("sha256", DIGEST, "64 hex digits"), where)
 
 
@@ -180,14 +192,16 @@ def write_session(path: Path, origin: Origin, state: SessionState, *, overwrite:
     """Write a session, readable for its owner only; return the bytes of the file.
 
     It appears under its name in one rename, once it is on the disk. Raises `RequestError` for an
-    existing file unless `overwrite`, `StorageError` when writing fails.
+    existing file unless `overwrite` and for messages that are no JSON, `StorageError` when writing
+    fails.
     """
-    header = _header_of(origin, state)
+    messages = _as_json(state.messages)
+    header = _header_of(origin, state, len(messages))
     layout = {name: (array.dtype, array.shape) for name, array in state.kv.items()}
     with WholeFile(path, mode=0o600, overwrite=overwrite) as file:
         size = file.write(header.to_bytes(layout))
         digest = header.digest(layout)
-        for data in _contents(header, layout, state):
+        for data in _contents(header, layout, state, messages):
             digest.update(data)
             size += file.write(data)
         file.seek(0)
@@ -227,7 +241,9 @@ class SessionFile:
         arrays = self._arrays(layout(header.computed))
         tokens = check_tokens(arrays.pop("tokens").tolist(), model.vocab_size)
         logits = arrays.pop("logits").copy()
+        messages = arrays.pop("messages", None)
         return SessionState(
+            messages=() if messages is None else _messages_of(messages.tobytes(), self._where),
             sampling=header.sampling,
             seed=header.seed,
             draws=_draws_of(*header.draws),
@@ -306,23 +322,56 @@ def _parsed(said: Fields, digest: str, where: str) -> SessionHeader:
         digests,
     )
     seed = said.integer("seed", 0, SEED_LIMIT - 1)
+    messages = None
+    if "messages" in said.values:
+        messages = said.integer("messages", 0, _MOST_MESSAGES)
     return SessionHeader(
-        origin, tokens, computed, logits, sampling, seed, (draws[0], draws[1]), digest
+        origin, tokens, computed, logits, sampling, seed, (draws[0], draws[1]), messages, digest
     )
 
 
-def _contents(header: SessionHeader, layout: KVStateLayout, state: SessionState) -> Iterator[Any]:
+def _as_json(messages: Sequence[Message]) -> bytes:
+    """Return messages as they stand in a file; none are no bytes. Raises `RequestError`."""
+    if not messages:
+        return b""
+    try:
+        found = json.dumps({"messages": list(messages)}, allow_nan=False).encode()
+        _messages_of(found, "session.messages")
+    except (ValueError, TypeError, RecursionError, ArtifactError) as error:
+        raise RequestError(
+            f"the session's messages are no JSON that can be kept: {error}. Keep texts, numbers, "
+            "lists and objects in session.messages, each message with its role."
+        ) from error
+    return found
+
+
+def _messages_of(data: bytes, where: str) -> tuple[Message, ...]:
+    if not data:
+        return ()
+    parsed = parse_json_object(data, f"{where}: messages", _MOST_MESSAGES)
+    found = exact_fields(parsed, f"{where}: messages", ("messages",)).values["messages"]
+    every = found if isinstance(found, list) else [None]
+    for number, each in enumerate(every):
+        if not isinstance(each, dict) or not isinstance(each.get("role"), str):
+            raise ArtifactError(f"{where}: message {number} is no object with a role.")
+    return tuple(every)
+
+
+def _contents(
+    header: SessionHeader, layout: KVStateLayout, state: SessionState, messages: bytes
+) -> Iterator[Any]:
     """Yield the bytes behind the header, an array at a time."""
     every: Mapping[str, NDArray[Any]] = {
         **state.kv,
         "logits": np.empty(0, np.float32) if state.logits is None else state.logits,
         "tokens": np.array(state.tokens, np.uint32),
+        "messages": np.frombuffer(messages, np.uint8),
     }
     for name in header.arrays(layout):
         yield np.ascontiguousarray(every[name]).data.cast("B") if every[name].size else b""
 
 
-def _header_of(origin: Origin, state: SessionState) -> SessionHeader:
+def _header_of(origin: Origin, state: SessionState, messages: int) -> SessionHeader:
     inner = state.draws.bit_generator.state["state"]
     return SessionHeader(
         origin=origin,
@@ -332,6 +381,7 @@ def _header_of(origin: Origin, state: SessionState) -> SessionHeader:
         sampling=state.sampling,
         seed=state.seed,
         draws=(f"{inner['state']:032x}", f"{inner['inc']:032x}"),
+        messages=messages,
     )
 
 

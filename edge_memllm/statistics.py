@@ -16,6 +16,8 @@ from edge_memllm.engine.feeding import StepCosts
 from edge_memllm.runtime_protocol import Runtime
 from edge_memllm.table.source import RecordSource
 
+_M_MMAP_THRESHOLD = -3  # of glibc's mallopt
+_LARGE_BLOCK = 1 << 20
 _PROC_STATUS = Path("/proc/self/status")
 _PROC_KEYS = {
     "RssAnon": "anon_bytes",
@@ -151,3 +153,16 @@ def give_back() -> None:
         trim = getattr(ctypes.CDLL(None), "malloc_trim", None)
         if trim is not None:
             trim(ctypes.c_size_t(0))
+
+
+def give_back_large_blocks() -> None:
+    """From now on, return large blocks to the system as soon as they are freed.
+
+    For a process that loads models again and again: glibc keeps blocks of up to 32 MB once some
+    were freed, so that each loading would begin in what the one before has left in pieces. Does
+    nothing where the C library has no such call.
+    """
+    if sys.platform.startswith("linux"):
+        choose = getattr(ctypes.CDLL(None), "mallopt", None)
+        if choose is not None:
+            choose(_M_MMAP_THRESHOLD, _LARGE_BLOCK)

@@ -11,7 +11,7 @@ import json
 import re
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, field, replace
-from typing import get_args
+from typing import Literal, TypeAlias, get_args
 
 from edge_memllm.artifact.layout import ALIGNMENTS, TableLayout
 from edge_memllm.artifact.model_spec import (
@@ -31,12 +31,14 @@ from edge_memllm.errors import ArtifactError, CorruptionError
 MANIFEST_NAME = "manifest.json"
 FORMAT = "edge-memllm"
 FORMAT_VERSION = 3
-UNIFORM_WEIGHTS = ("int2", "int4", "int8", "fp16", "fp32")
+UniformWeights: TypeAlias = Literal["int2", "int4", "int8", "fp16", "fp32"]
+UNIFORM_WEIGHTS: tuple[UniformWeights, ...] = get_args(UniformWeights)
 # mixed: matrices have codes of several widths; the graph says which
 GRAPH_WEIGHTS = (*UNIFORM_WEIGHTS, "mixed")
 # a processor repacks matrices of these
 QUANTISED_WEIGHTS = tuple(each for each in GRAPH_WEIGHTS if each not in ("fp16", "fp32"))
-KV_DTYPES = ("float16", "float32", "int8")
+KVDtype: TypeAlias = Literal["float16", "float32", "int8"]
+KV_DTYPES: tuple[KVDtype, ...] = get_args(KVDtype)
 
 _DIGEST = re.compile(r"[0-9a-f]{64}")
 _UNSEALED = "0" * 64

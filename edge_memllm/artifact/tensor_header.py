@@ -105,6 +105,7 @@ class FileKind:
     meaning: str  # "an overlay"
     advice: str  # what makes one
     anew: str  # "make the overlay again"
+    earlier: tuple[str, ...] = ()  # versions that are read, too
 
     def read(self, stream: BufferedReader, size: int, where: str) -> bytes:
         """Return the header at the beginning of a file of `size` bytes: length and JSON.
@@ -132,7 +133,7 @@ class FileKind:
             raise ArtifactError(
                 f"{where}: this is not {self.meaning} (no format '{self.format}'). {self.advice}"
             )
-        if found.get("format_version") != self.version:
+        if found.get("format_version") not in (self.version, *self.earlier):
             raise ArtifactError(
                 f"{where}: {self.name} format version {found.get('format_version')!a:.20}, this "
                 f"version reads '{self.version}'. Upgrade edge-memllm or {self.anew}."

@@ -27,7 +27,15 @@ from typing import (
 
 from edge_memllm.cli.output import read_text
 from edge_memllm.errors import RequestError
-from edge_memllm.options import Group, Option, byte_size, layer_list, positive_int, positive_number
+from edge_memllm.options import (
+    Group,
+    Option,
+    byte_size,
+    closed_choices,
+    layer_list,
+    positive_int,
+    positive_number,
+)
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -273,6 +281,7 @@ class ArgumentField:
 
     field: Field[Any]
     kind: Any  # of a value that is there
+    choices: tuple[str, ...] | None
     option: Option
     group: Group
 
@@ -292,7 +301,7 @@ class ArgumentField:
         found: dict[str, Any] = {"help": self._help()}
         if self.kind is bool:
             return found | {"action": "store_false" if default else "store_true", "default": None}
-        found |= {"type": self._parse, "choices": option.choices, "metavar": self._metavar()}
+        found |= {"type": self._parse, "choices": self.choices, "metavar": self._metavar()}
         if _by_place(self.field, self.option):
             several = option.several == "words"
             if default is MISSING:
@@ -315,7 +324,7 @@ class ArgumentField:
 
     def _metavar(self) -> str | tuple[str, ...] | None:
         option = self.option
-        if option.metavar or option.choices:
+        if option.metavar or self.choices:
             return option.metavar
         by_place = _by_place(self.field, option)
         return self.field.name.upper() if by_place else _METAVARS[self._parse]
@@ -339,7 +348,8 @@ def argument_fields(options: type[Any], group: Group | None = None) -> Iterator[
         if isinstance(note, Group):
             yield from argument_fields(kind, note)
         else:
-            yield ArgumentField(field, _of_value(kind), note, group)
+            choices = note.choices or closed_choices(kind) or None
+            yield ArgumentField(field, _of_value(kind), choices, note, group)
 
 
 def _annotated(options: type[Any]) -> Iterator[tuple[Field[Any], Any, Option | Group]]:
@@ -353,7 +363,7 @@ def _annotated(options: type[Any]) -> Iterator[tuple[Field[Any], Any, Option | G
 
 def _of_value(kind: Any) -> Any:
     """The type of a value that is there: ``int`` for ``int | None``."""
-    if get_origin(kind) in (Union, UnionType):
+    while get_origin(kind) in (Union, UnionType):
         kind = next(each for each in get_args(kind) if each is not type(None))
     return type(get_args(kind)[0]) if get_origin(kind) is Literal else kind
 

@@ -28,7 +28,7 @@ from edge_memllm.options import Group, Option, byte_size, keywords, positive_int
 from edge_memllm.process.interrupts import leave
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
 from edge_memllm.server.settings import KEY_VARIABLE, UNIX, Settings
-from edge_memllm.statistics import process_memory
+from edge_memllm.statistics import give_back_large_blocks, process_memory
 from edge_memllm.store.source import hub_source
 from edge_memllm.text.chat import ChatTemplate
 
@@ -264,6 +264,8 @@ def _served_models(options: ServeOptions, settings: Settings) -> ServedModels:
 
     state = ServerState(settings)
     names, limit = model_names(options), options.loading.memory_limit
+    if len(names) > 1 or settings.idle_seconds is not None:
+        give_back_large_blocks()
     if len(names) == 1:
         opening = Opening(options, options.models[0], settings, state)
         models = [ServedModel(names[0], opening.open, {}, settings.aliases)]
@@ -333,7 +335,7 @@ def _planned(opening: Opening, account: MemoryAccount | None, base: int) -> Serv
     if account is None:
         return ServedModel(name, opening.open, facts)
     first = plan.first_bytes(manifest, options.slots)
-    share = MemoryShare(account, plan.model_bytes, first, plan.score_bytes)
+    share = MemoryShare(account, plan.model_bytes, first, plan.score_bytes, plan.loading_bytes)
     facts["memory_bytes"] = share.least_bytes
     refusal = None
     if share.least_bytes > account.limit:

@@ -7,7 +7,8 @@ from __future__ import annotations
 
 import inspect
 import json
-from collections.abc import Callable, Generator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Callable, Generator, Mapping, Sequence
+from contextlib import aclosing
 from dataclasses import dataclass, field, replace
 from typing import Any, Concatenate, Literal, NamedTuple, ParamSpec, TypeAlias
 
@@ -23,6 +24,7 @@ from edge_memllm.statistics import GenerationStatistics
 from edge_memllm.text.chat import ChatTemplate
 from edge_memllm.text.tokenization import Tokenizer
 from edge_memllm.text.tools import Tool, ToolCall
+from edge_memllm.text.tools.functions import function_tool
 from edge_memllm.text.tools.parsing import ReplyEvent, ReplyText, collected
 from edge_memllm.text.tools.prompt import template_format, with_tools
 
@@ -199,20 +201,32 @@ def whole(pieces: Generator[ChatPiece, None, None]) -> ChatReply:
     return reply
 
 
+async def awhole(pieces: AsyncGenerator[ChatPiece, None]) -> ChatReply:
+    """Return the reply at the end of pieces that come in asyncio."""
+    reply = None
+    async with aclosing(pieces):
+        async for piece in pieces:
+            reply = piece.reply
+    assert reply is not None
+    return reply
+
+
 def _messages(given: Messages) -> tuple[Message, ...]:
     if isinstance(given, str):
         return ({"role": "user", "content": given},)
     return (given,) if isinstance(given, Mapping) else tuple(given)
 
 
-def _tool(given: Tool | Mapping[str, Any]) -> Tool:
-    """Return a tool that may be given as OpenAI has it. Raises `RequestError`."""
+def _tool(given: Tool | Mapping[str, Any] | Callable[..., Any]) -> Tool:
+    """Return a tool that may be a function, or given as OpenAI has it. Raises `RequestError`."""
     if isinstance(given, Tool):
         return given
+    if callable(given):
+        return function_tool(given)
     function = given.get("function", given) if isinstance(given, Mapping) else None
     if not isinstance(function, Mapping) or not isinstance(function.get("name"), str):
         raise RequestError(
-            f"a tool is {given!r:.60}, expected a Tool, or an object such as {{'type': "
+            f"a tool is {given!r:.60}, expected a function, a Tool, or an object such as {{'type': "
             "'function', 'function': {'name': ..., 'parameters': ...}}."
         )
     return Tool(

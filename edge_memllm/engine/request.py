@@ -78,7 +78,8 @@ class Request:
         response_format: The form the text is held to: a JSON schema, a class of pydantic's, or
             OpenAI's object of type "json_object" or "json_schema"; "regex" and "grammar" (Lark or
             GBNF) hold their text under the same name. Needs the extra serve.
-        tools: What a chat may call: OpenAI's objects, or `edge_memllm.text.tools.Tool`s.
+        tools: What a chat may call: functions with type hints and a docstring, OpenAI's objects,
+            or `edge_memllm.text.tools.Tool`s.
         tool_choice: Of a chat: "auto", "none", "required", or the name of a tool.
         shown_tokens: Special tokens that stand in the text as they are spelt; others are left out.
         without_memory: Computes as if no layer added anything of its memory.
@@ -139,7 +140,7 @@ class Request:
     penalties: Penalties | None = None
     constraint: Callable[[], Constraint] | None = None
     response_format: ResponseFormat | Mapping[str, Any] | type | None = None
-    tools: Sequence[Tool | Mapping[str, Any]] = ()
+    tools: Sequence[Tool | Mapping[str, Any] | Callable[..., Any]] = ()
     tool_choice: Literal["auto", "none", "required"] | str = AUTO
     shown_tokens: Sequence[int] = ()
     without_memory: bool = False

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import TYPE_CHECKING, Annotated, Literal, get_args
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import numpy as np
 from numpy.typing import NDArray
@@ -336,9 +336,7 @@ class Wish:
         tuple[str, ...],
         Option("words, or tokens as #12", metavar="WORD", parse=str, several="words"),
     ]
-    by: Annotated[
-        By, Option("what is turned down", choices=get_args(By), parse=str, group="how")
-    ] = "tokens"
+    by: Annotated[By, Option("what is turned down", group="how")] = "tokens"
     strength: Annotated[
         float,
         Option(

@@ -26,6 +26,7 @@ from typing import (
     TypeAlias,
     TypeVar,
     get_args,
+    get_origin,
     get_type_hints,
 )
 
@@ -61,7 +62,7 @@ class Option:
     # None: N for a whole number, X for another, FILE for a path, the name for an argument ...
     metavar: str | tuple[str, ...] | None = None
     parse: Callable[[str], Any] | None = None  # one word to a value; None: as the field's type
-    choices: tuple[str, ...] | None = None
+    choices: tuple[str, ...] | None = None  # None: as the field's type is a Literal, or free
     # A field of several values: "repeated" takes one word each time, "words" any number of them,
     # "list" one word that `parse` makes a tuple of. All may be given several times.
     # A number is that of the words of its only use.
@@ -132,6 +133,13 @@ def signature_of(options: Callable[..., Any]) -> inspect.Signature:
 def keywords(options: DataclassInstance) -> dict[str, Any]:
     """Return the fields by name, as the function that is called with them takes them."""
     return {each.name: getattr(options, each.name) for each in fields(options)}
+
+
+def closed_choices(kind: Any) -> tuple[str, ...]:
+    """Return the texts that a type leaves the choice of: of Literals, or of a union with some."""
+    if get_origin(kind) is Literal:
+        return tuple(each for each in get_args(kind) if isinstance(each, str))
+    return tuple(text for each in get_args(kind) for text in closed_choices(each))
 
 
 def positive_int(text: str) -> int:

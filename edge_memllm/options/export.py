@@ -10,19 +10,23 @@ from argparse import ArgumentTypeError
 from collections.abc import Iterable, Mapping
 from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Literal, TypeAlias
 
-from edge_memllm.artifact.manifest import KV_DTYPES, UNIFORM_WEIGHTS
+from edge_memllm.artifact.manifest import KVDtype, UniformWeights
 from edge_memllm.codecs import CODEC_WORDS
 from edge_memllm.errors import RequestError
 from edge_memllm.mixed_precision import Target
-from edge_memllm.options import Option, positive_int, positive_number
+from edge_memllm.options import Option, closed_choices, positive_int, positive_number
 from edge_memllm.progress import Progress
 
-GRAPH_FORMS = ("auto", *UNIFORM_WEIGHTS)
-GRAPH_METHODS = ("rtn", "gptq")
-EXPORT_DEVICES = ("cpu", "cuda")
-COMPUTE_DTYPES = ("float32", "bfloat16")
+GraphWeights: TypeAlias = Literal["auto"] | UniformWeights
+GraphMethod: TypeAlias = Literal["rtn", "gptq"]
+ExportDevice: TypeAlias = Literal["cpu", "cuda"]
+ComputeDtype: TypeAlias = Literal["float32", "bfloat16"]
+GRAPH_FORMS = closed_choices(GraphWeights)
+GRAPH_METHODS = closed_choices(GraphMethod)
+EXPORT_DEVICES = closed_choices(ExportDevice)
+COMPUTE_DTYPES = closed_choices(ComputeDtype)
 
 _ROUNDING = "rounding the graph's matrices"
 _TABLE = "storing the table"
@@ -105,9 +109,7 @@ class ExportOptions:
     checkpoint: Annotated[Path, Option("a trained model: a folder or a GGUF file")]
     out: Annotated[Path, Option("the artifact to make")]
     _: KW_ONLY
-    graph_weights: Annotated[
-        str, Option("how the graph stores its matrices", choices=GRAPH_FORMS)
-    ] = "auto"
+    graph_weights: Annotated[GraphWeights, Option("how the graph stores its matrices")] = "auto"
     matrix_weights: Annotated[
         Mapping[str, str] | None,
         Option(
@@ -131,11 +133,10 @@ class ExportOptions:
         ),
     ] = None
     kv_dtype: Annotated[
-        str | None,
+        KVDtype | None,
         Option(
             "keys and values; int8 halves their memory, makes decoding of long texts faster and "
             "prefill slower; float32 doubles it and makes long texts faster on a CPU",
-            choices=KV_DTYPES,
             unset="what the graph computes in",
         ),
     ] = None
@@ -159,11 +160,10 @@ class ExportOptions:
     ] = None
     overwrite: _Overwrite = False
     graph_method: Annotated[
-        str | None,
+        GraphMethod | None,
         Option(
             "rtn rounds every weight to nearest; gptq makes up for the error by what the model "
             "feeds the matrix on a text",
-            choices=GRAPH_METHODS,
             unset="gptq",
             group=_ROUNDING,
         ),
@@ -200,10 +200,8 @@ class ExportOptions:
             group=_TABLE,
         ),
     ] = None
-    device: Annotated[str, Option("where", choices=EXPORT_DEVICES, group=_ROWS)] = "cpu"
-    compute_dtype: Annotated[
-        str, Option("in which arithmetic", choices=COMPUTE_DTYPES, group=_ROWS)
-    ] = "float32"
+    device: Annotated[ExportDevice, Option("where", group=_ROWS)] = "cpu"
+    compute_dtype: Annotated[ComputeDtype, Option("in which arithmetic", group=_ROWS)] = "float32"
     chunk: Annotated[
         int | None,
         Option(

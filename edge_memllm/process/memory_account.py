@@ -49,14 +49,20 @@ class MemoryShare:
 
     `first_bytes` of those are kept for it from the beginning. As long as the model is open, its
     runtime asks here before it makes more of them; `score_bytes` is what attention works on per
-    position.
+    position. Until it is loaded, `loading_bytes` are taken where that is more, or all there is.
     """
 
     def __init__(
-        self, account: MemoryAccount, model_bytes: int, first_bytes: int, score_bytes: int
+        self,
+        account: MemoryAccount,
+        model_bytes: int,
+        first_bytes: int,
+        score_bytes: int,
+        loading_bytes: int = 0,
     ) -> None:
         self.score_bytes = score_bytes
         self.least_bytes = model_bytes + first_bytes
+        self._loading_bytes = max(self.least_bytes, min(loading_bytes, account.limit))
         self._account = account
         self._model_bytes = model_bytes
         self._first_bytes = first_bytes
@@ -70,12 +76,20 @@ class MemoryShare:
         return self._account.limit - self._model_bytes
 
     def open(self) -> bool:
-        """Take what the model needs to begin; False, and nothing is taken, if there is no room."""
+        """Take what loading the model needs; False, and nothing is taken, if there is no room."""
         with self._lock:
-            found = self._account.exchange(self._charged, self.least_bytes) is None
+            found = self._account.exchange(self._charged, self._loading_bytes) is None
             if found:
-                self._charged = self.least_bytes
+                self._charged = self._loading_bytes
             return found
+
+    def settle(self) -> None:
+        """Give back what only loading has needed."""
+        with self._lock:
+            least = self._model_bytes + max(self._first_bytes, self._held)
+            if self._charged > least:
+                self._account.exchange(self._charged, least)
+                self._charged = least
 
     def close(self) -> None:
         """Give everything back."""

@@ -189,7 +189,7 @@ class Information:
     async def metrics(self, _: Request) -> Response:
         """`GET /metrics`, for Prometheus."""
         models = self._models
-        text = models.state.metrics.text(models.statistics, process_memory())
+        text = models.state.metrics.text(models.statistics, process_memory(), models.account)
         return Response(text, media_type=CONTENT_TYPE)
 
     def _model(self, name: str, model: ServedModel) -> Json:

@@ -19,12 +19,13 @@ from time import monotonic
 from typing import Any, Literal
 
 from edge_memllm.artifact.manifest import Manifest
+from edge_memllm.engine.engine import Engine
 from edge_memllm.engine.reply import as_exception
 from edge_memllm.engine.scheduler import EngineStatistics
 from edge_memllm.errors import DrainingError, RequestError
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
 from edge_memllm.server.fields import ApiError, BodyFields, is_storage, shown
-from edge_memllm.server.service import ServerState, Service, unknown_model
+from edge_memllm.server.service import ModelsAccount, ServerState, Service, unknown_model
 from edge_memllm.statistics import give_back
 from edge_memllm.text.tools.prompt import template_format
 
@@ -118,6 +119,9 @@ class ServedModels:
         self._changed = Condition()
         self._wanted: list[ServedModel] = []  # in the order in which they were asked for
         self._past = EngineStatistics()
+        self._leaving: list[Engine] = []  # of models that are freed at the moment
+        self._loads = 0
+        self._account = account
         self._ended = False
         self._thread: Thread | None = None
         if account is not None:
@@ -144,7 +148,17 @@ class ServedModels:
     @property
     def statistics(self) -> EngineStatistics:
         """What goes on in all engines, and sums since the server began."""
-        return _sum([self._past, *(each.engine.statistics for each in self._services())])
+        with self._changed:
+            engines = [*(each.engine for each in self._services()), *self._leaving]
+            return _sum([self._past, *(each.statistics for each in engines)])
+
+    @property
+    def account(self) -> ModelsAccount:
+        """How often models were loaded, and what they have of a memory limit."""
+        account = self._account
+        if account is None:
+            return ModelsAccount(self._loads)
+        return ModelsAccount(self._loads, account.held, account.limit)
 
     def find(self, name: str | None, param: str = "model") -> ServedModel:
         """Return a model by its name, or the only one. Raises `ApiError`."""
@@ -356,6 +370,9 @@ class ServedModels:
                     model.share.close()
             else:
                 model.take(service)
+                self._loads += 1
+                if model.share is not None:
+                    model.share.settle()
             self._changed.notify_all()
 
     def _free_one(self) -> bool:
@@ -372,10 +389,11 @@ class ServedModels:
         service, model.service, model.state = model.service, None, "unloading"
         assert service is not None
         engine, closed = service.engine, False
+        self._leaving.append(engine)
         self._changed.release()
         try:
             closed = service.close(_PATIENCE)
-            done = replace(engine.statistics, slots=0, under_way=0, queued=0, kv_bytes=0)
+            self._note_past(engine)
             del service, engine
             gc.collect()  # grammars and texts of tokens are in circles
             give_back()
@@ -383,11 +401,17 @@ class ServedModels:
             self._changed.acquire()
             model.state = "unloaded" if closed else "stuck"
             self._changed.notify_all()
-        self._past = _sum([self._past, done])
         if closed and model.share is not None:
             model.share.close()
         if not closed:
             _log.error("%s: a step does not come back, so it could not be freed", model.name)
+
+    def _note_past(self, engine: Engine) -> None:
+        """Keep the sums of an engine that has ended."""
+        with self._changed:
+            done = replace(engine.statistics, slots=0, under_way=0, queued=0, kv_bytes=0)
+            self._past = _sum([self._past, done])
+            self._leaving.remove(engine)
 
 
 def manifest_facts(manifest: Manifest) -> dict[str, Any]:

@@ -8,6 +8,7 @@ import time
 from bisect import bisect_left
 from collections import Counter, deque
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass
 from functools import cached_property
 from itertools import accumulate
 from time import monotonic, sleep
@@ -71,6 +72,21 @@ _MEMORY: Mapping[str, tuple[str, str, str]] = {
     "swap_bytes": ("swapped_bytes", "gauge", "memory of the process's own, swapped out"),
     "peak_bytes": ("resident_peak_bytes", "gauge", "the most that was ever in memory, of both"),
 }
+
+_MODELS: Mapping[str, tuple[str, str, str]] = {
+    "loads": ("models_loaded_total", "counter", "how often a model was loaded"),
+    "held_bytes": ("models_bytes", "gauge", "memory that models have taken, as it is planned"),
+    "limit_bytes": ("models_limit_bytes", "gauge", "what the memory limit has for models"),
+}
+
+
+@dataclass(frozen=True, slots=True)
+class ModelsAccount:
+    """What goes on with the models of a server; bytes where several share a memory limit."""
+
+    loads: int = 0
+    held_bytes: int | None = None
+    limit_bytes: int | None = None
 
 
 class ServerState:
@@ -263,9 +279,10 @@ class Metrics:
             if piece.statistics.first_token_seconds is not None:
                 self._first_token.note(piece.statistics.first_token_seconds)
 
-    def text(self, engine: EngineStatistics, memory: ProcessMemory) -> str:
+    def text(self, engine: EngineStatistics, memory: ProcessMemory, models: ModelsAccount) -> str:
         """Return everything as one text."""
-        return "\n".join([*self._server(), *_engine(engine), *_memory(memory), ""])
+        told = (*_samples(_ENGINE, engine), *_samples(_MODELS, models), *_samples(_MEMORY, memory))
+        return "\n".join([*self._server(), *told, ""])
 
     def _server(self) -> Iterator[str]:
         name = PREFIX + "http_requests_total"
@@ -285,15 +302,10 @@ class Metrics:
             yield from histogram.lines(PREFIX + name)
 
 
-def _engine(statistics: EngineStatistics) -> Iterator[str]:
-    for field, (name, kind, meaning) in _ENGINE.items():
-        yield from _sample(name, kind, getattr(statistics, field), meaning)
-
-
-def _memory(memory: ProcessMemory) -> Iterator[str]:
-    for field, (name, kind, meaning) in _MEMORY.items():
-        value = getattr(memory, field)
-        if value is not None:  # a system that does not tell
+def _samples(told: Mapping[str, tuple[str, str, str]], values: object) -> Iterator[str]:
+    for field, (name, kind, meaning) in told.items():
+        value = getattr(values, field)
+        if value is not None:  # a system that does not tell, or no limit
             yield from _sample(name, kind, value, meaning)
 
 

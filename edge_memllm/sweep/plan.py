@@ -18,13 +18,13 @@ from typing import Annotated, Any
 import edge_memllm
 from edge_memllm.artifact.atomic import FolderLock, not_written, write_whole
 from edge_memllm.artifact.folder import Artifact
-from edge_memllm.artifact.manifest import UNIFORM_WEIGHTS, Manifest
+from edge_memllm.artifact.manifest import Manifest, UniformWeights
 from edge_memllm.codecs import FAITHFUL, codec_id, get_codec
 from edge_memllm.errors import ArtifactError, ExportError, RequestError
 from edge_memllm.evaluation import Task
 from edge_memllm.evaluation.perplexity import Windows, check_windows
 from edge_memllm.mixed_precision import Sizing, target_of
-from edge_memllm.options import DEVICES, Device, Option, positive_int
+from edge_memllm.options import Device, Option, positive_int
 
 MEASURED = "what is measured"  # a heading of the command line
 _FOLDER = "results"
@@ -69,10 +69,9 @@ class SweepRequest:
         ),
     ] = None
     graph_weights: Annotated[
-        str | None,
+        UniformWeights | None,
         Option(
             "of the artifact that is made of a checkpoint",
-            choices=UNIFORM_WEIGHTS,
             unset="int8, so that the table is judged and not the graph",
         ),
     ] = None
@@ -88,9 +87,7 @@ class SweepRequest:
             needs=("--text",),
         ),
     ] = None
-    device: Annotated[Device, Option("where the graph runs", choices=DEVICES, group=MEASURED)] = (
-        "auto"
-    )
+    device: Annotated[Device, Option("where the graph runs", group=MEASURED)] = "auto"
     threads: Annotated[
         int | None, Option("threads of the graph on a CPU", parse=positive_int, group=MEASURED)
     ] = None

@@ -97,14 +97,10 @@ _log = logging.getLogger(__name__)
 
 def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     """The form of graph and rows that these name, or an ExportError that lists what there is."""
-    graph_weights, kv_dtype = options.graph_weights, options.kv_dtype
-    if graph_weights not in GRAPH_FORMS:
-        raise ExportError(
-            f"graph weights {graph_weights!r}, expected one of {', '.join(GRAPH_FORMS)}."
-        )
-    asked = graph_weights
-    if graph_weights == "auto":
-        graph_weights = "mixed"
+    asked, kv_dtype = options.graph_weights, options.kv_dtype
+    if asked not in GRAPH_FORMS:
+        raise ExportError(f"graph weights {asked!r}, expected one of {', '.join(GRAPH_FORMS)}.")
+    stored = "mixed" if asked == "auto" else asked
     # A target is for the rows, and for matrices only where there are none.
     for_matrices = options.table_target is not None and not source.spec.memory.layers
     kept = asked == "auto" and not for_matrices and source.has_grids
@@ -121,7 +117,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
             f"table codec none is for models without token memory (dense), {source.path} has "
             "one. Choose a codec that stores rows."
         )
-    dtype = compute_dtype(graph_weights)
+    dtype = compute_dtype(stored)
     _check_kv_dtype(asked, dtype, kv_dtype)
     if options.rounded_inputs is not None and not kept:
         raise ExportError(
@@ -134,7 +130,7 @@ def graph_form(source: Checkpoint, options: ExportOptions) -> GraphForm:
     if asked in QUANTISED and asked != _DELICATE_FORM:
         matrices = dict.fromkeys(source.architecture.delicate_kinds, _DELICATE_FORM) | matrices
     return GraphForm(
-        graph_weights,
+        stored,
         get_codec(chosen),
         dtype,
         options.graph_block,

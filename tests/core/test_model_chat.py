@@ -6,14 +6,16 @@ import asyncio
 import json
 from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import pytest
 
 from edge_memllm import Model, RequestError
 from edge_memllm.engine.request import Request
+from edge_memllm.errors import Cancellation
 from edge_memllm_runtimes.fake import FakeRuntime
 from support.checkpoints import EOS, VOCABULARY
+from support.engine import GatedRuntime
 from support.small_model import ScriptedRuntime, byte_tokenizer, open_small_model
 from support.small_model import write_small_artifact as write
 
@@ -118,7 +120,8 @@ def test_scores_come_with_pieces_and_replies(model: Model, speculate: int) -> No
     [
         ({"tool_choice": "weather"}, "tool_choice is 'weather', expected auto, none, required"),
         ({"tool_choice": "required"}, "tool_choice is 'required', and there are no tools"),
-        ({"tools": [{"name": 1}]}, "a tool is .* expected a Tool"),
+        ({"tools": [{"name": 1}]}, "a tool is .* expected a function, a Tool, or an object"),
+        ({"tools": [len]}, "the tool len: the argument obj has no type hint"),
         (
             {"tools": [TOOL], "response_format": {"type": "regex", "regex": "a"}},
             "tools and a regular expression are both given",
@@ -163,6 +166,78 @@ def test_a_session_keeps_its_chat_and_computes_what_is_new(model: Model) -> None
         assert [message["role"] for message in history] == ["user", "assistant"] * 2
     alone = model.chat([*history[:3]], max_tokens=6)
     assert alone.text == second.text
+
+
+def test_a_saved_session_goes_on_with_its_chat(model: Model, tmp_path: Path) -> None:
+    letters = {"type": "regex", "regex": "[a-c]{6}"}
+    with model.session(seed=1) as session:
+        session.chat("Hi ä", max_tokens=6, response_format=letters)
+        session.save(tmp_path / "a.session")
+        with model.restore_session(tmp_path / "a.session") as again:
+            assert again.messages == session.messages
+            assert len(again.messages) == 2
+            wanted, reply = (each.chat("More", max_tokens=6) for each in (session, again))
+            assert reply.text == wanted.text
+            assert reply.statistics is not None
+            assert reply.statistics.prompt_tokens == 1 + len("[user]More[assistant]")
+            assert again.messages == session.messages
+
+
+def test_sessions_chat_in_asyncio(model: Model) -> None:
+    async def said() -> list[Any]:
+        with model.session(seed=1) as session:
+            first = await session.achat("Hi", max_tokens=6)
+            pieces = [each async for each in session.astream_chat("More", max_tokens=6)]
+            assert pieces[-1].reply is not None
+            assert session.messages[1] == first.message
+            return session.messages
+
+    with model.session(seed=1) as session:
+        session.chat("Hi", max_tokens=6)
+        session.chat("More", max_tokens=6)
+        assert asyncio.run(said()) == session.messages
+
+
+def test_an_answer_can_be_awaited_and_is_given_up_with_its_task(path: Path) -> None:
+    runtime = GatedRuntime()
+    with open_small_model(path, runtime) as model:
+        wanted = model.chat("Hi", max_tokens=5).text
+
+        async def leave() -> str:
+            assert (await model.achat("Hi", max_tokens=5)).text == wanted
+            before = len(runtime.steps)
+            runtime.pause_at = before + 3
+            task = asyncio.ensure_future(model.achat("Hi", max_tokens=400, ignore_eos=True))
+            while runtime.gate.is_set():
+                await asyncio.sleep(0.001)
+            task.cancel()
+            runtime.gate.set()
+            with pytest.raises(asyncio.CancelledError):
+                await task
+            assert len(runtime.steps) <= before + 5
+            return (await model.achat("Hi", max_tokens=5)).text
+
+        assert asyncio.run(leave()) == wanted
+        with pytest.raises(RequestError, match="cancellation"):
+            model.achat("Hi", cancellation=Cancellation())
+
+
+def test_a_function_is_a_tool(model: Model) -> None:
+    def weather(city: Literal["Rome"], days: int | None = None) -> str:
+        """Tell the weather of a city.
+
+        Args:
+            city: Its name.
+            days: How many.
+        """
+        return f"{city}: sunny for {days}"
+
+    asked: dict[str, Any] = {"temperature": 1.0, "max_tokens": 400, "seed": 1}
+    reply = model.chat("Hi", tools=[weather], tool_choice="required", **asked)
+    for call in reply.tool_calls:
+        assert call.name == "weather"
+        assert weather(**json.loads(call.arguments)).startswith("Rome")
+    assert reply.tool_calls
 
 
 def test_a_session_keeps_what_was_said_when_a_stream_is_left(model: Model) -> None:

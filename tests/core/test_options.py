@@ -10,9 +10,12 @@ from typing import Annotated
 
 import pytest
 
-from edge_memllm.cli.options import add_options, options_of
+from edge_memllm.artifact.manifest import KV_DTYPES
+from edge_memllm.cli.options import add_options, argument_fields, options_of
 from edge_memllm.errors import RequestError
-from edge_memllm.options import Group, Option, byte_size, called_with, keywords
+from edge_memllm.loading import LoadOptions
+from edge_memllm.options import Group, Option, byte_size, called_with, closed_choices, keywords
+from edge_memllm.options.export import GRAPH_FORMS, ExportOptions
 
 
 @dataclass(frozen=True)
@@ -100,3 +103,18 @@ def test_a_wrong_call_is_told_in_the_name_of_the_function() -> None:
         TypeError, match=r"^measure\(\) got an unexpected keyword argument 'nonsense'"
     ):
         measure(nonsense=1)  # type: ignore[call-arg]
+
+
+def test_types_that_leave_a_choice_say_which() -> None:
+    export = {each.field.name: each for each in argument_fields(ExportOptions)}
+    assert export["graph_weights"].choices == GRAPH_FORMS
+    assert export["kv_dtype"].choices == KV_DTYPES
+    assert export["device"].choices == ("cpu", "cuda")
+    assert export["graph_block"].choices is None
+    assert closed_choices(str | None) == ()
+
+
+@pytest.mark.parametrize("options", [ExportOptions, LoadOptions])
+def test_choices_stand_once(options: type) -> None:
+    for each in argument_fields(options):
+        assert each.option.choices is None, f"{each.field.name}: its type says so"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 import stat
@@ -14,7 +15,7 @@ from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from safetensors.numpy import load_file
 
-from edge_memllm import Model, RequestError, Sampling
+from edge_memllm import Model, RequestError, Sampling, session_file
 from edge_memllm.errors import ArtifactError, CorruptionError, EdgeMemLLMError, StorageError
 from edge_memllm.overlays import Edit, OverlaySpec, overlay_of
 from edge_memllm.session import Session
@@ -193,6 +194,7 @@ def compact(value: object) -> str:
         {"sampling": {"temperature": -1, "top_k": 0, "top_p": 1, "min_p": 0,
                       "repetition_penalty": 1}},
         {"overlays": ["a"]},
+        {"messages": 5},
         {"more": 1},
     ],
     ids=str,
@@ -216,9 +218,62 @@ def test_what_is_no_session_is_refused(model: Model, tmp_path: Path) -> None:
 
 
 def test_another_version_is_refused(model: Model, saved: Path) -> None:
-    content = saved.read_bytes().replace(b'"format_version":"1"', b'"format_version":"2"')
-    with pytest.raises(ArtifactError, match="session format version '2', this version reads '1'"):
+    content = saved.read_bytes().replace(b'"format_version":"2"', b'"format_version":"3"')
+    with pytest.raises(ArtifactError, match="session format version '3', this version reads '2'"):
         restore(model, saved.with_name("new"), content)
+
+
+def test_a_file_of_the_first_version_is_read(model: Model, saved: Path) -> None:
+    """It has no messages, and is otherwise what it is now."""
+    content = saved.read_bytes()
+    length = int.from_bytes(content[:8], "little")
+    header = json.loads(content[8 : 8 + length])
+    metadata = header["__metadata__"]
+    said = json.loads(metadata["session"])
+    assert said.pop("messages") == header.pop("messages")["shape"][0] == 0
+    metadata |= {"session": compact(said), "format_version": "1", "sha256": "0" * 64}
+
+    def head() -> bytes:
+        data = compact(header).encode()
+        room = -(-len(data) // 8) * 8
+        return room.to_bytes(8, "little") + data.ljust(room)
+
+    metadata["sha256"] = hashlib.sha256(head() + content[8 + length :]).hexdigest()
+    again = restore(model, saved.with_name("first"), head() + content[8 + length :])
+    assert again.messages == []
+    assert go_on(again) == go_on(model.restore_session(saved))
+
+
+@pytest.mark.parametrize(
+    "messages", [[{"role": "user", "content": b"Hi"}], [{"content": "Hi"}], ["Hi"], [{"role": 1}]]
+)
+def test_messages_that_cannot_be_kept_are_refused(
+    model: Model, tmp_path: Path, messages: list
+) -> None:
+    made = session(model)
+    made.messages = messages
+    with pytest.raises(RequestError, match=r"messages are no JSON that can be kept: .*Keep texts"):
+        made.save(tmp_path / "a")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [
+        (b'{"messages": "Hello, this"}', "message 0 is no object with a role"),
+        (b'{"messages": [{"role": 1}]}', "message 0 is no object with a role"),
+        (b'{"messages": [{"role":"a"}', "not valid JSON"),
+        (b'{"others": [{"role": "us"}]', "not valid JSON"),
+    ],
+)
+def test_messages_of_a_file_are_not_believed(
+    model: Model, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, text: bytes, message: str
+) -> None:
+    made = session(model)
+    monkeypatch.setattr(session_file, "_as_json", lambda _: text)
+    made.save(tmp_path / "a")
+    with pytest.raises(ArtifactError, match=message):
+        model.restore_session(tmp_path / "a")
 
 
 def test_damage_is_found(model: Model, saved: Path) -> None:

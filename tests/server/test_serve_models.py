@@ -137,6 +137,24 @@ def test_an_idle_model_is_freed_and_comes_back(folder: Path) -> None:
     assert home.opened == ["a"] * 3
 
 
+def test_sums_hold_while_a_model_is_freed(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    home, begun, gate = Home(folder), threading.Event(), threading.Event()
+
+    def slowly(service: Service, patience: float) -> bool:
+        begun.set()
+        gate.wait(10)
+        return close(service, patience)
+
+    close = Service.close
+    monkeypatch.setattr(Service, "close", slowly)
+    with served(home.models(idle=0.05)) as url:
+        ask(url, "a")
+        for moment in (begun.is_set, lambda: states(url)["a"] == "unloaded"):
+            wait_until(moment)
+            assert "edge_memllm_completion_tokens_total 4" in httpx.get(f"{url}/metrics").text
+            gate.set()
+
+
 def test_what_is_in_use_is_not_freed(folder: Path) -> None:
     home = Home(folder)
     home.runtimes["a"] = GatedRuntime()

@@ -1,6 +1,7 @@
 """What others notice while long prompts arrive: pauses of a stream, waiting for /health, memory.
 
-    python benchmarks/long_prompts.py ARTIFACT [--bytes 2000000] [--at-once 4] [--json FILE]
+    python -m benchmarks.over_http.long_prompts ARTIFACT
+        [--bytes 2000000] [--at-once 4] [--json FILE]
 
 Starts `edge-memllm serve`. One client streams replies, another asks for /health, each on a
 connection of its own; meanwhile so many long requests come at once, of one kind after the other.
@@ -10,12 +11,10 @@ from __future__ import annotations
 
 import argparse
 import json
-import subprocess
 import sys
 import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from http.client import HTTPConnection
 from pathlib import Path
@@ -25,13 +24,14 @@ from typing import Any
 import httpx
 import psutil
 
+from benchmarks.over_http.program import PATIENCE, serving
+
 COLUMNS = (
     *("requests", "answers", "answered after, s", "longest pause of a stream, s"),
     *("slowest /health, s", "more memory, MB"),
 )
 _WORDS = "The river was wide and slow, and nobody in the village had ever seen its other side. "
 _WHILE = 1.0  # seconds before and after
-_PATIENCE = 300
 
 
 @dataclass(frozen=True)
@@ -61,23 +61,6 @@ def kinds(size: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "to /detokenize", "/detokenize", {"tokens": [1] * (size // 3)}
 
 
-@contextmanager
-def serving(artifact: Path, words: Sequence[str]) -> Iterator[tuple[str, psutil.Process]]:
-    """A server as a program: its address, and its process."""
-    command = [sys.executable, "-m", "edge_memllm.cli.main", "serve", str(artifact)]
-    with subprocess.Popen(
-        [*command, "--port", "0", "--json", *words], stdout=subprocess.PIPE, text=True
-    ) as process:
-        try:
-            assert process.stdout is not None
-            lines = []
-            while not lines or lines[-1] != "}\n":
-                lines.append(process.stdout.readline())
-            yield json.loads("".join(lines))["url"], psutil.Process(process.pid)
-        finally:
-            process.terminate()
-
-
 class Watch:
     """Something that is asked again and again in a thread, and how long it took at worst."""
 
@@ -104,7 +87,7 @@ class Watch:
 def pauses(url: str) -> Iterator[float]:
     """Stream a reply; yield the seconds between its parts."""
     body = {"prompt": _WORDS, "max_tokens": 400, "ignore_eos": True, "stream": True}
-    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=_PATIENCE) as response:
+    with httpx.stream("POST", f"{url}/v1/completions", json=body, timeout=PATIENCE) as response:
         last = perf_counter()
         for _ in response.iter_raw():
             yield perf_counter() - last
@@ -114,7 +97,7 @@ def pauses(url: str) -> Iterator[float]:
 def health(url: str) -> Iterator[float]:
     """Ask for /health on a new connection; yield how long it took."""
     start = perf_counter()
-    connection = HTTPConnection(url.removeprefix("http://"), timeout=_PATIENCE)
+    connection = HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
     connection.request("GET", "/health")
     connection.getresponse().read()
     yield perf_counter() - start
@@ -138,7 +121,7 @@ def measure(
 
     def send(_: int) -> tuple[int, float]:
         start = perf_counter()
-        connection = HTTPConnection(url.removeprefix("http://"), timeout=_PATIENCE)
+        connection = HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
         connection.request("POST", path, content, {"content-type": "application/json"})
         status = connection.getresponse().status
         connection.close()
@@ -188,8 +171,8 @@ def parse(arguments: Sequence[str] | None) -> tuple[argparse.Namespace, list[str
 
 def main(arguments: Sequence[str] | None = None) -> int:
     wish, words = parse(arguments)
-    with serving(wish.artifact, words) as (url, process):
-        sleep(_WHILE)
+    with serving([wish.artifact], words) as program:
+        url, process = program.url, psutil.Process(program.pid)
         list(pauses(url))  # what is made once is made here
         found = [measure(url, process, kind, wish.at_once) for kind in kinds(wish.bytes)]
     show(found)

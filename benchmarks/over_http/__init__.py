@@ -1,0 +1,1 @@
+"""What is measured of `edge-memllm serve` as a program, over HTTP."""
