@@ -27,6 +27,7 @@ from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
 from edge_memllm.server.fields import ApiError, BodyFields, is_storage, shown
 from edge_memllm.server.service import ModelsAccount, ServerState, Service, unknown_model
 from edge_memllm.statistics import give_back
+from edge_memllm.text import TEMPLATE_FILE
 from edge_memllm.text.tools.prompt import template_format
 
 State = Literal["unloaded", "loading", "loaded", "unloading", "stuck"]
@@ -426,6 +427,7 @@ def manifest_facts(manifest: Manifest) -> dict[str, Any]:
         "graph_weights": manifest.graph.weights,
         "table_codec": manifest.table.codec,
         "vocabulary": spec.vocab_size,
+        "chat": True if TEMPLATE_FILE in manifest.files else None,  # None: the tokenizer knows
     }
 
 

@@ -2,6 +2,7 @@
 
 import { Refusal, get, unlock, use } from "./client.js";
 import { find, whole } from "./elements.js";
+import { offer, stateOf } from "./models.js";
 import { Page } from "./page.js";
 import { complain } from "./status.js";
 
@@ -12,6 +13,7 @@ function facts(model) {
   if (model.record_bytes) said.push(`records of ${whole(model.record_bytes)} bytes`);
   if (model.reader) said.push(`reader ${model.reader}`);
   if (model.device) said.push(model.device.toUpperCase());
+  if (stateOf(model)) said.push(stateOf(model));
   return said.join(" · ");
 }
 
@@ -39,16 +41,17 @@ async function start() {
     const model = data.find((each) => each.id === asked) ?? data[0];
     const overlays = await get(`/v1/overlays?model=${encodeURIComponent(model.id)}`);
     use(model.id);
-    told = [model, overlays];
+    told = [model, overlays, data];
   } catch (error) {
     const said = explained(error);
     find("facts").textContent = error.status === UNAUTHORIZED ? "Locked" : said;
     return;
   }
-  const [model, { data: overlays }] = told;
+  const [model, { data: overlays }, models] = told;
   find("lock").hidden = true;
   find("model").textContent = document.title = model.id;
   find("facts").textContent = facts(model);
+  offer(models, model);
   document.body.classList.add("ready");
   new Page(model, overlays, explained);
 }

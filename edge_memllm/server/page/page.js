@@ -41,10 +41,11 @@ export class Page {
       begin: () => this.#show(begun(this.#open.kind)),
       gone: (ids) => this.#gone(ids),
     });
-    find("chatless").hidden = model.chat;
+    const chats = model.chat !== false; // null: it is not known before it is loaded
+    find("chatless").hidden = chats;
     this.#listen(model);
     const last = this.#conversations.get(remembered("conversation"));
-    const kinds = model.chat ? ["chat", "complete"] : ["complete"];
+    const kinds = chats ? ["chat", "complete"] : ["complete"];
     find("prompt").value = remembered("draft");
     this.#show(last && kinds.includes(last.kind) ? last : begun(kinds[0]));
   }
@@ -55,7 +56,7 @@ export class Page {
 
   #listen(model) {
     for (const input of document.querySelectorAll("[name=mode]")) {
-      input.disabled = input.value === "chat" && !model.chat;
+      input.disabled = input.value === "chat" && model.chat === false;
       input.addEventListener("change", () => {
         this.#show(this.#latest[input.value] ?? begun(input.value));
       });
