@@ -199,3 +199,22 @@ def test_a_model_that_does_not_reason_is_not_asked_to(service: Service) -> None:
     thinking = {"type": "enabled", "budget_tokens": 1024}
     assert refusal(message, service, thinking=thinking).param == "thinking"
     assert chat(service, reasoning_effort="none") == chat(service)
+
+
+def test_a_message_of_calls_alone_has_a_text_for_the_template(served: Served) -> None:
+    """As in Qwen 3's template, which asks for `content` of every message."""
+    service, source = (
+        served.service,
+        "{% for m in messages %}{{ m.content + '|' }}{% endfor %}tools",
+    )
+    call = {"id": "c1", "type": "function", "function": {"name": "now", "arguments": "{}"}}
+    result = {"role": "tool", "tool_call_id": "c1", "content": "noon"}
+    own = service.template
+    try:
+        service.template = ChatTemplate("{{ tools }}" + source, {})
+        for content in ({}, {"content": None}, {"content": ""}):
+            before = {"role": "assistant", "tool_calls": [call], **content}
+            (prompt,) = chat(service, messages=[*HELLO, before, result], tools=[TOOL]).prompts
+            assert service.model.tokenizer.decode(prompt).endswith("Hi||noon|tools")
+    finally:
+        service.template = own

@@ -56,7 +56,9 @@ def _with_objects(messages: Sequence[Message]) -> list[Message]:
         if message.get("role") == "tool":
             message = {"name": _name_of(message, names, where), **message}
         elif calls:
-            message = {**message, "tool_calls": _parsed(calls, f"{where}.tool_calls")}
+            said = message.get("content") or ""  # which templates look at, calls or not
+            parsed = _parsed(calls, f"{where}.tool_calls")
+            message = {**message, "content": said, "tool_calls": parsed}
             names |= {call.get("id", ""): call["function"]["name"] for call in calls}
         found.append(message)
     return found
