@@ -91,18 +91,19 @@ def _cases(levels: Levels, indent: str) -> str:
     for path, level in levels.items():
         place = " ".join(path)
         lines += [
-            f'{indent}"{place}:{name}") list="{" ".join(choices)}" ;;'
+            f'{indent}"{place}:{name}") list="{" ".join(choices)}" closed=1 ;;'
             for name, choices in level.choices.items()
         ]
         words = " ".join((*level.commands, *level.places, *level.options))
-        lines.append(f'{indent}"{place}:"*) list="{words}" ;;')
+        closed = " closed=1" if level.commands or level.places else ""  # no file may stand there
+        lines.append(f'{indent}"{place}:"*) list="{words}"{closed} ;;')
     return "\n".join(lines)
 
 
 def _bash(levels: Levels) -> str:
     return f"""\
 _edge_memllm() {{
-    local word list="" place="" current="${{COMP_WORDS[COMP_CWORD]}}"
+    local word list="" place="" closed="" current="${{COMP_WORDS[COMP_CWORD]}}"
     for word in "${{COMP_WORDS[@]:1:COMP_CWORD-1}}"; do
         case "$place:$word" in
 {_walk(levels, " " * 12)}
@@ -121,7 +122,7 @@ def _zsh(levels: Levels) -> str:
     return f"""\
 #compdef edge-memllm
 _edge_memllm() {{
-    local word list="" place=""
+    local word list="" place="" closed=""
     for word in "${{words[@]:1:$((CURRENT - 2))}}"; do
         case "$place:$word" in
 {_walk(levels, " " * 12)}
@@ -131,7 +132,7 @@ _edge_memllm() {{
 {_cases(levels, " " * 8)}
     esac
     compadd -- ${{=list}}
-    [[ "${{words[CURRENT]}}" == -* ]] || _files
+    [[ -n "$closed" || "${{words[CURRENT]}}" == -* ]] || _files
 }}
 compdef _edge_memllm edge-memllm
 """

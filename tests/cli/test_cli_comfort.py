@@ -67,17 +67,17 @@ def test_scripts_know_every_command_and_their_options(
         assert subprocess.run([found, "-n"], input=script, text=True, check=False).returncode == 0
 
 
+LINES = [
+    ("edge-memllm ex", "explain export"),
+    ("edge-memllm run --devi", "--device"),
+    ("edge-memllm run a --device ", "auto cpu cuda"),
+    ("edge-memllm overlay sh", "show"),
+    ("edge-memllm completion f", "fish"),
+]
+
+
 @pytest.mark.skipif(shutil.which("bash") is None, reason="there is no bash")
-@pytest.mark.parametrize(
-    ("line", "expected"),
-    [
-        ("edge-memllm ex", "export explain"),
-        ("edge-memllm run --devi", "--device"),
-        ("edge-memllm run a --device ", "auto cpu cuda"),
-        ("edge-memllm overlay sh", "show"),
-        ("edge-memllm completion f", "fish"),
-    ],
-)
+@pytest.mark.parametrize(("line", "expected"), LINES)
 def test_bash_completes(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
     script = completions("bash", capsys)
     ask = (
@@ -87,7 +87,45 @@ def test_bash_completes(line: str, expected: str, capsys: pytest.CaptureFixture[
     done = subprocess.run(
         ["bash", "-c", f"LINE={line!r}\n{script}{ask}"], capture_output=True, text=True, check=True
     )
-    assert done.stdout.strip() == expected
+    assert " ".join(sorted(done.stdout.split())) == expected
+
+
+@pytest.mark.skipif(shutil.which("fish") is None, reason="there is no fish")
+@pytest.mark.parametrize(("line", "expected"), LINES)
+def test_fish_completes(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    script = completions("fish", capsys) + f"complete -C '{line}'\n"
+    done = subprocess.run(
+        ["fish", "--no-config"], input=script, capture_output=True, text=True, check=True
+    )
+    found = sorted(each.partition("\t")[0] for each in done.stdout.splitlines())
+    assert " ".join(found) == expected
+
+
+@pytest.mark.skipif(shutil.which("zsh") is None, reason="there is no zsh")
+@pytest.mark.parametrize(
+    ("line", "expected"), [*LINES, ("edge-memllm inspect ", "FILES"), ("edge-memllm run -", "-")]
+)
+def test_zsh_completes(line: str, expected: str, capsys: pytest.CaptureFixture[str]) -> None:
+    """What is offered, of which zsh takes what begins alike; files only where one may stand."""
+    around = "compdef() {}\ncompadd() { shift; print -l -- $@ }\n_files() { print FILES }\n"
+    words = line.split(" ")
+    ask = f"words=({' '.join(map(repr, words))}); CURRENT={len(words)}; _edge_memllm\n"
+    done = subprocess.run(
+        ["zsh", "-f"],
+        input=around + completions("zsh", capsys) + ask,
+        capture_output=True,
+        text=True,
+        check=True,
+    )
+    offered = done.stdout.split()
+    if expected == "-":
+        assert "FILES" not in offered
+    elif expected == "FILES":
+        assert "FILES" in offered
+    else:
+        found = [each for each in offered if each.startswith(words[-1])]
+        assert " ".join(sorted(found)) == expected
+        assert "FILES" not in offered
 
 
 def test_help_fits_into_eighty_columns() -> None:
