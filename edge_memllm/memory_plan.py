@@ -17,6 +17,7 @@ from typing import Any
 
 from edge_memllm.artifact.layout import CHECKSUM_BYTES
 from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS, Manifest
+from edge_memllm.artifact.model_spec import cache_values
 from edge_memllm.codecs import EMBEDDING_DTYPES
 from edge_memllm.engine.feeding import PREFILL_CHUNKS
 from edge_memllm.errors import RequestError
@@ -53,7 +54,7 @@ _GRAPH_WORDS = {
     "packed": "graph: {} weights mapped from the packed cache, what is left of them",
 }
 # Graphs from here on are kept packed unless that is refused: below, it is not worth the disk.
-_PACKED_FROM = 256_000_000
+_PACKED_FROM = 64_000_000
 _PACKED_DISK = 2.4
 # What a step works on besides the rows of all layers, in values per token and unit of width:
 # activations of one layer and what the library's arena keeps of them.
@@ -61,6 +62,8 @@ _WORK_FACTOR = 60
 # What attention works on, in bytes per head, token of a step and position before it: a float32
 # score, twice, for the arena that holds them grows by powers of two.
 _SCORE_BYTES = 8
+# A value of int8 keys or values in float32, twice for the same reason.
+_WIDE_BYTES = 8
 _STAGING_BUFFERS = 2  # the next chunk is read while this one is computed
 # On CUDA, not measured: libraries for matrix products, and what they work in.
 _CUDA_LIBRARY_BYTES = 64_000_000
@@ -191,7 +194,11 @@ def window_bytes(manifest: Manifest, device: str = "cpu") -> int:
 
 def score_bytes(manifest: Manifest, prefill_chunk: int) -> int:
     """Bytes that attention works on per position, one sequence at a time, in a step of a chunk."""
-    return manifest.model.num_attention_heads * prefill_chunk * _SCORE_BYTES
+    scores = manifest.model.num_attention_heads * prefill_chunk * _SCORE_BYTES
+    if manifest.graph.kv_dtype != "int8":
+        return scores
+    # Prompts are attended to in float32, one layer at a time.
+    return scores + _WIDE_BYTES * max(cache_values([each]) for each in manifest.model.caches)
 
 
 def packs_by_itself(manifest: Manifest) -> bool:

@@ -136,7 +136,7 @@ class ExportOptions:
         KVDtype | None,
         Option(
             "keys and values; int8 halves their memory, makes decoding of long texts faster and "
-            "prefill slower; float32 doubles it and makes long texts faster on a CPU",
+            "costs some exactness; float32 doubles it and makes long texts faster on a CPU",
             unset="what the graph computes in",
         ),
     ] = None

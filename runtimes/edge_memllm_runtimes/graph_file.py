@@ -23,7 +23,8 @@ from edge_memllm.errors import ArtifactError
 # Kinds of fields. A tuple is one of them, repeated.
 INT, FLOAT, TEXT, SPAN = "int", "float", "text", "span"
 # message -> field number -> name and kind: a scalar, or another message.
-MESSAGES: dict[str, dict[int, tuple[str, str, bool]]] = {
+Messages = dict[str, dict[int, tuple[str, str, bool]]]
+MESSAGES: Messages = {
     "model": {
         1: ("ir_version", INT, False),
         2: ("producer_name", TEXT, False),
@@ -93,6 +94,21 @@ MESSAGES: dict[str, dict[int, tuple[str, str, bool]]] = {
         3: ("denotation", TEXT, False),
     },
 }
+# What a graph may have besides once it is rewritten for a processor: nodes with branches, which
+# hold nodes without. No graph of an artifact has them.
+REWRITTEN = MESSAGES | {
+    "attribute": MESSAGES["attribute"] | {6: ("g", "branch", False)},
+    "branch": {
+        1: ("node", "node of a branch", True),
+        2: ("name", TEXT, False),
+        5: ("initializer", "tensor", True),
+        12: ("output", "value", True),
+        13: ("value_info", "value", True),
+    },
+    "node of a branch": MESSAGES["node"] | {5: ("attribute", "attribute of a branch", True)},
+    "attribute of a branch": MESSAGES["attribute"],
+}
+BRANCH = 5  # type of an attribute
 # What there is elsewhere in ONNX and never in ours, for a sentence that says more than a number.
 _FOREIGN = {
     ("model", 20): "training information",
@@ -180,12 +196,12 @@ class GraphFile:
         return {each.outside for each in self.tensors.values() if each.outside is not None}
 
 
-def read_graph(data: bytes) -> GraphFile:
-    """Read the bytes of an ONNX file.
+def read_graph(data: bytes, *, rewritten: bool = False) -> GraphFile:
+    """Read the bytes of an ONNX file; of branches, which only ``rewritten`` ones have, nothing.
 
     Raises `ArtifactError` when it is not one, and when it holds what our exporter does not write.
     """
-    model = read_messages(data)
+    model = read_messages(data, REWRITTEN if rewritten else MESSAGES)
     graph = model.get("graph", {})
     packed: dict[str, list[int]] = {}
     tensors = [_tensor(each, packed) for each in graph.get("initializer", ())]
@@ -204,23 +220,24 @@ def read_graph(data: bytes) -> GraphFile:
     )
 
 
-def read_messages(data: bytes) -> dict[str, Any]:
+def read_messages(data: bytes, messages: Messages = MESSAGES) -> dict[str, Any]:
     """Return the fields of a file's outermost message; spans of bytes are pairs of places.
 
     Raises as `read_graph` does.
     """
-    return _Reader(data).message("model", 0, len(data))
+    return _Reader(data, messages).message("model", 0, len(data))
 
 
 class _Reader:
     """Reads messages into dicts of their fields' names; a span of bytes stays a pair of places."""
 
-    def __init__(self, data: bytes) -> None:
+    def __init__(self, data: bytes, messages: Messages) -> None:
         self._data = data
+        self._messages = messages
         self._fields = 0
 
     def message(self, kind: str, place: int, end: int) -> dict[str, Any]:
-        known = MESSAGES[kind]
+        known = self._messages[kind]
         found: dict[str, Any] = {}
         while place < end:
             self._count()
@@ -373,6 +390,8 @@ def _node(fields: dict[str, Any]) -> Node:
     attributes = []
     for each in fields.get("attribute", ()):
         name, kind = each.get("name", ""), each.get("type", 0)
+        if kind == BRANCH and "g" in each:
+            continue
         values = each.keys() & {"f", "i", "s", "floats", "ints", "strings"}
         if kind not in _ATTRIBUTES or not values <= {_ATTRIBUTES[kind][0]}:
             raise _malformed(f"attribute {name!a:.80} is of type {kind} and holds something else")

@@ -159,15 +159,15 @@ def check_artifact_graph(artifact: Artifact) -> tuple[bytes, GraphFile]:
 
 
 def check_graph_file(
-    data: bytes, where: Path, external_data: str | None, identity: str
+    data: bytes, where: Path, external_data: str | None, identity: str, *, rewritten: bool = False
 ) -> GraphFile:
     """Raise `ArtifactError` unless a graph is of the model `identity` and self-contained.
 
     Weights may lie in the file `external_data` beside it, and nowhere else. Returns what the
-    graph says.
+    graph says; of one that was `rewritten` for a processor without its branches.
     """
     try:
-        found = read_graph(data)
+        found = read_graph(data, rewritten=rewritten)
     except ArtifactError as error:
         raise ArtifactError(f"{where}: {error}") from error
     if outside := found.external_files - {external_data}:

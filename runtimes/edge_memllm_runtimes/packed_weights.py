@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 _RECORD = "packed.json"
 _STORED = "stored"  # where the artifact's graph lies while it is repacked
-_LAYOUT = "2"  # of this cache: what is saved, and how it is recorded
+_LAYOUT = "3"  # of this cache: what is saved, and how it is recorded
 # Sizes of the graph: the copy, then originals and repacked copies (2.33 measured).
 _SPACE_FACTOR = 3.5
 _ALIGNMENT = 64  # what the library's allocator gives, and its packing relies on
@@ -110,7 +110,7 @@ def forget_originals(graph: Path) -> None:
     memory = available_memory()
     if memory is None or not hasattr(os, "posix_fadvise") or memory > 2 * weights.stat().st_size:
         return
-    found = read_graph(graph.read_bytes())
+    found = read_graph(graph.read_bytes(), rewritten=True)
     with weights.open("rb") as file:
         for name in found.repacked:
             place = found.tensors[name]
@@ -183,7 +183,7 @@ def _checked(place: Path, artifact: Artifact, facts: dict[str, str]) -> Path:
         with os.fdopen(directory.open_file(graph), "rb") as file:
             data = file.read()
         identity = artifact.manifest.model.identity
-        found = check_graph_file(data, place / graph, f"{graph}.data", identity)
+        found = check_graph_file(data, place / graph, f"{graph}.data", identity, rewritten=True)
     finally:
         directory.close()
     _check_alignment(found.packed_offsets)

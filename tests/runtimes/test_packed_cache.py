@@ -231,7 +231,7 @@ def test_offsets_that_would_be_misread_are_refused(offsets: list[int]) -> None:
 def test_a_form_that_the_library_never_wrote_before_is_refused(
     artifact: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: object) -> None:
+    def refuse(*_: object, **__: object) -> None:
         raise ArtifactError("another form.")
 
     monkeypatch.setattr(packed_cache, "check_graph_file", refuse)

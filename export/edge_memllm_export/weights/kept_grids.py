@@ -43,6 +43,7 @@ class GridStore:
         self._exact_inputs = exact_inputs
         self._kept: Counter[str] = Counter()  # weights by the file's type
         self._anew: Counter[str] = Counter()
+        self._exact: list[bool] = []  # of each matrix
 
     def __call__(self, name: str, weight: np.ndarray) -> Sequence[StoredMatrix]:
         """The rows in turn, neighbours of one type together."""
@@ -63,6 +64,7 @@ class GridStore:
                 self._kept.update([kind] * len(weights))
             start += found[-1].rows
         exact = self._exact_inputs is None or name in self._exact_inputs
+        self._exact.append(exact)
         return [each.at_level_0() for each in found] if exact else found
 
     @property
@@ -70,7 +72,9 @@ class GridStore:
         """What became of the file's matrices so far, by their types."""
         kept = f"kept as they are: {_counted(self._kept)}"
         anew = f"; rounded to 8 bits: {_counted(self._anew)}" if self._anew else ""
-        return kept + anew
+        rounded = self._exact.count(False)
+        inputs = f"; inputs of {rounded} of {len(self._exact)} products are rounded to 8 bits"
+        return kept + anew + (inputs if rounded else "")
 
     def _grid_of(self, weight: str) -> str | None:
         """The type of a weight, if it is a grid."""

@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import struct
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
+import numpy as np
+
 from edge_memllm_runtimes.graph_file import (
+    BRANCH,
     DATA_TYPES,
     FIELD_BYTES,
     FIXED32,
     FLOAT,
     INT,
-    MESSAGES,
+    REWRITTEN,
     SPAN,
     TEXT,
     VARINT,
@@ -21,8 +25,9 @@ from edge_memllm_runtimes.graph_file import (
 
 Fields = dict[str, Any]
 
+CONTRIB = "com.microsoft"
 CODES = {name: code for code, name in DATA_TYPES.items()}
-_INTEGER = 2  # type of an attribute
+_FLOAT, _INTEGER, _INTEGERS = 1, 2, 7  # types of attributes
 
 
 class EditedGraph:
@@ -45,21 +50,70 @@ class EditedGraph:
         graph["node"], graph["initializer"] = self.nodes, list(self.tensors.values())
         return write_message("model", self._model, self.data)
 
-    def constant(self, name: str, numbers: list[int]) -> str:
-        """Add a weight of integers, int64 [len(numbers)], and return its name."""
-        raw = b"".join(number.to_bytes(8, "little", signed=True) for number in numbers)
-        fields = {"dims": [len(numbers)], "data_type": CODES["int64"], "name": name}
-        self.tensors[name] = {**fields, "raw_data": raw}
+    def constant(self, name: str, numbers: int | float | list[int]) -> str:
+        """Add a weight of a number or of integers, and return its name.
+
+        Integers become int64, [len(numbers)] or without sizes, a float float32.
+        """
+        kind = "float32" if isinstance(numbers, float) else "int64"
+        values = np.array(numbers, kind)
+        fields = {"dims": list(values.shape), "data_type": CODES[kind], "name": name}
+        self.tensors[name] = {**fields, "raw_data": values.tobytes()}
         return name
 
+    def require_opset(self, version: int) -> None:
+        """Let ONNX's own operators be those of an operator set, or of the later one they are of."""
+        for each in self._model["opset_import"]:
+            if not each.get("domain"):
+                each["version"] = max(version, each["version"])
 
-def node(op_type: str, inputs: list[str], output: str, **attributes: int) -> Fields:
-    """Return a node of ONNX's own operators with one output, its attributes integers."""
-    fields: Fields = {"input": inputs, "output": [output], "name": output, "op_type": op_type}
+
+def node(
+    op_type: str,
+    inputs: list[str],
+    *outputs: str,
+    domain: str = "",
+    **attributes: int | float | list[int],
+) -> Fields:
+    """Return a node, named after its first output."""
+    fields: Fields = {"input": inputs, "output": list(outputs), "name": outputs[0]}
+    fields |= {"op_type": op_type, "domain": domain}
     if attributes:
-        fields["attribute"] = [
-            {"name": name, "i": value, "type": _INTEGER} for name, value in attributes.items()
+        fields["attribute"] = [_attribute(name, value) for name, value in attributes.items()]
+    return fields
+
+
+def _attribute(name: str, value: int | float | list[int]) -> Fields:
+    if isinstance(value, list):
+        return {"name": name, "ints": value, "type": _INTEGERS}
+    if isinstance(value, float):
+        return {"name": name, "f": value, "type": _FLOAT}
+    return {"name": name, "i": value, "type": _INTEGER}
+
+
+@dataclass(frozen=True, slots=True)
+class Branch:
+    """Nodes that may read everything outside, and their results: names and element types."""
+
+    nodes: list[Fields]
+    results: list[tuple[str, int]]
+
+    def fields(self, name: str) -> Fields:
+        """Return it as a graph of that name."""
+        outputs = [
+            {"name": each, "type": {"tensor_type": {"elem_type": kind}}}
+            for each, kind in self.results
         ]
+        return {"node": self.nodes, "name": name, "output": outputs}
+
+
+def either(condition: str, then: Branch, otherwise: Branch, outputs: list[str]) -> Fields:
+    """Return a node that runs one branch or the other and calls its results by ``outputs``."""
+    fields = node("If", [condition], *outputs)
+    fields["attribute"] = [
+        {"name": name, "g": branch.fields(f"{outputs[0]}/{name}"), "type": BRANCH}
+        for name, branch in (("then_branch", then), ("else_branch", otherwise))
+    ]
     return fields
 
 
@@ -83,12 +137,12 @@ def element(value: Fields) -> Fields:
 
 
 def write_message(kind: str, fields: dict[str, Any], data: bytes) -> bytes:
-    """Return a message of a kind in `MESSAGES` as protobuf spells it.
+    """Return a message of a kind in `REWRITTEN` as protobuf spells it.
 
     A span is a pair of places in ``data``, or bytes.
     """
     parts: list[bytes] = []
-    for number, (name, each, repeated) in MESSAGES[kind].items():
+    for number, (name, each, repeated) in REWRITTEN[kind].items():
         if name in fields:
             for value in fields[name] if repeated else [fields[name]]:
                 parts += _field(number, each, value, data)

@@ -12,6 +12,7 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS
 from edge_memllm_runtimes.cpu_graph.edited import CODES, EditedGraph
 from edge_memllm_runtimes.cpu_graph.floats import in_floats
+from edge_memllm_runtimes.cpu_graph.prompts import attend_in_floats
 from edge_memllm_runtimes.cpu_graph.windows import cut_windows
 
 if TYPE_CHECKING:
@@ -68,4 +69,6 @@ def for_cpu(content: bytes, *, floats: bool = True) -> CpuGraph:
         widened.append(name)
         place += size + -size % _ALIGNMENT
     cut_windows(graph)
+    if floats:
+        attend_in_floats(graph)
     return CpuGraph(graph.bytes(), tuple(widened))
