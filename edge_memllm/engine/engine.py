@@ -81,6 +81,14 @@ class Engine:
         self._thread = Thread(target=self._run, name="edge-memllm-engine", daemon=True)
         self._thread.start()
 
+    def __repr__(self) -> str:
+        now = self.statistics
+        state = "running" if self.running else "ended"
+        return (
+            f"<Engine {state}: {now.under_way} of {now.slots} slots busy, {now.queued} queued, "
+            f"of {self._model!r}>"
+        )
+
     @property
     def model(self) -> Model:
         """The model that is served."""

@@ -11,6 +11,7 @@ from typing import Any, Literal
 import pytest
 
 from edge_memllm import Model, RequestError
+from edge_memllm.engine import Engine
 from edge_memllm.engine.request import Request
 from edge_memllm.errors import Cancellation
 from edge_memllm_runtimes.fake import FakeRuntime
@@ -269,3 +270,9 @@ def test_what_is_chosen_beside_sampling_replaces_it(model: Model) -> None:
 def test_a_model_says_what_it_is(model: Model) -> None:
     assert repr(model).startswith("<Model ")
     assert "on cpu, reader pread" in repr(model)
+
+
+def test_an_engine_says_what_goes_on(model: Model) -> None:
+    with Engine(model, slots=3) as engine:
+        assert repr(engine).startswith("<Engine running: 0 of 3 slots busy, 0 queued, of <Model ")
+    assert repr(engine).startswith("<Engine ended: ")
