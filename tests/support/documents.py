@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from edge_memllm.cli.main import build_parser, main
+from edge_memllm.text import TEMPLATE_FILE
 from support import ROOT
 
 FOLDERS = (
@@ -325,11 +326,17 @@ def _models(stock: Path) -> None:
         table_codec="f32",
         verify=False,
     )
+    chats = shutil.copytree(stock / "checkpoint", stock / "chat-checkpoint")
+    (chats / TEMPLATE_FILE).write_text(_TEMPLATE, "utf-8")
+    export_model(chats, stock / "chat-artifact", **exact)
     for name in ("other", "artifact2"):
         export_model(stock / "finetuned", stock / name, **exact)
     edit = "overlay edit artifact --token New --like Los --out new.overlay.safetensors"
     with contextlib.chdir(stock):
         assert main(edit.split()) == 0
+
+
+_TEMPLATE = "{% for m in messages %}{{ m.role }}: {{ m.content }}\n{% endfor %}assistant: "
 
 
 def _finetune(checkpoint: Path) -> None:
