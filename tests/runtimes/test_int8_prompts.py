@@ -20,6 +20,7 @@ from edge_memllm_runtimes.options import RuntimeOptions
 from edge_memllm_runtimes.ort_graph import read_checked_graph
 from edge_memllm_runtimes.runtime import open_runtime
 from support.checkpoints import MakeArtifact
+from support.gates import export_gates, write_gates
 
 pytest.importorskip("onnx")
 
@@ -85,6 +86,19 @@ def test_a_prompt_in_chunks_stores_and_computes_the_same(
         return [*found, np.array(feeder.score(0, IDS[101:]))]
 
     compared(monkeypatch, folder, 1, run)
+
+
+def test_layers_with_windows_and_layers_that_read_others(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = write_gates(tmp_path / "model")
+    out = export_gates(path, tmp_path / "out", graph_weights="int8", kv_dtype="int8")
+
+    def run(feeder: Feeder) -> list[np.ndarray]:
+        found = [np.array(feeder.score(0, IDS[at : at + 20])) for at in (0, 20, 40)]
+        return [*found, np.array(feeder.decode([IDS[60]]))]
+
+    compared(monkeypatch, out, 1, run)
 
 
 def test_texts_of_several_lengths_side_by_side(

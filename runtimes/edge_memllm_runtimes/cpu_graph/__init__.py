@@ -2,8 +2,8 @@
 
 An artifact holds one graph for every device. It computes in float16, which accelerators want; a CPU
 converts to float32 in nearly every operator and back behind it. So what was checked is rewritten
-before ONNX Runtime sees it: float32 between operators, and of keys and values that several layers
-read no more than they look at.
+before ONNX Runtime sees it: float32 between operators; of keys and values that several layers read
+no more than they look at; and prompts over int8 keys and values in float32.
 """
 
 from edge_memllm_runtimes.cpu_graph.rewriting import (

@@ -165,8 +165,9 @@ class _Layer:
     def _stored(self, word: str, new: str, past: str, scale: str) -> tuple[str, str]:
         """Round and store new keys or values; return all codes, and what they stand for."""
         step, add = self._step, self._inside.add
-        heads = step.constant(f"heads/{self._width}", [0, 0, self._kv_heads, self._width])
-        across = step.constant(f"across/{self._width}", [1, self._kv_heads, 1, self._width])
+        shape = f"{self._kv_heads}.{self._width}"
+        heads = step.constant(f"heads.{shape}", [0, 0, self._kv_heads, self._width])
+        across = step.constant(f"across.{shape}", [1, self._kv_heads, 1, self._width])
         steps = self._outside.add(f"{word}/steps", "Reshape", [scale, across])
         inverse = self._outside.add(f"{word}/inverse", "Reciprocal", [scale])
         nearest = add(f"{word}/nearest", "Round", [add(f"{word}/scaled", "Mul", [new, inverse])])
