@@ -31,6 +31,7 @@ from edge_memllm.server.messages import (
     Chat,
     take_choice,
     take_messages,
+    take_parallel,
     take_thinking,
     take_tools,
     take_variables,
@@ -161,7 +162,7 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     service.check_model(fields)
     messages = take_messages(fields, limits)
     tools, choice = take_tools(fields, limits), take_choice(fields)
-    parallel = fields.flag("parallel_tool_calls", default=True)
+    parallel = take_parallel(fields, service)
     continued = take_continued(fields)
     variables = {**take_thinking(fields, service), **take_variables(fields)}
     reasons = take_reasoning_format(fields)

@@ -367,6 +367,20 @@ def template_of(service: Service) -> ChatTemplate:
     return service.template
 
 
+def writes_several(service: Service) -> bool:
+    """Whether a reply may have several calls where its request does not say.
+
+    A template that says nothing of tools is of a model that was not taught to call: a small one
+    repeats its call for as long as it may.
+    """
+    return service.template is None or template_format(service.template).describes
+
+
+def take_parallel(fields: BodyFields, service: Service) -> bool:
+    """Take whether a reply may have several calls, as OpenAI has it."""
+    return fields.flag("parallel_tool_calls", default=writes_several(service))
+
+
 def tool_use(
     tools: Sequence[Tool],
     choice: Choice,

@@ -80,7 +80,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         "`tool_calls`",
         tools="functions that the model may call",
         tool_choice="`auto`, `none`, `required`, one function, or `allowed_tools`",
-        parallel_tool_calls="false is one call at the most",
+        parallel_tool_calls="false is one call at the most, as it is if left out where the "
+        "template does not know of tools",
         chat_template_kwargs="what the template asks for beside messages and tools, as "
         "`enable_thinking`",
         reasoning_format="`none` leaves reasoning in the text; `auto` and `deepseek` give it "
@@ -100,7 +101,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         text="`format`: `text`, `json_object` or `json_schema`",
         tools="functions that the model may call",
         tool_choice="`auto`, `none`, `required`, one function, or `allowed_tools`",
-        parallel_tool_calls="false is one call at the most",
+        parallel_tool_calls="false is one call at the most, as it is if left out where the "
+        "template does not know of tools",
         stream_options="nothing is chosen by it",
         include="`message.output_text.logprobs`: each token's likelihood",
         top_logprobs="so many likeliest tokens with each, and their likelihoods",
@@ -113,7 +115,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         system="a text, or blocks of it",
         stop_sequences="texts that end a reply",
         tools="functions that the model may call",
-        tool_choice="`auto`, `any`, `none`, or one tool; `disable_parallel_tool_use`",
+        tool_choice="`auto`, `any`, `none`, or one tool; `disable_parallel_tool_use`, which is "
+        "true if left out where the template does not know of tools",
         metadata="`user_id`: users of one client take turns",
     ),
     *_done(

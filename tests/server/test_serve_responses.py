@@ -172,6 +172,20 @@ def test_the_client_builds_the_same_from_a_stream(client: OpenAI) -> None:
     assert call.type == "function_call"
 
 
+def test_the_client_reads_a_stream_that_is_cut_off_to_its_end(client: OpenAI) -> None:
+    """Its `get_final_response` knows `response.completed` alone, so the last event is looked at."""
+    asked: dict[str, Any] = {"model": MODEL_ID, "input": "Hi", "max_output_tokens": 5}
+    with client.responses.stream(**asked, extra_body={"ignore_eos": True}) as stream:
+        events = list(stream)
+    last = events[-1]
+    assert last.type == "response.incomplete"
+    assert last.response.status == "incomplete"
+    assert last.response.incomplete_details is not None
+    assert last.response.incomplete_details.reason == "max_output_tokens"
+    said = [each.delta for each in events if each.type == "response.output_text.delta"]
+    assert last.response.output_text == "".join(said) != ""
+
+
 def prompt_of(service: Service, **body: Any) -> str:
     (prompt,) = respond(service, **body).prompts
     return service.model.tokenizer.decode(prompt)

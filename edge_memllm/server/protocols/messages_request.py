@@ -19,6 +19,7 @@ from edge_memllm.server.messages import (
     role_of,
     take_function,
     tool_use,
+    writes_several,
 )
 from edge_memllm.server.parameters import EPHEMERAL, not_honoured, nothing_of
 from edge_memllm.server.service import Service
@@ -79,7 +80,7 @@ def _take_chat(fields: BodyFields, service: Service) -> tuple[Chat, Choice, bool
     limits = service.settings.limits
     messages = [*_system(fields, limits), *_messages(fields, limits)]
     tools = _take_tools(fields, limits)
-    choice, parallel = _take_choice(fields)
+    choice, parallel = _take_choice(fields, writes_several(service))
     last = messages[-1]
     variables = _take_thinking(fields, service)
     chat = Chat(messages, tools, continued=_is_begun(last), variables=variables)
@@ -252,10 +253,11 @@ def _tool(fields: BodyFields) -> Tool:
     return replace(found, given=None)
 
 
-def _take_choice(fields: BodyFields) -> tuple[Choice, bool]:
+def _take_choice(fields: BodyFields, several: bool) -> tuple[Choice, bool]:
+    """Take which tools may be called, and whether several at once: `several` if nothing is said."""
     given = fields.group("tool_choice")
     if given is None:
-        return Choice(), True
+        return Choice(), several
     kind, where = given.required("type"), given.param("type")
     if not isinstance(kind, str) or kind not in _NEEDS:
         expected = ", ".join(f"'{each}'" for each in _NEEDS)
@@ -263,7 +265,7 @@ def _take_choice(fields: BodyFields) -> tuple[Choice, bool]:
     names = None
     if kind == "tool":
         names = [checked_text(given.required("name"), given.param("name"), MOST_NAME)]
-    several = not given.flag("disable_parallel_tool_use")
+    several = not given.flag("disable_parallel_tool_use", default=not several)
     given.finish()
     return Choice(_NEEDS[kind], names), several  # type: ignore[arg-type]
 

@@ -40,6 +40,7 @@ from edge_memllm.server.messages import (
     role_of,
     take_choice,
     take_function,
+    take_parallel,
     tool_use,
 )
 from edge_memllm.server.parameters import not_honoured, nothing_of
@@ -74,7 +75,7 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     if instructions:
         messages.insert(0, {"role": "system", "content": instructions})
     tools, choice = _take_tools(fields, limits), take_choice(fields)
-    parallel = fields.flag("parallel_tool_calls", default=True)
+    parallel = take_parallel(fields, service)
     form = _take_format(fields, limits)
     stream = fields.flag("stream")
     options = fields.group("stream_options")
@@ -94,7 +95,7 @@ def read_response(fields: BodyFields, service: Service) -> Call:
         progress=progress,
         timings=timings,
         user=take_user(fields),
-        repeated=repeated,
+        repeated={**repeated, "parallel_tool_calls": parallel},
     )
     most = fields.optional_integer("max_output_tokens", 1, service.most_tokens)
     fields.finish(_UNSUPPORTED)
@@ -138,7 +139,6 @@ def _repeated(fields: BodyFields) -> Mapping[str, Any]:
         "instructions": fields.peek("instructions"),
         "max_output_tokens": fields.peek("max_output_tokens"),
         "metadata": fields.peek("metadata") or {},
-        "parallel_tool_calls": fields.peek("parallel_tool_calls") is not False,
         "text": fields.peek("text") or {"format": {"type": "text"}},
         "tool_choice": fields.peek("tool_choice") or "auto",
         "tools": fields.peek("tools") or [],
