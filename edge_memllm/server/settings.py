@@ -76,7 +76,7 @@ class Settings:
             parse=str,
             several="repeated",
             flag="--host",
-            unset=f"{LOOPBACK}, this machine alone",
+            unset=f"this machine alone, {LOOPBACK}",
             group="address",
         ),
     ] = ()
