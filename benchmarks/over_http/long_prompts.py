@@ -12,7 +12,6 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-import threading
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import asdict, dataclass
@@ -24,7 +23,7 @@ from typing import Any
 import httpx
 import psutil
 
-from benchmarks.over_http.program import PATIENCE, serving
+from benchmarks.over_http.program import PATIENCE, Most, serving
 
 COLUMNS = (
     *("requests", "answers", "answered after, s", "longest pause of a stream, s"),
@@ -61,29 +60,6 @@ def kinds(size: int) -> Iterator[tuple[str, str, dict[str, Any]]]:
     yield "to /detokenize", "/detokenize", {"tokens": [1] * (size // 3)}
 
 
-class Watch:
-    """Something that is asked again and again in a thread, and how long it took at worst."""
-
-    def __init__(self, ask: Any) -> None:
-        self._ask = ask
-        self._ended = threading.Event()
-        self._thread = threading.Thread(target=self._run)
-        self.worst = 0.0
-
-    def __enter__(self) -> Watch:
-        self._thread.start()
-        return self
-
-    def __exit__(self, *_: object) -> None:
-        self._ended.set()
-        self._thread.join()
-
-    def _run(self) -> None:
-        while not self._ended.is_set():
-            for value in self._ask():
-                self.worst = max(self.worst, value)
-
-
 def pauses(url: str) -> Iterator[float]:
     """Stream a reply; yield the seconds between its parts."""
     body = {"prompt": _WORDS, "max_tokens": 400, "ignore_eos": True, "stream": True}
@@ -94,22 +70,21 @@ def pauses(url: str) -> Iterator[float]:
             last = perf_counter()
 
 
-def health(url: str) -> Iterator[float]:
-    """Ask for /health on a new connection; yield how long it took."""
+def health(url: str) -> float:
+    """Ask for /health on a new connection; return the seconds that it took."""
     start = perf_counter()
     connection = HTTPConnection(url.removeprefix("http://"), timeout=PATIENCE)
     connection.request("GET", "/health")
     connection.getresponse().read()
-    yield perf_counter() - start
+    found = perf_counter() - start
     connection.close()
-    sleep(0.02)
+    return found
 
 
-def memory(process: psutil.Process) -> Iterator[int]:
-    """Yield the bytes in memory that no other process shares."""
+def memory(process: psutil.Process) -> int:
+    """Return the bytes in memory that no other process shares."""
     found = process.memory_info()
-    yield found.rss - found.shared
-    sleep(0.01)
+    return int(found.rss - found.shared)
 
 
 def measure(
@@ -127,11 +102,11 @@ def measure(
         connection.close()
         return status, perf_counter() - start
 
-    before = next(memory(process))
+    before = memory(process)
     with (
-        Watch(lambda: pauses(url)) as paused,
-        Watch(lambda: health(url)) as healthy,
-        Watch(lambda: memory(process)) as grown,
+        Most(lambda: max(pauses(url)), seconds=0) as paused,
+        Most(lambda: health(url), seconds=0.02) as healthy,
+        Most(lambda: memory(process)) as grown,
         ThreadPoolExecutor(at_once) as pool,
     ):
         sleep(_WHILE)
@@ -141,9 +116,9 @@ def measure(
         kind=name,
         statuses=[status for status, _ in answers],
         answered=max(seconds for _, seconds in answers),
-        pause=paused.worst,
-        health=healthy.worst,
-        more_bytes=int(grown.worst) - before,
+        pause=paused.value,
+        health=healthy.value,
+        more_bytes=grown.value - before,
     )
 
 
