@@ -87,14 +87,14 @@ function isConversation(value) {
     && haveTexts(value.turns, ["asked", "reply", "ended"]) && value.turns.every(isTurn);
 }
 
-function isTurn({ calls, results, notes }) {
-  return haveTexts(calls, ["id", "name", "arguments"]) && Array.isArray(notes) && notes.every(isText)
+function isTurn({ calls, results, notes, reasoning = "" }) {
+  return isText(reasoning) && haveTexts(calls, ["id", "name", "arguments"]) && Array.isArray(notes) && notes.every(isText)
     && (results === null || haveTexts(results, ["id", "name", "content"]));
 }
 
 // A turn that nothing was written for yet.
 export function turnOf(asked, results = null) {
-  return { asked, results, reply: "", calls: [], notes: [], ended: "" };
+  return { asked, results, reasoning: "", reply: "", calls: [], notes: [], ended: "" };
 }
 
 // What the model is told of earlier turns: those that it has replied to.
@@ -109,10 +109,12 @@ export function questionsOf({ asked, results }) {
   return results.map(({ id, content }) => ({ role: "tool", tool_call_id: id, content }));
 }
 
-function replyOf({ reply, calls }) {
-  if (!calls.length) return { role: "assistant", content: reply };
+// What it thought goes along: the model's template says of which turns it wants to know that.
+function replyOf({ reasoning, reply, calls }) {
+  const said = { role: "assistant", ...(reasoning && { reasoning_content: reasoning }) };
+  if (!calls.length) return { ...said, content: reply };
   const made = calls.map(({ id, name, arguments: given }) => {
     return { id, type: "function", function: { name, arguments: given } };
   });
-  return { role: "assistant", content: reply || null, tool_calls: made };
+  return { ...said, content: reply || null, tool_calls: made };
 }

@@ -3,6 +3,7 @@
 import { Calls } from "./calls.js";
 import { copyButton } from "./copying.js";
 import { count, make, short } from "./elements.js";
+import { Thoughts } from "./thoughts.js";
 import { Trace } from "./trace.js";
 import { Words } from "./words.js";
 
@@ -26,9 +27,10 @@ export class Entry {
   #actions = make("div", { class: "actions" });
   #beginning = make("details", { class: "beginning", hidden: "" });
   #calls;
+  #thoughts;
   #question;
 
-  // `turn` is what is kept: {asked, results, reply, calls, notes, ended}. `actions` has `again`
+  // `turn` is what is kept: {asked, results, reasoning, reply, calls, notes, ended}. `actions` has `again`
   // and, in a chat, `edit` and `answer`; else `goOn`.
   constructor({ turn, chat, memory, inspector, actions }) {
     this.turn = turn;
@@ -41,12 +43,13 @@ export class Entry {
     this.words = new Words(this.trace, "Reply", select, chat);
     this.#prompt = new Words(this.trace, "Prompt", select);
     this.#calls = new Calls(turn.calls);
+    this.#thoughts = new Thoughts(this.trace, select);
     this.element = make("article", { class: "entry", "aria-busy": "true" });
     if (chat) this.#showQuestion();
     else this.words.element.append(make("span", { class: "given" }, turn.asked));
     this.#meta.append(this.#note, this.#origins);
     if (chat) this.element.append(make("h3", { class: "hidden" }, "Reply"));
-    this.element.append(this.words.element, this.#calls.element, this.#meta, this.#actions, this.#beginning);
+    this.element.append(this.#thoughts.element, this.words.element, this.#calls.element, this.#meta, this.#actions, this.#beginning);
     if (turn.ended) this.#restore();
   }
 
@@ -58,14 +61,18 @@ export class Entry {
     return this.trace.places.length - this.trace.promptLength;
   }
 
-  // Takes a part of the reply: text, calls of tools, and trace.
-  take(text, calls, trace) {
+  // Takes a part of the reply: text, or reasoning before it, calls of tools, and trace.
+  take({ text, reasoning, calls, trace }) {
     this.turn.reply += text;
+    this.turn.reasoning += reasoning;
     const before = this.trace.places.length;
     const fresh = trace ? this.trace.take(trace) : [];
     if (!before && fresh.length) this.#showPrompt();
-    this.words.add(text, fresh);
-    this.words.paint(trace?.records.map((each) => each.position));
+    if (reasoning) this.#thoughts.words.add(reasoning, fresh);
+    if (text || !reasoning) this.words.add(text, fresh);
+    if (text || calls) this.#thoughts.end();
+    const told = trace?.records.map(({ position }) => position) ?? [];
+    for (const words of [this.#thoughts.words, this.words]) words.paint(told);
     if (!calls) return;
     this.#calls.take(calls);
     this.turn.calls = this.#calls.list;
@@ -97,16 +104,18 @@ export class Entry {
   }
 
   #all() {
-    return [this.#prompt, this.words];
+    return [this.#prompt, this.#thoughts.words, this.words];
   }
 
   #restore() {
+    if (this.turn.reasoning) this.#thoughts.words.show(this.turn.reasoning);
     this.words.show(this.turn.reply);
     this.#end();
   }
 
   #end() {
     this.finished = true;
+    this.#thoughts.end(!this.text);
     this.element.removeAttribute("aria-busy");
     this.#calls.finish(this.#do.answer && ((results) => this.#do.answer(results)));
     const said = this.text || this.turn.calls.length ? this.turn.notes : [...this.turn.notes, UNANSWERED];

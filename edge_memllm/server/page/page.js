@@ -228,8 +228,9 @@ export class Page {
       const asked = { ...body, trace: true, statistics: true };
       for await (const { choices } of stream(MODES[conversation.kind].path, asked, controller.signal)) {
         const [choice] = choices;
-        const { content, tool_calls: calls } = choice.delta ?? { content: choice.text };
-        following(() => entry.take(content ?? "", calls, choice.trace));
+        const { content, reasoning_content: reasoning, tool_calls: calls } = choice.delta ?? { content: choice.text };
+        const part = { text: content ?? "", reasoning: reasoning ?? "", calls, trace: choice.trace };
+        following(() => entry.take(part));
         if (choice.trace) this.#figures.note(entry.trace);
         reason = choice.finish_reason ?? reason;
         statistics = choice.statistics ?? statistics;
