@@ -38,6 +38,16 @@ _FLAGS = (
     "--disable-component-update",
     "--remote-debugging-pipe",
 )
+# Keys that do something by themselves: their number, and the text that they write.
+_KEYS = {
+    "Tab": (9, ""),
+    "Enter": (13, "\r"),
+    "Space": (32, " "),
+    "ArrowLeft": (37, ""),
+    "ArrowUp": (38, ""),
+    "ArrowRight": (39, ""),
+    "ArrowDown": (40, ""),
+}
 Message = dict[str, Any]
 
 
@@ -136,10 +146,14 @@ class Page:
         """Move the mouse to a place of what is seen."""
         self.call("Input.dispatchMouseEvent", type="mouseMoved", x=x, y=y)
 
-    def press(self, key: str) -> None:
-        """Press a key that is no letter, as ArrowRight."""
-        for kind in ("keyDown", "keyUp"):
-            self.call("Input.dispatchKeyEvent", type=kind, key=key, code=key)
+    def press(self, key: str, *, shift: bool = False) -> None:
+        """Press a key that is no letter, as ArrowRight; the browser does what it does by itself."""
+        code, text = _KEYS.get(key, (0, ""))
+        what = {"key": key, "code": key, "windowsVirtualKeyCode": code, "modifiers": 8 * shift}
+        if key == "Space":
+            what["key"] = " "
+        self.call("Input.dispatchKeyEvent", type="keyDown", text=text, **what)
+        self.call("Input.dispatchKeyEvent", type="keyUp", **what)
 
     def complaints(self) -> list[str]:
         """Return what the console holds: errors, warnings, exceptions, and what was refused."""
@@ -260,8 +274,7 @@ def ask(page: Page, text: str, *, mode: str = "complete", tokens: int = 12) -> N
     fill(page, "max_tokens", str(tokens))
     page.evaluate("document.getElementById('prompt').focus()")
     page.call("Input.insertText", text=text)
-    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-    page.call("Input.dispatchKeyEvent", type="keyDown", **enter)
+    page.press("Enter")
 
 
 def written(page: Page, entries: int = 1) -> None:

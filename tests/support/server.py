@@ -151,7 +151,7 @@ def serving(
             yield Served(url, service, server, thread)
         finally:
             server.should_exit = True
-            thread.join(20)
+            thread.join(120)  # others may need the machine
             assert not thread.is_alive()
 
 

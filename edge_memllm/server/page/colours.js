@@ -9,11 +9,13 @@ export class Colours {
   #controller = new AbortController();
   #entries;
   #explain;
+  #longest; // tokens that the model reads at once
 
   // `entries` gives the texts that are shown, `explain` puts an error into words.
   constructor(model, entries, explain) {
     this.#entries = entries;
     this.#explain = explain;
+    this.#longest = model.max_model_len;
     for (const input of document.querySelectorAll("[name=colour]")) {
       if (input.value === "effect") input.disabled = !model.memory_layers;
       if (input.value === (model.memory_layers ? "effect" : "none")) input.checked = true;
@@ -60,7 +62,7 @@ export class Colours {
     }
     say("finding out what memory changed…");
     try {
-      await measure(entry.trace, entry.memory, signal);
+      await measure(entry.trace, entry.memory, this.#longest, signal);
       entry.paint();
       say(`deepest colour: ${short(Math.exp(entry.trace.deepest), 2)} times`);
     } catch (error) {

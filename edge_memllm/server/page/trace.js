@@ -43,9 +43,8 @@ export class Trace {
   // Takes the log-probabilities of all tokens, as the model is and without its memory.
   measure(withMemory, without) {
     this.places.forEach((place, position) => {
-      const known = withMemory[position] !== null;
-      place.logprob = known ? withMemory[position] : null;
-      place.effect = known ? withMemory[position] - without[position] : null;
+      place.logprob = withMemory[position] ?? null; // the first has none, nor what was not read
+      place.effect = place.logprob === null ? null : place.logprob - without[position];
     });
     this.measured = true;
     const sizes = this.places.map((place) => Math.abs(place.effect ?? 0)).sort((a, b) => a - b);

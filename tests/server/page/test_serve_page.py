@@ -194,6 +194,18 @@ def test_what_memory_did_is_measured(browser: Browser, make_artifact: MakeArtifa
         assert page.complaints() == []
 
 
+def test_a_text_that_has_filled_the_context_is_measured(page: Page, served: Served) -> None:
+    room = served.service.model.manifest.model.max_position_embeddings
+    ask(page, "Hello", tokens=room)
+    written(page)
+    until(page, "document.querySelector('.meta').textContent.includes('deepest colour')")
+    words = texts(page, WORDS)
+    click(page, WORDS, len(words) - 2)
+    assert "what memory did" in texts(page, ".inspector")[0]
+    click(page, WORDS, len(words) - 1)
+    assert "what memory did" not in texts(page, ".inspector")[0]
+
+
 def test_memory_can_be_off(browser: Browser, make_artifact: MakeArtifact) -> None:
     with load(make_artifact(graph_weights="fp32"), threads=1) as model, serving(model) as served:
         page = visit(browser, served)

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import pytest
 
+from edge_memllm.text.chat import ChatTemplate
 from support.browser import (
     WORDS,
     Browser,
@@ -21,7 +22,9 @@ from support.browser import (
     visit,
     written,
 )
+from support.checkpoints import EOS
 from support.server import TEMPLATE, Served, serving_small
+from support.small_model import ScriptedRuntime, byte_tokenizer
 
 TITLES = "#conversations [data-do=open]"
 PROMPT = "document.getElementById('prompt').value"
@@ -76,7 +79,7 @@ def test_conversations_are_listed_renamed_deleted_and_brought_back(page: Page) -
     assert len(texts(page, WORDS)) > 0, "words of this visit keep their records"
     click(page, "#conversations [data-do=rename]", 1)
     page.call("Input.insertText", text="Renamed")
-    click_enter(page)
+    page.press("Enter")
     assert texts(page, TITLES) == ["Second", "Renamed"]
     click(page, "#conversations [data-do=delete]", 1)
     assert (texts(page, TITLES), texts(page, ".entry")) == (["Second"], [])
@@ -85,11 +88,6 @@ def test_conversations_are_listed_renamed_deleted_and_brought_back(page: Page) -
     assert texts(page, TITLES) == ["Second", "Renamed"]
     click(page, "#forget")
     assert (texts(page, TITLES), page.evaluate("Object.keys(localStorage).length")) == ([], 1)
-
-
-def click_enter(page: Page) -> None:
-    enter = {"key": "Enter", "code": "Enter", "windowsVirtualKeyCode": 13, "text": "\r"}
-    page.call("Input.dispatchKeyEvent", type="keyDown", **enter)
 
 
 def test_a_reply_is_written_again(page: Page) -> None:
@@ -109,7 +107,7 @@ def test_a_message_is_edited_and_what_followed_is_kept_beside(page: Page) -> Non
     click(page, "[data-do=edit]")
     assert page.evaluate("document.activeElement.value") == "One"
     page.call("Input.insertText", text=" and a half")
-    click_enter(page)
+    page.press("Enter")
     written(page, 1)
     assert texts(page, ".asked") == ["One and a half"]
     assert prompt_of_last(page).endswith(rendered("One and a half"))
@@ -125,7 +123,7 @@ def test_an_edit_that_is_refused_changes_nothing(browser: Browser, served: Serve
     before = texts(page, ".entry > .words")
     click(page, "[data-do=edit]")
     page.call("Input.insertText", text="x" * 200)
-    click_enter(page)
+    page.press("Enter")
     until(page, "!document.getElementById('trouble').hidden")
     assert texts(page, ".entry > .words") == before
     assert texts(page, TITLES) == ["One"]
@@ -225,6 +223,35 @@ def test_calls_of_tools_are_shown_and_answered(
             },
             {"role": "tool", "tool_call_id": "c1", "content": "30 degrees"},
         ]
+        assert "weather gave back 30 degrees" in texts(page, ".asked")
+        assert page.complaints() == []
+
+
+def test_a_model_calls_a_tool_and_reads_what_it_gave(browser: Browser, folder: Path) -> None:
+    """As above with the server's own stream: the model writes calls as its template implies."""
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    script = byte_tokenizer().encode(call, special=False)
+    runtime = ScriptedRuntime([*script, EOS], prompt_length=2)
+    knows_calls = ChatTemplate("ab{# {{ tools | tojson }} <tool_call> #}", {})
+    with serving_small(folder, runtime, template=knows_calls, engine={"slots": 1}) as served:
+        page = visit(browser, served)
+        fill(page, "temperature", "0")
+        city = {"type": "object", "properties": {"city": {"type": "string"}}}
+        weather = {"type": "function", "function": {"name": "weather", "parameters": city}}
+        fill(page, "tools", json.dumps([weather]))
+        ask(page, "Hot?", mode="chat", tokens=120)
+        written(page)
+        assert texts(page, ".call code") == ["weather"]
+        assert [json.loads(each) for each in texts(page, ".call pre")] == [{"city": "Rome"}]
+        assert "calls tools" in texts(page, ".meta")[0]
+        runtime.script = byte_tokenizer().encode("ab", special=False)
+        page.evaluate("document.querySelector('.results textarea').value = '30 degrees'")
+        fill(page, "max_tokens", "2")
+        click(page, ".results button")
+        written(page, 2)
+        assert texts(page, ".entry > .words")[1] == "ab"
+        reload(page, 2)
+        assert texts(page, ".call code") == ["weather"]
         assert "weather gave back 30 degrees" in texts(page, ".asked")
         assert page.complaints() == []
 
