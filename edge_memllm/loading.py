@@ -318,8 +318,8 @@ def _runtime_on(
         if packed is None or options.packed_cache != AUTO:
             raise
         # Nobody asked for it, so nothing may fail for it; what is wrong with the artifact, loading
-        # without it tells.
-        _log.info("%s: no packed weights: %s", options.path, error)
+        # without it tells. It takes more memory without, so it is said.
+        _log.warning("%s: no packed weights: %s", options.path, error)
     plan = _plan(device, options, artifact, before, None)
     return plan, _opened(device, options, artifact, plan)
 

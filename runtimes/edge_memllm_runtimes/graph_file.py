@@ -102,6 +102,7 @@ REWRITTEN = MESSAGES | {
         1: ("node", "node of a branch", True),
         2: ("name", TEXT, False),
         5: ("initializer", "tensor", True),
+        10: ("doc_string", TEXT, False),
         12: ("output", "value", True),
         13: ("value_info", "value", True),
     },

@@ -56,9 +56,9 @@ def artifact(shared: Path, tmp_path: Path) -> Path:
     return Path(shutil.copytree(shared, tmp_path / "artifact"))
 
 
-def text_of(artifact: Path, **options: Any) -> str:
+def text_of(artifact: Path, prompt: str = "packed", **options: Any) -> str:
     with edge_memllm.load(artifact, device="cpu", threads=1, **options) as model:
-        return model.generate("packed", max_new_tokens=12, ignore_eos=True)
+        return model.generate(prompt, max_new_tokens=12, ignore_eos=True)
 
 
 def made(cache: Path) -> Path:
@@ -206,6 +206,17 @@ def test_the_kind_of_a_processor_is_its_instruction_sets(tmp_path: Path) -> None
     info.write_text("processor: 0\nflags: avx2\ncpu MHz: 1200\n")
     assert processor_kind(info) != first
     assert processor_kind(tmp_path / "not there") != first
+
+
+def test_the_branches_of_int8_keys_and_values_are_kept_too(
+    make_artifact: MakeArtifact, tmp_path: Path
+) -> None:
+    artifact = make_artifact(**ARTIFACTS["int4"], **LARGE, kv_dtype="int8")
+    expected = text_of(artifact, prompt="packed " * 30)  # long enough for the other branch
+    for _ in range(2):
+        found = text_of(artifact, prompt="packed " * 30, packed_cache=tmp_path / "cache")
+        assert found == expected
+    assert made(tmp_path / "cache")
 
 
 def test_small_matrices_come_back_right_or_are_refused(
@@ -477,8 +488,10 @@ def test_what_nobody_asked_for_fails_no_load(
         memory = loaded(artifact)
     assert memory["packed_cache"] is None
     assert "graph: int4 weights repacked" in memory["estimate"][1]["what"]
-    (told,) = [each for each in caplog.messages if "no packed weights" in each]
-    assert reason in told
+    (told,) = [each for each in caplog.records if "no packed weights" in each.message]
+    assert reason in told.message
+    # Without a home there is nowhere to keep anything; all else is a fallback, and told.
+    assert told.levelno == (logging.INFO if trouble is no_home else logging.WARNING)
     assert not (home / "packed").is_dir() or not list((home / "packed").iterdir())
 
 
