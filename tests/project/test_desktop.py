@@ -18,6 +18,7 @@ import pytest
 
 from edge_memllm import Sampling
 from support import ROOT
+from support.chat_program import chat_once
 from support.checkpoints import MakeArtifact
 from support.virtual_screen import VirtualScreen, virtual_screen, wait_for
 
@@ -211,6 +212,8 @@ def test_the_packed_program_runs_without_python(
     assert size < 250_000_000
     with virtual_screen(tmp_path) as screen:
         check_report(shown(screen, [str(packed / "edge-memllm-desktop")], tmp_path / "report.json"))
+    ((_, said),) = chat_once([str(packed / "edge-memllm-chat")], tmp_path, TEXT)
+    assert said
 
 
 def artifact_without_end(make_artifact: MakeArtifact) -> Path:

@@ -1,9 +1,8 @@
-"""The two short programs of examples/ do what they say, with a tiny model and no network."""
+"""The short programs of examples/ do what they say, with a tiny model and no network."""
 
 from __future__ import annotations
 
 import runpy
-import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
@@ -11,10 +10,10 @@ from typing import Any
 import pytest
 
 import edge_memllm
+from edge_memllm import loading
 from edge_memllm.session import Session
-from edge_memllm_runtimes.fake import FakeRuntime
 from support import ROOT
-from support.checkpoints import VOCABULARY, MakeArtifact
+from support.checkpoints import MakeArtifact
 from support.server import serving
 from support.small_model import open_small_model, write_small_artifact
 
@@ -56,7 +55,7 @@ def test_a_model_with_a_template_gets_messages(
     tmp_path: Path, say: Callable[..., None], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     path = write_small_artifact(tmp_path / "chat", chat_template__jinja=TEMPLATE).path
-    monkeypatch.setattr(edge_memllm, "load", lambda path: open_small_model(Path(path)))
+    monkeypatch.setattr(loading, "load", lambda path: open_small_model(Path(path)))
     sessions: list[Session] = []
     stream = Session.stream_chat
 
@@ -73,36 +72,6 @@ def test_a_model_with_a_template_gets_messages(
     chat(path)
     assert sessions[1] is sessions[2]
     assert [each["role"] for each in sessions[1].messages] == ["user", "assistant"] * 2
-
-
-def test_a_thread_answers_for_the_window(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = write_small_artifact(tmp_path / "chat", 2048, chat_template__jinja=TEMPLATE).path
-    runtime = FakeRuntime(VOCABULARY, 2048)
-    monkeypatch.setattr(edge_memllm, "load", lambda path, progress: open_small_model(path, runtime))
-    example = runpy.run_path(str(EXAMPLES / "chat.py"))
-    answering, talk = example["Answering"](), example["Talk"]()
-    assert talk.title == "New chat"
-    answering.load(str(path))
-    answering.answer(talk, "Hi")
-    answering.close()
-    came = []
-    while not answering.events.empty():
-        came.append(answering.events.get())
-    assert came[0][0] == "ready"
-    assert came[-1][0] == "end"
-    said = "".join(text for kind, text in came if kind == "text")
-    assert [each["content"] for each in talk.messages] == ["Hi", said]
-    assert talk.title == "Hi"
-
-
-def test_a_window_that_cannot_be_says_what_to_do(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
-    monkeypatch.setitem(sys.modules, "tkinter", None)
-    monkeypatch.setattr(sys, "argv", ["chat.py", "artifact"])
-    with pytest.raises(SystemExit):
-        runpy.run_path(str(EXAMPLES / "chat.py"))["main"]()
-    assert "no tkinter. Install it, or give --terminal" in capsys.readouterr().err
 
 
 @pytest.fixture

@@ -246,7 +246,7 @@ def reload(page: Page, entries: int) -> None:
 
 
 def until(page: Page, expression: str) -> None:
-    limit = time.monotonic() + 20
+    limit = time.monotonic() + 120  # others may need the machine
     while not page.evaluate(expression):
         assert time.monotonic() < limit, (expression, page.complaints())
         time.sleep(0.02)
