@@ -1,8 +1,22 @@
-"""``python -m edge_memllm``: the command line, where its script is not on the path."""
+"""``edge-memllm`` and ``python -m edge_memllm``: the command line.
+
+Loading it takes a part of a second, in which Ctrl-C ends it as quietly as later.
+"""
 
 import sys
 
-from edge_memllm.cli.main import main
+_INTERRUPTED = 130  # as in `edge_memllm.cli.main`, which is what is not loaded then
+
+
+def main() -> int:
+    """Run the command line, and return its exit code."""
+    try:
+        from edge_memllm.cli.main import main as run
+    except KeyboardInterrupt:
+        sys.stderr.write("\n")
+        return _INTERRUPTED
+    return run()
+
 
 if __name__ == "__main__":
     sys.exit(main())

@@ -108,6 +108,11 @@ class TaskOptions:
     ] = None
 
 
+def begins_anew(_: object) -> str:
+    """Say what Ctrl-C leaves of a command that keeps nothing before its end."""
+    return "Stopped before its end. The same command begins anew."
+
+
 @dataclass(frozen=True)
 class Command(Generic[Asked]):
     """What may be asked of a command, what it does then, and what its help says."""
@@ -116,7 +121,7 @@ class Command(Generic[Asked]):
     execute: Callable[[Asked], int]
     description: str
     examples: str
-    interrupted: Callable[[Asked], str] | None = None  # what Ctrl-C leaves, and how to go on
+    interrupted: Callable[[Asked], str] = begins_anew  # by Ctrl-C, and how to go on
 
     def add_to(self, parser: argparse.ArgumentParser) -> None:
         """Make a parser that of this command; `execute` of what it parses does the work."""
@@ -130,8 +135,7 @@ class Command(Generic[Asked]):
         try:
             return self.execute(asked)
         except KeyboardInterrupt as error:
-            if self.interrupted is not None:
-                error.add_note(self.interrupted(asked))
+            error.add_note(self.interrupted(asked))
             raise
 
     def asked(self, arguments: argparse.Namespace) -> Asked:

@@ -16,10 +16,13 @@ import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from types import ModuleType
 
 import httpx
 import pytest
 
+from edge_memllm.__main__ import main as launch
+from edge_memllm.cli.main import EXIT_INTERRUPTED
 from edge_memllm.process import interrupts
 from support.checkpoints import MakeArtifact
 
@@ -82,6 +85,58 @@ def end(process: subprocess.Popen[str], number: int) -> float:
     process.send_signal(number)
     process.wait(5)
     return time.monotonic() - start
+
+
+_WAIT = """
+import sys, time
+from edge_memllm.cli.main import main
+from edge_memllm_runtimes.ort import OrtRuntime
+
+def wait(*_, **__):
+    print("hangs", file=sys.stderr, flush=True)
+    time.sleep(600)
+
+OrtRuntime.step = wait
+sys.exit(main(sys.argv[1:]))
+"""
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["run", "{}", "--prompt", "x"], "Stopped: the text so far is all there is."),
+        (["eval", "{}", "--text", "{text}"], "Stopped before its end. The same command begins"),
+    ],
+    ids=["run", "eval"],
+)
+def test_one_ctrl_c_ends_a_command_and_says_what_is_left(
+    make_artifact: MakeArtifact, tmp_path: Path, words: list[str], said: str
+) -> None:
+    (text := tmp_path / "text.txt").write_text("A text. " * 40)
+    filled = [each.format(make_artifact(), text=text) for each in words]
+    command = [sys.executable, "-c", _WAIT, *filled, "--threads", "1"]
+    with subprocess.Popen(command, stderr=subprocess.PIPE, text=True) as process:
+        try:
+            wait_for_hang(process)
+            process.send_signal(signal.SIGINT)
+            _, errors = process.communicate(timeout=120)
+        finally:
+            process.kill()
+    assert process.returncode == 130
+    assert said in errors
+    assert "Traceback" not in errors
+
+
+def test_ctrl_c_while_the_command_line_is_loaded_is_quiet(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    class Interrupted(ModuleType):
+        def __getattr__(self, name: str) -> object:
+            raise KeyboardInterrupt
+
+    monkeypatch.setitem(sys.modules, "edge_memllm.cli.main", Interrupted("main"))
+    assert launch() == EXIT_INTERRUPTED
+    assert capsys.readouterr().err == "\n"
 
 
 @hangs
