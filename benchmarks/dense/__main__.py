@@ -2,6 +2,7 @@
 
 python -m benchmarks.dense control MODEL --text TEXT --runs RUNS     students with rows and without
 python -m benchmarks.dense retrofit MODEL --text TEXT --runs RUNS    rows added, beside LoRA
+python -m benchmarks.dense first MODEL --text TEXT --runs RUNS    only the first layer in a table
 python -m benchmarks.dense page [--check]       the pages of docs/results, of what is stored there
 
 MODEL is the folder of a dense checkpoint of transformers; ``python -m benchmarks.dense folder FILE
@@ -21,7 +22,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from benchmarks.dense.page import CONTROL, RETROFIT, write_page
+from benchmarks.dense.page import write_page
+from benchmarks.dense.page_parts import CONTROL, FIRST, RETROFIT
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -36,14 +38,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     folder = commands.add_parser("folder")
     folder.add_argument("file", type=Path)
     folder.add_argument("model", type=Path)
-    for name, stored in (("control", CONTROL), ("retrofit", RETROFIT)):
+    for name, stored in (("control", CONTROL), ("retrofit", RETROFIT), ("first", FIRST)):
         each = commands.add_parser(name)
         each.add_argument("model", type=Path)
         each.add_argument("--text", type=Path, nargs="+", required=True)
         each.add_argument("--runs", type=Path, required=True)
         each.add_argument("--out", type=Path, default=stored)
         each.add_argument("--threads", type=int, default=1)
-        each.add_argument("--only", help="one student, or one kind of what is added")
+        each.add_argument("--only", help="one student, kind of what is added, or replacement")
         each.add_argument(
             "--set", action="append", default=[], metavar="NAME=NUMBER", help="a field of its Size"
         )
@@ -73,6 +75,11 @@ def _measured(arguments: argparse.Namespace) -> dict[str, Any]:
 
         size = _sized(control.Size, arguments.set)
         return control.control(*given, size, arguments.only)
+    if arguments.command == "first":
+        from benchmarks.dense import first_layer
+
+        size = _sized(first_layer.Size, arguments.set)
+        return first_layer.first_layer(*given, size, arguments.only)
     from benchmarks.dense import retrofit
 
     size = _sized(retrofit.Size, arguments.set)

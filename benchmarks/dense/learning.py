@@ -21,6 +21,7 @@ from torch import nn
 from torch.nn import functional
 
 _BETAS, _EPSILON = (0.9, 0.95), 1e-8
+LORA_SCALE = 2.0
 _FLOOR = 0.1  # of the learning rate, where the cosine ends
 
 
@@ -170,7 +171,7 @@ def add_low_rank(network: Any, rank: int, seed: int = 0) -> dict[str, nn.Paramet
     linear = [(n, m) for n, m in layers.named_modules() if isinstance(m, nn.Linear)]
     for name, module in linear:
         parent, _, last = name.rpartition(".")
-        setattr(layers.get_submodule(parent), last, LowRank(module, rank, scale=2.0))
+        setattr(layers.get_submodule(parent), last, LowRank(module, rank, LORA_SCALE))
     return {n: p for n, p in layers.named_parameters() if n.endswith((".up", ".down"))}
 
 

@@ -2,25 +2,31 @@
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
 
+from benchmarks.dense.first_page import first_page
+from benchmarks.dense.page_parts import (
+    CONTROL,
+    FIRST,
+    FOLDER_COMMAND,
+    LAYERS,
+    MODEL,
+    RESULTS,
+    RETROFIT,
+    Stored,
+    gap_words,
+    is_beyond,
+    made_of,
+    stored,
+)
 from benchmarks.generated import write_files
 from benchmarks.paper.layout import MISSING, console, table
 from edge_memllm.svg import Line, line_chart
 
-_RESULTS = Path(__file__).resolve().parents[2] / "docs" / "results"
-LAYERS = _RESULTS / "layers.json"
-CONTROL = _RESULTS / "conversion-control.json"
-RETROFIT = _RESULTS / "retrofit.json"
-_PICTURE = _RESULTS.parent / "images" / "layers.svg"
+_PICTURE = RESULTS.parent / "images" / "layers.svg"
 _TABLE_FROM = 0.9  # of a layer, explained by rows: here it is called a table
-_MODEL = "SmolLM2-135M-Instruct"
-
-Stored = Mapping[str, Any]
 
 
 def write_page(*, check: bool) -> int:
@@ -28,11 +34,11 @@ def write_page(*, check: bool) -> int:
     return write_files(page_files(), "python -m benchmarks.dense page", check=check)
 
 
-def page_files(folder: Path = _RESULTS) -> dict[Path, str]:
+def page_files(folder: Path = RESULTS) -> dict[Path, str]:
     """Return the text of every file by its path; a page whose figures are not there is left out."""
     made: dict[Path, str] = {}
-    layers, control, retrofit = (
-        _stored(folder / each.name) for each in (LAYERS, CONTROL, RETROFIT)
+    layers, control, retrofit, first = (
+        stored(folder / each.name) for each in (LAYERS, CONTROL, RETROFIT, FIRST)
     )
     if layers is not None:
         made[LAYERS.with_suffix(".md")] = layers_page(layers)
@@ -41,18 +47,9 @@ def page_files(folder: Path = _RESULTS) -> dict[Path, str]:
         made[CONTROL.with_suffix(".md")] = control_page(control)
     if retrofit is not None:
         made[RETROFIT.with_suffix(".md")] = retrofit_page(retrofit)
+    if first is not None:
+        made[FIRST.with_suffix(".md")] = first_page(first)
     return made
-
-
-def _stored(file: Path) -> Stored | None:
-    if not file.exists():
-        return None
-    found: Stored = json.loads(file.read_text("utf-8"))
-    return found
-
-
-def _made_of(file: Path) -> str:
-    return f"Made by `python -m benchmarks.dense page` of `{file.name}`; edit neither."
 
 
 def layers_page(found: Stored) -> str:
@@ -74,8 +71,8 @@ def layers_page(found: Stored) -> str:
         "\n\n".join(
             [
                 "# Which feed-forward layers are tables?",
-                _made_of(LAYERS),
-                _LAYERS_QUESTION.format(model=_MODEL),
+                made_of(LAYERS),
+                _LAYERS_QUESTION.format(model=MODEL),
                 console(_LAYERS_COMMAND),
                 _layers_verdict(layers),
                 "![R2 and damage, layer by layer](../images/layers.svg)",
@@ -180,16 +177,8 @@ def layers_picture(found: Stored) -> str:
     across = [(float(n), str(n)) for n in range(0, len(layers), 5)]
     names = ("layer", "R2, and nats of damage")
     return line_chart(
-        f"{_MODEL}, layer by layer", names, lines, logarithmic=True, across=across, alone=True
+        f"{MODEL}, layer by layer", names, lines, logarithmic=True, across=across, alone=True
     )
-
-
-def _gap(gap: Stored) -> str:
-    return f"{gap['mean']:+.3f} ({gap['low']:+.3f} to {gap['high']:+.3f})"
-
-
-def _beyond(gap: Stored) -> bool:
-    return bool(gap["low"] > 0 or gap["high"] < 0)
 
 
 def control_page(found: Stored) -> str:
@@ -203,10 +192,10 @@ def control_page(found: Stored) -> str:
                 [
                     f"{words}, {stage}",
                     f"{math.exp(each['loss']):.2f}",
-                    _gap(each["difference"]),
+                    gap_words(each["difference"]),
                     ""
                     if name == "control"
-                    else _gap(found[stage]["rows against control"]["difference"]),
+                    else gap_words(found[stage]["rows against control"]["difference"]),
                 ]
             )
     head = ["network", "perplexity", "nats above the dense model", "against the control"]
@@ -214,12 +203,12 @@ def control_page(found: Stored) -> str:
         "\n\n".join(
             [
                 "# Does converting pay? Rows against their control",
-                _made_of(CONTROL),
+                made_of(CONTROL),
                 _control_verdict(found),
                 table(head, rows),
                 "In brackets: 95 % of resampled held-out documents.",
                 _CONTROL_METHOD.format(
-                    model=_MODEL,
+                    model=MODEL,
                     neurons=model["neurons"],
                     width=model["width"],
                     layers=model["layers"],
@@ -234,14 +223,13 @@ def control_page(found: Stored) -> str:
                     length=size["length"],
                     documents=found["dense"]["difference"]["documents"],
                 ),
-                console(_CONTROL_FOLDER, _CONTROL_COMMAND + _steps(found["steps"])),
+                console(FOLDER_COMMAND, _CONTROL_COMMAND + _steps(found["steps"])),
             ]
         )
         + "\n"
     )
 
 
-_CONTROL_FOLDER = "python -m benchmarks.dense folder SmolLM2-135M-Instruct.Q4_1.gguf MODEL"
 _CONTROL_COMMAND = (
     "python -m benchmarks.dense control MODEL --text enwiki-slice/train.txt eltec-eng/train.txt "
     "--runs RUNS"
@@ -288,10 +276,10 @@ def _control_verdict(found: Stored) -> str:
     )
 
     def words(each: Stored) -> str:
-        if not _beyond(each):
-            return f"make no difference that can be told ({_gap(each)} nats)"
+        if not is_beyond(each):
+            return f"make no difference that can be told ({gap_words(each)} nats)"
         kind = "help" if each["mean"] < 0 else "hurt"
-        return f"{kind} ({_gap(each)} nats)"
+        return f"{kind} ({gap_words(each)} nats)"
 
     return (
         f"Before any training rows {words(fitted)}; after {found['tokens']:,} tokens of "
@@ -315,17 +303,19 @@ def retrofit_page(found: Stored) -> str:
         for name, each in found[kind].items():
             if _judged(each):
                 part = words if name == "all" else f"{words}: {name}"
-                rows.append([part, f"{math.exp(each['loss']):.2f}", _gap(each["against_nothing"])])
+                rows.append(
+                    [part, f"{math.exp(each['loss']):.2f}", gap_words(each["against_nothing"])]
+                )
     return (
         "\n\n".join(
             [
                 "# Rows added to a frozen model",
-                _made_of(RETROFIT),
+                made_of(RETROFIT),
                 _retrofit_verdict(found),
                 table(head, rows),
                 "In brackets: 95 % of resampled held-out novels.",
                 _RETROFIT_METHOD.format(
-                    model=_MODEL,
+                    model=MODEL,
                     learned=found["documents"]["learned"],
                     held_out=found["documents"]["held_out"],
                     tokens=f"{found['learned_tokens']:,}",
@@ -336,7 +326,7 @@ def retrofit_page(found: Stored) -> str:
                     length=size["length"],
                     rates=_rates(found),
                 ),
-                console(_CONTROL_FOLDER, _RETROFIT_COMMAND),
+                console(FOLDER_COMMAND, _RETROFIT_COMMAND),
             ]
         )
         + "\n"
@@ -354,7 +344,7 @@ something beside it.
   what a table could hold, at no cost of memory. *first token alone* is the row of the token that
   begins each window, which every later position can attend to: a prefix that was learned, and not
   what a token of the text knows.
-- *LoRA*: rank {rank} beside every matrix of every layer.
+- *LoRA*: rank {rank} beside every matrix of every layer, in memory and computed for each token.
 - *Learned* from {tokens} tokens of {learned} novels, {batch} a step, one pass, Adam, the same text
   in the same order.
 - *Judged* on {windows} windows of {length} tokens of {held_out} other novels. Windows of both
@@ -377,33 +367,44 @@ def _rates(found: Stored) -> str:
 def _retrofit_verdict(found: Stored) -> str:
     gaps = {name: each["against_nothing"] for name, each in found["rows"].items() if _judged(each)}
     rows, lora = gaps["all"], found.get("lora", {}).get("all", {}).get("against_nothing")
-    helps = _beyond(rows) and rows["mean"] < 0
+    helps = is_beyond(rows) and rows["mean"] < 0
     best = min(gaps, key=lambda name: gaps[name]["mean"])
     own = (
-        f"With a part of them alone the best are those of {best}: {_gap(gaps[best])}, chosen on "
-        "the text that judges them. "
+        f"With a part of them alone the best are those of {best}: {gap_words(gaps[best])}, chosen "
+        "on the text that judges them. "
         if best != "all"
         else ""
     )
     return (
         f"Against nothing rows {'help' if helps else 'make no difference that can be told'}: "
-        f"{_gap(rows)} nats. {own}The row of the first token by itself, which is a prefix that was "
-        f"learned, gives {_gap(gaps['first token alone'])}; all others without it "
-        f"{_gap(gaps['without the first token'])}. {_against_lora(rows, lora, helps=helps)}"
+        f"{gap_words(rows)} nats. {own}The row of the first token by itself, which is a prefix "
+        f"that was learned, gives {gap_words(gaps['first token alone'])}; all others without it "
+        f"{gap_words(gaps['without the first token'])}. "
+        f"{_against_lora(lora, found.get('rows_against_lora'), helps=helps)}"
     )
 
 
-def _against_lora(rows: Stored, lora: Stored | None, *, helps: bool) -> str:
-    if lora is None:
+def _against_lora(lora: Stored | None, gaps: Stored | None, *, helps: bool) -> str:
+    if lora is None or gaps is None:
         return (
             "LoRA of as many tokens was not measured yet. **The verdict: not a yes.** No rows are "
             "plugged in before they were held against it."
         )
-    if helps and rows["mean"] < lora["mean"]:
+    whole, chosen = gaps["all"], gaps["chosen elsewhere"]
+    told = [is_beyond(gap) and (1 if gap["mean"] > 0 else -1) for gap in (whole, chosen)]
+    if 1 in told:
+        verdict = "no.** LoRA learns more of so little text, so no such rows are plugged in."
+    elif not helps:
+        verdict = "no.** What does not help is not plugged in."
+    elif told == [-1, -1]:
         verdict = "yes, at this budget.**"
     else:
-        verdict = "no.** LoRA learns more of so little text, so no such rows are plugged in."
-    return f"LoRA of as many tokens: {_gap(lora)}. **The verdict: {verdict}"
+        verdict = "cannot be told from LoRA.** Not a yes, so no such rows are plugged in."
+    return (
+        f"LoRA of as many tokens: {gap_words(lora)}; rows against it, on the same windows: "
+        f"{gap_words(whole)}. Both with all layers or the third of them that is best on the other "
+        f"novels, for each novel anew: {gap_words(chosen)}. **The verdict: {verdict}"
+    )
 
 
 def _judged(found: object) -> bool:

@@ -10,17 +10,27 @@ from typing import Any
 
 import torch
 
-from benchmarks.dense.judging import difference, window_losses
+from benchmarks.dense.judging import Difference, difference, window_losses
 from benchmarks.dense.kept import kept
-from benchmarks.dense.learning import Adam, Plan, Rows, add_low_rank, learn
+from benchmarks.dense.learning import (
+    LORA_SCALE,
+    Adam,
+    LowRank,
+    Plan,
+    Rows,
+    add_low_rank,
+    learn,
+)
 from benchmarks.dense.texts import Windows, cut_windows, read_documents, two_sides
 from benchmarks.environment import environment
 from edge_memllm.modeling.conversion import dense_network
 from edge_memllm.modeling.data import read_tokenizer
 from edge_memllm.modeling.trainer import next_token_loss
 
-RATES = {"rows": (3e-3, 1e-2, 3e-2, 1e-1), "lora": (1e-3, 3e-3, 1e-2)}
+RATES = {"rows": (3e-3, 1e-2, 3e-2, 1e-1), "lora": (1e-3, 3e-3, 1e-2, 3e-2)}
 _SEARCH_STEPS = 8
+WHOLE = "all"
+THIRDS = ("first third of the layers", "middle third", "last third")
 
 
 @dataclass(frozen=True)
@@ -50,6 +60,10 @@ class RowLearner:
         moments = dict(state)
         self.rows.weight = moments.pop("weight")
         self.adam.state = moments
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Add rows behind these layers alone."""
+        self.rows.layers = set(layers)
 
     def step(self, ids: torch.Tensor, rate: float) -> float:
         """Learn from windows [B, T]; the loss before."""
@@ -84,6 +98,15 @@ class LowRankLearner:
         for name, weight in self.weights.items():
             weight.data.copy_(moments.pop(f"weight.{name}"))
         self.adam.state = moments
+
+    def keep(self, layers: Sequence[int]) -> None:
+        """Leave what was learned out of all other layers."""
+        for number, layer in enumerate(self.network.model.layers):
+            for module in layer.modules():
+                if isinstance(module, LowRank) and number not in layers:
+                    module.scale = 0.0
+                elif isinstance(module, LowRank):
+                    module.scale = LORA_SCALE
 
     def step(self, ids: torch.Tensor, rate: float) -> float:
         """Learn from windows [B, T]; the loss before."""
@@ -158,15 +181,38 @@ class _Bench:
             "row_tokens": len(self.tokens),
             "base": self._summary(base, base),
         }
+        made: dict[str, dict[str, list[float]]] = {}
         for kind in kinds:
             rate, search = self._searched(kind)
             losses = kept(self.runs, f"{kind}-final", partial(self._final, kind, rate, steps))
+            made[kind] = losses
             found[kind] = {
                 "rate": rate,
                 "search": search,
                 **{name: self._summary(each, base) for name, each in losses.items()},
             }
+        if {"rows", "lora"} <= made.keys():
+            chosen = {kind: self._chosen(losses) for kind, losses in made.items()}
+            found["chosen_elsewhere"] = {
+                kind: self._summary(each, base) for kind, each in chosen.items()
+            }
+            found["rows_against_lora"] = {
+                WHOLE: asdict(self._gap(made["rows"][WHOLE], made["lora"][WHOLE])),
+                "chosen elsewhere": asdict(self._gap(chosen["rows"], chosen["lora"])),
+            }
         return found
+
+    def _chosen(self, losses: Mapping[str, Sequence[float]]) -> list[float]:
+        """Losses of all layers or a third: for each document what is best on all others."""
+        assert self.sides.held_out is not None
+        names = (WHOLE, *THIRDS)
+        tried = torch.tensor([losses[name] for name in names])
+        document, found = self.sides.held_out.document, torch.zeros(tried.shape[1])
+        for number in document.unique():
+            own = document == number
+            best = int(tried[:, ~own].mean(dim=1).argmin())
+            found[own] = tried[best, own]
+        return found.tolist()
 
     def _base(self) -> list[float]:
         return self._judged(partial(_logits, dense_network(self.model)))
@@ -196,13 +242,13 @@ class _Bench:
         learner = self._learner(kind)
         plan = Plan(steps, self.size.batch, rate)
         learn(learner, self.sides.learned.ids, plan, self.runs / f"{kind}-{rate:g}")
-        found = {"all": self._judged(learner.logits)}
+        found = {WHOLE: self._judged(learner.logits)}
         if isinstance(learner, RowLearner):
-            found |= self._parts(learner)
-        return found
+            found |= self._tokens(learner)
+        return found | self._thirds(learner)
 
-    def _parts(self, learner: RowLearner) -> dict[str, list[float]]:
-        """Losses with a part of the rows alone: by token, and by layer."""
+    def _tokens(self, learner: RowLearner) -> dict[str, list[float]]:
+        """Losses with the rows of some tokens alone."""
         rows, found = learner.rows, {}
         whole, first = rows.weight, int(rows.place[self.sides.learned.ids[0, 0]])
         only, without = torch.zeros_like(whole), whole.clone()
@@ -211,14 +257,19 @@ class _Bench:
             rows.weight = weight
             found[name] = self._judged(learner.logits)
         rows.weight = whole
+        return found
+
+    def _thirds(self, learner: RowLearner | LowRankLearner) -> dict[str, list[float]]:
+        """Losses with what was learned for some layers alone."""
+        found = {}
         layers = int(learner.network.config.num_hidden_layers)
         third = max(1, layers // 3)
-        for name, part in {
-            "first third of the layers": range(third),
-            "middle third": range(third, 2 * third),
-            "last third": range(2 * third, layers),
-        }.items():
-            rows.layers = set(part)
+        for name, part in zip(
+            THIRDS,
+            (range(third), range(third, 2 * third), range(2 * third, layers)),
+            strict=True,
+        ):
+            learner.keep(part)
             found[name] = self._judged(learner.logits)
         return found
 
@@ -227,6 +278,9 @@ class _Bench:
         return window_losses(logits, self.sides.held_out).tolist()
 
     def _summary(self, losses: Sequence[float], base: Sequence[float]) -> dict[str, Any]:
-        assert self.sides.held_out is not None
-        gap = difference(losses, base, self.sides.held_out.document.tolist())
+        gap = self._gap(losses, base)
         return {"loss": sum(losses) / len(losses), "against_nothing": asdict(gap)}
+
+    def _gap(self, losses: Sequence[float], others: Sequence[float]) -> Difference:
+        assert self.sides.held_out is not None
+        return difference(losses, others, self.sides.held_out.document.tolist())

@@ -1,13 +1,16 @@
 """The paper in small: train, measure the runs, store the figures, write the page from them.
 
     python -m benchmarks.paper train RUNS --data DATA [--steps 2100] [--seeds 1,2,3]
+    python -m benchmarks.paper texts DATA TEXTS
+    python -m benchmarks.paper train RUNS --data TEXTS --narrow [--seeds 1,2]
     python -m benchmarks.paper measure RUNS --data DATA [--only gain,drop]
     python -m benchmarks.paper decode --preset 250m --artifacts FOLDER --cache cold
     python -m benchmarks.paper page [--check]
 
 RUNS holds finished runs as NAME-sSEED, longer ones as NAME-long-sSEED. Only what is missing is
 trained or measured, so the same command is given again: trainings go on where they were stopped.
-DATA holds the texts and tasks of benchmarks/paper/judging.py.
+DATA holds the texts and tasks of benchmarks/paper/judging.py, TEXTS fewer to learn from and more to
+judge by; narrow runs, NAME-narrow-sSEED, are trained and measured with those.
 """
 
 from __future__ import annotations
@@ -36,8 +39,12 @@ def _measure(arguments: argparse.Namespace, more: list[str]) -> Iterator[str]:
         from benchmarks.paper.training import Length, train_runs
 
         seeds = [int(seed) for seed in arguments.seeds.split(",")]
-        length = Length(arguments.steps)
+        length = Length(arguments.steps, narrow=arguments.narrow)
         return train_runs(arguments.runs, arguments.data, length, seeds)
+    if arguments.command == "texts":
+        from benchmarks.paper.texts import write_texts
+
+        return write_texts(arguments.data, arguments.out)
     if arguments.command == "decode":
         from benchmarks.paper.measure import measure_decoding
 
@@ -59,8 +66,13 @@ def _parser() -> argparse.ArgumentParser:
     train = commands.add_parser("train", help="train what is not finished, or go on with it")
     train.add_argument("runs", type=Path)
     train.add_argument("--data", type=Path, required=True)
-    train.add_argument("--steps", type=int, help="longer trainings, in runs of their own names")
+    kind = train.add_mutually_exclusive_group()
+    kind.add_argument("--steps", type=int, help="longer trainings, in runs of their own names")
+    kind.add_argument("--narrow", action="store_true", help="all models, narrower, at one budget")
     train.add_argument("--seeds", default="1", help="with commas between them")
+    texts = commands.add_parser("texts", help="write the texts of narrow runs")
+    texts.add_argument("data", type=Path)
+    texts.add_argument("out", type=Path)
     measure = commands.add_parser("measure", help="judge trained runs, store the figures")
     measure.add_argument("runs", type=Path)
     measure.add_argument("--data", type=Path, required=True)

@@ -7,6 +7,7 @@ training; of each task the first items are taken.
 from __future__ import annotations
 
 import hashlib
+import re
 import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -35,6 +36,7 @@ TEXTS = {
 # Of the kinds that were trained on: what figures over all texts mean.
 TRAINED = ("Wikipedia", "novels")
 TOGETHER = "together"
+_TITLE = re.compile(r"^(?== .+ =$)", re.MULTILINE)
 
 
 @dataclass(frozen=True)
@@ -56,6 +58,11 @@ TASKS = {
 }
 
 
+def titled_documents(path: Path) -> list[str]:
+    """Return every document of a file, each with the title line that opens it."""
+    return [part for part in _TITLE.split(path.read_text("utf-8")) if part.strip()]
+
+
 @dataclass(frozen=True)
 class Judge:
     """The folder with all texts and tasks, and how much of a text is read."""
@@ -63,8 +70,10 @@ class Judge:
     data: Path
     threads: int = 1
 
-    def settings(self, texts: tuple[str, ...], characters: int, *, tasks: bool) -> dict[str, Any]:
-        """Return what the figures depend on, besides the model."""
+    def settings(
+        self, texts: tuple[str, ...], characters: int | None, *, tasks: bool
+    ) -> dict[str, Any]:
+        """Return what the figures depend on, besides the model; no `characters` are all of them."""
         found: dict[str, Any] = {"characters": characters, "texts": {}}
         for name in texts:
             content = (self.data / TEXTS[name]).read_bytes()
@@ -105,6 +114,23 @@ class Judge:
             }
             for name, each in {**found, TOGETHER: together}.items()
         }
+
+    def documents(
+        self, model: Predictor, run: Run, names: tuple[str, ...]
+    ) -> dict[str, dict[str, Any]]:
+        """Return nats and tokens of each document of whole texts, and the bytes of all of them."""
+        found = {}
+        for name in names:
+            parts = [
+                measure_perplexity(model, text, context=run.context, stride=run.context // 2)
+                for text in titled_documents(self.data / TEXTS[name])
+            ]
+            found[name] = {
+                "nll": [round(each.nll, 3) for each in parts],
+                "tokens": [each.tokens for each in parts],
+                "bytes": sum(each.bytes for each in parts),
+            }
+        return found
 
     def tasks(
         self, model: Predictor, memory_gain: list[float] | None = None

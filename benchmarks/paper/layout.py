@@ -18,6 +18,7 @@ VARIANTS = {
     "base-active-flex-3": "Base, Flex-3's active",
     "base-active": "Base, MemoryLLM's active",
 }
+ATTENTION_ONLY = "attention-only"
 # At equal total parameters, as the paper orders them by quality.
 FAMILY = ("base", "flex-3", "flex-2", "flex-1", "memoryllm")
 # The same colour for a model in all pictures.
@@ -29,6 +30,7 @@ COLOUR = {
     "memoryllm": 1,
     "base-active-flex-3": 7,
     "base-active": 3,
+    ATTENTION_ONLY: 5,
     "paper": 11,
 }
 

@@ -20,6 +20,7 @@ from typing import Any
 import numpy as np
 
 from benchmarks.paper.judging import TRAINED, Judge, opened
+from benchmarks.paper.one_budget import KIND
 from benchmarks.paper.runs import Run, read_runs, scaled_compute
 from benchmarks.paper.store import FOLDER, Results
 from edge_memllm.cli.analysis.bench import make_synthetic
@@ -52,18 +53,7 @@ def perplexity(run: Run, judge: Judge) -> Figures:
     """Perplexity of every text, and the losses that the training recorded."""
     with opened(run.path, judge.threads) as model:
         texts = judge.texts(model, run, _ALL_TEXTS, _CHARACTERS)
-    settings = run.training["recipe"]["training"]
-    history = [each for each in run.training["history"] if "loss" in each]
-    return {
-        "texts": texts,
-        "training": {
-            "tokens": [each["tokens"] for each in history],
-            "loss": [round(each["loss"], 4) for each in history],
-            "settings": {name: settings[name] for name in ("steps", "warmup_steps")},
-        },
-        "tokens_seen": run.training["tokens_seen"],
-        "valid_loss": run.training.get("valid_loss"),
-    }
+    return {"texts": texts, **_training(run), "valid_loss": run.training.get("valid_loss")}
 
 
 def gain(run: Run, judge: Judge) -> Figures:
@@ -146,6 +136,27 @@ def _singular_values(model: Model) -> list[list[float]]:
     return found
 
 
+def documents(run: Run, judge: Judge) -> Figures:
+    """Nats of every held-out document, of all of the text; and the losses of the training."""
+    with opened(run.path, judge.threads) as model:
+        found = judge.documents(model, run, TRAINED)
+    return {"documents": found, **_training(run)}
+
+
+def _training(run: Run) -> Figures:
+    """What the training recorded."""
+    settings = run.training["recipe"]["training"]
+    history = [each for each in run.training["history"] if "loss" in each]
+    return {
+        "training": {
+            "tokens": [each["tokens"] for each in history],
+            "loss": [round(each["loss"], 4) for each in history],
+            "settings": {name: settings[name] for name in ("steps", "warmup_steps")},
+        },
+        "tokens_seen": run.training["tokens_seen"],
+    }
+
+
 def _texts(judge: Judge, *, tasks: bool = False) -> Figures:
     return judge.settings(TRAINED, _SWEPT_CHARACTERS, tasks=tasks)
 
@@ -158,9 +169,15 @@ _MEMORY = ("flex-3", "flex-2", "flex-1", "memoryllm")
 MEASUREMENTS = (
     Measurement(
         "perplexity",
-        lambda run: True,
+        lambda run: not run.variant.endswith(KIND),
         lambda judge: judge.settings(_ALL_TEXTS, _CHARACTERS, tasks=False),
         perplexity,
+    ),
+    Measurement(
+        "documents",
+        lambda run: run.variant.endswith(KIND),
+        lambda judge: judge.settings(TRAINED, None, tasks=False),
+        documents,
     ),
     Measurement("drop", _first_seed_of("base", *_MEMORY), _texts, drop),
     Measurement(

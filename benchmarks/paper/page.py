@@ -18,6 +18,7 @@ from benchmarks.paper.layout import (
     console,
     table,
 )
+from benchmarks.paper.one_budget import one_budget_section
 from benchmarks.paper.quality import ablations_section, longer_section, quality_section
 from benchmarks.paper.store import FOLDER, Results
 from benchmarks.paper.sweeps import (
@@ -75,11 +76,12 @@ def page_files(folder: Path = FOLDER) -> Mapping[Path, str]:
     """Return the text of every file by its path, from the stored figures of a folder."""
     stored = {
         name: Results(name, folder).all()
-        for name in ("perplexity", "gain", "drop", "bits", "rank", "decode")
+        for name in ("perplexity", "documents", "gain", "drop", "bits", "rank", "decode")
     }
     parts = [
         quality_section(stored["perplexity"]),
         longer_section(stored["perplexity"]),
+        one_budget_section(stored["documents"], _tokens_each(stored["perplexity"])),
         gain_section(stored["gain"]),
         layers_section(stored["drop"]),
         bits_section(stored["bits"]),
@@ -123,6 +125,12 @@ def _shape(entries: Entries) -> str:
         f"{model['layers']} layers of width {model['width']}, a vocabulary of "
         f"{model['vocabulary']:,}, {tokens / 1e6:.1f} million tokens of Wikipedia and novels"
     )
+
+
+def _tokens_each(entries: Entries) -> float | None:
+    """Tokens for each layer parameter of Base in the first table."""
+    base = entries.get("base-s1")
+    return None if base is None else base["figures"]["tokens_seen"] / base["model"]["total"]
 
 
 def decode_section(entries: Entries) -> Section:

@@ -256,18 +256,19 @@ def _family_claims(samples: Samples) -> Iterator[Claim]:
 
 
 def _compared(samples: Samples, worse: str, better: str, where: str) -> Claim:
-    paper = f"{_name(better)} better than {_name(worse)} at {where}"
+    paper = f"{display_name(better)} better than {display_name(worse)} at {where}"
     if not {worse, better} <= samples.by_variant.keys():
         return Claim(paper, MISSING, "-")
     found, error = samples.difference(worse, better)
     nats = f"{found:+.4f} nats"
     if error is not None:
         nats = f"{found:+.4f} ± {error:.4f} nats, t = {found / error:+.1f}"
-    here = f"{_name(worse)} {math.expm1(found):+.1%} in perplexity ({nats})"
+    here = f"{display_name(worse)} {math.expm1(found):+.1%} in perplexity ({nats})"
     return Claim(paper, here, samples.is_larger(worse, better))
 
 
-def _name(variant: str) -> str:
+def display_name(variant: str) -> str:
+    """Return what claims call a model: Bases of other sizes are Base as well."""
     return "Base" if variant.startswith("base") else VARIANTS[variant]
 
 
@@ -318,8 +319,8 @@ The same models, data and settings with more steps, over which the learning rate
 each, so no noise is known at this length."""
 _NO_SINGLE_BUDGET = """\
 The smaller Bases of equal active size were not trained for longer: the paper's pattern, worse at
-equal total and better at equal active parameters, is found here half at one budget and half at
-another, and **at no single one**."""
+equal total and better at equal active parameters, is found at this width half at one budget and
+half at another. [All models at one budget](#one-budget-for-both-comparisons) are narrower."""
 _BASE_LEADS = "Base better than MemoryLLM at equal total parameters, trained for longer"
 
 

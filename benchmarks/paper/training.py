@@ -12,6 +12,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from benchmarks.paper import one_budget
 from benchmarks.paper.judging import TEXTS, TRAINED
 from benchmarks.paper.layout import VARIANTS
 from benchmarks.paper.quality import LONGER_KIND
@@ -21,18 +22,31 @@ _RECIPES = Path("examples") / "recipes"
 
 @dataclass(frozen=True)
 class Length:
-    """How long runs are; those of the recipes have no steps of their own, and no kind."""
+    """How long runs are; those of the recipes have no steps of their own, and no kind.
+
+    ``narrow`` runs are those of `one_budget`.
+    """
 
     steps: int | None = None
     warm_up: int = 100
+    narrow: bool = False
 
     @property
     def kind(self) -> str:
         """What follows the names of such runs."""
+        if self.narrow:
+            return one_budget.KIND
         return "" if self.steps is None else LONGER_KIND
 
-    def settings(self) -> list[str]:
+    @property
+    def variants(self) -> Sequence[str]:
+        """The models that are trained so."""
+        return one_budget.ORDER if self.narrow else tuple(VARIANTS)
+
+    def settings(self, variant: str) -> list[str]:
         """What the command line says of it."""
+        if self.narrow:
+            return one_budget.settings(variant)
         if self.steps is None:
             return []
         return [f"training.steps={self.steps}", f"training.warmup_steps={self.warm_up}"]
@@ -43,7 +57,7 @@ def train_runs(
     data: Path,
     length: Length,
     seeds: Sequence[int] = (1,),
-    variants: Sequence[str] = tuple(VARIANTS),
+    variants: Sequence[str] | None = None,
 ) -> Iterator[str]:
     """Train every model that is not finished in the folder ``runs``; a line for each.
 
@@ -51,7 +65,7 @@ def train_runs(
         subprocess.CalledProcessError: A training ended with an error, which it has shown.
     """
     for seed in seeds:
-        for variant in variants:
+        for variant in variants or length.variants:
             out = runs / f"{variant}{length.kind}-s{seed}"
             if (out / "model.safetensors").exists():
                 yield f"{out.name}: finished"
@@ -68,7 +82,7 @@ def training_words(variant: str, seed: int, out: Path, data: Path, length: Lengt
     settings = [
         f"training.seed={seed}",
         f'data.cache="{out.parent / "token-cache"}"',
-        *length.settings(),
+        *length.settings(variant),
     ]
     words = [sys.executable, "-m", "edge_memllm.cli.main", "train", _RECIPES / f"{variant}.toml"]
     words += ["--out", out, "--data", *learned, "--valid", *texts]

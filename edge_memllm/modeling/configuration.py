@@ -225,8 +225,8 @@ class MemoryLLMConfig(PreTrainedConfig):
 
     @property
     def has_compute(self) -> bool:
-        """Whether the layers own an FFN-C (all but MemoryLLM)."""
-        return self.beta > 0
+        """Whether the layers own an FFN-C (all but MemoryLLM, and attention by itself)."""
+        return self.beta > 0 and self.intermediate_size > 0
 
 
 @dataclass(frozen=True)

@@ -15,7 +15,7 @@ from benchmarks.dense.__main__ import main
 from benchmarks.dense.judging import difference, window_losses
 from benchmarks.dense.learning import Plan, Rows, learn
 from benchmarks.dense.students import Distilled, Shape, Student, fit
-from benchmarks.dense.texts import cut_windows, read_documents, two_sides
+from benchmarks.dense.texts import Windows, cut_windows, read_documents, two_sides
 from edge_memllm.modeling.conversion import dense_network
 from support.checkpoints import BOS, HIDDEN, LAYERS, MakeCheckpoint, raw_byte_tokenizer
 
@@ -191,6 +191,10 @@ def test_both_commands_measure_and_go_on(
     added = run("retrofit", model, text, tmp_path, *small, "tuning=4")
     assert added["base"]["against_nothing"]["mean"] == 0
     assert {"all", "first token alone", "last third"} < set(added["rows"])
+    assert {"all", "last third"} < set(added["lora"])
+    assert set(added["rows_against_lora"]) == {"all", "chosen elsewhere"}
+    chosen = added["chosen_elsewhere"]["rows"]["loss"]
+    assert chosen >= min(added["rows"][name]["loss"] for name in (retrofit.WHOLE, *retrofit.THIRDS))
     # What was done is not done again.
     monkeypatch.setattr(control, "learn", None)
     monkeypatch.setattr(retrofit, "learn", None)
@@ -219,3 +223,31 @@ def test_losses_are_those_of_the_network(make_checkpoint: MakeCheckpoint, text: 
     logits = network(input_ids=windows.ids[3:4], use_cache=False).logits[0, :-1]
     wanted = -logits.log_softmax(-1)[torch.arange(15), windows.ids[3, 1:]].mean()
     assert float(found[3]) == pytest.approx(float(wanted), abs=1e-5)
+
+
+def test_layers_that_are_left_out_add_nothing(make_checkpoint: MakeCheckpoint) -> None:
+    path, ids = make_checkpoint(beta=8), ids_of(4)
+    plain = dense_network(path)(input_ids=ids, use_cache=False).logits
+    for learner in (
+        retrofit.RowLearner(dense_network(path), ids.unique()),
+        retrofit.LowRankLearner(dense_network(path), 4),
+    ):
+        for _ in range(3):
+            learner.step(ids, 0.05)
+        learned = learner.logits(ids)
+        learner.keep([])
+        assert torch.equal(learner.logits(ids), plain)
+        learner.keep([0])
+        assert not torch.allclose(learner.logits(ids), learned)
+        learner.keep(range(LAYERS))
+        assert torch.equal(learner.logits(ids), learned)
+
+
+def test_what_is_chosen_for_a_document_is_not_chosen_by_it(tmp_path: Path) -> None:
+    windows = Windows(torch.zeros(4, 2, dtype=torch.long), torch.tensor([0, 0, 1, 1]))
+    bench = retrofit._Bench(
+        tmp_path, retrofit._Sides(windows, windows, windows), tmp_path, retrofit.Size()
+    )
+    losses = {name: [3.0] * 4 for name in (retrofit.WHOLE, *retrofit.THIRDS)}
+    losses["last third"] = [1.0, 1.0, 4.0, 4.0]
+    assert bench._chosen(losses) == [3.0, 3.0, 4.0, 4.0]

@@ -10,6 +10,7 @@ import pytest
 
 from benchmarks.dense import page
 from benchmarks.dense.__main__ import main
+from benchmarks.dense.first_page import first_page
 from support.documents import commands, parses, words_of
 
 
@@ -98,7 +99,7 @@ def test_rows_are_judged_against_their_control(rows: float, words: str) -> None:
     assert "was stopped after 4 of 8 steps" in page.control_page(short)
 
 
-def retrofit(rows: float, lora: float) -> dict[str, Any]:
+def retrofit(rows: float, lora: float, chosen: float = -0.1) -> dict[str, Any]:
     def judged(mean: float) -> dict[str, Any]:
         return {"loss": 3.0 + mean, "against_nothing": gap(mean)}
 
@@ -112,6 +113,10 @@ def retrofit(rows: float, lora: float) -> dict[str, Any]:
             **{name: judged(rows / 2) for name in parts},
         },
         "lora": {"rate": 0.001, "search": {"0.001": 2.9}, "all": judged(lora)},
+        "rows_against_lora": {
+            "all": gap(rows - lora),
+            "chosen elsewhere": gap(chosen),
+        },
         "size": {"rank": 8, "batch": 4, "length": 32, "held_out": 8},
         "documents": {"learned": 9, "held_out": 3},
         "learned_tokens": 1000,
@@ -125,11 +130,16 @@ def test_a_yes_needs_more_than_lora_and_more_than_nothing() -> None:
     assert "rows help: -0.300" in yes
     assert "yes, at this budget" in yes
     assert "**The verdict: no.**" in page._retrofit_verdict(retrofit(-0.1, -0.3))
+    assert "**The verdict: no.**" in page._retrofit_verdict(retrofit(-0.3, -0.1, 0.1))
+    once = page._retrofit_verdict(retrofit(-0.3, -0.1, 0.0))
+    assert "**The verdict: cannot be told from LoRA.**" in once
+    near = page._retrofit_verdict(retrofit(-0.3, -0.299))
+    assert "**The verdict: cannot be told from LoRA.**" in near
     alone = retrofit(-0.3, -0.1)
     del alone["lora"]
     assert "**The verdict: not a yes.**" in page._retrofit_verdict(alone)
     assert "| LoRA, rank 8 | not measured |" in page.retrofit_page(alone)
-    neither = page._retrofit_verdict(retrofit(0.01, 0.02))
+    neither = page._retrofit_verdict(retrofit(0.01, 0.2))
     assert "rows make no difference that can be told" in neither
     assert "**The verdict: no.**" in neither
 
@@ -138,3 +148,59 @@ def test_a_page_whose_figures_are_not_there_is_left_out(tmp_path: Path) -> None:
     assert page.page_files(tmp_path) == {}
     (tmp_path / page.CONTROL.name).write_text(json.dumps(control(0.1)))
     assert [path.name for path in page.page_files(tmp_path)] == ["conversion-control.md"]
+
+
+def first(lost: dict[str, Any], ratio: tuple[float, float] | None = None) -> dict[str, Any]:
+    found: dict[str, Any] = {
+        "dense": 3.0,
+        "documents": 20,
+        "seen": 0.9,
+        "tokens": {"learned": 1000, "judged": 500},
+        "size": {"narrow": 19, "wide": 57, "fitted": 2, "length": 32},
+        "model": {"width": 10, "neurons": 100, "vocabulary": 500, "parameters": 100_000},
+        "replacements": {
+            name: {"strength": 1.0, "difference": lost}
+            for name in ("table", "table and 19 neurons", "57 neurons", "nothing")
+        },
+    }
+    if ratio is not None:
+        side = {
+            "graph_bytes": 10_000_000,
+            "table_bytes": 10**6,
+            "table_bytes_read_per_token": 100,
+            "decode_tokens_per_second": 50.0,
+            "prefill_tokens_per_second": 500.0,
+            "threads": 1,
+        }
+        low, high = ratio
+        told = {"low": low, "high": high, "text": f"({low} to {high})"}
+        found["artifacts"] = {
+            "decode": told,
+            "prefill": told,
+            "rounds": 5,
+            "processor": "one",
+            "dense": side,
+            "table": side | {"graph_bytes": 9_000_000, "table_bytes": 3 * 10**6},
+        }
+    return found
+
+
+def test_what_one_layer_saves_is_said_beside_what_it_costs() -> None:
+    text = first_page(first(gap(0.1)))
+    assert "a table costs +0.100 (+0.080 to +0.120) nats" in text
+    assert "out of what is computed for each token" in text.replace("\n", " ")
+    assert "**3.0%**" in text
+    assert "was not measured" in text
+    assert "| table and 19 neurons | 22.20 | +0.100 (+0.080 to +0.120) | 570 | 5,000 |" in text
+    assert "| 57 neurons | 22.20 | +0.100 (+0.080 to +0.120) | 1,710 | 0 |" in text
+    assert "costs nothing that can be told" in first_page(first(gap(0.01)))
+
+
+@pytest.mark.parametrize(
+    ("ratio", "words"),
+    [((1.01, 1.03), "it decodes (1.01 to 1.03) as fast"), ((0.99, 1.03), "no faster that could")],
+)
+def test_a_speed_is_told_only_beyond_its_interval(ratio: tuple[float, float], words: str) -> None:
+    text = first_page(first(gap(0.1), ratio))
+    assert words in text
+    assert "its graph is 1.0 MB smaller and its table 2.0 MB larger" in text

@@ -19,7 +19,10 @@ from benchmarks.paper.measure import measure_runs
 from benchmarks.paper.runs import changes, read_runs, scaled_compute
 from benchmarks.paper.store import Results
 from benchmarks.paper.sweeps import rank_section
-from edge_memllm.modeling import MemoryLLMConfig
+from benchmarks.paper.texts import write_texts
+from edge_memllm.modeling import MemoryLLMConfig, parameter_counts
+from edge_memllm.modeling.recipe import Recipe
+from edge_memllm.modeling.training import model_config
 from support.checkpoints import MakeCheckpoint
 from support.documents import parses
 
@@ -160,3 +163,62 @@ def test_trainings_are_made_go_on_and_are_not_repeated(
     words = training.training_words("base", 2, runs / "base-s2", tmp_path, training.Length())
     assert parses(words[3:])
     assert not any("steps" in word for word in words)
+
+
+def test_narrow_trainings_are_of_all_models_at_one_budget(tmp_path: Path) -> None:
+    length = training.Length(narrow=True)
+    counts = {}
+    for variant in length.variants:
+        words = training.training_words(variant, 1, tmp_path / "runs" / variant, tmp_path, length)
+        assert parses(words[3:])
+        recipe = Recipe.load(Path(words[4]))
+        for place, word in enumerate(words):
+            if word == "--set":
+                recipe.override(words[place + 1])
+        counts[variant] = parameter_counts(model_config(recipe))
+    assert len({recipe.training.steps for _ in counts}) == 1
+    assert counts["attention-only"]["total"] == counts["memoryllm"]["active"]
+    for dense, sparse in (("base-active", "memoryllm"), ("base-active-flex-3", "flex-3")):
+        active = counts[sparse]["active"]
+        assert counts[dense]["total"] == pytest.approx(active, rel=0.01)
+
+
+def test_narrow_runs_are_judged_by_documents_and_others_are_not(
+    runs: Path, judge: Judge, tmp_path: Path
+) -> None:
+    for name in judging.TRAINED:
+        path = judge.data / judging.TEXTS[name]
+        path.write_text(f"= one =\n{WORDS}\n= two =\n{WORDS * 2}\n")
+    (runs / "base-s1").rename(runs / "base-narrow-s1")
+    done = list(measure_runs(runs, judge, ("perplexity", "documents"), tmp_path))
+    assert [line.partition(",")[0] for line in done] == [
+        "perplexity: memoryllm-s1",
+        "documents: base-narrow-s1",
+    ]
+    found = Results("documents", tmp_path).all()["base-narrow-s1"]["figures"]["documents"]
+    assert [len(found["novels"][name]) for name in ("nll", "tokens")] == [2, 2]
+    text = page.page_files(tmp_path)[page.PAGE]
+    assert "| attention only | - | - | - | not measured |" in text
+
+
+def test_novels_are_held_out_whole_and_sides_share_none(tmp_path: Path) -> None:
+    data, out = tmp_path / "data", tmp_path / "out"
+    for name, count in (("Wikipedia", 8), ("novels", 9)):
+        for side in ("train", "valid"):
+            path = (data / judging.TEXTS[name]).with_name(f"{side}.txt")
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text("".join(f"= {side} {n} =\n{WORDS}\n" for n in range(count)))
+    told = list(write_texts(data, out))
+    assert [line.partition(" documents")[0] for line in told] == [
+        "enwiki-slice/train.txt: 2",
+        "enwiki-slice/valid.txt: 8",
+        "eltec-eng/train.txt: 7",
+        "eltec-eng/valid.txt: 11",
+    ]
+    novels = out / judging.TEXTS["novels"]
+    learned, judged = (
+        {text.splitlines()[0] for text in judging.titled_documents(path)}
+        for path in (novels.with_name("train.txt"), novels)
+    )
+    assert "= train 3 =" in judged
+    assert not learned & judged

@@ -45,6 +45,7 @@ SHAPES: list[dict[str, Any]] = [
 ]
 DENSE: list[dict[str, Any]] = [
     {"beta": 8},
+    {"beta": 8, "intermediate_size": 0},
     {"beta": 8, "num_key_value_heads": 2, "tie_word_embeddings": True},
 ]
 CODECS = ("f32", "f16", "int8-g64", "int4-g32", "int4-g64")

@@ -32,6 +32,7 @@ FAMILY: list[dict[str, Any]] = [
     {"beta": 3, "memory_source": "both", "memory_norm": "shared"},
     {"beta": 0, "memory_sharing": "all_layers"},
     {"beta": 8, "num_key_value_heads": 2},
+    {"beta": 8, "intermediate_size": 0},
 ]
 FORMS = [("int4", "int8"), ("int4", "int4"), ("fp16", "f16"), ("int8", "int4-g64"), ("fp32", "f32")]
 

@@ -44,6 +44,7 @@ FAMILY: list[dict[str, Any]] = [
     {"beta": 3, "tie_word_embeddings": True},
     {"beta": 3},
     {"beta": 8, "num_key_value_heads": 1},
+    {"beta": 8, "intermediate_size": 0},
     {"beta": 0, "memory_norm": "shared"},
     {"beta": 0, "memory_source": "table"},
     {"beta": 3, "memory_source": "both", "memory_norm": "shared"},

@@ -48,6 +48,8 @@ class TestRecipe:
         for dense, sparse in (("base-active", "memoryllm"), ("base-active-flex-3", "flex-3")):
             active = counts[sparse]["active"]
             assert counts[dense]["active"] == pytest.approx(active, rel=0.01)
+        attention, memory = counts["attention-only"], counts["memoryllm"]
+        assert attention["total"] == attention["active"] == memory["active"]
 
     def test_include(self, tmp_path: Path) -> None:
         """What the included recipe says holds where the including one is silent."""
