@@ -22,6 +22,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.conversion_page import page, plot
+from benchmarks.dense.page_parts import CONTROL, FIRST, stored
 
 ROOT = Path(__file__).parents[1]
 RESULTS = ROOT / "docs" / "results" / "conversion.json"
@@ -52,7 +53,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def write_page(check: bool) -> int:
     results = json.loads(RESULTS.read_text("utf-8"))
-    made = {PAGE: page(results), PICTURE: plot(results)}
+    made = {PAGE: page(results, stored(FIRST), stored(CONTROL)), PICTURE: plot(results)}
     if not check:
         for path, content in made.items():
             path.write_text(content, encoding="utf-8")

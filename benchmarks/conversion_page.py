@@ -7,6 +7,8 @@ import shlex
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from benchmarks.dense.first_page import first_verdict, won_words
+from benchmarks.dense.page_parts import gap_words, is_beyond
 from edge_memllm.svg import at_right, dot, frame, path, picture, spanning, text
 
 Results = Mapping[str, Any]
@@ -16,6 +18,7 @@ _LEFT, _RIGHT, _TOP, _BOTTOM = 64, 540, 48, 356
 _WARM_UP = 0.4  # million tokens from scratch that are left out: beyond the picture
 
 
+_SOURCES = "`conversion.json`, `conversion-first.json` and `conversion-control.json`"
 _CONTROL = """\
 **What this does not say.** The dense model is half trained, so that its students pass it when they
 are trained from scratch: no figure here speaks of a model that was trained to its end. And there is
@@ -49,13 +52,20 @@ def plot(results: Results) -> str:
     return picture(_WIDTH, _HEIGHT, title, parts, alone=True)
 
 
-def page(results: Results) -> str:
-    """The whole page as Markdown."""
+def page(results: Results, first: Results | None = None, control: Results | None = None) -> str:
+    """The whole page as Markdown.
+
+    ``first`` is what one layer of a real model costs as a table, ``control`` what rows in all of
+    its layers do against none.
+    """
     return "\n".join(
         [
-            "# Conversion: how much of a dense model comes back",
+            "# Conversion: when it pays, and how much of a dense model comes back",
             "",
-            "Made by `python -m benchmarks.conversion page` of `conversion.json`; edit neither.",
+            f"Made by `python -m benchmarks.conversion page` of {_SOURCES}; edit none of them.",
+            "",
+            *_when(first, control),
+            "## A small model of our own, all layers at once",
             "",
             _introduction(results),
             "",
@@ -73,6 +83,57 @@ def page(results: Results) -> str:
             *_settings(results),
         ]
     )
+
+
+def _when(first: Results | None, control: Results | None) -> list[str]:
+    """When converting pays, as far as it was measured on a real model."""
+    lines = []
+    if first is not None:
+        lines += [f"**One layer.** {first_verdict(first)} {_against_neurons(first)}", ""]
+    if control is not None:
+        lines += [f"**All layers.** {_all_layers(control)}", ""]
+    if first is not None and control is not None:
+        lines += [f"**So**: {_pays(first, control)}", ""]
+    return ["## When does converting pay?", "", *lines] if lines else []
+
+
+def _against_neurons(first: Results) -> str:
+    """The control of the table: as much of the layer as is computed still, without rows."""
+    kept = first["replacements"][f"{first['size']['narrow']} neurons"]["difference"]
+    return (
+        f"The control: {first['size']['narrow']} neurons of that layer without rows lose "
+        f"{gap_words(kept)} nats. [The page](conversion-first.md)."
+    )
+
+
+def _all_layers(control: Results) -> str:
+    found = control["distilled"]
+    gap = found["rows against control"]["difference"]
+    told = "no difference that can be told" if not is_beyond(gap) else "better than none"
+    told = "worse than none" if is_beyond(gap) and gap["mean"] > 0 else told
+    return (
+        f"With rows in all layers and {control['model']['width']} of "
+        f"{control['model']['neurons']} neurons left, distilled on {control['tokens']:,} tokens, "
+        f"the student is {gap_words(found['rows']['difference'])} nats above the dense model; rows "
+        f"are {told} ({gap_words(gap)}). [The control](conversion-control.md)."
+    )
+
+
+def _pays(first: Results, control: Results) -> str:
+    lost = first["replacements"]["table"]["difference"]
+    rows = control["distilled"]["rows against control"]["difference"]
+    one = (
+        "a layer that [is a table](layers.md) can go to storage at a loss that cannot be told from "
+        f"none, but one layer is little: {won_words(first)}"
+        if lost["low"] <= 0
+        else f"even the layer that is a table loses {gap_words(lost)} nats there"
+    )
+    every = (
+        "in all layers at once it did not pay at the budget that was measured"
+        if rows["high"] >= 0
+        else "in all layers at once rows were better than none, and the dense model was better yet"
+    )
+    return f"{one}; {every}. It would pay for a model with many layers that are tables."
 
 
 def _introduction(results: Results) -> str:

@@ -65,11 +65,13 @@ _FIRST_METHOD = """\
 one feed-forward network goes to the table, all others stay as they are, and nothing is trained.
 
 - *table*: a row for every token of the vocabulary, the mean of what the layer puts out for it
-  over {learned} tokens of Wikipedia and novels, drawn to what it gives for the token alone or to
-  the mean of all, as strongly as leave-one-out says. Tokens that the text lacks have that prior.
+  over {learned} tokens of Wikipedia and novels, drawn to what it gives for the token once planted
+  in the text in the place of another, or to the mean of all, as strongly as leave-one-out says.
+  Tokens that the text lacks have that prior. *Other tokens alone*: what it gives for them behind
+  the token that begins a text instead, where much attention goes to that one.
 - *neurons*: those of the layer that make up best for the others, with output weights of their own,
-  by regression on {fitted} tokens; beside rows for what varies within a token, without rows for all
-  of it. These are the control: parameters that stay computed, and no table.
+  by regression on {fitted} tokens. These are the control: parameters that stay computed, and no
+  table.
 - *nothing*: the layer without its feed-forward network. Whatever replaces it, the token that begins
   a window has its constant.
 - *Judged* on {judged} tokens of {documents} documents that nothing learned from; {seen} of them are
@@ -82,7 +84,7 @@ def _ffn(model: Stored) -> int:
 
 def _neurons(name: str, size: Stored) -> int:
     """How many neurons a replacement computes, by its name."""
-    return next((n for n in (size["narrow"], size["wide"]) if str(n) in name), 0)
+    return int(size["narrow"]) if "neurons" in name else 0
 
 
 def first_verdict(found: Stored) -> str:
@@ -102,6 +104,18 @@ def first_verdict(found: Stored) -> str:
         f"for each token, and puts {model['vocabulary'] * model['width'] / 1e6:.1f} M values on "
         f"storage in their place.{_speed_words(found)}"
     )
+
+
+def won_words(found: Stored) -> str:
+    """What the table wins, in short."""
+    saved = found.get("artifacts")
+    if saved is None:
+        return f"{_ffn(found['model']) / found['model']['parameters']:.1%} of the parameters"
+    graph, rows = _saved_bytes(saved)
+    ratio = saved["decode"]
+    told = ratio["low"] > 1 or ratio["high"] < 1
+    speed = f"{ratio['text']} the speed" if told else "no speed that can be told"
+    return f"{graph / 1e6:.1f} MB of memory for {rows / 1e6:.1f} MB of storage, and {speed}"
 
 
 def _speed_words(found: Stored) -> str:
@@ -148,7 +162,8 @@ def _saved(found: Stored) -> list[str]:
     words = (
         f"Both exported with a graph in int4 and a table in int8, decoded in turns, "
         f"{saved['rounds']} rounds, {dense['threads']} thread, {saved['processor']}, a machine "
-        f"that others used as well. With the table decoding is {saved['decode']['text']} and "
+        "that others used as well. Records with rows are padded for reads from storage. "
+        f"With the table decoding is {saved['decode']['text']} and "
         f"prefill {saved['prefill']['text']} as fast: the interval of 95 % of resampled rounds."
     )
     return [table(["", "as it is", "first layer in the table"], rows), words]

@@ -325,6 +325,7 @@ def retrofit_page(found: Stored) -> str:
                     windows=size["held_out"],
                     length=size["length"],
                     rates=_rates(found),
+                    edge=_edges(found),
                 ),
                 console(FOLDER_COMMAND, _RETROFIT_COMMAND),
             ]
@@ -350,8 +351,8 @@ something beside it.
 - *Judged* on {windows} windows of {length} tokens of {held_out} other novels. Windows of both
   kinds begin with the model's own bos_token, `<|im_start|>`, and go on in the middle of a text,
   which this model is not used to: a part of what is learned is that.
-- Learning rates: the best on windows of the learned novels after a few steps. {rates} One run
-  each."""
+- Learning rates: the best on windows of the learned novels after a few steps. {rates} {edge}One
+  run each."""
 
 
 def _rates(found: Stored) -> str:
@@ -362,6 +363,16 @@ def _rates(found: Stored) -> str:
         tried = ", ".join(f"{rate}: {loss:.3f}" for rate, loss in found[kind]["search"].items())
         parts.append(f"{words}: {tried} nats, so {found[kind]['rate']:g}.")
     return " ".join(parts)
+
+
+def _edges(found: Stored) -> str:
+    """Name what did best at the largest rate that was tried, and so may do better yet."""
+    kinds = [
+        words
+        for kind, words in (("rows", "Rows"), ("lora", "LoRA"))
+        if kind in found and found[kind]["rate"] == max(map(float, found[kind]["search"]))
+    ]
+    return "".join(f"{words} might do better at more than was tried. " for words in kinds)
 
 
 def _retrofit_verdict(found: Stored) -> str:
@@ -390,20 +401,28 @@ def _against_lora(lora: Stored | None, gaps: Stored | None, *, helps: bool) -> s
             "LoRA of as many tokens was not measured yet. **The verdict: not a yes.** No rows are "
             "plugged in before they were held against it."
         )
-    whole, chosen = gaps["all"], gaps["chosen elsewhere"]
-    told = [is_beyond(gap) and (1 if gap["mean"] > 0 else -1) for gap in (whole, chosen)]
+    told = [is_beyond(gap) and (1 if gap["mean"] > 0 else -1) for gap in gaps.values()]
     if 1 in told:
         verdict = "no.** LoRA learns more of so little text, so no such rows are plugged in."
     elif not helps:
         verdict = "no.** What does not help is not plugged in."
-    elif told == [-1, -1]:
+    elif len(told) > 1 and set(told) == {-1}:
         verdict = "yes, at this budget.**"
     else:
         verdict = "cannot be told from LoRA.** Not a yes, so no such rows are plugged in."
     return (
         f"LoRA of as many tokens: {gap_words(lora)}; rows against it, on the same windows: "
-        f"{gap_words(whole)}. Both with all layers or the third of them that is best on the other "
-        f"novels, for each novel anew: {gap_words(chosen)}. **The verdict: {verdict}"
+        f"{gap_words(gaps['all'])}. {_parts(gaps)} **The verdict: {verdict}"
+    )
+
+
+def _parts(gaps: Stored) -> str:
+    """Say how a part of the layers compares, which has to be chosen on other text."""
+    if "chosen elsewhere" not in gaps:
+        return "A part of LoRA's layers was not judged, so rows of a part are held against none."
+    return (
+        "Both with all layers or the third of them that is best on the other novels, for each "
+        f"novel anew: {gap_words(gaps['chosen elsewhere'])}."
     )
 
 

@@ -192,14 +192,17 @@ class _Bench:
                 **{name: self._summary(each, base) for name, each in losses.items()},
             }
         if {"rows", "lora"} <= made.keys():
-            chosen = {kind: self._chosen(losses) for kind, losses in made.items()}
-            found["chosen_elsewhere"] = {
-                kind: self._summary(each, base) for kind, each in chosen.items()
-            }
-            found["rows_against_lora"] = {
-                WHOLE: asdict(self._gap(made["rows"][WHOLE], made["lora"][WHOLE])),
-                "chosen elsewhere": asdict(self._gap(chosen["rows"], chosen["lora"])),
-            }
+            found["rows_against_lora"] = self._against(made["rows"], made["lora"])
+        return found
+
+    def _against(
+        self, rows: Mapping[str, Sequence[float]], lora: Mapping[str, Sequence[float]]
+    ) -> dict[str, Any]:
+        """Rows against LoRA, whole; and a part of both, where LoRA has its parts judged, too."""
+        found = {WHOLE: asdict(self._gap(rows[WHOLE], lora[WHOLE]))}
+        if set(THIRDS) <= lora.keys():
+            chosen = self._gap(self._chosen(rows), self._chosen(lora))
+            found["chosen elsewhere"] = asdict(chosen)
         return found
 
     def _chosen(self, losses: Mapping[str, Sequence[float]]) -> list[float]:

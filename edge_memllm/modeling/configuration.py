@@ -265,6 +265,8 @@ def preset_config(name: str, beta: int = 0, **overrides: Any) -> MemoryLLMConfig
     if name not in PRESETS:
         raise ValueError(f"There is no preset {name!r}; use one of {', '.join(PRESETS)}.")
     preset = PRESETS[name]
+    width = overrides.get("hidden_size", preset.hidden_size)
+    printed = preset.memory_widths if width == preset.hidden_size else {}
     fields: dict[str, Any] = {
         "hidden_size": preset.hidden_size,
         "num_hidden_layers": preset.num_hidden_layers,
@@ -273,12 +275,10 @@ def preset_config(name: str, beta: int = 0, **overrides: Any) -> MemoryLLMConfig
         "max_position_embeddings": preset.max_position_embeddings,
         "tie_word_embeddings": preset.tie_word_embeddings,
         "beta": beta,
-        "memory_intermediate_size": preset.memory_widths.get(
-            beta, memory_width(preset.hidden_size, beta)
-        ),
+        "memory_intermediate_size": printed.get(beta, memory_width(width, beta)),
     }
-    if beta == DENSE_BETA and preset.memory_widths:
-        fields["intermediate_size"] = preset.memory_widths[0]
+    if beta == DENSE_BETA and printed:
+        fields["intermediate_size"] = printed[0]
     return MemoryLLMConfig(**{**fields, **overrides})
 
 

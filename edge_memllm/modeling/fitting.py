@@ -3,10 +3,11 @@
 Three steps: neurons are split between FFN-C and what a token alone decides; FFN-M is fitted to
 that by regression; and both go layer by layer.
 
-The layers are walked from the first to the last, with a text and with every token alone behind the
-token that begins a text. Each is fitted on what the student's layers before it make of both, to
+The layers are walked from the first to the last, with a text and with every token planted once in
+it, in the place of another. Each is fitted on what the student's layers before it make of both, to
 bring its stream back to that of the dense network. Of a token that the text lacks, what it does
-alone is all that is known; of others it counts as one occurrence more.
+where it was planted is all that is known; of others it counts as one occurrence more. Behind the
+token that begins a text by itself a token does something else: much attention goes to that one.
 
 Where every window begins with the token that begins a text, what is missing at that position is the
 same in all of them, often long, and no other position's: it is that token's row, and counts for
@@ -36,6 +37,7 @@ _RATE = 5e-3  # for an FFN-M of 256 columns; less for wider ones
 
 
 _BATCH_POSITIONS = 4096  # in a layer at once
+_APART = 4  # from one planted token to the next
 
 
 class TokenGroups:
@@ -54,6 +56,20 @@ class TokenGroups:
         for positions in self._order.split(_CHUNK):
             _, group = torch.unique_consecutive(self.index[positions], return_inverse=True)
             yield positions, group
+
+
+def planted(ids: torch.Tensor, tokens: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """Windows [W', T] of a text with each of so many tokens once, in the places [P] of others.
+
+    ``ids`` [W, T] is the text, whose first positions are kept. Behind the last token comes the
+    first again, until all places are taken: read no more than ``tokens`` of them.
+    """
+    places = torch.arange(min(_APART, ids.shape[1] - 1), ids.shape[1], _APART, device=ids.device)
+    windows = -(-tokens // len(places))
+    found = ids[torch.arange(windows, device=ids.device) % len(ids)].clone()
+    every = torch.arange(windows * len(places), device=ids.device) % tokens
+    found[:, places] = every.view(windows, -1)
+    return found, places
 
 
 def activations(dense: SwiGLU, x: torch.Tensor) -> torch.Tensor:
@@ -232,13 +248,17 @@ class _Passage:
         for x in self.stream.flatten(0, 1).split(_BATCH_POSITIONS):
             x += layer.mlp(layer.post_attention_layernorm(x))
 
-    def missing(self, start: int = 0) -> torch.Tensor:
-        """What the student's stream lacks at positions from ``start`` on [W * (T - start), D]."""
-        return (self.truth[:, start:] - self.stream[:, start:]).flatten(0, 1)
+    def missing(self, start: int = 0, places: torch.Tensor | None = None) -> torch.Tensor:
+        """What the student's stream lacks at positions from ``start`` on [W * (T - start), D].
+
+        With ``places`` [P] at those positions alone [W * P, D].
+        """
+        chosen = slice(start, None) if places is None else places
+        return (self.truth[:, chosen] - self.stream[:, chosen]).flatten(0, 1)
 
 
 class _Walk:
-    """Both networks on the way through a text and through every token alone."""
+    """Both networks on the way through a text and through the same with every token planted."""
 
     def __init__(
         self,
@@ -248,13 +268,13 @@ class _Walk:
         boundary: int,
     ) -> None:
         self._student, self._teacher = student.model, teacher.model
-        tokens = torch.arange(student.config.vocab_size, device=ids.device)
-        alone = torch.stack([torch.full_like(tokens, boundary), tokens], dim=1)
-        self._ids = [ids, alone]
-        self._text, self._alone = (_Passage.start(each, teacher) for each in self._ids)
+        self._tokens = student.config.vocab_size
+        windows, self._places = planted(ids, self._tokens)
+        self._ids = [ids, windows]
+        self._text, self._planted = (_Passage.start(each, teacher) for each in self._ids)
         self._boundary = boundary
         self._start = int(ids.shape[1] > 1 and bool((ids[:, 0] == boundary).all()))
-        self._groups = TokenGroups(ids[:, self._start :].flatten(), len(tokens))
+        self._groups = TokenGroups(ids[:, self._start :].flatten(), self._tokens)
 
     def fit(self, progress: Progress) -> torch.Tensor:
         """Fit FFN-C of all layers, the first first; the rows that go with them [V, L, D]."""
@@ -267,18 +287,18 @@ class _Walk:
 
     def _fit(self, student: DecoderLayer, teacher: DecoderLayer) -> torch.Tensor:
         """Fit a layer and take the student's stream through it; its rows [V, D]."""
-        for passage in (self._text, self._alone):
+        for passage in (self._text, self._planted):
             passage.attend(student, teacher)
         if self._student.config.has_compute:
             self._fit_compute(student, teacher.mlp)
-            for passage in (self._text, self._alone):
+            for passage in (self._text, self._planted):
                 passage.compute(student)
-        rows = self._alone.missing()[1::2].clone()  # behind the boundary
+        rows = self._planted.missing(places=self._places)[: self._tokens]
         rows.index_add_(0, self._groups.index, self._text.missing(self._start))
         rows /= 1 + self._groups.counts.unsqueeze(1)
         if self._start:
             rows[self._boundary] = self._text.missing()[:: self._ids[0].shape[1]].mean(dim=0)
-        for passage, ids in zip((self._text, self._alone), self._ids, strict=True):
+        for passage, ids in zip((self._text, self._planted), self._ids, strict=True):
             passage.stream += functional.embedding(ids, rows)
         return rows
 

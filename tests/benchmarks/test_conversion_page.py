@@ -36,3 +36,50 @@ def test_reading_says_when_training_from_scratch_is_as_good(results: dict[str, A
     (line,) = conversion_page._reading(made)
     assert "fitted it is where training from scratch is after about 2.0 million tokens" in line
     assert "0.30 million tokens of distillation where that is after more than 2.0" in line
+
+
+def gap(mean: float) -> dict[str, Any]:
+    return {"mean": mean, "low": mean - 0.02, "high": mean + 0.02, "documents": 20}
+
+
+def one_layer(lost: float) -> dict[str, Any]:
+    return {
+        "size": {"narrow": 19},
+        "model": {"width": 10, "neurons": 100, "vocabulary": 500, "parameters": 100_000},
+        "replacements": {
+            "table": {"difference": gap(lost)},
+            "19 neurons": {"difference": gap(0.5)},
+        },
+    }
+
+
+def all_layers(rows: float) -> dict[str, Any]:
+    return {
+        "tokens": 1000,
+        "model": {"width": 10, "neurons": 100},
+        "distilled": {
+            "rows": {"difference": gap(1.0)},
+            "rows against control": {"difference": gap(rows)},
+        },
+    }
+
+
+@pytest.mark.parametrize(
+    ("lost", "rows", "words"),
+    [
+        (0.0, 0.1, "**So**: a layer that [is a table](layers.md) can go to storage"),
+        (0.1, 0.1, "even the layer that is a table loses +0.100"),
+        (0.0, 0.1, "but one layer is little: 3.0% of the parameters"),
+        (0.0, 0.1, "rows are worse than none (+0.100"),
+        (0.0, 0.0, "rows are no difference that can be told"),
+        (0.0, -0.1, "rows were better than none, and the dense model was better yet"),
+    ],
+)
+def test_when_converting_pays_is_said_by_both_controls(
+    lost: float, rows: float, words: str
+) -> None:
+    assert words in "\n".join(conversion_page._when(one_layer(lost), all_layers(rows)))
+
+
+def test_without_figures_of_a_real_model_nothing_is_said_of_one(results: dict[str, Any]) -> None:
+    assert "When does converting pay" not in conversion_page.page(results)

@@ -156,11 +156,11 @@ def first(lost: dict[str, Any], ratio: tuple[float, float] | None = None) -> dic
         "documents": 20,
         "seen": 0.9,
         "tokens": {"learned": 1000, "judged": 500},
-        "size": {"narrow": 19, "wide": 57, "fitted": 2, "length": 32},
+        "size": {"narrow": 19, "fitted": 2, "length": 32},
         "model": {"width": 10, "neurons": 100, "vocabulary": 500, "parameters": 100_000},
         "replacements": {
             name: {"strength": 1.0, "difference": lost}
-            for name in ("table", "table and 19 neurons", "57 neurons", "nothing")
+            for name in ("table", "19 neurons", "nothing")
         },
     }
     if ratio is not None:
@@ -191,8 +191,8 @@ def test_what_one_layer_saves_is_said_beside_what_it_costs() -> None:
     assert "out of what is computed for each token" in text.replace("\n", " ")
     assert "**3.0%**" in text
     assert "was not measured" in text
-    assert "| table and 19 neurons | 22.20 | +0.100 (+0.080 to +0.120) | 570 | 5,000 |" in text
-    assert "| 57 neurons | 22.20 | +0.100 (+0.080 to +0.120) | 1,710 | 0 |" in text
+    assert "| table | 22.20 | +0.100 (+0.080 to +0.120) | 0 | 5,000 |" in text
+    assert "| 19 neurons | 22.20 | +0.100 (+0.080 to +0.120) | 570 | 0 |" in text
     assert "costs nothing that can be told" in first_page(first(gap(0.01)))
 
 

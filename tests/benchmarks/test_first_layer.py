@@ -10,7 +10,7 @@ import torch
 
 import edge_memllm
 from benchmarks.dense.first_export import export_pair
-from benchmarks.dense.first_layer import Replacement, alone, planted, replaced, replacement
+from benchmarks.dense.first_layer import Replacement, alone, in_the_text, replaced, replacement
 from edge_memllm.evaluation.perplexity import token_losses
 from edge_memllm.modeling.conversion import dense_network
 from support.checkpoints import BOS, VOCABULARY, write_dense
@@ -37,7 +37,7 @@ def test_all_neurons_are_the_network_with_rows_and_without(model: Path) -> None:
     network, ids, other = dense_network(model), windows(32), windows(4, 1)
     wanted = network(input_ids=other, use_cache=False).logits
     width = network.config.intermediate_size
-    for unseen in (None, alone, planted):
+    for unseen in (None, alone, in_the_text):
         made = replacement(network, ids, width, unseen, fitted=32)
         with replaced(network, made) as logits:
             assert torch.allclose(logits(other), wanted, atol=0.1)
@@ -48,13 +48,13 @@ def test_rows_give_back_more_than_nothing_and_the_boundary_keeps_its_own(model: 
     network, ids, other = dense_network(model), windows(64), windows(4, 1)
     wanted = network(input_ids=other, use_cache=False).logits
     missed = {}
-    for unseen in (None, alone, planted):
+    for unseen in (None, alone, in_the_text):
         made = replacement(network, ids, 0, unseen, fitted=32)
         with replaced(network, made) as logits:
             found = logits(other)
         assert torch.allclose(found[:, 0], wanted[:, 0], atol=1e-3)
         missed[unseen] = (found - wanted).square().mean().item()
-    assert max(missed[alone], missed[planted]) < 0.9 * missed[None]
+    assert max(missed[alone], missed[in_the_text]) < 0.9 * missed[None]
 
 
 def test_every_token_is_planted_once_in_its_place(model: Path) -> None:
@@ -62,7 +62,7 @@ def test_every_token_is_planted_once_in_its_place(model: Path) -> None:
     network, ids = dense_network(model), windows(3)
     network.model.layers[0].self_attn.o_proj.weight.data.zero_()
     wanted = alone(network, ids, None)
-    assert torch.allclose(planted(network, ids, None), wanted, atol=1e-4)
+    assert torch.allclose(in_the_text(network, ids, None), wanted, atol=1e-4)
     assert len(wanted) == VOCABULARY
 
 

@@ -9,7 +9,9 @@ import pytest
 from benchmarks.paper.one_budget import Runs, one_budget_section
 
 
-def run(variant: str, loss: float, seed: int = 1, step: float = 0.0) -> dict[str, Any]:
+def run(
+    variant: str, loss: float, seed: int = 1, step: float = 0.0, total: int = 2000
+) -> dict[str, Any]:
     """Two texts of 20 documents of 100 tokens; ``step`` is by how much documents differ."""
     nll = [100 * (loss + step * (n % 2 * 2 - 1)) for n in range(20)]
     text = {"nll": nll, "tokens": [100] * 20, "bytes": 6000}
@@ -18,7 +20,7 @@ def run(variant: str, loss: float, seed: int = 1, step: float = 0.0) -> dict[str
     return {
         "variant": f"{variant}-narrow",
         "seed": seed,
-        "model": {"active": 1e5, "total": 2000, "layers": 2, "width": 8, "vocabulary": 99},
+        "model": {"active": 1e5, "total": total, "layers": 2, "width": 8, "vocabulary": 99},
         "figures": {
             "documents": {"Wikipedia": text, "novels": text},
             "training": training,
@@ -69,3 +71,13 @@ def test_where_base_overtakes_is_read_off_the_training() -> None:
     assert "overtakes MemoryLLM's for good at 0.01 M tokens, 5.5 for each" in section.text
     ahead = one_budget_section(entries(run("base", 3.1), run("memoryllm", 3.0)))
     assert "does not overtake MemoryLLM's" in ahead.text
+
+
+def test_equal_total_parameters_are_looked_at_and_not_taken_for_granted() -> None:
+    wide = run("memoryllm", 3.1, total=3300)
+    wide["model"]["changes"] = ["FFN-M 2 times as wide"]
+    section = one_budget_section(entries(run("base", 3.0), wide, run("base-active", 3.2)))
+    assert section.claims[0].here == "not measured: these runs do not have as many"
+    assert section.claims[2].verdict == "yes, in one run each"
+    assert "worse than Base at equal total, not measured; better at" in section.text
+    assert "| MemoryLLM, FFN-M 2 times as wide | 100.0 k | 3.3 k |" in section.text

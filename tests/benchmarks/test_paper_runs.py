@@ -178,6 +178,8 @@ def test_narrow_trainings_are_of_all_models_at_one_budget(tmp_path: Path) -> Non
         counts[variant] = parameter_counts(model_config(recipe))
     assert len({recipe.training.steps for _ in counts}) == 1
     assert counts["attention-only"]["total"] == counts["memoryllm"]["active"]
+    for variant in ("flex-3", "flex-2", "flex-1", "memoryllm"):
+        assert counts[variant]["total"] == pytest.approx(counts["base"]["total"], rel=0.02)
     for dense, sparse in (("base-active", "memoryllm"), ("base-active-flex-3", "flex-3")):
         active = counts[sparse]["active"]
         assert counts[dense]["total"] == pytest.approx(active, rel=0.01)

@@ -21,7 +21,7 @@ from edge_memllm.cli.main import main
 from edge_memllm.errors import RecipeError
 from edge_memllm.modeling.conversion import convert, dense_network, student_config
 from edge_memllm.modeling.distillation import divergence
-from edge_memllm.modeling.fitting import initialize
+from edge_memllm.modeling.fitting import initialize, planted
 from edge_memllm.modeling.network import MemoryLLMForCausalLM
 from edge_memllm.modeling.recipe import ConversionRecipe
 from edge_memllm_export import export_model
@@ -344,3 +344,41 @@ def test_record_of_a_conversion(text: str, tmp_path: Path) -> None:
     assert record["recipe"]["conversion"]["kl_weight"] == 1.0
     with pytest.raises(RecipeError, match="holds a finished model already"):
         convert(dense, tmp_path / "out", recipe_for(text))
+
+
+def test_every_token_is_planted_once_and_the_rest_is_the_text() -> None:
+    ids = torch.randint(0, 300, (3, 22), generator=torch.Generator().manual_seed(1))
+    windows, places = planted(ids, 300)
+    assert windows[:, places].flatten()[:300].tolist() == list(range(300))
+    rest = torch.ones(22, dtype=torch.bool)
+    rest[places] = False
+    assert rest[0]
+    assert torch.equal(windows[:3, rest], ids[:, rest])
+    assert torch.equal(windows[3, rest], ids[0, rest])
+    shortest, places = planted(ids[:, :2], 300)
+    assert (shortest.shape, places.tolist()) == ((300, 2), [1])
+
+
+def test_a_token_that_the_text_lacks_has_what_it_does_in_a_text(tmp_path: Path) -> None:
+    """Its row is nearer to what it puts out there than what it puts out behind the first token."""
+    dense = write_dense(tmp_path / "dense", "llama")
+    teacher = dense_network(dense)
+    recipe = recipe_for("none", 0, model={"memory_source": "table"})
+    student = MemoryLLMForCausalLM(student_config(teacher.config, recipe)).requires_grad_(False)
+    generator = torch.Generator().manual_seed(1)
+    ids = torch.randint(97, 110, (64, 32), generator=generator)
+    ids[:, 0] = teacher.config.bos_token_id
+    initialize(student, teacher, ids, teacher.config.bos_token_id)
+    lacking = torch.arange(110, 122)
+    other = torch.randint(97, 110, (len(lacking), 32), generator=generator)
+    other[:, 0], other[:, 20] = teacher.config.bos_token_id, lacking
+    layer = teacher.model.layers[0]
+    outputs: list[torch.Tensor] = []
+    layer.mlp.register_forward_hook(lambda *args: outputs.append(args[2]))
+    pairs = torch.stack([other[:, 0], lacking], dim=1)
+    for text in (other, pairs):
+        teacher(input_ids=text, use_cache=False)
+    wanted, alone = outputs[0][:, 20], outputs[1][:, 1]
+    rows = student.model.memory_rows(lacking)[:, 0]
+    missed = [(found - wanted).square().sum().item() for found in (rows, alone)]
+    assert missed[0] < missed[1]
