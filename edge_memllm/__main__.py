@@ -12,10 +12,11 @@ def main() -> int:
     """Run the command line, and return its exit code."""
     try:
         from edge_memllm.cli.main import main as run
-    except KeyboardInterrupt:
+
+        return run()
+    except KeyboardInterrupt:  # before a command begins; it takes what comes later itself
         sys.stderr.write("\n")
         return _INTERRUPTED
-    return run()
 
 
 if __name__ == "__main__":

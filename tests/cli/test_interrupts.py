@@ -127,14 +127,20 @@ def test_one_ctrl_c_ends_a_command_and_says_what_is_left(
     assert "Traceback" not in errors
 
 
-def test_ctrl_c_while_the_command_line_is_loaded_is_quiet(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+@pytest.mark.parametrize("when", ["the command line", "a command"])
+def test_ctrl_c_while_something_is_loaded_is_quiet(
+    when: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    class Interrupted(ModuleType):
-        def __getattr__(self, name: str) -> object:
-            raise KeyboardInterrupt
+    def interrupted(*_: object) -> object:
+        raise KeyboardInterrupt
 
-    monkeypatch.setitem(sys.modules, "edge_memllm.cli.main", Interrupted("main"))
+    class Loading(ModuleType):
+        __getattr__ = interrupted
+
+    if when == "a command":
+        monkeypatch.setattr("edge_memllm.cli.main.build_parser", interrupted)
+    else:
+        monkeypatch.setitem(sys.modules, "edge_memllm.cli.main", Loading("main"))
     assert launch() == EXIT_INTERRUPTED
     assert capsys.readouterr().err == "\n"
 
