@@ -19,7 +19,7 @@ from edge_memllm.cli.models import Yes, load_model, local_artifact
 from edge_memllm.cli.options import Command, Json
 from edge_memllm.cli.output import StageBars, read_text, write_json
 from edge_memllm.engine.feeding import SERVING_CHUNK
-from edge_memllm.engine.request import start_token
+from edge_memllm.engine.request import check_speculate, start_token
 from edge_memllm.errors import RequestError, missing_extra
 from edge_memllm.loading import LoadOptions, plan_loading
 from edge_memllm.memory_plan import BASE_BYTES, Item, arithmetic, total
@@ -27,6 +27,7 @@ from edge_memllm.model import Model
 from edge_memllm.options import Group, Option, byte_size, keywords, positive_int
 from edge_memllm.process.interrupts import leave
 from edge_memllm.process.memory_account import MemoryAccount, MemoryShare
+from edge_memllm.sampling import check_seed
 from edge_memllm.server.settings import KEY_VARIABLE, UNIX, Settings
 from edge_memllm.statistics import give_back_large_blocks, process_memory
 from edge_memllm.store.source import hub_source
@@ -159,8 +160,10 @@ def settings_of(options: ServeOptions) -> Settings:
                 f"--max-choices is {asked.limits.choices} and {option} {room}: a request of that "
                 f"many replies would never find room. Give more {option}, or fewer choices."
             )
+    check_speculate(asked.speculate)
     return replace(
         asked,
+        seed=None if asked.seed is None else check_seed(asked.seed),
         model_id=model_names(options)[0],
         api_keys=_keys(options),
         origins=tuple(map(checked_origin, asked.origins)),

@@ -41,6 +41,7 @@ class Chat:
     messages: tuple[Message, ...]
     tools: tuple[Tool, ...]
     tool_choice: str
+    parallel: bool | None  # several calls in a reply; None: where the template knows of tools
     request: Request  # without a prompt
 
     def after(self, earlier: Sequence[Message]) -> Chat:
@@ -56,8 +57,9 @@ def chatting(
     def asked(messages: Messages, *given: _Fields.args, **named: _Fields.kwargs) -> Chat:
         request = ask((), *given, **named)
         tools, choice = tuple(map(_tool, request.tools)), request.tool_choice
-        asked = replace(request, tools=(), tool_choice=AUTO)
-        return Chat(_messages(messages), tools, choice, asked)
+        parallel = request.parallel_tool_calls
+        asked = replace(request, tools=(), tool_choice=AUTO, parallel_tool_calls=None)
+        return Chat(_messages(messages), tools, choice, parallel, asked)
 
     first = next(iter(inspect.signature(asked, eval_str=True).parameters.values()))
     rest = list(signature_of(ask).parameters.values())[1:]
@@ -256,11 +258,13 @@ def _tool_use(chat: Chat, template: ChatTemplate) -> ToolUse | None:
             f"tools and a {form.noun} are both given: beside calls an answer is JSON alone. Leave "
             "one of the two out."
         )
+    format = template_format(template)
+    several = format.describes if chat.parallel is None else chat.parallel
     return ToolUse(
-        format=template_format(template),
+        format=format,
         tools=tuple(each for each in chat.tools if choice not in names or each.name == choice),
         need="auto" if choice == "auto" else "required",
-        parallel=choice not in names,
+        parallel=several and choice not in names,
         answer=None if form is None else json.loads(form.schema_text),
     )
 

@@ -30,8 +30,6 @@ Item = TypeVar("Item")
 _log = logging.getLogger(__name__)
 
 _ONE_TEXT_ONLY = {
-    "speculate": ": an engine computes many texts in a step, and drafts are for one. Leave it out, "
-    "or ask Model.stream.",
     "cancellation": ": a reply of an engine has its own `cancel`. Call that.",
 }
 

@@ -227,16 +227,18 @@ class Feeder:
         shape = (len(tokens), 1)
         return self._step(tokens, shape, self._only_position[: len(tokens)], sequences)[:, 0]
 
-    def verify(self, tokens: Sequence[int]) -> StepLogits:
-        """Append tokens to the only sequence; return the logits [T, V] of every position.
+    def verify(self, tokens: Sequence[int], sequence: int = 0) -> StepLogits:
+        """Append tokens to one sequence; return the logits [T, V] of every position.
 
         Their records are read in one batch. `cache.truncate` takes back what was fed in vain, if
         it was no more than is `revocable`.
         """
+        alone = None if self.cache.batch == 1 else range(sequence, sequence + 1)
         if len(tokens) == 1:
-            return self.decode(tokens)
+            return self.decode(tokens, alone)
         every = np.arange(len(tokens)).reshape(1, -1)
-        logits: StepLogits = self._step(tokens, (1, len(tokens)), every)[0]
+        only = None if alone is None else sequence
+        logits: StepLogits = self._step(tokens, (1, len(tokens)), every, only)[0]
         return logits
 
     def announce(self, tokens: Iterable[int]) -> None:
@@ -265,9 +267,9 @@ class Feeder:
         tokens: Sequence[int],
         shape: tuple[int, int],
         wanted: NDArray[np.int64],
-        sequences: range | None = None,
+        sequences: range | int | None = None,
     ) -> StepLogits:
-        """Append tokens in `shape` [B, T] to all sequences, or to some; return [B, K, V]."""
+        """Append tokens in `shape` [B, T] to all sequences, some or one; return [B, K, V]."""
         self._check_cancelled()
         self._reader.drop_buffers()  # decoding needs less
         distinct, index = number_distinct(tokens)

@@ -175,6 +175,13 @@ class PromptLookup:
         self._rest = FIRST_REST
         self._resting = 0
 
+    def follow(self, sequence: TokenSequence) -> None:
+        """Append what a sequence has got since this was asked last, from its prompt on."""
+        known = len(self._text) - len(sequence.prompt)
+        if known < 0:
+            self.extend(sequence.prompt)
+        self.extend(sequence.tokens[max(known, 0) :])
+
     def extend(self, tokens: Iterable[int]) -> None:
         """Append tokens to the text."""
         text, followed = self._text, self._followed

@@ -19,7 +19,12 @@ import numpy as np
 from numpy.typing import NDArray
 
 from edge_memllm.artifact.layout import TableLayout
-from edge_memllm.engine.generation import FinishReason, TextAssembly, TokenSequence
+from edge_memllm.engine.generation import (
+    FinishReason,
+    PromptLookup,
+    TextAssembly,
+    TokenSequence,
+)
 from edge_memllm.engine.request import CheckedRequest
 from edge_memllm.engine.scores import TokenScore, token_scores
 from edge_memllm.engine.slots import Beginning
@@ -88,6 +93,9 @@ class ChoiceStatistics:
     seconds: float
     seed: int
     overlays: tuple[str, ...]  # those that were on
+    draft_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # of those, what was chosen
+    shared_steps: int = 0  # that had room for no drafts, for other texts were in them
 
     def as_dict(self) -> dict[str, Any]:
         """Return the fields as a dict for JSON."""
@@ -322,6 +330,9 @@ class Generation:
         self._top = asked.top
         self._reply = reply
         self._text = TextAssembly(tokenizer, self.sequence, request.stops, asked.shown_tokens)
+        self._lookup = PromptLookup(asked.speculate) if asked.speculate else None
+        self._drafts = deque[int]()  # that may still be right, of the step under way
+        self._drafted = self._accepted = self._shared_steps = 0
         self._prompt_scores: list[TokenScore] = []
         self._trace = Trace(request.prompt, records.source.layout) if asked.trace else None
         self._submitted = monotonic()
@@ -375,6 +386,25 @@ class Generation:
         if coming:
             self._prompt_scores += token_scores(logits[: len(coming)], coming, self._top or 0)
 
+    def drafts(self, room: int) -> list[int]:
+        """Return at most `room` tokens that may come next, where that was asked for."""
+        if self._lookup is None:
+            return []
+        self._lookup.follow(self.sequence)
+        drafts = self._lookup.propose(min(self.sequence.left - 1, room))
+        self._drafted += len(drafts)
+        self._drafts = deque(drafts)
+        return drafts
+
+    def learn(self, proposed: int, accepted: int) -> None:
+        """Take how many drafts of a step were right."""
+        if self._lookup is not None:
+            self._lookup.learn(proposed, accepted)
+
+    def note_shared_step(self) -> None:
+        """Note a step with other texts, which has no room for drafts."""
+        self._shared_steps += self._lookup is not None
+
     def take(self, logits: StepLogits) -> None:
         """Choose the next token from logits [V] and hand out the piece it makes."""
         if not self.sequence.tokens:
@@ -382,6 +412,10 @@ class Generation:
         if self.finished:
             return
         token = self.sequence.extend(logits)
+        if self._drafts and token == self._drafts.popleft():
+            self._accepted += 1
+        else:
+            self._drafts.clear()
         self._hand_out(self._text.advance(), token, self.sequence.score)
 
     def fail(self, error: BaseException) -> None:
@@ -418,6 +452,9 @@ class Generation:
             seconds=now - start,
             seed=self._request.seed,
             overlays=self._overlays,
+            draft_tokens=self._drafted,
+            accepted_tokens=self._accepted,
+            shared_steps=self._shared_steps,
         )
 
 

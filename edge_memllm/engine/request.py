@@ -51,8 +51,8 @@ _Answer = TypeVar("_Answer")
 class Request:
     """One prompt, and what is asked of the text that follows it.
 
-    What a door cannot do (`Model.stream` one of the lower fields, an engine `speculate`) it refuses
-    by name.
+    What a door cannot do (`Model.stream` one of the lower fields, an engine `cancellation`) it
+    refuses by name.
 
     Attributes:
         prompt: Text, or token ids.
@@ -81,6 +81,8 @@ class Request:
         tools: What a chat may call: functions with type hints and a docstring, OpenAI's objects,
             or `edge_memllm.text.tools.Tool`s.
         tool_choice: Of a chat: "auto", "none", "required", or the name of a tool.
+        parallel_tool_calls: Whether a reply of a chat may have several calls; None: where the
+            template knows of tools.
         shown_tokens: Special tokens that stand in the text as they are spelt; others are left out.
         without_memory: Computes as if no layer added anything of its memory.
         choices: So many texts, each with random numbers of its own.
@@ -142,6 +144,7 @@ class Request:
     response_format: ResponseFormat | Mapping[str, Any] | type | None = None
     tools: Sequence[Tool | Mapping[str, Any] | Callable[..., Any]] = ()
     tool_choice: Literal["auto", "none", "required"] | str = AUTO
+    parallel_tool_calls: bool | None = None
     shown_tokens: Sequence[int] = ()
     without_memory: bool = False
     choices: int = 1
@@ -240,7 +243,8 @@ ENGINE_ONLY: Mapping[str, str] = dict.fromkeys(
     _NOT_HERE,
 )
 CHAT_ONLY: Mapping[str, str] = dict.fromkeys(
-    ("tools", "tool_choice"), ": tools are for chats. Ask with chat or stream_chat."
+    ("tools", "tool_choice", "parallel_tool_calls"),
+    ": tools are for chats. Ask with chat or stream_chat.",
 )
 CANCELLED_BY_TASK: Mapping[str, str] = {
     "cancellation": ": a stream of asyncio ends with its task. Cancel that, or close the iterator."

@@ -42,6 +42,8 @@ class EngineStatistics:
     prompt_tokens: int = 0  # that were computed
     reused_tokens: int = 0  # of prompts, that did not need to be
     completion_tokens: int = 0
+    draft_tokens: int = 0  # proposed by speculation
+    accepted_tokens: int = 0  # of those, what was chosen
     steps: int = 0  # in which texts grew
     records_read: int = 0
     bytes_read: int = 0
@@ -205,9 +207,13 @@ class Scheduler:
         for (source, memory_gain), texts in groups.items():
             self._feeder.use(source, memory_gain)
             self._statistics.steps += 1
-            if self._invariant or not self._grow_together(texts, start):
+            alone = self._invariant or len(self._growing) == 1
+            if not alone:
                 for text in texts:
-                    self._grow_alone(text)
+                    text.note_shared_step()
+            if alone or not self._grow_together(texts, start):
+                for text in texts:
+                    self._grow_alone(text, drafting=alone)
             start += len(texts)
             self._feeder.announce(
                 dict.fromkeys(each.sequence.tokens[-1] for each in texts if not each.finished)
@@ -236,16 +242,35 @@ class Scheduler:
                 self._slots.cut(slot, len(slot.tokens))
         return True
 
-    def _grow_alone(self, text: Generation) -> None:
+    def _grow_alone(self, text: Generation, *, drafting: bool) -> None:
+        """Advance a text in a step of its own, which may verify drafts of its next tokens too."""
         slot = self._places[text]
         try:
-            logits = self._feeder.decode(
-                text.sequence.tokens[-1:], range(slot.place, slot.place + 1)
-            )
+            room = self._feeder.cache.revocable(slot.place) - 1
+            drafts = text.drafts(room) if drafting else []
+            fed = [text.sequence.tokens[-1], *drafts]
+            logits = self._feeder.verify(fed, slot.place)
         except BaseException as error:
             self._lose(text, error)
         else:
-            self._take(text, slot, logits[0])
+            self._take_while_right(text, slot, fed, logits)
+
+    def _take_while_right(
+        self, text: Generation, slot: Slot, fed: Sequence[int], logits: StepLogits
+    ) -> None:
+        """Let a text take what follows each token fed, up to the first draft that was wrong."""
+        accepted = 0
+        for number, row in enumerate(logits):
+            self._take(text, slot, row, fed[:number])
+            right = fed[number + 1 : number + 2] == text.sequence.tokens[-1:]
+            accepted += right
+            if text not in self._places or not right:
+                break
+        self._statistics.draft_tokens += len(fed) - 1
+        self._statistics.accepted_tokens += accepted
+        if text in self._places and len(fed) > 1:
+            text.learn(len(fed) - 1, accepted)
+            self._slots.cut(slot, len(slot.tokens))
 
     def _take(
         self, text: Generation, slot: Slot, logits: StepLogits, before: Sequence[int] = ()

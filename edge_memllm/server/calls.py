@@ -13,7 +13,7 @@ from functools import partial
 from typing import Any, NamedTuple
 
 from edge_memllm.engine.grammar import MakeConstraint
-from edge_memllm.engine.request import Request, check_tokens
+from edge_memllm.engine.request import MOST_DRAFTS, Request, check_tokens
 from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.model import Model
 from edge_memllm.sampling import MOST_PENALTY, SEED_LIMIT, Penalties, Sampling
@@ -40,6 +40,7 @@ from edge_memllm.server.messages import (
 )
 from edge_memllm.server.parameters import not_honoured, nothing_of
 from edge_memllm.server.protocols.biases import take_biases
+from edge_memllm.server.protocols.keep_alive import take_keep_alive
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.long_text import BLOCK, tokens_beyond
@@ -85,6 +86,7 @@ class Call:
     timings: bool = False  # with each part of a stream
     verbose: bool = False  # tells the prompt's text, and how tokens were chosen
     user: str = ""
+    keep_alive: float | None = None  # seconds that the model stays afterwards, if that was said
     repeated: Mapping[str, Any] = field(default_factory=dict)  # of the request, in the reply
 
     def requests(
@@ -112,7 +114,7 @@ def read_completion(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
     limits = service.settings.limits
     service.check_model(fields)
-    call = take_call(fields, service.model, limits)
+    call = take_call(fields, service)
     choices = call.request.choices
     _check_best_of(fields, choices)
     prompts = take_prompts(fields, limits.choices // choices, limits)
@@ -158,7 +160,7 @@ def _prompt_text(service: Service, prompt: Prompt, ids: list[int]) -> str:
 
 def read_chat(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
-    limits, model = service.settings.limits, service.model
+    limits = service.settings.limits
     service.check_model(fields)
     messages = take_messages(fields, limits)
     tools, choice = take_tools(fields, limits), take_choice(fields)
@@ -166,7 +168,7 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     continued = take_continued(fields)
     variables = {**take_thinking(fields, service), **take_variables(fields)}
     reasons = take_reasoning_format(fields)
-    call = take_call(fields, model, limits)
+    call = take_call(fields, service)
     top = _take_top(fields)
     max_tokens = _take_max_tokens(fields, service.most_tokens)
     fields.finish(_CHAT_UNSUPPORTED)
@@ -174,7 +176,7 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     answer = answer_of(call.form) if tools else None
     use = tool_use(tools, choice, service, parallel=parallel, answer=answer)
     offered = () if choice.need is None else tools
-    chat = Chat(messages, offered, continued, variables, reasons)
+    chat = Chat(messages, offered, continued, variables=variables, reasons=reasons)
     return with_chat(call, chat, use, max_tokens, service)
 
 
@@ -265,9 +267,7 @@ def _take_limit(fields: BodyFields, names: Sequence[str], least: int, most: int)
     return next(iter(found.values()), None)
 
 
-def take_call(
-    fields: BodyFields, model: Model, limits: Limits, *, words: Tokenizer | None = None
-) -> Call:
+def take_call(fields: BodyFields, service: Service, *, words: Tokenizer | None = None) -> Call:
     """Take what completions and chat have in common; prompts and their limits are to follow.
 
     With `words` a bias may name tokens by their text, as in llama.cpp.
@@ -277,9 +277,10 @@ def take_call(
     stream = fields.flag("stream")
     usage, running = _take_usage(fields, stream)
     take_hints(fields)
+    limits = service.settings.limits
     form = take_form(fields, limits.schema_bytes)
     choices = _or(fields.optional_integer("n", 1, limits.choices), 1)
-    request = take_request(fields, model, limits, words=words)
+    request = take_request(fields, service, words=words)
     progress, timings = take_telling(fields)
     fields.optional_integer("id_slot", -1, _MOST_SLOT)
     return Call(
@@ -299,6 +300,7 @@ def take_call(
         running_usage=running,
         statistics=fields.flag("statistics"),
         user=take_user(fields),
+        keep_alive=take_keep_alive(fields),
     )
 
 
@@ -309,17 +311,18 @@ def take_telling(fields: BodyFields) -> tuple[bool, bool]:
 
 def take_request(
     fields: BodyFields,
-    model: Model,
-    limits: Limits,
+    service: Service,
     stop: str = "stop",
     *,
     words: Tokenizer | None = None,
 ) -> Request:
     """Take how tokens are chosen, and what ends a reply; the field for texts is called `stop`."""
+    model, settings, limits = service.model, service.settings, service.settings.limits
     seed = fields.optional_integer("seed", _SEED_LOW, _SEED_HIGH)
     return Request(
         prompt=(),
-        seed=None if seed is None else seed % SEED_LIMIT,
+        seed=settings.seed if seed is None else seed % SEED_LIMIT,
+        speculate=_or(_take_drafts(fields), settings.speculate),
         sampling=_take_sampling(fields, model.sampling),
         penalties=_take_penalties(fields, model.manifest.model.vocab_size, limits.biases, words),
         stop=_take_stops(fields, stop, limits.stops),
@@ -328,6 +331,16 @@ def take_request(
         overlays=_take_overlays(fields, model.overlays, limits.overlays),
         without_memory=fields.flag("without_memory"),
     )
+
+
+def _take_drafts(fields: BodyFields) -> int | None:
+    """Take how many drafts a step may have, under its name or llama.cpp's."""
+    names = ("speculate", "speculative.n_max")
+    first, second = (fields.optional_integer(each, 0, MOST_DRAFTS) for each in names)
+    if None not in (first, second) and first != second:
+        where = fields.param(names[0])
+        raise refused(where, f"{names[0]} is {first} and {names[1]} is {second}. Give one of them.")
+    return second if first is None else first
 
 
 def _take_sampling(fields: BodyFields, default: Sampling) -> Sampling:

@@ -23,7 +23,7 @@ from edge_memllm.server.parameters import EPHEMERAL, Parameter, nothing_of
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.chat import ChatTemplate
-from edge_memllm.text.reasoning import reasoning_of
+from edge_memllm.text.reasoning import closed, reasoning_of
 from edge_memllm.text.tools.formats import NAME, Tool
 from edge_memllm.text.tools.prompt import template_format, with_tools
 
@@ -336,6 +336,7 @@ class Chat(NamedTuple):
     messages: Sequence[Message]
     tools: Sequence[Tool] = ()  # that the model is told of
     continued: bool = False  # inside the last message
+    answered: bool = True  # the prompt ends where an answer begins, if it is not gone on with
     variables: Mapping[str, Any] = {}  # what else the template gets
     reasons: bool = True  # reasoning is told apart from the answer
 
@@ -344,15 +345,24 @@ class Chat(NamedTuple):
         template = template_of(service)
         try:
             messages, tools = with_tools(template, self.messages, self.tools)
-            return template.render(
+            variables = {**_usual_thinking(service), **self.variables}
+            text = template.render(
                 messages,
                 tools=tools,
-                add_generation_prompt=not self.continued,
+                add_generation_prompt=self.answered and not self.continued,
                 continue_final_message=self.continued,
-                **self.variables,
+                **variables,
             )
         except RequestError as error:
             raise refused(param, str(error)) from error
+        thinks = variables.get("enable_thinking", True)
+        return text if thinks or self.continued else closed(template.source, text)
+
+
+def _usual_thinking(service: Service) -> Mapping[str, Any]:
+    """Return what a template is told of reasoning where a request says nothing."""
+    usual = service.settings.reasoning
+    return {} if usual == "auto" or not can_reason(service) else {"enable_thinking": usual == "on"}
 
 
 def template_of(service: Service) -> ChatTemplate:

@@ -10,6 +10,7 @@ from __future__ import annotations
 import asyncio
 import gc
 import logging
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import AsyncExitStack
@@ -55,6 +56,7 @@ class ServedModel:
     users: int = 0  # requests that have it
     held: bool = False  # takes no new ones, for it is to go
     last_used: float = 0.0
+    keep_seconds: float | None = None  # it stays so long behind its last request; None: as all do
     trouble: str | None = None  # why it could not be loaded the last time
     waiting: list[Future[Service]] = field(default_factory=list)
 
@@ -174,6 +176,21 @@ class ServedModels:
             raise unknown_model(name, quoted, param)
         return self._names[name]
 
+    def keep(self, model: ServedModel, seconds: float | None, param: str = "keep_alive") -> None:
+        """Let a model stay so long behind the request that says so, or as all do.
+
+        The last request to say anything, or nothing, counts. Raises `ApiError` where models are
+        never freed.
+        """
+        frees = len(self.all) > 1 or self._idle_seconds is not None
+        if seconds not in (None, math.inf) and not (frees and model.open is not None):
+            message = (
+                f"{param} is {seconds:g} s, and this server keeps its model: it is started "
+                "without --idle-unload. Leave it out, or give -1."
+            )
+            raise ApiError(400, message, code="unsupported_parameter", param=param)
+        model.keep_seconds = seconds
+
     def asked(self, fields: BodyFields) -> ServedModel:
         """Return the model that a request names. Raises `ApiError`."""
         name = fields.peek("model")
@@ -270,7 +287,7 @@ class ServedModels:
 
     def _wake(self) -> None:
         """Let the thread look again; it is started when there may be something for it."""
-        if self._thread is None and (self._wanted or self._idle_seconds is not None):
+        if self._thread is None and (self._wanted or self._next_look() is not None):
             self._thread = Thread(target=self._work, name="edge-memllm-models", daemon=True)
             self._thread.start()
         self._changed.notify_all()
@@ -281,26 +298,32 @@ class ServedModels:
                 if self._wanted:
                     self._bring(self._wanted[0])
                     del self._wanted[0]
-                elif (model := self._unused(self._idle_seconds)) is not None:
+                elif (model := self._expired()) is not None:
                     _log.info("%s: freed, it was idle", model.name)
                     self._unload(model)
                 else:
                     self._changed.wait(self._next_look())
 
-    def _unused(self, seconds: float | None) -> ServedModel | None:
-        """Return the idle model that is longest unused, if that is so many seconds."""
-        if seconds is None:
-            return None
-        latest = monotonic() - seconds
-        found = [each for each in self.all if each.idle and each.last_used <= latest]
-        return min(found, key=lambda each: each.last_used, default=None)
+    def _unused(self) -> ServedModel | None:
+        """Return the idle model that is longest unused."""
+        idle = (each for each in self.all if each.idle)
+        return min(idle, key=lambda each: each.last_used, default=None)
+
+    def _expired(self) -> ServedModel | None:
+        """Return an idle model whose time is over."""
+        now = monotonic()
+        return next((each for each in self.all if each.idle and self._until(each) <= now), None)
 
     def _next_look(self) -> float | None:
-        """Return in how many seconds a model may have been idle for long enough."""
-        if self._idle_seconds is None:
-            return None
-        idle = [each.last_used for each in self.all if each.idle]
-        return None if not idle else max(0.0, min(idle) + self._idle_seconds - monotonic())
+        """Return in how many seconds the time of a model is over, if of any."""
+        until = min((self._until(each) for each in self.all if each.idle), default=math.inf)
+        return None if until == math.inf else max(0.0, until - monotonic())
+
+    def _until(self, model: ServedModel) -> float:
+        """Return when an idle model is to be freed, on the clock `monotonic`."""
+        own, others = model.keep_seconds, self._idle_seconds
+        seconds = own if own is not None else math.inf if others is None else others
+        return model.last_used + seconds
 
     def _bring(self, model: ServedModel) -> None:
         """Load a model and give it to those who wait, once there is room."""
@@ -330,7 +353,7 @@ class ServedModels:
             while self._is_waited_for(model):
                 if model.share is None or model.share.open():
                     return True
-                idle = self._unused(0.0)
+                idle = self._unused()
                 if idle is not None:
                     _log.info("%s: freed, for %s needs the room", idle.name, model.name)
                     self._unload(idle)
@@ -379,7 +402,7 @@ class ServedModels:
     def _free_one(self) -> bool:
         """Free the idle model that is longest unused, for another that grows; False if none is."""
         with self._changed:
-            model = self._unused(0.0)
+            model = self._unused()
             if model is None:
                 return False
             self._unload(model)

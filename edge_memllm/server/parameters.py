@@ -174,6 +174,10 @@ PARAMETERS: tuple[Parameter, ...] = (
         logit_bias="by token id; as in llama.cpp a list of `[id, bias]` too, where false forbids, "
         "and texts in place of ids for its own `/completion`",
         ignore_eos="the text goes on behind the tokens that end it",
+        speculate="so many draft tokens in a step at the most; 0 is none",
+        **{"speculative.n_max": "llama.cpp's word for `speculate`"},
+        keep_alive="how long the model stays loaded afterwards, as Ollama has it: seconds, `5m`, "
+        "0, or -1 for ever; where `serve` frees models, and as the last request to end has it",
         overlays="names of those that act",
         without_memory="computes as if memory added nothing",
     ),
@@ -334,6 +338,11 @@ PARAMETERS: tuple[Parameter, ...] = (
         dry_multiplier=(0,),
         min_keep=(0, 1),
         samplers=([],),
+    ),
+    *_not_done(
+        "drafts are copied from the text: none is a guess with a likelihood",
+        CHUNKED,
+        **{"speculative.n_min": (0,), "speculative.p_min": (0,)},
     ),
     *_not_done("a text ends where the context does", CHUNKED, n_keep=(0, -1), n_discard=(0,)),
     *_not_done("overlays are asked for with `overlays`", CHUNKED, lora=([],)),

@@ -114,6 +114,7 @@ class GenerationEndpoint:
             model = self._models.asked(fields)
             service = await client.wait_for(self._models.kept(model, stack))
             call = await client.wait_for(lane.run(self._read, fields, service))
+            self._models.keep(model, call.keep_alive)
         constraint = await client.wait_for(
             service.constraint(call.form, call.tools, call.reasoning)
         )

@@ -61,6 +61,8 @@ _ENGINE: Mapping[str, tuple[str, str, str]] = {
     "prompt_tokens": ("prompt_tokens_total", "counter", "tokens of prompts that were computed"),
     "reused_tokens": ("reused_tokens_total", "counter", "tokens of prompts that were there still"),
     "completion_tokens": ("completion_tokens_total", "counter", "tokens made"),
+    "draft_tokens": ("draft_tokens_total", "counter", "tokens proposed by speculation"),
+    "accepted_tokens": ("accepted_tokens_total", "counter", "of those, what was chosen"),
     "steps": ("steps_total", "counter", "steps in which texts grew"),
     "records_read": ("records_total", "counter", "records of the table that were used"),
     "bytes_read": ("table_read_bytes_total", "counter", "bytes of records read from the table"),

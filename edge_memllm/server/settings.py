@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import KW_ONLY, dataclass, field
-from typing import Annotated
+from typing import Annotated, Literal
 
 from edge_memllm.options import Group, Option, byte_size, positive_int, positive_number
 
@@ -145,6 +145,30 @@ class Settings:
             group="work",
         ),
     ] = None
+    seed: Annotated[
+        int | None,
+        Option(
+            "of requests that give none: the same request gets the same reply then",
+            unset="drawn for each",
+            group="requests that do not say",
+        ),
+    ] = None
+    reasoning: Annotated[
+        Literal["auto", "on", "off"],
+        Option(
+            "whether a model that can reason does: enable_thinking of its template. 'off' closes "
+            "what a template opens",
+            unset="auto, as the template has it",
+            group="requests that do not say",
+        ),
+    ] = "auto"
+    speculate: Annotated[
+        int,
+        Option(
+            "draft tokens of one step, as in 'run'; a step that several texts share has none",
+            group="requests that do not say",
+        ),
+    ] = 0
     page: Annotated[bool, Option("serve no page for people", flag="--no-page", group="access")] = (
         True
     )

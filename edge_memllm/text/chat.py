@@ -90,13 +90,19 @@ class ChatTemplate:
         try:
             chat = [_message(message) for message in messages]
             end = _mark_end(chat[-1], source) if continue_final_message else None
-            given = self._special_tokens | {
-                **{name: _plain(value) for name, value in variables.items()},
-                "messages": chat,
-                "tools": _plain(tools),
-                "documents": _plain(documents),
-                "add_generation_prompt": add_generation_prompt,
-            }
+            given = (
+                self._special_tokens
+                | _today()
+                | {
+                    **{name: _plain(value) for name, value in variables.items()},
+                    "messages": chat,
+                    "tools": _plain(tools),
+                    "documents": _plain(documents),
+                    "add_generation_prompt": add_generation_prompt,
+                }
+            )
+            if "functions" not in given and "functions" in source:  # Firefunction's word for them
+                given["functions"] = _to_json(given["tools"], indent=2) if tools else ""
             text = _rendered(template, given)
         except RequestError:
             raise
@@ -254,6 +260,15 @@ def _now(form: str) -> str:
     if len(form) > _MOST_FORMAT:
         _refuse(f"a date's format has {len(form)} characters.")
     return datetime.now().strftime(form)
+
+
+def _today() -> dict[str, str]:
+    """Return the date under the names that templates ask for it by, as llama.cpp gives it.
+
+    Those of Llama 3 have a day of 2024 where they are told none.
+    """
+    now = datetime.now()
+    return {"date_string": now.strftime("%d %b %Y"), "datetime": now.strftime("%b %d %Y")}
 
 
 def _to_json(

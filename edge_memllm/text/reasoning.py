@@ -50,6 +50,12 @@ def reasoning_of(source: str | None, prompt: str) -> Reasoning | None:
     return None
 
 
+def closed(source: str | None, prompt: str) -> str:
+    """Return a prompt without open reasoning: what its template opens ends at once."""
+    found = reasoning_of(source, prompt)
+    return prompt + found.marks.end if found is not None and found.begun else prompt
+
+
 class _State(Enum):
     BEGINNING = auto()  # it is open whether there is any
     INSIDE = auto()

@@ -56,7 +56,8 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         *("--host", "0.0.0.0", "--name", "my model", "--drain-seconds", "3", "--log-requests"),
         *("--api-key", KEY, "--api-key-file", str(keys), "--cors", "https://a", "--cors", "*"),
         *("--allow-host", "ai.lan", "--max-tokens", "9", "--max-prompt", "8", "--max-choices", "7"),
-        *("--max-body", "1MiB", "--timeout", "2.5"),
+        *("--max-body", "1MiB", "--timeout", "2.5", "--seed", "7", "--speculate", "8"),
+        *("--reasoning", "off"),
     )
     assert found == Settings(
         "my model",
@@ -65,11 +66,21 @@ def test_options_become_settings(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         origins=("https://a", "*"),
         hosts=("ai.lan",),
         drain_seconds=3.0,
+        seed=7,
+        reasoning="off",
+        speculate=8,
         log_requests=True,
         limits=Limits(
             prompt_tokens=8, max_tokens=9, choices=7, body_bytes=1 << 20, reply_seconds=2.5
         ),
     )
+
+
+def test_what_requests_get_is_checked_at_the_start() -> None:
+    with pytest.raises(RequestError, match="speculate is 65, expected an integer from 0 to 64"):
+        settings("--speculate", "65")
+    with pytest.raises(RequestError, match="seed is -1"):
+        settings("--seed", "-1")
 
 
 def test_the_name_is_that_of_the_folder_or_of_the_hub(tmp_path: Path) -> None:

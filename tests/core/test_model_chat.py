@@ -276,3 +276,14 @@ def test_an_engine_says_what_goes_on(model: Model) -> None:
     with Engine(model, slots=3) as engine:
         assert repr(engine).startswith("<Engine running: 0 of 3 slots busy, 0 queued, of <Model ")
     assert repr(engine).startswith("<Engine ended: ")
+
+
+@pytest.mark.parametrize(("several", "calls"), [(None, 2), (True, 2), (False, 1)])
+def test_a_reply_has_several_calls_or_one(path: Path, several: bool | None, calls: int) -> None:
+    call = '<tool_call>\n{"name": "weather", "arguments": {"city": "Rome"}}\n</tool_call>'
+    asked: dict[str, Any] = {"tools": [TOOL], "max_tokens": 300}
+    prompt = json.dumps(TOOL) + "[user]Hi[assistant]"
+    with saying(path, f"{call}\n{call}", prompt) as model:
+        reply = model.chat("Hi", parallel_tool_calls=several, **asked)
+    assert [each.name for each in reply.tool_calls] == ["weather"] * calls
+    assert reply.finish_reason == "tool_calls"

@@ -76,6 +76,7 @@ def test_the_public_calls_keep_their_parameters() -> None:
         "response_format",
         "tools",
         "tool_choice",
+        "parallel_tool_calls",
         "shown_tokens",
         "without_memory",
         "choices",

@@ -264,6 +264,9 @@ def test_a_chat_becomes_a_prompt_and_its_tokens(folder: Path) -> None:
         back = served.post("/detokenize", {"tokens": counted["tokens"]}).json()
         assert back["prompt"] == prompt
         assert served.refusal("/apply-template", messages=[])["param"] == "messages"
+        alone = {**body, "add_generation_prompt": False}
+        assert prompt.startswith(served.post("/apply-template", alone).json()["prompt"])
+        assert not served.post("/apply-template", alone).json()["prompt"].endswith("[assistant]")
         both = served.refusal("/tokenize", messages=HELLO, prompt="x")
         assert both["param"] == "prompt"
 

@@ -218,3 +218,33 @@ def test_a_message_of_calls_alone_has_a_text_for_the_template(served: Served) ->
             assert service.model.tokenizer.decode(prompt).endswith("Hi||noon|tools")
     finally:
         service.template = own
+
+
+@pytest.mark.parametrize(("usual", "end"), [("on", "<think>"), ("off", "<think></think>")])
+def test_a_server_says_whether_to_reason_where_requests_do_not(
+    tmp_path: Path, runtime: ScriptedRuntime, usual: str, end: str
+) -> None:
+    folder = write_small_artifact(tmp_path / "a", ROOM).path
+    with serving_small(folder, runtime, template=TEMPLATE, reasoning=usual) as found:
+        body = {"messages": HELLO}
+        usually = found.post("/apply-template", body).json()["prompt"]
+        assert usually.endswith(f"[assistant]{end}")
+        other = {"enable_thinking": usual == "off"}
+        asked = found.post("/apply-template", {**body, "chat_template_kwargs": other}).json()
+        assert asked["prompt"].endswith("<think>") == (usual == "off")
+        (prompt,) = chat(found.service, reasoning_effort="none").prompts
+        assert found.service.model.tokenizer.decode(prompt).endswith("</think>")
+
+
+def test_what_a_template_always_opens_is_closed(service: Service) -> None:
+    before = service.template
+    source = SOURCE.partition("{% if enable_thinking is")[0] + "{{ '<think>\\n' }}"
+    try:
+        service.template = ChatTemplate(source, {})
+        read = chat(service, reasoning_effort="none")
+        text = service.model.tokenizer.decode(read.prompts[0])
+        assert text.endswith("[assistant]<think>\n</think>")
+        assert read.reasoning is not None
+        assert not read.reasoning.begun
+    finally:
+        service.template = before

@@ -18,13 +18,22 @@ WARM = Sampling(temperature=0.9, repetition_penalty=1.2)
 class GatedRuntime(FakeRuntime):
     """Can be held before its next step, counts steps, and fails when told to.
 
-    With `pause_at` it holds itself before the step of that number, until the gate is opened.
+    With `pause_at` it holds itself before the step of that number, until the gate is opened. With
+    few `answers` its texts repeat themselves; which one it gives still depends on all before.
     """
 
     pause_at: int | None = None
 
-    def __init__(self, *, copies: bool = True, window: int | None = None, rows: int = 0) -> None:
+    def __init__(
+        self,
+        *,
+        copies: bool = True,
+        window: int | None = None,
+        rows: int = 0,
+        answers: int | None = None,
+    ) -> None:
         super().__init__(VOCABULARY, CONTEXT, window=window, rows=rows)
+        self.answers = answers
         self.gate = threading.Event()
         self.gate.set()
         self.copies = copies
@@ -49,6 +58,9 @@ class GatedRuntime(FakeRuntime):
         self.steps.append(len(index))
         self.sizes.append(index.size)
         return super().step(buffer, distinct, index, cache, wanted, **more)
+
+    def logits(self, state: int) -> Any:
+        return super().logits(state if self.answers is None else state % self.answers)
 
 
 def text_of(reply: Reply, choice: int = 0) -> str:

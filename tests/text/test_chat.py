@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import time
 from collections.abc import Iterator
+from datetime import datetime
 from itertools import product
 from pathlib import Path
 from typing import Any
@@ -384,3 +386,19 @@ def test_a_budget_does_not_outlast_a_rendering() -> None:
     template = ChatTemplate("{% for i in range(50000) %}{% endfor %}{{ 'a' * 9000000 }}", {})
     for _ in range(3):
         assert len(template.render(MESSAGES)) == 9_000_000
+
+
+def test_templates_that_ask_for_the_day_get_todays() -> None:
+    source = "{% if not date_string is defined %}{% set date_string = '26 Jul 2024' %}{% endif %}"
+    template = ChatTemplate(source + "{{ date_string }}/{{ datetime }}", {})
+    today = datetime.now()
+    expected = f"{today:%d %b %Y}/{today:%b %d %Y}"
+    assert template.render(MESSAGES) == expected
+    assert template.render(MESSAGES, date_string="then").startswith("then/")
+
+
+def test_a_template_may_call_tools_functions() -> None:
+    template = ChatTemplate("{{ '' + functions }}", {})
+    assert template.render(MESSAGES) == ""
+    assert json.loads(template.render(MESSAGES, tools=TOOLS)) == TOOLS
+    assert template.render(MESSAGES, functions="f") == "f"

@@ -91,6 +91,7 @@ def generation_settings(request: Request, service: Service) -> Json:
         ],
         "n_probs": request.top or 0,
         "post_sampling_probs": request.top_of == "sampling",
+        "speculative.n_max": request.speculate,
         "samplers": list(_SAMPLERS),
     }
 

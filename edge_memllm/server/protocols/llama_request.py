@@ -35,7 +35,7 @@ def read_llama(fields: BodyFields, service: Service) -> LlamaCall:
     service.check_model(fields)
     if fields.peek("seed") in _ANY_SEED:
         fields.value("seed")
-    call = take_call(fields, service.model, limits, words=tokenizer)
+    call = take_call(fields, service, words=tokenizer)
     several, prompts = _take_prompts(fields, limits)
     top = fields.optional_integer("n_probs", 0, MOST_TOP) or None
     of_sampling = fields.flag("post_sampling_probs")

@@ -55,11 +55,13 @@ class LlamaState:
 def _loaded(service: Service) -> Json:
     spell, spec = service.model.tokenizer.spelling, service.spec
     start, ends = start_token(spec), spec.eos_token_ids
-    default = Asked(prompt=(), sampling=service.model.sampling)
+    settings = service.settings
+    default = Asked(prompt=(), sampling=service.model.sampling, speculate=settings.speculate)
+    seed = -1 if settings.seed is None else settings.seed
     return {
         "default_generation_settings": {
             "n_ctx": spec.max_position_embeddings,
-            "params": {"seed": -1, **generation_settings(default, service), "n_predict": -1},
+            "params": {"seed": seed, **generation_settings(default, service), "n_predict": -1},
         },
         "total_slots": service.engine.statistics.slots,
         "chat_template": "" if service.template is None else service.template.source,
@@ -75,6 +77,6 @@ def _slots(service: Service) -> Iterator[Json]:
         yield {
             "id": number,
             "n_ctx": service.spec.max_position_embeddings,
-            "speculative": False,
+            "speculative": bool(service.settings.speculate),
             "is_processing": number < statistics.under_way,
         }

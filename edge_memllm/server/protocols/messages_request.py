@@ -22,6 +22,7 @@ from edge_memllm.server.messages import (
     writes_several,
 )
 from edge_memllm.server.parameters import EPHEMERAL, not_honoured, nothing_of
+from edge_memllm.server.protocols.keep_alive import take_keep_alive
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.tools.formats import Tool
@@ -44,15 +45,15 @@ _NEEDS = {"auto": "auto", "any": "required", "tool": "required", "none": None}
 
 def read_message(fields: BodyFields, service: Service) -> Call:
     """Return the call that an object stands for. Raises `ApiError`."""
-    limits = service.settings.limits
     service.check_model(fields)
     chat, choice, parallel = _take_chat(fields, service)
     stream = fields.flag("stream")
     call = Call(
-        request=take_request(fields, service.model, limits, "stop_sequences"),
+        request=take_request(fields, service, "stop_sequences"),
         form=None,
         stream=stream,
         user=_take_user(fields),
+        keep_alive=take_keep_alive(fields),
     )
     most = fields.optional_integer("max_tokens", 1, service.most_tokens)
     if most is None:

@@ -44,6 +44,7 @@ from edge_memllm.server.messages import (
     tool_use,
 )
 from edge_memllm.server.parameters import not_honoured, nothing_of
+from edge_memllm.server.protocols.keep_alive import take_keep_alive
 from edge_memllm.server.service import Service
 from edge_memllm.server.settings import Limits
 from edge_memllm.text.tools.formats import Tool
@@ -86,7 +87,7 @@ def read_response(fields: BodyFields, service: Service) -> Call:
     progress, timings = take_telling(fields)
     call = Call(
         request=replace(
-            take_request(fields, service.model, limits),
+            take_request(fields, service),
             top=_take_top(fields),
             progress=progress or timings,
         ),
@@ -95,6 +96,7 @@ def read_response(fields: BodyFields, service: Service) -> Call:
         progress=progress,
         timings=timings,
         user=take_user(fields),
+        keep_alive=take_keep_alive(fields),
         repeated={**repeated, "parallel_tool_calls": parallel},
     )
     most = fields.optional_integer("max_output_tokens", 1, service.most_tokens)

@@ -16,13 +16,14 @@ Json = dict[str, Any]
 def timings_of(statistics: ChoiceStatistics) -> Json:
     """Return what a choice took that is complete."""
     told, first = statistics, statistics.first_token_seconds
+    drafts = {"draft_n": told.draft_tokens, "draft_n_accepted": told.accepted_tokens}
     return _timings(
         reused=told.reused_tokens,
         prompt=told.prompt_tokens - told.reused_tokens,
         prompt_seconds=(told.seconds if first is None else first) - told.queued_seconds,
         predicted=told.completion_tokens,
         predicted_seconds=0.0 if first is None else told.seconds - first,
-    )
+    ) | (drafts if told.draft_tokens else {})
 
 
 def progress_of(progress: PromptProgress) -> Json:

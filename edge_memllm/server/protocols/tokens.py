@@ -130,9 +130,13 @@ class TextTokens:
     def _take_chat(self, fields: BodyFields, service: Service) -> Chat:
         limits = service.settings.limits
         messages, tools = take_messages(fields, limits), take_tools(fields, limits)
-        choice, continued = take_choice(fields), take_continued(fields)
+        choice = take_choice(fields)
+        answered = fields.peek("add_generation_prompt") is not False
+        if not answered and not fields.peek("continue_final_message"):
+            fields.value("add_generation_prompt")  # the messages alone: there is no reply to come
+        continued = take_continued(fields)
         offered = () if choice.need is None else tools
-        return Chat(messages, offered, continued, take_variables(fields))
+        return Chat(messages, offered, continued, answered, take_variables(fields))
 
     def _count_chat(self, fields: BodyFields, service: Service) -> Json:
         text = read_counted(fields, service).prompt(service)

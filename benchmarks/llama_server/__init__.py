@@ -1,0 +1,1 @@
+"""llama.cpp's own checks of its server, run against `edge-memllm serve`."""
