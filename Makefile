@@ -72,6 +72,7 @@ check: setup  ## format, lint, types, generated documents
 	$(BIN)/python -m benchmarks.real page --check
 	$(BIN)/python -m benchmarks.gemma page --check
 	$(BIN)/python -m benchmarks.dense page --check
+	$(BIN)/python -m benchmarks.llama_server page --check
 
 pytest: setup  ## the tests alone
 	OMP_NUM_THREADS=1 $(BIN)/$(PYTEST)

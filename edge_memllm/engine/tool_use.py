@@ -48,8 +48,8 @@ class ToolUse:
 
     def parser(self, *, certain: bool = True) -> ToolCallParser:
         """Return what reads a reply; `certain` where a constraint of these tools holds it."""
-        names = [tool.name for tool in self.tools]
-        return ToolCallParser(self.format, names, certain=certain)
+        schemas = {tool.name: tool.schema for tool in self.tools}
+        return ToolCallParser(self.format, schemas, certain=certain)
 
     def shown_tokens(self, tokenizer: Tokenizer) -> tuple[int, ...]:
         """Return the special tokens that have to stand in the text for its calls to be found."""

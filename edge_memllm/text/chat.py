@@ -8,7 +8,7 @@ sees only what it is given, may not change it, and is bounded in time and memory
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from datetime import datetime
 from functools import cache, cached_property
 from typing import TYPE_CHECKING, Any, NoReturn
@@ -278,7 +278,12 @@ def _to_json(
     separators: tuple[str, str] | None = None,
     sort_keys: bool = False,
 ) -> str:
-    """Plain JSON: Jinja's own filter escapes what means something in HTML."""
+    """Plain JSON: Jinja's own filter escapes what means something in HTML.
+
+    What `map` gives is written as a list, as llama.cpp writes it.
+    """
+    if isinstance(x, Iterator):
+        x = list(x)
     return json.dumps(
         x, ensure_ascii=ensure_ascii, indent=indent, separators=separators, sort_keys=sort_keys
     )

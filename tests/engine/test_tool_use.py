@@ -15,13 +15,17 @@ from edge_memllm.engine.grammar import Grammars
 from edge_memllm.engine.tool_use import ToolUse
 from edge_memllm.sampling import Constraint
 from edge_memllm.text.tools import Tool, ToolFormat, format_of, parsed_reply
-from edge_memllm.text.tools.formats import DESCRIBED, GEMMA, HERMES, LLAMA
+from edge_memllm.text.tools.formats import DESCRIBED, GEMMA, HERMES, LLAMA, QWEN_CODER
+from edge_memllm.text.tools.parsing import collected
 from support.checkpoints import EOS, VOCABULARY
 from support.small_model import IDENTITY, byte_tokenizer, model_spec
 
 SPEC = dataclasses.replace(model_spec(IDENTITY, 0, 2, 64, VOCABULARY), eos_token_ids=(EOS,))
 TOKENIZER = byte_tokenizer()
 GRAMMARS = Grammars(TOKENIZER, SPEC)
+DEEPSEEK = format_of("{{ tools }}<｜tool▁calls▁begin｜>")  # noqa: RUF001
+DEEPSEEK_FENCED = format_of("{{ tools }}<｜tool▁calls▁begin｜>```json")  # noqa: RUF001
+PHI = format_of("{{ message['tools'] }}<|tool|><|/tool|>")
 UNIT = {"$ref": "#/$defs/Unit"}
 WEATHER = Tool(
     "weather",
@@ -41,6 +45,10 @@ FORMATS = [
     GEMMA,
     format_of("{{ tools }}[TOOL_CALLS] ["),
     format_of("{{ tools }}[TOOL_CALLS]x[ARGS]"),
+    QWEN_CODER,
+    DEEPSEEK,
+    DEEPSEEK_FENCED,
+    PHI,
 ]
 
 
@@ -68,7 +76,7 @@ def written(constraint: Constraint, begin: str = "", seed: int = 0, most: int = 
 
 
 def check(use: ToolUse, text: str) -> int:
-    said, calls = parsed_reply(use.format, [tool.name for tool in use.tools], text)
+    said, calls = parsed_reply(use.format, {tool.name: tool.schema for tool in use.tools}, text)
     assert said == ""
     for call in calls:
         found = json.loads(call.arguments)
@@ -102,6 +110,10 @@ def test_one_call_where_there_may_be_no_more(format: ToolFormat) -> None:
         (LLAMA, '{"name": "weather'),
         (DESCRIBED, '{"name": "now'),
         (format_of("{{ tools }}[TOOL_CALLS] ["), "[TOOL_CALLS]"),
+        (QWEN_CODER, "Sure.\n<tool_call>\n<function=weather>\n<par"),
+        (DEEPSEEK, f"Sure.{DEEPSEEK.spelling.begin}"),
+        (DEEPSEEK_FENCED, DEEPSEEK_FENCED.spelling.begin + DEEPSEEK_FENCED.spelling.head("now")),
+        (PHI, '<|tool_call|>[{"name": "now'),
     ],
 )
 def test_what_has_begun_as_a_call_becomes_one(format: ToolFormat, begin: str) -> None:
@@ -203,3 +215,38 @@ def test_gemmas_own_texts_may_hold_anything_but_a_quote() -> None:
     assert written(constraint_of(use), text) == text
     _, (call,) = parsed_reply(GEMMA, ["f"], text)
     assert json.loads(call.arguments) == {"city": 'a > b, "c" } \n'}
+
+
+def test_a_text_in_tags_is_any_text_up_to_its_tag() -> None:
+    properties = {"code": {"type": "string"}, "n": {"type": "integer"}}
+    schema = {"type": "object", "properties": properties, "required": ["code"]}
+    use = ToolUse(
+        format=QWEN_CODER,
+        tools=(Tool("write", parameters=schema),),
+        need="required",
+        parallel=False,
+    )
+    code = 'if (a < b && "c") {\n  return "</div>\\n";\n}\n'
+    begin = (
+        f"<tool_call>\n<function=write>\n<parameter=code>\n{code}\n</parameter>\n"
+        "<parameter=n>\n3\n</parameter>\n</function>\n</tool_call>"
+    )
+    text = written(constraint_of(use), begin)
+    assert text == begin
+    parser = use.parser()
+    _, (call,) = collected([*parser.push(text), *parser.flush()])
+    assert json.loads(call.arguments) == {"code": code, "n": 3}
+    with pytest.raises(AssertionError):  # a number that is none
+        written(constraint_of(use), begin.replace("3", "three"))
+
+
+@pytest.mark.parametrize("bound", [{"pattern": "^a+$"}, {"type": ["string", "integer"]}])
+def test_what_tags_have_no_rules_for_is_json(bound: dict[str, Any]) -> None:
+    schema = {"type": "object", "properties": {"x": {"type": "string", **bound}}, "required": ["x"]}
+    use = ToolUse(
+        format=QWEN_CODER, tools=(Tool("f", parameters=schema),), need="required", parallel=False
+    )
+    begin = '<tool_call>\n<function=f>\n{"x": "aa"}</function>\n</tool_call>'
+    assert written(constraint_of(use), begin) == begin
+    _, (call,) = parsed_reply(QWEN_CODER, {"f": schema}, begin)
+    assert json.loads(call.arguments) == {"x": "aa"}

@@ -397,6 +397,12 @@ def test_templates_that_ask_for_the_day_get_todays() -> None:
     assert template.render(MESSAGES, date_string="then").startswith("then/")
 
 
+def test_what_map_gives_is_a_list_as_json() -> None:
+    template = ChatTemplate("{{ tools | map(attribute='function') | tojson }}", {})
+    text = template.render(MESSAGES, tools=TOOLS)
+    assert json.loads(text) == [each["function"] for each in TOOLS]
+
+
 def test_a_template_may_call_tools_functions() -> None:
     template = ChatTemplate("{{ '' + functions }}", {})
     assert template.render(MESSAGES) == ""

@@ -86,7 +86,7 @@ class ToolFormat:
         more: What begins one right behind another.
         tails: What ends one; the longest that fits is taken.
         spelling: How one is written where it must come.
-        values: How arguments are written.
+        values: How arguments are written: as JSON, as Gemma does, or a tag for each.
         end: What ends them, where they are not JSON.
         quote: What stands around their texts there.
         tokens: Entries of the vocabulary that belong to it: they are read though they are special.
@@ -94,6 +94,7 @@ class ToolFormat:
         most: How many calls a reply may have, as far as the format says.
         short_ids: Whether the template takes ids of calls of nine letters and digits only.
         describes: Whether the template tells of tools; else `prompt` does.
+        in_system: Whether it tells of those that a system's message holds, as JSON text.
     """
 
     name: str
@@ -102,7 +103,7 @@ class ToolFormat:
     more: tuple[Pattern, ...] = ()
     tails: tuple[Pattern, ...] = ()
     spelling: Spelling
-    values: Literal["json", "gemma"] = "json"
+    values: Literal["json", "gemma", "tags"] = "json"
     end: str = ""
     quote: str = ""
     tokens: tuple[str, ...] = ()
@@ -110,6 +111,7 @@ class ToolFormat:
     most: int | None = None
     short_ids: bool = False
     describes: bool = True
+    in_system: bool = False
 
 
 def _objects(*before: str | Gap) -> tuple[Pattern, ...]:
@@ -130,6 +132,8 @@ def _objects(*before: str | Gap) -> tuple[Pattern, ...]:
 
 
 _S = Gap.SPACE
+# Tools that a template takes from a message, where they are JSON text.
+_IN_SYSTEM = re.compile(r"message(\.tools\b|\[['\"]tools['\"]\])")
 _ENDINGS: tuple[Pattern, ...] = ((_S, "}"), (_S, "}", _S, "```"), (_S, "}", _S, "]"))
 _BARE = (
     *_objects(),
@@ -158,6 +162,82 @@ HERMES = ToolFormat(
     ),
     tokens=("<tool_call>", "</tool_call>"),
 )
+
+QWEN_CODER = ToolFormat(
+    name="qwen-coder",
+    heads=(
+        ("<tool_call>", _S, "<function=", Gap.NAME, ">"),
+        ("<function=", Gap.NAME, ">"),  # the first tag may be left out
+    ),
+    more=(
+        (_S, "<tool_call>", _S, "<function=", Gap.NAME, ">"),
+        (_S, "<function=", Gap.NAME, ">"),
+    ),
+    tails=((_S, "</tool_call>"),),
+    spelling=Spelling(
+        call="<tool_call>\n<function={name}>\n",
+        closed="</function>\n</tool_call>",
+        between="\n",
+    ),
+    values="tags",
+    end="</function>",
+    tokens=("<tool_call>", "</tool_call>"),
+)
+
+_CALLS, _CALLED = "<｜tool▁calls▁begin｜>", "<｜tool▁calls▁end｜>"  # noqa: RUF001 - as it is spelt
+_CALL, _NEXT = "<｜tool▁call▁begin｜>", "<｜tool▁sep｜>"  # noqa: RUF001
+_DONE = "<｜tool▁call▁end｜>"  # noqa: RUF001
+_DEEPSEEK_TOKENS = (_CALLS, _CALLED, _CALL, _NEXT, _DONE)
+
+
+def _deepseek(source: str) -> ToolFormat:
+    """DeepSeek's two forms: V3's and R1's, in a block of code, and V3.1's."""
+    fenced = "```json" in source
+    begin, closed = (f"{_CALL}function{_NEXT}", f"\n```{_DONE}") if fenced else (_CALL, _DONE)
+    behind = "\n```json\n" if fenced else _NEXT
+    named: tuple[Pattern, ...] = (
+        (_CALL, "function", _NEXT, Gap.NAME, _S, "```json", _S, "{"),
+        (_CALL, Gap.NAME, _NEXT, _S, "{"),
+    )
+    return ToolFormat(
+        name="deepseek",
+        heads=(*((_CALLS, _S, *each) for each in named), *named),
+        more=tuple((_S, *each) for each in named),
+        tails=(
+            *((_S, mark, _S, _DONE) for mark in ("```", "")),
+            *((_S, mark, _S, _DONE, _S, _CALLED) for mark in ("```", "")),
+        ),
+        spelling=Spelling(
+            begin=_CALLS,
+            call=f"{begin}{{name}}{behind}",
+            closed=closed,
+            between="\n" if fenced else "",
+            end=_CALLED,
+        ),
+        tokens=_DEEPSEEK_TOKENS,
+    )
+
+
+def _phi(source: str) -> ToolFormat:
+    """Phi-4-mini's form, and Granite's: a list of JSON objects behind a mark."""
+    closing = "<|/tool_call|>" if "<|/tool|>" in source else ""
+    marks = ("<|tool_call|>", "functools")
+    return ToolFormat(
+        name="phi",
+        heads=tuple(each for mark in marks for each in _objects(mark, _S, "[", _S)),
+        more=_objects(_S, ",", _S),
+        tails=((_S, "}"), (_S, "}", _S, "]"), (_S, "}", _S, "]", _S, "<|/tool_call|>")),
+        spelling=Spelling(
+            begin="<|tool_call|>[",
+            call='{"name": "{name}", "arguments": ',
+            closed="}",
+            between=", ",
+            end=f"]{closing}",
+        ),
+        tokens=("<|tool_call|>", "<|/tool_call|>"),
+        in_system=_IN_SYSTEM.search(source) is not None,
+    )
+
 
 LLAMA = ToolFormat(
     name="llama",
@@ -250,6 +330,10 @@ _IMPLIED: tuple[tuple[str, Callable[[str], ToolFormat]], ...] = (
     ("<|tool_call>call:", lambda _: GEMMA),
     ("<start_function_call>", lambda _: FUNCTION_GEMMA),
     ("[TOOL_CALLS]", _mistral),
+    ("<parameter=", lambda _: QWEN_CODER),
+    (_CALLS, _deepseek),
+    ("<|tool_call|>", _phi),
+    ("<|/tool|>", _phi),
     ("<tool_call>", lambda _: HERMES),
     ("<|python_tag|>", lambda _: LLAMA),
     ('"parameters"', lambda _: LLAMA),

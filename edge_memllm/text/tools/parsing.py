@@ -8,13 +8,14 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from enum import Enum, auto
 from typing import Literal, NamedTuple, TypeAlias
 
 from edge_memllm.text.tools.formats import NAME, Gap, Pattern, ToolFormat
 from edge_memllm.text.tools.gemma_values import read_object
+from edge_memllm.text.tools.parameters import read_parameters
 
 _MOST_SPACE = 64
 _WORD = re.compile(r"[a-zA-Z0-9]{1,64}")
@@ -84,6 +85,8 @@ class _State(Enum):
 class ToolCallParser:
     """Reads one reply. `names` are those of the tools: a call of any other is text.
 
+    Where arguments are no JSON, a mapping of the names to schemas says which of them are texts.
+
     A call is held back until it is known to be one. With `certain`, the arguments of one that
     begins exactly as the format spells it are handed out as they come: a grammar sees to it then
     that they are JSON. White space between text and calls is left out.
@@ -95,6 +98,7 @@ class ToolCallParser:
         self.calls = 0
         self._format = format
         self._names = frozenset(names)
+        self._schemas = names if isinstance(names, Mapping) else {}
         self._certain = certain and format.values == "json"
         self._state = _State.TEXT
         self._held = ""
@@ -187,13 +191,19 @@ class ToolCallParser:
         else:
             place = self._held.find(self._format.end, brace)
             end = None if place < 0 else place + len(self._format.end)
-            text = None if place < 0 else read_object(self._held[brace:place])
+            text = None if place < 0 else self._read_values(head.name, self._held[brace:place])
         if end is None:
             return _MORE
         self._braces = None
         if text is None or not _is_object(text):
             return None
         return _Call(text, end - brace)
+
+    def _read_values(self, name: str, text: str) -> str | None:
+        """Return arguments in a form of their own as JSON; None for what are none."""
+        if self._format.values == "tags":
+            return read_parameters(text.removeprefix(">"), self._schemas.get(name, {}))
+        return read_object(text)
 
     def _is_spelt(self, text: str, name: str) -> bool:
         """Whether a head is written as the grammar of calls has it."""

@@ -40,7 +40,10 @@ def with_tools(
     call that nobody made.
     """
     plain = _with_objects(messages)
-    if template_format(template).describes:
+    format = template_format(template)
+    if format.in_system:
+        return _in_system(plain, tools), None
+    if format.describes:
         return plain, [tool.as_given() for tool in tools] or None
     plain = list(_without_calls(plain))
     return (_described(plain, tools) if tools else plain), None
@@ -126,6 +129,17 @@ def _described(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Messa
     if first.get("role") in ("system", "developer") and isinstance(said, str):
         return [{**first, "content": f"{said}\n\n{told}"}, *messages[1:]]
     return [{"role": "system", "content": told}, *messages]
+
+
+def _in_system(messages: Sequence[Message], tools: Sequence[Tool]) -> list[Message]:
+    """Return messages whose first, of the system, holds the tools as JSON text."""
+    if not tools:
+        return list(messages)
+    told = f"[{', '.join(map(_line, tools))}]"
+    first = messages[0] if messages else {}
+    if first.get("role") == "system":
+        return [{**first, "tools": told}, *messages[1:]]
+    return [{"role": "system", "content": "", "tools": told}, *messages]
 
 
 def _line(tool: Tool) -> str:

@@ -10,6 +10,7 @@ from typing import Any, TypeAlias
 
 from edge_memllm.text.tools.formats import Tool, ToolFormat
 from edge_memllm.text.tools.gemma_grammar import UnwrittenError, argument_rules
+from edge_memllm.text.tools.parameters import parameter_rules
 
 JsonRule: TypeAlias = Callable[[Mapping[str, Any], bool], str]
 
@@ -60,8 +61,11 @@ def _arguments(
     json = f"{name}: {json_rule(tool.schema, tool.strict)}"
     if format.values == "json":
         return [json]
+    plain = partial(_plain, json_rule)
     try:
-        return argument_rules(name, tool.schema, literal(format.quote), partial(_plain, json_rule))
+        if format.values == "tags":
+            return parameter_rules(name, tool.schema, plain)
+        return argument_rules(name, tool.schema, literal(format.quote), plain)
     except UnwrittenError:
         return [json]
 

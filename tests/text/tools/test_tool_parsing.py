@@ -10,8 +10,16 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from edge_memllm.text.tools import ToolCall, ToolCallParser, ToolFormat, format_of, parsed_reply
-from edge_memllm.text.tools.formats import FUNCTION_GEMMA, GEMMA, GENERIC, HERMES, LLAMA
+from edge_memllm.text.tools.formats import (
+    FUNCTION_GEMMA,
+    GEMMA,
+    GENERIC,
+    HERMES,
+    LLAMA,
+    QWEN_CODER,
+)
 from edge_memllm.text.tools.gemma_values import read_object
+from edge_memllm.text.tools.parameters import read_parameters
 from edge_memllm.text.tools.parsing import CallArguments, collected
 
 NAMES = ("weather", "add")
@@ -25,6 +33,11 @@ FORMATS = {
     "mistral named": MISTRAL_NAMED,
     "gemma": GEMMA,
     "function gemma": FUNCTION_GEMMA,
+    "qwen coder": QWEN_CODER,
+    "deepseek": format_of("{{ tools }}<｜tool▁calls▁begin｜>"),  # noqa: RUF001
+    "deepseek fenced": format_of("{{ tools }}<｜tool▁calls▁begin｜>```json"),  # noqa: RUF001
+    "phi": format_of("{{ message['tools'] }}<|tool|><|/tool|>"),
+    "granite": format_of("{{ tools }}<|tool_call|>"),
 }
 PARIS, SUM = ToolCall("weather", '{"city": "Paris"}'), ToolCall("add", '{"a": 1, "b": {"c": "}"}}')
 
@@ -111,6 +124,55 @@ PARIS, SUM = ToolCall("weather", '{"city": "Paris"}'), ToolCall("add", '{"a": 1,
             "",
             [PARIS],
         ),
+        # As the model cards and the templates of llama.cpp write them.
+        (
+            "qwen coder",
+            (
+                "I look.\n<tool_call>\n<function=weather>\n<parameter=city>\nParis\n</parameter>\n"
+                "</function>\n</tool_call>\n<tool_call>\n<function=weather>\n<parameter=city>\nParis\n"
+                "</parameter>\n</function>\n</tool_call>"
+            ),
+            "I look.",
+            [PARIS, PARIS],
+        ),
+        (
+            "qwen coder",
+            "<function=weather><parameter=city>Paris</parameter></function></tool_call> Done.",
+            "Done.",
+            [PARIS],
+        ),
+        (
+            "deepseek fenced",
+            (
+                "So:<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>function<｜tool▁sep｜>weather\n"  # noqa: RUF001
+                '```json\n{"city": "Paris"}\n```<｜tool▁call▁end｜>\n<｜tool▁call▁begin｜>function'  # noqa: RUF001
+                '<｜tool▁sep｜>add\n```json\n{"a": 1, "b": {"c": "}"}}\n```<｜tool▁call▁end｜>'  # noqa: RUF001
+                "<｜tool▁calls▁end｜>"  # noqa: RUF001
+            ),
+            "So:",
+            [PARIS, SUM],
+        ),
+        (
+            "deepseek",
+            (
+                '<｜tool▁calls▁begin｜><｜tool▁call▁begin｜>weather<｜tool▁sep｜>{"city": "Paris"}'  # noqa: RUF001
+                "<｜tool▁call▁end｜><｜tool▁call▁begin｜>add<｜tool▁sep｜>"  # noqa: RUF001
+                '{"a": 1, "b": {"c": "}"}}<｜tool▁call▁end｜><｜tool▁calls▁end｜>'  # noqa: RUF001
+            ),
+            "",
+            [PARIS, SUM],
+        ),
+        (
+            "phi",
+            (
+                '<|tool_call|>[{"name": "weather", "arguments": {"city": "Paris"}}, '
+                '{"name": "add", "arguments": {"a": 1, "b": {"c": "}"}}}]<|/tool_call|>'
+            ),
+            "",
+            [PARIS, SUM],
+        ),
+        ("phi", 'functools[{"name": "weather", "arguments": {"city": "Paris"}}]', "", [PARIS]),
+        ("granite", '<|tool_call|>[{"name":"weather","arguments":{"city": "Paris"}}]', "", [PARIS]),
     ],
 )
 def test_calls_are_read_in_each_format(
@@ -134,6 +196,11 @@ def test_calls_are_read_in_each_format(
         ("generic", "  {  "),
         ("mistral", "[TOOL_CALLS] are what they are"),
         ("gemma", '<|tool_call>call:weather{city:<|"|>Paris}<tool_call|>'),
+        ("qwen coder", "<tool_call>\n<function=weather>\n<parameter=city>\nPar"),
+        ("qwen coder", "<tool_call>\n<function=weather>\nin Paris\n</function>\n</tool_call>"),
+        ("qwen coder", "<tool_call>\n<function=nobody>\n</function>\n</tool_call>"),
+        ("deepseek", "<｜tool▁calls▁begin｜> is a mark"),  # noqa: RUF001
+        ("phi", "functools is a module"),
         ("gemma", '<|tool_call>call:weather{city:<|"|>Paris<|"|>}'),
     ],
 )
@@ -145,6 +212,8 @@ FRAGMENTS = [
     "<tool_call>", "</tool_call>", "\n", " ", "{", "}", "[", "]", ",", ";", ":", '"', "\\",
     '{"name": "weather", "arguments": {', '{"name": "add", "parameters": ', '"city": "Paris"',
     '{"type": "function", ', "<|python_tag|>", "[TOOL_CALLS]", "weather", "[ARGS]", "```json",
+    "<tool_call>\n<function=add>", "<parameter=a>", "</parameter>", "</function>", "functools[",
+    "<｜tool▁calls▁begin｜>", "<｜tool▁call▁begin｜>function<｜tool▁sep｜>add\n```json\n{",  # noqa: RUF001
     "<|tool_call>call:add{", "a:1", '<|"|>', "<tool_call|>", "x", "text",
 ]  # fmt: skip
 
@@ -270,3 +339,52 @@ def test_a_template_implies_a_format(source: str | None, name: str) -> None:
     found = format_of(source)
     assert found.name == name
     assert found.describes == (source is not None and "tools" in source)
+
+
+PARAMETERS: dict[str, Any] = {
+    "type": "object",
+    "properties": {
+        "code": {"type": "string"},
+        "n": {"type": "integer"},
+        "share": {"type": "number"},
+        "sure": {"type": "boolean"},
+        "many": {"type": "array", "items": {"type": "string"}},
+        "table": {"type": "object"},
+        "either": {"anyOf": [{"type": "string"}, {"type": "null"}]},
+        "unit": {"enum": ["c", "f"]},
+        "named": {"$ref": "#/$defs/Unit"},
+        "undescribed": {},
+    },
+}
+TEXTS = st.text(max_size=20).filter(lambda text: "</" not in text)
+VALUES = st.fixed_dictionaries(
+    {},
+    optional={
+        "code": TEXTS,
+        "n": st.integers(-9999, 9999),
+        "share": st.floats(-9, 9),
+        "sure": st.booleans(),
+        "many": st.lists(TEXTS, max_size=3),
+        "table": st.dictionaries(TEXTS, st.integers(0, 9), max_size=3),
+        "either": st.none() | st.sampled_from(["words", "more words"]),
+        "unit": st.sampled_from(["c", "f"]),
+        "named": st.sampled_from(["c", "f"]),
+        "undescribed": TEXTS,
+    },
+)
+
+
+@settings(max_examples=200, deadline=None)
+@given(VALUES, st.booleans())
+def test_parameters_in_tags_are_what_their_schema_says(
+    values: dict[str, Any], python: bool
+) -> None:
+    def spelt(value: Any) -> str:
+        if isinstance(value, str):
+            return value
+        return str(value) if python and isinstance(value, bool | None) else json.dumps(value)
+
+    tags = "".join(f"<parameter={k}>\n{spelt(v)}\n</parameter>\n" for k, v in values.items())
+    found = read_parameters(f"\n{tags}", PARAMETERS)
+    assert found is not None
+    assert json.loads(found) == values

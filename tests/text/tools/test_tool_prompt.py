@@ -120,3 +120,24 @@ def test_a_model_may_have_a_template_of_its_own_for_tools() -> None:
         {"name": "tool_use", "template": HERMES},
     ]
     assert template_format(ChatTemplate(named, {})).name == "hermes"
+
+
+PHI = (
+    "{% for message in messages %}{% if message['role'] == 'system' and 'tools' in message and "
+    "message['tools'] is not none %}{{ '<|system|>' + message['content'] + '<|tool|>' + "
+    "message['tools'] + '<|/tool|><|end|>' }}{% else %}{{ '<|' + message['role'] + '|>' + "
+    "message['content'] + '<|end|>' }}{% endif %}{% endfor %}"
+)
+
+
+@pytest.mark.parametrize("said", ["Be brief.", None])
+def test_tools_may_stand_in_the_systems_message(said: str | None) -> None:
+    template = ChatTemplate(PHI, {})
+    assert template_format(template).name == "phi"
+    system = [] if said is None else [{"role": "system", "content": said}]
+    messages, given = with_tools(template, [*system, {"role": "user", "content": "Hi"}], [TOOL])
+    told = f"[{json.dumps(dict(TOOL.as_given()['function']))}]"
+    expected = f"<|system|>{said or ''}<|tool|>{told}<|/tool|><|end|><|user|>Hi<|end|>"
+    assert template.render(messages, tools=given) == expected
+    messages, given = with_tools(template, [{"role": "user", "content": "Hi"}], [])
+    assert template.render(messages, tools=given) == "<|user|>Hi<|end|>"
