@@ -21,6 +21,12 @@ PAIRS = [
     ("Once upon a time", " there was"),
     ("\u00dcber", " allen Gipfeln"),
 ]
+LIGHT = {
+    "type": "object",
+    "properties": {"on": {"type": "boolean"}},
+    "required": ["on"],
+    "additionalProperties": False,
+}
 
 
 @pytest.fixture(scope="module")
@@ -35,26 +41,41 @@ def served(model: Model) -> Iterator[Served]:
         yield found
 
 
+@pytest.fixture(params=["chat", "responses"])
+def protocol(request: pytest.FixtureRequest) -> str:
+    found: str = request.param
+    return found
+
+
 @pytest.fixture
-def chat(served: Served) -> Any:
+def chat(served: Served, protocol: str) -> Any:
     langchain = pytest.importorskip("langchain_openai")
     return langchain.ChatOpenAI(
-        base_url=f"{served.url}/v1", api_key="x", model=MODEL_ID, temperature=0, max_tokens=12
+        base_url=f"{served.url}/v1",
+        api_key="x",
+        model=MODEL_ID,
+        temperature=0,
+        max_tokens=12,
+        use_responses_api=protocol == "responses",
     )
 
 
-def test_langchain_asks_and_streams(chat: Any, model: Model) -> None:
+def test_langchain_asks_and_streams(chat: Any, model: Model, protocol: str) -> None:
     prompt = model.tokenizer.encode("[user]Hi[assistant]", special=False)
     expected = model.generate(prompt, max_new_tokens=12, sampling=Sampling())
     whole = chat.invoke("Hi")
-    assert whole.content == expected
+    assert whole.text == expected
     assert whole.usage_metadata["output_tokens"] == 12
-    assert whole.response_metadata["finish_reason"] == "length"
-    assert "".join(part.content for part in chat.stream("Hi")) == expected
-    assert [each.content for each in chat.batch(["Hi", "Hi"])] == [expected] * 2
-    letter = expected[4]
-    stopped = chat.invoke("Hi", stop=[letter])
-    assert stopped.content == expected.partition(letter)[0]
+    told = whole.response_metadata
+    if protocol == "responses":
+        assert told["incomplete_details"] == {"reason": "max_output_tokens"}
+    else:
+        assert told["finish_reason"] == "length"
+    assert "".join(part.text for part in chat.stream("Hi")) == expected
+    assert [each.text for each in chat.batch(["Hi", "Hi"])] == [expected] * 2
+    if protocol == "chat":  # responses have no `stop`: langchain leaves it out
+        letter = expected[4]
+        assert chat.invoke("Hi", stop=[letter]).text == expected.partition(letter)[0]
 
 
 def test_langchain_gets_json_by_a_schema(chat: Any) -> None:
@@ -71,13 +92,7 @@ def test_langchain_gets_json_by_a_schema(chat: Any) -> None:
 
 
 def test_langchain_binds_a_tool(chat: Any) -> None:
-    schema = {
-        "type": "object",
-        "properties": {"on": {"type": "boolean"}},
-        "required": ["on"],
-        "additionalProperties": False,
-    }
-    tool = {"type": "function", "function": {"name": "light", "parameters": schema}}
+    tool = {"type": "function", "function": {"name": "light", "parameters": LIGHT}}
     chat.max_tokens = 60
     bound = chat.bind_tools([tool], tool_choice="light")
     (call,) = bound.invoke("Hi").tool_calls
@@ -87,6 +102,26 @@ def test_langchain_binds_a_tool(chat: Any) -> None:
     for part in bound.stream("Hi"):
         whole = part if whole is None else whole + part
     assert whole.tool_calls[0]["args"] == call["args"]
+
+
+@pytest.mark.parametrize("streamed", [False, True])
+def test_langchain_hands_a_result_back(chat: Any, streamed: bool) -> None:
+    messages = pytest.importorskip("langchain_core.messages")
+    tool = {"type": "function", "function": {"name": "light", "parameters": LIGHT}}
+    chat.max_tokens = 60
+    bound = chat.bind_tools([tool], tool_choice="light")
+    asked = messages.HumanMessage("Hi")
+    if streamed:
+        first, *further = bound.stream([asked])
+        reply = sum(further, first)
+    else:
+        reply = bound.invoke([asked])
+    (call,) = reply.tool_calls
+    result = messages.ToolMessage("done", tool_call_id=call["id"])
+    chat.max_tokens = 6
+    answer = chat.bind_tools([tool], tool_choice="none").invoke([asked, reply, result])
+    assert answer.usage_metadata["output_tokens"] == 6
+    assert not answer.tool_calls
 
 
 def test_langchain_knows_that_a_chat_is_too_long(chat: Any) -> None:

@@ -1,6 +1,7 @@
 """Frameworks around models against the server: what of them needs no wit of the model.
 
-Skipped where they are not installed: pydantic-ai, instructor, and langchain's standard tests.
+pydantic-ai and instructor are skipped where they are not installed. langchain's standard tests
+want a model that can talk: `benchmarks.over_http.langchain_checks`.
 """
 
 from __future__ import annotations
