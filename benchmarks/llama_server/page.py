@@ -18,10 +18,6 @@ REASONS = {
     "test_basic.py::test_server_slots": "`/slots` cannot be switched off, and tells no texts",
     "test_basic.py::test_server_model_aliases_and_tags": "an alias is listed as a model of its "
     "own, as vLLM has it, and models have no tags",
-    "test_chat_completion.py::test_chat_template_assistant_prefill": "a last message of the "
-    "assistant is answered, as OpenAI has it; `continue_final_message` goes on inside it",
-    "test_chat_completion.py::test_invalid_chat_completion_req[messages7]": "two messages of the "
-    "assistant at the end are left to the template, which may refuse them",
     "test_compat_anthropic.py::test_anthropic_tool_result_with_image": "an image is refused with "
     "400, the request is at fault; there with 500",
     "test_compat_anthropic.py::test_anthropic_vision_format_accepted": "the same",

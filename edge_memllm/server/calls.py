@@ -30,6 +30,7 @@ from edge_memllm.server.messages import (
     MOST_NAME,
     Chat,
     take_choice,
+    take_continued,
     take_messages,
     take_parallel,
     take_thinking,
@@ -165,7 +166,7 @@ def read_chat(fields: BodyFields, service: Service) -> Call:
     messages = take_messages(fields, limits)
     tools, choice = take_tools(fields, limits), take_choice(fields)
     parallel = take_parallel(fields, service)
-    continued = take_continued(fields)
+    continued = take_continued(fields, messages)
     variables = {**take_thinking(fields, service), **take_variables(fields)}
     reasons = take_reasoning_format(fields)
     call = take_call(fields, service)
@@ -226,20 +227,6 @@ def answer_of(wanted: WantedForm | None) -> Mapping[str, Any] | None:
         raise refused(wanted.where, f"{message} Leave one of them out.", "unsupported_parameter")
     schema: Mapping[str, Any] = json.loads(wanted.form.schema_text)
     return schema
-
-
-def take_continued(fields: BodyFields) -> bool:
-    """Take whether the last message is gone on with, in vLLM's words."""
-    continued = fields.flag("continue_final_message")
-    answered = fields.flag("add_generation_prompt", default=not continued)
-    if answered == continued:
-        where = fields.param("add_generation_prompt")
-        raise refused(
-            where,
-            f"continue_final_message and {where} are both {json.dumps(continued)}: the last "
-            "message is either gone on with or answered. Leave one of the two out.",
-        )
-    return continued
 
 
 def _take_top(fields: BodyFields) -> int | None:

@@ -53,9 +53,10 @@ _PART_UNSUPPORTED = nothing_of(
 
 EFFORTS = ("none", "minimal", "low", "medium", "high", "xhigh")
 _MOST_VARIABLES = 32
+_CONTINUING, _ANSWERED = "continue_final_message", "add_generation_prompt"
 # What a template is given from other fields, or from the model.
 _GIVEN = (
-    *("messages", "tools", "documents", "add_generation_prompt", "continue_final_message"),
+    *("messages", "tools", "documents", _ANSWERED, _CONTINUING),
     *("bos_token", "eos_token"),
 )
 
@@ -328,6 +329,39 @@ def take_variables(fields: BodyFields) -> Mapping[str, Any]:
             expected = f"names of variables other than {', '.join(_GIVEN)}"
             raise refused(where, f"{where} has {shown(name)}, expected {expected}.")
     return found
+
+
+def is_begun(message: Message) -> bool:
+    """Whether a message is the beginning of a reply, which then goes on inside it."""
+    words = bool(message.get("content")) and not message.get("tool_calls")
+    return message["role"] == "assistant" and words
+
+
+def take_continued(fields: BodyFields, messages: Sequence[Message]) -> bool:
+    """Take whether the last message is gone on with, in vLLM's words.
+
+    Unsaid, one of the assistant is, as in the pipelines of transformers and in llama.cpp.
+    Raises `ApiError` where both words say the same, or several replies are begun.
+    """
+    named = [each for each in (_CONTINUING, _ANSWERED) if fields.peek(each) is not None]
+    given = {name: fields.flag(name) for name in named}
+    begun = is_begun(messages[-1])
+    usual = not given[_ANSWERED] if _ANSWERED in given else begun
+    continued = given.get(_CONTINUING, usual)
+    if given.get(_ANSWERED) == continued:
+        where = fields.param(_ANSWERED)
+        raise refused(
+            where,
+            f"{_CONTINUING} and {where} are both {json.dumps(continued)}: the last "
+            "message is either gone on with or answered. Leave one of the two out.",
+        )
+    if continued and begun and len(messages) > 1 and is_begun(messages[-2]):
+        raise refused(
+            fields.param("messages"),
+            "the last two messages are the assistant's, and the reply goes on inside the last. "
+            f"Join them, or ask for an answer to them with {_CONTINUING} false.",
+        )
+    return continued
 
 
 class Chat(NamedTuple):

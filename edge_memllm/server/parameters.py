@@ -86,7 +86,8 @@ PARAMETERS: tuple[Parameter, ...] = (
         "`enable_thinking`",
         reasoning_format="`none` leaves reasoning in the text; `auto` and `deepseek` give it "
         "apart, in `reasoning_content`",
-        continue_final_message="the reply goes on inside the last message",
+        continue_final_message="the reply goes on inside the last message, as it does unasked "
+        "where that has words of the assistant",
         add_generation_prompt="the other side of `continue_final_message`",
         logprobs="each token's likelihood",
         top_logprobs="so many likeliest tokens with each",

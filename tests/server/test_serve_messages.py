@@ -79,7 +79,7 @@ def test_messages_become_a_prompt(service: Service) -> None:
     ]
     (prompt,) = chat(service, messages=messages).prompts
     text = service.model.tokenizer.decode(prompt)
-    assert text == "[system]D[user]ab[assistant]c[assistant]"
+    assert text == "[system]D[user]ab[assistant]c"
 
 
 def test_without_a_template_there_is_no_chat(service: Service) -> None:

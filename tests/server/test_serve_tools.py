@@ -204,11 +204,21 @@ def test_a_history_of_calls_becomes_a_prompt(served: Served, scripted: Served) -
 
 def test_the_last_message_may_be_gone_on_with(service: Service) -> None:
     messages = [*HELLO, {"role": "assistant", "content": "I th"}]
-    assert prompt_of(service, messages=messages, continue_final_message=True).endswith("I th")
+    for said in ({}, {"continue_final_message": True}, {"add_generation_prompt": False}):
+        assert prompt_of(service, messages=messages, **said).endswith("I th")
+    for said in ({"continue_final_message": False}, {"add_generation_prompt": True}):
+        assert prompt_of(service, messages=messages, **said).endswith("I th[assistant]")
+    empty = [*HELLO, {"role": "assistant", "content": ""}]
+    assert prompt_of(service, messages=empty).endswith("[assistant][assistant]")
     asked_twice = {"continue_final_message": True, "add_generation_prompt": True}
     error = refusal(chat, service, messages=messages, **asked_twice)
     assert error.param == "add_generation_prompt"
     assert "are both true" in str(error)
+    twice = refusal(chat, service, messages=[*messages, messages[-1]])
+    assert twice.param == "messages"
+    assert "Join them" in str(twice)
+    joined = prompt_of(service, messages=[*messages, messages[-1]], continue_final_message=False)
+    assert joined.endswith("I th[assistant]I th[assistant]")
 
 
 @pytest.mark.parametrize(

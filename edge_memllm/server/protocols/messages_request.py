@@ -16,6 +16,7 @@ from edge_memllm.server.messages import (
     Message,
     can_reason,
     checked_tools,
+    is_begun,
     role_of,
     take_function,
     tool_use,
@@ -84,13 +85,8 @@ def _take_chat(fields: BodyFields, service: Service) -> tuple[Chat, Choice, bool
     choice, parallel = _take_choice(fields, writes_several(service))
     last = messages[-1]
     variables = _take_thinking(fields, service)
-    chat = Chat(messages, tools, continued=_is_begun(last), variables=variables)
+    chat = Chat(messages, tools, continued=is_begun(last), variables=variables)
     return chat, choice, parallel
-
-
-def _is_begun(message: Message) -> bool:
-    """Whether a reply goes on inside a message."""
-    return message["role"] == "assistant" and "tool_calls" not in message
 
 
 def _system(fields: BodyFields, limits: Limits) -> Iterator[Message]:

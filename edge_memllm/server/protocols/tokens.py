@@ -14,11 +14,12 @@ from starlette.requests import Request
 from starlette.responses import JSONResponse, Response
 
 from edge_memllm.engine.request import check_tokens, start_token
-from edge_memllm.server.calls import read_chat, take_continued
+from edge_memllm.server.calls import read_chat
 from edge_memllm.server.fields import BodyFields, blaming, checked_text, explained, parsed, received
 from edge_memllm.server.messages import (
     Chat,
     take_choice,
+    take_continued,
     take_messages,
     take_tools,
     take_variables,
@@ -132,9 +133,12 @@ class TextTokens:
         messages, tools = take_messages(fields, limits), take_tools(fields, limits)
         choice = take_choice(fields)
         answered = fields.peek("add_generation_prompt") is not False
-        if not answered and not fields.peek("continue_final_message"):
-            fields.value("add_generation_prompt")  # the messages alone: there is no reply to come
-        continued = take_continued(fields)
+        if answered or fields.peek("continue_final_message"):
+            continued = take_continued(fields, messages)
+        else:  # the messages alone: there is no reply to come
+            continued = fields.flag("continue_final_message") or fields.flag(
+                "add_generation_prompt"
+            )
         offered = () if choice.need is None else tools
         return Chat(messages, offered, continued, answered, take_variables(fields))
 
