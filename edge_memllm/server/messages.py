@@ -343,8 +343,9 @@ def take_continued(fields: BodyFields, messages: Sequence[Message]) -> bool:
     Unsaid, one of the assistant is, as in the pipelines of transformers and in llama.cpp.
     Raises `ApiError` where both words say the same, or several replies are begun.
     """
-    named = [each for each in (_CONTINUING, _ANSWERED) if fields.peek(each) is not None]
-    given = {name: fields.flag(name) for name in named}
+    said = [name for name in (_CONTINUING, _ANSWERED) if fields.peek(name) is not None]
+    taken = {name: fields.flag(name) for name in (_CONTINUING, _ANSWERED)}
+    given = {name: taken[name] for name in said}
     begun = is_begun(messages[-1])
     usual = not given[_ANSWERED] if _ANSWERED in given else begun
     continued = given.get(_CONTINUING, usual)
