@@ -18,6 +18,8 @@ REASONS = {
     "test_basic.py::test_server_slots": "`/slots` cannot be switched off, and tells no texts",
     "test_basic.py::test_server_model_aliases_and_tags": "an alias is listed as a model of its "
     "own, as vLLM has it, and models have no tags",
+    "test_chat_completion.py::test_chat_template_assistant_prefill[prefill1": "a message in parts "
+    "is their texts one behind the other; there lines are put between them",
     "test_compat_anthropic.py::test_anthropic_tool_result_with_image": "an image is refused with "
     "400, the request is at fault; there with 500",
     "test_compat_anthropic.py::test_anthropic_vision_format_accepted": "the same",
