@@ -247,9 +247,18 @@ def reload(page: Page, entries: int) -> None:
 
 def until(page: Page, expression: str) -> None:
     limit = time.monotonic() + 120  # others may need the machine
-    while not page.evaluate(expression):
+    while not _holds(page, expression):
         assert time.monotonic() < limit, (expression, page.complaints())
         time.sleep(0.02)
+
+
+def _holds(page: Page, expression: str) -> bool:
+    try:
+        return bool(page.evaluate(expression))
+    except AssertionError as error:
+        if "navigated" in str(error):  # asked while one page gave way to the next: not yet
+            return False
+        raise
 
 
 def click(page: Page, selector: str, number: int = 0) -> None:
