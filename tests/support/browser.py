@@ -22,9 +22,10 @@ from typing import Any
 import numpy as np
 import pytest
 
+from edge_memllm.text.chat import ChatTemplate
 from support.engine import GatedRuntime
-from support.server import Served
-from support.small_model import byte_tokenizer
+from support.server import Served, serving_small
+from support.small_model import ScriptedRuntime, byte_tokenizer
 
 NAMES = ("chromium", "chromium-browser", "google-chrome", "google-chrome-stable")
 _PATIENCE = 60.0  # seconds for one answer, on a machine that does other work
@@ -293,3 +294,17 @@ def written(page: Page, entries: int = 1) -> None:
         f"document.querySelectorAll('.entry').length === {entries} && "
         "!document.querySelector('[aria-busy]')",
     )
+
+
+@contextmanager
+def replying(browser: Browser, folder: Path, reply: str, template: ChatTemplate) -> Iterator[Page]:
+    """The page, where a model has written a reply; prompts of the template have two tokens."""
+    script = byte_tokenizer().encode(reply, special=False)
+    runtime = ScriptedRuntime(script, prompt_length=2)
+    with serving_small(folder, runtime, template=template) as served:
+        page = visit(browser, served)
+        fill(page, "temperature", "0")
+        ask(page, "?", mode="chat", tokens=len(script))
+        written(page)
+        yield page
+        assert page.complaints() == []

@@ -4,8 +4,6 @@ from __future__ import annotations
 
 import json
 import random
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -16,17 +14,14 @@ from support.browser import (
     WORDS,
     Browser,
     Page,
-    ask,
     click,
-    fill,
     reload,
+    replying,
     texts,
     until,
     visit,
-    written,
 )
-from support.server import Served, serving_small
-from support.small_model import ScriptedRuntime, byte_tokenizer
+from support.server import Served
 
 # Prompts are of one length, whatever was said, so that a script stands behind each.
 CONSTANT = ChatTemplate("ab", {})
@@ -48,20 +43,6 @@ HOSTILE = [
     "1. <iframe src=/v1/models>\n> <form action=https://a.invalid><input>",
     "__proto__ **constructor** [x]: javascript:alert(1)\n[x]",
 ]
-
-
-@contextmanager
-def replying(browser: Browser, folder: Path, reply: str) -> Iterator[Page]:
-    """The page, where a model has written a reply."""
-    script = byte_tokenizer().encode(reply, special=False)
-    runtime = ScriptedRuntime(script, prompt_length=2)
-    with serving_small(folder, runtime, template=CONSTANT) as served:
-        page = visit(browser, served)
-        fill(page, "temperature", "0")
-        ask(page, "?", mode="chat", tokens=len(script))
-        written(page)
-        yield page
-        assert page.complaints() == []
 
 
 def restored(browser: Browser, served: Served, reply: str) -> Page:
@@ -151,7 +132,7 @@ def test_whatever_is_written_has_its_leaves_in_order(browser: Browser, served: S
 
 def test_words_of_markdown_have_their_records(browser: Browser, folder: Path) -> None:
     reply = "# a\n\n**b** `c`\n\n- d\n- e\n\n```\nf\n```\n"
-    with replying(browser, folder, reply) as page:
+    with replying(browser, folder, reply, CONSTANT) as page:
         assert texts(page, ".words.markdown h4, .words strong, .words li, .words pre") == [
             "a",
             "b",
@@ -177,7 +158,7 @@ def test_a_reply_that_grows_is_the_one_that_is_read_at_once(browser: Browser, fo
         "a\n\n- b\n\n  c\n- d\n\n| e | f |\n|---|---|\n| g | h |\n\n1. i\n\n```\nj\n\nk\n```\n*l*"
     )
     bare = "document.querySelector('.entry > .words').innerHTML.replace(/<\\/?span[^>]*>/g, '')"
-    with replying(browser, folder, reply) as page:
+    with replying(browser, folder, reply, CONSTANT) as page:
         grown = page.evaluate(bare)
         reload(page, 1)
         assert page.evaluate(bare) == grown

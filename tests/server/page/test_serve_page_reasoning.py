@@ -2,14 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
 from pathlib import Path
 
 from edge_memllm.text.chat import ChatTemplate
-from support.browser import WORDS, Browser, Page, ask, click, fill, reload, texts, visit, written
-from support.server import serving_small
-from support.small_model import ScriptedRuntime, byte_tokenizer
+from support.browser import (
+    WORDS,
+    Browser,
+    Page,
+    ask,
+    click,
+    reload,
+    replying,
+    texts,
+    written,
+)
 
 # Prompts are of one length, whatever was said; the template knows of reasoning.
 TEMPLATE = ChatTemplate("ab{# <think> </think> #}", {})
@@ -17,22 +23,8 @@ THOUGHTS = ".thoughts .words"
 OPEN = "document.querySelector('.thoughts').open"
 
 
-@contextmanager
-def thinking(browser: Browser, folder: Path, reply: str) -> Iterator[Page]:
-    """The page, where a model has written a reply."""
-    script = byte_tokenizer().encode(reply, special=False)
-    runtime = ScriptedRuntime(script, prompt_length=2)
-    with serving_small(folder, runtime, template=TEMPLATE) as served:
-        page = visit(browser, served)
-        fill(page, "temperature", "0")
-        ask(page, "?", mode="chat", tokens=len(script))
-        written(page)
-        yield page
-        assert page.complaints() == []
-
-
 def test_thoughts_are_shown_beside_the_reply(browser: Browser, folder: Path) -> None:
-    with thinking(browser, folder, "<think>*a* <b></think>c d") as page:
+    with replying(browser, folder, "<think>*a* <b></think>c d", TEMPLATE) as page:
         assert texts(page, THOUGHTS) == ["a <b>"]
         assert texts(page, THOUGHTS + " em") == ["a"]
         assert texts(page, ".entry > .words") == ["c d"]
@@ -45,7 +37,7 @@ def test_thoughts_are_shown_beside_the_reply(browser: Browser, folder: Path) -> 
 
 
 def test_thoughts_are_kept_and_handed_to_the_template(browser: Browser, folder: Path) -> None:
-    with thinking(browser, folder, "<think>a</think>c") as page:
+    with replying(browser, folder, "<think>a</think>c", TEMPLATE) as page:
         reload(page, 1)
         assert (texts(page, THOUGHTS), texts(page, ".entry > .words")) == (["a"], ["c"])
         assert not page.evaluate(OPEN)
@@ -60,7 +52,7 @@ def test_thoughts_are_kept_and_handed_to_the_template(browser: Browser, folder: 
 
 
 def test_thoughts_that_never_ended_stay_open(browser: Browser, folder: Path) -> None:
-    with thinking(browser, folder, "<think>abc") as page:
+    with replying(browser, folder, "<think>abc", TEMPLATE) as page:
         assert (texts(page, THOUGHTS), texts(page, ".entry > .words")) == (["abc"], [""])
         assert page.evaluate(OPEN)
         assert "no reply" in texts(page, ".meta")[0]
