@@ -103,10 +103,13 @@ def test_a_step_of_several_tokens_that_fails_ends_that_text_alone(folder: Path) 
     with open_small_model(folder, runtime) as model, Engine(model, slots=2) as engine:
         asked = Request([4, 4, 4], max_new_tokens=30, ignore_eos=True, speculate=8)
         expected = tokens_of(engine.submit(asked))
+        runtime.pause_at = len(runtime.steps) + 2
         reply = engine.submit(asked)
         pieces = iter(reply)
         next(pieces)
+        wait_until(lambda: not runtime.gate.is_set())
         runtime.failure = RequestError("no room")
+        runtime.gate.set()
         with pytest.raises(RequestError, match="no room"):
             list(pieces)
         assert tokens_of(engine.submit(asked)) == expected
