@@ -13,13 +13,21 @@ JOBS   ?= 2
 SCRIPTS := $(if $(filter Windows_NT,$(OS)),Scripts,bin)
 BIN     := $(VENV)/$(SCRIPTS)
 READY   := $(VENV)/.ready
+KERNELS := $(VENV)/.kernels
 INSTALL := python -m pip install --quiet --disable-pip-version-check
-SOURCE  := edge_memllm runtimes export tests docs benchmarks examples
+SOURCE  := edge_memllm runtimes export kernels tests docs benchmarks examples
 
 # Versions by uv. What the torch of a package index asks for on GPUs is not ours to choose.
 RESOLVE  = echo '$(TORCH)' | $(BIN)/uv pip compile --quiet --no-header --no-annotate \
              --python-version 3.11 --extra dev --output-file build/resolved.txt pyproject.toml -
 NO_CUDA := grep -vE '^(cuda|nvidia)-|^triton=='
+
+# A compiler of this machine is taken as it is; where there is none, pip fetches one to build with.
+define INSTALL_KERNELS
+compiler=$$($(1)/python kernels/compiling.py 2>&1) && isolation=--no-build-isolation || isolation= compiler=ziglang; \
+  echo "kernels: compiling with $$compiler"; \
+  $(1)/$(INSTALL) --no-deps $$isolation --editable ./kernels
+endef
 
 # One arithmetic thread per worker: several pools on few cores only wait for each other.
 PYTEST  := python -m pytest -n $(JOBS) --dist loadfile
@@ -32,7 +40,7 @@ SHOWN   := $(foreach kind,DeprecationWarning PendingDeprecationWarning FutureWar
 help:  ## list these targets
 	@awk -F ':.*## ' '/^[a-z-]+:.*## / { printf "make %-11s  %s\n", $$1, $$2 }' Makefile
 
-setup: $(READY)  ## make .venv and install everything needed to develop (once)
+setup: $(READY) $(KERNELS)  ## make .venv and install everything needed to develop (once)
 
 $(READY): pyproject.toml requirements.lock
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' \
@@ -45,6 +53,10 @@ $(READY): pyproject.toml requirements.lock
 	@$(BIN)/$(INSTALL) --no-deps --no-build-isolation --editable .
 	@touch $(READY)
 	@echo "setup: done, everything is in $(VENV)"
+
+$(KERNELS): $(READY) $(wildcard kernels/*.py kernels/*.toml kernels/*/*.py kernels/src/*)
+	@$(call INSTALL_KERNELS,$(BIN))
+	@touch $(KERNELS)
 
 lock: setup  ## renew requirements.lock: the newest versions that pyproject.toml allows
 	@mkdir -p build && rm -f build/resolved.txt
@@ -82,6 +94,7 @@ test-newest:  ## the tests with the newest versions that pyproject.toml allows, 
 	@test -x $(NEWEST)/python || $(PYTHON) -m venv .venv-newest
 	@echo "test-newest: installing"
 	@$(NEWEST)/$(INSTALL) --upgrade --upgrade-strategy eager '$(TORCH)' --editable '.[dev]'
+	@$(call INSTALL_KERNELS,$(NEWEST))
 	OMP_NUM_THREADS=1 $(NEWEST)/$(PYTEST) $(SHOWN)
 
 test-oldest: OLDEST := .venv-oldest/$(SCRIPTS)
@@ -94,6 +107,7 @@ test-oldest: setup  ## the tests with the lowest versions that pyproject.toml al
 	@$(OLDEST)/$(INSTALL) --constraint build/oldest.txt '$(TORCH)'
 	@$(OLDEST)/$(INSTALL) --requirement build/oldest.txt
 	@$(OLDEST)/$(INSTALL) --no-deps --no-build-isolation --editable .
+	@$(call INSTALL_KERNELS,$(OLDEST))
 	OMP_NUM_THREADS=1 $(OLDEST)/$(PYTEST) $(SHOWN)
 
 gpu: setup  ## on a machine with CUDA: the tests that need it and the benchmark, one report
@@ -108,4 +122,4 @@ docs: setup  ## write docs/cli.md again from --help, docs/fields.md from its tab
 	$(BIN)/python docs/fields_reference.py
 
 clean:  ## remove caches and build output, keep environments
-	rm -rf build dist *.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis
+	rm -rf build dist *.egg-info kernels/build kernels/*.egg-info .mypy_cache .pytest_cache .ruff_cache .hypothesis

@@ -25,6 +25,7 @@ PAGES = sorted(
         "examples/overlays",
         "examples/desktop",
         "benchmarks",
+        "kernels",
     )
     for path in (ROOT / folder).glob("*.md")
 )

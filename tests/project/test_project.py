@@ -18,14 +18,31 @@ import pytest
 from support import ROOT
 
 PACKAGES = (ROOT / "edge_memllm", ROOT / "runtimes", ROOT / "export")
-NAMES = ("tests", "docs", "examples", "benchmarks", ".ci", ".github")
+NAMES = ("kernels", "tests", "docs", "examples", "benchmarks", ".ci", ".github")
 FOLDERS = (*PACKAGES, *(ROOT / name for name in NAMES))
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text("utf-8"))
 
 # In a namespace that Optimum and its plugins share: nobody's `__init__.py` may be there.
 PLUGIN = Path("optimum/commands/register/register_edge_memllm.py")
 
-TEXT = {".py", ".md", ".toml", ".txt", ".json", ".svg", ".css", ".js", ".yml", ".sh", ".lock", ""}
+_LEFT_BEHIND = re.compile(r"__pycache__|\.egg-info|_cache/|^kernels/build/|\.(so|dylib|dll)$")
+TEXT = {
+    ".cpp",
+    ".h",
+    ".in",
+    ".py",
+    ".md",
+    ".toml",
+    ".txt",
+    ".json",
+    ".svg",
+    ".css",
+    ".js",
+    ".yml",
+    ".sh",
+    ".lock",
+    "",
+}
 MOST_LINES = 600
 
 
@@ -34,7 +51,7 @@ def files() -> Iterator[Path]:
     yield from (path for path in ROOT.iterdir() if path.is_file() and path.name != ".git")
     for folder in FOLDERS:
         for path in folder.rglob("*"):
-            if path.is_file() and not re.search(r"__pycache__|\.egg-info|_cache/", str(path)):
+            if path.is_file() and not _LEFT_BEHIND.search(str(path.relative_to(ROOT))):
                 yield path
 
 
