@@ -26,6 +26,8 @@ ZIG = [sys.executable, "-m", "ziglang", "c++"]
 FLAGS = (
     *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
     *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-nostdinc++"),
+    # A multiplication and an addition stay two: else a row's result depended on those beside it.
+    "-ffp-contract=off",
     # gcc before 13 takes its own headers of intrinsics for uninitialised.
     *("-Wall", "-Wextra", "-Wno-uninitialized", "-Wno-maybe-uninitialized"),
 )

@@ -1,18 +1,32 @@
-// Products of activations in float32 with weights of 4 and 8 bits in blocks along K.
+// Products of rows of float32 with matrices of 4 and 8 bits, as MatMulNBits stores them.
+//
+// Inputs are rounded to 15 bits in each block of the matrix (to 1 / 16256 of its largest), and the
+// products of a block are summed exactly, in integers; scales are applied and blocks added in
+// float32. A row's result does not depend on how many rows are multiplied at once.
 #pragma once
 #include <stddef.h>
 #include <stdint.h>
 
-struct QuantisedMatrix {
-  const uint8_t *codes;      // [N, blocks, block * bits / 8], low nibble first
-  const void *scales;        // [N, blocks], float16 or float32
-  const uint8_t *zeros;      // [N, ceil(blocks * bits / 8)], or null for the middle of the range
+struct Matrix {
+  const uint8_t *codes;  // [n, blocks, block * bits / 8], the low half of a byte first
+  const void *scales;    // [n, blocks], float16 or float32
+  const uint8_t *zeros;  // [n, ceil(blocks * bits / 8)]; null: all blocks are around `middle`
+  const uint8_t *middle; // [blocks], codes that stand for zero, where all rows have the same
   bool half_scales;
-  int bits;                  // 4 or 8
-  int block;                 // 16, 32, 64, 128, 256
-  size_t k, n, blocks;
+  int bits;              // 4 or 8
+  int block;             // 16, 32, 64, 128 or 256
+  size_t k, n, blocks;   // blocks = ceil(k / block)
 };
 
-size_t rounded_bytes(const QuantisedMatrix &w);
-void round_row(const QuantisedMatrix &w, const float *x, uint8_t *out);
-void rows_by_few(const QuantisedMatrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last, float *y);
+// The same work by different instructions.
+struct MatMul {
+  size_t (*rounded_bytes)(const Matrix &);  // of one row, a multiple of 64
+  void (*round)(const Matrix &, const float *row, uint8_t *rounded);  // row: [k]
+  // y[i, first:last] of rows i < m; y: [m, stride]
+  void (*multiply)(const Matrix &, const uint8_t *rounded, size_t m, size_t first, size_t last,
+                   float *y, size_t stride);
+  // y = act(a) * b; act is SiLU, or GELU in its form with tanh
+  void (*gate)(bool gelu, const float *a, const float *b, size_t count, float *y);
+};
+
+extern const MatMul matmul_avx512;

@@ -1,252 +1,274 @@
-#if defined(__x86_64__)
-
+// Matrix products by AVX-512 and its dot products of bytes (VNNI).
 #include "matmul.h"
-#include <immintrin.h>
-#include <string.h>
 
-#define AVX512 "avx512f,avx512bw,avx512vl,avx512dq,avx512vnni,f16c,fma"
-#define TARGET __attribute__((target(AVX512)))
+#if defined(__x86_64__)
+#include "avx512.h"
 
 namespace {
-constexpr size_t LANES = 16;
-constexpr int CHUNK = 64;  // bytes of codes that are multiplied at once
+constexpr int BYTES = 64;   // of codes that are multiplied at once: a chunk
+constexpr int LEVELS = 16256;  // 127 * 128: two parts, of which the upper one is -127 to 127
 
-inline size_t per_chunk(const QuantisedMatrix &w) { return CHUNK * 8 / w.bits; }
-inline size_t chunks(const QuantisedMatrix &w) {
-  return (w.blocks * w.block + per_chunk(w) - 1) / per_chunk(w);
-}
-inline size_t chunk_bytes(const QuantisedMatrix &w) { return (w.bits == 4 ? 4 : 2) * CHUNK + 8 * LANES; }
+// How a chunk of rounded inputs lies in memory: upper parts, lower parts, each with the numbers
+// of even places and of odd ones apart if two codes are in a byte; then for each lane the
+// block's factor, and in its first lane what the codes of zero take from its sum.
+struct Layout {
+  int parts, inputs, bytes;  // registers of numbers; inputs and bytes of a chunk
 
-// which scale of a chunk each lane takes
-TARGET inline __m512i lane_scales(const QuantisedMatrix &w) {
-  int lanes = w.block * w.bits / 32;  // a block's int32 lanes
-  alignas(64) int32_t at[LANES];
-  for (int i = 0; i < (int)LANES; i++) at[i] = lanes >= 16 ? 0 : i / lanes;
-  return _mm512_load_si512(at);
-}
+  INLINE explicit Layout(int bits)
+      : parts(bits == 4 ? 4 : 2), inputs(BYTES * 8 / bits), bytes((parts + 2) * BYTES) {}
+  INLINE size_t chunks(const Matrix &w) const {
+    return (w.blocks * w.block + inputs - 1) / inputs;
+  }
+};
 
-// 16 numbers of a row of k, zeros behind it
-TARGET inline __m512 part_of(const float *x, size_t i, size_t k) {
-  if (i + LANES <= k) return _mm512_loadu_ps(x + i);
-  return i < k ? _mm512_maskz_loadu_ps((1u << (k - i)) - 1, x + i) : _mm512_setzero_ps();
-}
-}  // namespace
-
-size_t rounded_bytes(const QuantisedMatrix &w) {
-  return chunks(w) * chunk_bytes(w);
+WITH_AVX512 size_t rounded_bytes(const Matrix &w) {
+  Layout layout(w.bits);
+  return layout.chunks(w) * layout.bytes;
 }
 
-TARGET void round_row(const QuantisedMatrix &w, const float *x, uint8_t *out) {
-  const size_t per = per_chunk(w), wide = chunk_bytes(w), half = CHUNK;
-  const int parts = w.bits == 4 ? 4 : 2, lanes = w.block * w.bits / 32;
+// 16 numbers of a row, and zeros behind its end
+INLINE __m512 part_of(const float *row, size_t at, size_t end) {
+  if (at + LANES <= end) return _mm512_loadu_ps(row + at);
+  return at < end ? _mm512_maskz_loadu_ps((1u << (end - at)) - 1, row + at) : _mm512_setzero_ps();
+}
+
+INLINE void store_bytes(uint8_t *to, __mmask16 mask, __m512i numbers) {
+  _mm512_mask_cvtepi32_storeu_epi8(to, mask, numbers);
+}
+
+WITH_AVX512 void round(const Matrix &w, const float *row, uint8_t *rounded) {
+  const Layout layout(w.bits);
+  const int lanes = w.block * w.bits / 32;  // of a block's sum
+  const bool pairs = w.block > LANES;
   const __m512i evens = _mm512_set_epi32(30, 28, 26, 24, 22, 20, 18, 16, 14, 12, 10, 8, 6, 4, 2, 0);
   const __m512i odds = _mm512_add_epi32(evens, _mm512_set1_epi32(1));
-  const size_t end = chunks(w) * per;
+  const __m512i half = _mm512_set1_epi32(64);
+  const size_t end = layout.chunks(w) * layout.inputs;
   for (size_t start = 0, b = 0; start < end; start += w.block, b++) {
     __m512 most = _mm512_setzero_ps();
-    for (size_t i = start; i < start + w.block; i += LANES)
-      most = _mm512_max_ps(most, _mm512_abs_ps(part_of(x, i, w.k)));
-    float limit = _mm512_reduce_max_ps(most);
-    float scale = limit / 16256.0f, inverse = limit > 0 ? 16256.0f / limit : 0;
-    __m512 factor = _mm512_set1_ps(inverse);
-    __m512i total = _mm512_setzero_si512();
-    for (size_t i = start; i < start + w.block; i += 2 * LANES) {
-      uint8_t *c = out + i / per * wide;
-      size_t in = i % per;
-      bool two = w.block > (int)LANES;
-      __m512i q0 = _mm512_cvtps_epi32(_mm512_mul_ps(part_of(x, i, w.k), factor));
-      __m512i q1 = two ? _mm512_cvtps_epi32(_mm512_mul_ps(part_of(x, i + LANES, w.k), factor)) : _mm512_setzero_si512();
-      total = _mm512_add_epi32(total, _mm512_add_epi32(q0, q1));
-      __m512i h0 = _mm512_srai_epi32(_mm512_add_epi32(q0, _mm512_set1_epi32(64)), 7);
-      __m512i h1 = _mm512_srai_epi32(_mm512_add_epi32(q1, _mm512_set1_epi32(64)), 7);
-      __m512i l0 = _mm512_sub_epi32(q0, _mm512_slli_epi32(h0, 7));
-      __m512i l1 = _mm512_sub_epi32(q1, _mm512_slli_epi32(h1, 7));
+    for (int i = 0; i < w.block; i += LANES)
+      most = _mm512_max_ps(most, _mm512_abs_ps(part_of(row, start + i, w.k)));
+    const float limit = _mm512_reduce_max_ps(most);
+    const __m512 levels = _mm512_set1_ps(limit > 0 ? LEVELS / limit : 0);
+    __m512i sum = _mm512_setzero_si512();
+    for (size_t at = start; at < start + w.block; at += 2 * LANES) {
+      __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(part_of(row, at, w.k), levels)), b = a;
+      if (pairs) b = _mm512_cvtps_epi32(_mm512_mul_ps(part_of(row, at + LANES, w.k), levels));
+      sum = _mm512_add_epi32(sum, pairs ? _mm512_add_epi32(a, b) : a);
+      const __m512i upper_a = _mm512_srai_epi32(_mm512_add_epi32(a, half), 7);
+      const __m512i upper_b = _mm512_srai_epi32(_mm512_add_epi32(b, half), 7);
+      const __m512i lower_a = _mm512_sub_epi32(a, _mm512_slli_epi32(upper_a, 7));
+      const __m512i lower_b = _mm512_sub_epi32(b, _mm512_slli_epi32(upper_b, 7));
+      uint8_t *chunk = rounded + at / layout.inputs * layout.bytes;
+      const size_t in = at % layout.inputs;
       if (w.bits == 4) {
-        __mmask16 mask = two ? 0xffff : 0xff;
-        uint8_t *at = c + in / 2;
-        _mm512_mask_cvtepi32_storeu_epi8(at, mask, _mm512_permutex2var_epi32(h0, evens, h1));
-        _mm512_mask_cvtepi32_storeu_epi8(at + half, mask, _mm512_permutex2var_epi32(h0, odds, h1));
-        _mm512_mask_cvtepi32_storeu_epi8(at + 2 * half, mask, _mm512_permutex2var_epi32(l0, evens, l1));
-        _mm512_mask_cvtepi32_storeu_epi8(at + 3 * half, mask, _mm512_permutex2var_epi32(l0, odds, l1));
+        const __mmask16 mask = pairs ? 0xffff : 0xff;
+        uint8_t *to = chunk + in / 2;
+        store_bytes(to, mask, _mm512_permutex2var_epi32(upper_a, evens, upper_b));
+        store_bytes(to + BYTES, mask, _mm512_permutex2var_epi32(upper_a, odds, upper_b));
+        store_bytes(to + 2 * BYTES, mask, _mm512_permutex2var_epi32(lower_a, evens, lower_b));
+        store_bytes(to + 3 * BYTES, mask, _mm512_permutex2var_epi32(lower_a, odds, lower_b));
       } else {
-        _mm512_mask_cvtepi32_storeu_epi8(c + in, 0xffff, h0);
-        _mm512_mask_cvtepi32_storeu_epi8(c + half + in, 0xffff, l0);
-        if (two) {
-          _mm512_mask_cvtepi32_storeu_epi8(c + in + LANES, 0xffff, h1);
-          _mm512_mask_cvtepi32_storeu_epi8(c + half + in + LANES, 0xffff, l1);
+        store_bytes(chunk + in, 0xffff, upper_a);
+        store_bytes(chunk + in + BYTES, 0xffff, lower_a);
+        if (pairs) {
+          store_bytes(chunk + in + LANES, 0xffff, upper_b);
+          store_bytes(chunk + in + LANES + BYTES, 0xffff, lower_b);
         }
       }
     }
+    int zeros = _mm512_reduce_add_epi32(sum);
+    if (!w.zeros) zeros *= b < w.blocks ? -w.middle[b] : 0;
     for (size_t lane = b * lanes; lane < (b + 1) * lanes; lane += LANES) {
-      float *at = (float *)(out + lane / LANES * wide + parts * CHUNK) + lane % LANES;
-      __mmask16 mask = lanes >= (int)LANES ? 0xffff : (1u << lanes) - 1;
-      _mm512_mask_storeu_ps(at, mask, _mm512_set1_ps(scale));
-      float sum = lane == b * lanes ? scale * _mm512_reduce_add_epi32(total) : 0;
-      _mm512_mask_storeu_ps(at + LANES, mask, _mm512_maskz_mov_ps(1, _mm512_set1_ps(sum)));
+      const __mmask16 mask = lanes >= LANES ? 0xffff : (1u << lanes) - 1;
+      uint8_t *to = rounded + lane / LANES * layout.bytes + layout.parts * BYTES + lane % LANES * 4;
+      _mm512_mask_storeu_ps(to, mask, _mm512_set1_ps(limit / LEVELS));
+      const bool first = lane == b * lanes;
+      _mm512_mask_storeu_epi32(to + BYTES, mask, _mm512_maskz_set1_epi32(first ? 1 : 0, zeros));
     }
   }
 }
 
-namespace {
-// scales of one chunk, each in the lanes of its block
+// The scales of a chunk's blocks, each in the lanes of its block: lane i has that of where[i].
 template <bool HALF, int PER>
-TARGET inline __m512 scales_of(const void *scales, size_t at, __m512i where, __mmask8 mask) {
-  __m128 v;
-  if (PER == 1) {
-    if (HALF) return _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(((const uint16_t *)scales)[at])));
-    return _mm512_set1_ps(((const float *)scales)[at]);
-  }
-  if (PER == 8) {
-    __m256 u = HALF ? _mm256_cvtph_ps(_mm_maskz_loadu_epi16(mask, (const uint16_t *)scales + at))
-                    : _mm256_maskz_loadu_ps(mask, (const float *)scales + at);
-    return _mm512_permutexvar_ps(where, _mm512_castps256_ps512(u));
-  }
-  v = HALF ? _mm_cvtph_ps(_mm_maskz_loadu_epi16(mask, (const uint16_t *)scales + at)) : _mm_maskz_loadu_ps(mask, (const float *)scales + at);
-  return _mm512_permutexvar_ps(where, _mm512_castps128_ps512(v));
+INLINE __m512 scales_of(const void *scales, size_t at, __m512i where, __mmask8 there) {
+  const uint16_t *halves = (const uint16_t *)scales + at;
+  const float *floats = (const float *)scales + at;
+  if (PER == 1)
+    return HALF ? _mm512_broadcastss_ps(_mm_cvtph_ps(_mm_cvtsi32_si128(*halves)))
+                : _mm512_set1_ps(*floats);
+  if (PER == 8)
+    return _mm512_permutexvar_ps(
+        where, _mm512_castps256_ps512(HALF ? _mm256_cvtph_ps(_mm_maskz_loadu_epi16(there, halves))
+                                           : _mm256_maskz_loadu_ps(there, floats)));
+  return _mm512_permutexvar_ps(
+      where, _mm512_castps128_ps512(HALF ? _mm_cvtph_ps(_mm_maskz_loadu_epi16(there, halves))
+                                         : _mm_maskz_loadu_ps(there, floats)));
 }
 
-// a zero point per block in the lanes of its block; count is how many blocks the chunk has
+// The codes of zero of a chunk's blocks, in the lanes of their blocks.
 template <int BITS, int PER>
-TARGET inline __m512 zeros_of(const uint8_t *zeros, size_t blocks, size_t row, size_t first, __m512i shifts, __m512i where, __mmask8 mask) {
-  if (BITS == 4) {
-    const uint8_t *at = zeros + row * ((blocks + 1) / 2) + first / 2;
-    if (PER == 1) return _mm512_set1_ps((float)(*at >> (first & 1) * 4 & 15));
-    uint32_t word;
-    if (PER == 2) word = *at;
-    if (PER == 4) word = at[0] | (mask & 4 ? at[1] << 8 : 0);
-    if (PER == 8) word = at[0] | (mask & 4 ? at[1] << 8 : 0) | (mask & 16 ? at[2] << 16 : 0) | (mask & 64 ? (uint32_t)at[3] << 24 : 0);
-    __m512i z = _mm512_srlv_epi32(_mm512_set1_epi32((int)word), shifts);
-    return _mm512_cvtepi32_ps(_mm512_and_si512(z, _mm512_set1_epi32(15)));
+INLINE __m512i zeros_of(const Matrix &w, size_t row, size_t first, __m512i where, __mmask8 there) {
+  if (BITS == 8) {
+    const uint8_t *at = w.zeros + row * w.blocks + first;
+    if (PER == 1) return _mm512_set1_epi32(*at);
+    return _mm512_permutexvar_epi32(where, _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(there, at)));
   }
-  const uint8_t *at = zeros + row * blocks + first;
-  if (PER == 1) return _mm512_set1_ps((float)*at);
-  __m512i z = _mm512_cvtepu8_epi32(_mm_maskz_loadu_epi8(mask, at));
-  return _mm512_cvtepi32_ps(_mm512_permutexvar_epi32(where, z));
+  const uint8_t *at = w.zeros + row * ((w.blocks + 1) / 2) + first / 2;
+  if (PER == 1) return _mm512_set1_epi32(*at >> (first & 1) * 4 & 15);
+  uint32_t word = *at;
+  if (PER >= 4) word |= there & 4 ? at[1] << 8 : 0;
+  if (PER == 8) word |= (there & 16 ? at[2] << 16 : 0) | (there & 64 ? (uint32_t)at[3] << 24 : 0);
+  const __m512i moved = _mm512_srlv_epi32(_mm512_set1_epi32((int)word), _mm512_slli_epi32(where, 2));
+  return _mm512_and_si512(moved, _mm512_set1_epi32(15));
 }
 
-TARGET inline float total(__m512 v) { return _mm512_reduce_add_ps(v); }
+// R rows of the matrix by M rows of inputs; a chunk has PER blocks, or a part of one (1).
+template <int BITS, bool HALF, int PER, bool ZEROS, int R, int M>
+struct Tile {
+  static constexpr int PARTS = BITS == 4 ? 4 : 2;
 
-// four sums of 16 lanes each
-TARGET inline __m128 totals(__m512 a, __m512 b, __m512 c, __m512 d) {
-  __m512 ab = _mm512_add_ps(_mm512_unpacklo_ps(a, b), _mm512_unpackhi_ps(a, b));
-  __m512 cd = _mm512_add_ps(_mm512_unpacklo_ps(c, d), _mm512_unpackhi_ps(c, d));
-  __m512 f = _mm512_add_ps(_mm512_castpd_ps(_mm512_unpacklo_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))),
-                           _mm512_castpd_ps(_mm512_unpackhi_pd(_mm512_castps_pd(ab), _mm512_castps_pd(cd))));
-  __m256 g = _mm256_add_ps(_mm512_castps512_ps256(f), _mm512_extractf32x8_ps(f, 1));
-  return _mm_add_ps(_mm256_castps256_ps128(g), _mm256_extractf128_ps(g, 1));
-}
+  const Matrix &w;
+  const size_t row, row_bytes, step;  // step: bytes of a row of rounded inputs
+  const uint8_t *rounded;
+  const __m512i where;
 
-enum Zeros { MIDDLE, EACH };
-
-template <int BITS, bool HALF, int PER, Zeros Z, int R, int M>
-TARGET void tile(const QuantisedMatrix &w, const uint8_t *rounded, size_t stride, size_t row, float *y, size_t ldy) {
-  constexpr int PARTS = BITS == 4 ? 4 : 2;
-  const size_t row_bytes = w.blocks * w.block * BITS / 8;
-  const size_t whole = row_bytes / CHUNK, tail = row_bytes % CHUNK;
-  const int lanes = w.block * BITS / 32;
-  const size_t chunks_per = lanes > 16 ? lanes / 16 : 1;
-  const __m512i where = lane_scales(w), shifts = _mm512_slli_epi32(where, 2);
-  constexpr __mmask8 full = (1u << PER) - 1;
-  __m512 acc[R][M];
-  for (int r = 0; r < R; r++)
-    for (int m = 0; m < M; m++) acc[r][m] = _mm512_setzero_ps();
-  const __m512i nibble = _mm512_set1_epi8(15);
-  const uint8_t *codes = w.codes + row * row_bytes;
-  auto chunk = [&](size_t c, __mmask64 mask, __mmask8 smask) __attribute__((always_inline, target(AVX512))) {
-    const size_t first = PER == 1 ? c / chunks_per : c * PER;
-    const uint8_t *act = rounded + c * (PARTS * CHUNK + 8 * LANES);
-_Pragma("GCC unroll 4")
+  INLINE void chunk(size_t c, size_t first, __mmask64 bytes, __mmask8 there, __m512 (&sums)[R][M]) const {
+    const __m512i nibble = _mm512_set1_epi8(15);
+    const uint8_t *inputs = rounded + c * (PARTS + 2) * BYTES;
+#pragma GCC unroll 4
     for (int r = 0; r < R; r++) {
-      const uint8_t *p = codes + r * row_bytes + c * CHUNK;
-      _mm_prefetch((const char *)p + R * row_bytes, _MM_HINT_T0);
-      __m512i v = mask == ~0ull ? _mm512_loadu_si512(p) : _mm512_maskz_loadu_epi8(mask, p);
-      __m512 s = scales_of<HALF, PER>(w.scales, (row + r) * w.blocks + first, where, smask);
-      __m512 z;
-      if (Z == EACH) z = _mm512_mul_ps(s, zeros_of<BITS, PER>(w.zeros, w.blocks, row + r, first, shifts, where, smask));
-      __m512i low = v, high = v;
+      const uint8_t *codes = w.codes + (row + r) * row_bytes + c * BYTES;
+      _mm_prefetch((const char *)codes + R * row_bytes, _MM_HINT_T0);
+      const __m512i both = bytes == ~0ull ? _mm512_loadu_si512(codes)
+                                             : _mm512_maskz_loadu_epi8(bytes, codes);
+      const __m512 scales = scales_of<HALF, PER>(w.scales, (row + r) * w.blocks + first, where, there);
+      __m512i zeros = _mm512_setzero_si512(), low = both, high = both;
+      if (ZEROS) zeros = zeros_of<BITS, PER>(w, row + r, first, where, there);
       if (BITS == 4) {
-        low = _mm512_and_si512(v, nibble);
-        high = _mm512_and_si512(_mm512_srli_epi16(v, 4), nibble);
+        low = _mm512_and_si512(both, nibble);
+        high = _mm512_and_si512(_mm512_srli_epi16(both, 4), nibble);
       }
-_Pragma("GCC unroll 4")
+#pragma GCC unroll 4
       for (int m = 0; m < M; m++) {
-        const __m512i *q = (const __m512i *)(act + m * stride);
-        __m512i sum = _mm512_setzero_si512();
-        if (BITS == 4) {
-          sum = _mm512_dpbusd_epi32(sum, low, q[0]);
-          sum = _mm512_dpbusd_epi32(sum, high, q[1]);
-          sum = _mm512_slli_epi32(sum, 7);
-          sum = _mm512_dpbusd_epi32(sum, low, q[2]);
-          sum = _mm512_dpbusd_epi32(sum, high, q[3]);
-        } else {
-          sum = _mm512_dpbusd_epi32(sum, v, q[0]);
-          sum = _mm512_slli_epi32(sum, 7);
-          sum = _mm512_dpbusd_epi32(sum, v, q[1]);
-        }
-        __m512 f = _mm512_mul_ps(_mm512_cvtepi32_ps(sum), _mm512_load_ps((const float *)(q + PARTS)));
-        __m512 t = _mm512_load_ps((const float *)(q + PARTS + 1));  // sums of activations, for zeros
-        if (Z == EACH) {
-          acc[r][m] = _mm512_fnmadd_ps(t, z, _mm512_fmadd_ps(f, s, acc[r][m]));
-        } else {
-          acc[r][m] = _mm512_fmadd_ps(_mm512_fnmadd_ps(t, _mm512_set1_ps(BITS == 4 ? 8.0f : 128.0f), f), s, acc[r][m]);
-        }
+        const __m512i *in = (const __m512i *)(inputs + m * step);
+        __m512i sum = _mm512_dpbusd_epi32(_mm512_setzero_si512(), low, in[0]);
+        if (BITS == 4) sum = _mm512_dpbusd_epi32(sum, high, in[1]);
+        sum = _mm512_dpbusd_epi32(_mm512_slli_epi32(sum, 7), low, in[PARTS / 2]);
+        if (BITS == 4) sum = _mm512_dpbusd_epi32(sum, high, in[3]);
+        sum = ZEROS ? _mm512_sub_epi32(sum, _mm512_mullo_epi32(zeros, in[PARTS + 1]))
+                    : _mm512_add_epi32(sum, in[PARTS + 1]);
+        const __m512 factors = _mm512_mul_ps(scales, _mm512_load_ps((const float *)(in + PARTS)));
+        sums[r][m] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sum), factors, sums[r][m]);
       }
     }
-  };
-  for (size_t c = 0; c < whole; c++) {
-    chunk(c, ~0ull, full);
   }
-  if (tail) {
-    size_t left = PER == 1 ? 1 : w.blocks - whole * PER;
-    chunk(whole, (1ull << tail) - 1, (1u << left) - 1);
-  }
-  for (int m = 0; m < M; m++) {
-    if (R == 4)
-      _mm_storeu_ps(y + m * ldy + row, totals(acc[0][m], acc[1][m], acc[2 % R][m], acc[3 % R][m]));
-    else
-      for (int r = 0; r < R; r++) y[m * ldy + row + r] = total(acc[r][m]);
-  }
-}
 
-template <int BITS, bool HALF, int PER, Zeros Z>
-TARGET void few(const QuantisedMatrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last, float *y) {
-  size_t stride = rounded_bytes(w);
-  while (m) {
-    size_t now = m >= 4 ? 4 : m >= 2 ? 2 : 1;
-    size_t row = first;
-    for (; row + 4 <= last; row += 4) {
-      if (now == 1) tile<BITS, HALF, PER, Z, 4, 1>(w, rounded, stride, row, y, w.n);
-      if (now == 2) tile<BITS, HALF, PER, Z, 4, 2>(w, rounded, stride, row, y, w.n);
-      if (now == 4) tile<BITS, HALF, PER, Z, 4, 4>(w, rounded, stride, row, y, w.n);
+  INLINE void run(float *y, size_t stride) const {
+    const size_t whole = row_bytes / BYTES, rest = row_bytes % BYTES;
+    const int per_block = PER == 1 ? w.block * BITS / 8 / BYTES : 1;  // chunks, where PER is 1
+    __m512 sums[R][M];
+#pragma GCC unroll 4
+    for (int r = 0; r < R; r++)
+#pragma GCC unroll 4
+      for (int m = 0; m < M; m++) sums[r][m] = _mm512_setzero_ps();
+    for (size_t c = 0; c < whole; c++)
+      chunk(c, PER == 1 ? c / per_block : c * PER, ~0ull, (1 << PER) - 1, sums);
+    if (rest)
+      chunk(whole, whole * PER, (1ull << rest) - 1, (1u << (w.blocks - whole * PER)) - 1, sums);
+#pragma GCC unroll 4
+    for (int m = 0; m < M; m++) {
+      float *to = y + m * stride + row;
+      if (R == 4)
+        _mm_storeu_ps(to, totals(sums[0][m], sums[1 % R][m], sums[2 % R][m], sums[3 % R][m]));
+      else
+        for (int r = 0; r < R; r++) {
+          const __m512 none = _mm512_setzero_ps();
+          to[r] = _mm_cvtss_f32(totals(sums[r][m], none, none, none));
+        }
     }
-    for (; row < last; row++)
-      for (size_t i = 0; i < now; i++)
-        tile<BITS, HALF, PER, Z, 1, 1>(w, rounded + i * stride, stride, row, y + i * w.n, w.n);
-    m -= now, rounded += now * stride, y += now * w.n;
   }
-}
+};
 
-template <int BITS, bool HALF, Zeros Z>
-void of_block(const QuantisedMatrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last, float *y) {
-  switch (CHUNK * 8 / BITS / w.block) {
-    case 8: return few<BITS, HALF, 8, Z>(w, rounded, m, first, last, y);
-    case 4: return few<BITS, HALF, 4, Z>(w, rounded, m, first, last, y);
-    case 2: return few<BITS, HALF, 2, Z>(w, rounded, m, first, last, y);
-    default: return few<BITS, HALF, 1, Z>(w, rounded, m, first, last, y);
+// The last rows of inputs and of the matrix go by fewer at once.
+template <int BITS, bool HALF, int PER, bool ZEROS>
+struct Product {
+  const Matrix &w;
+  const size_t first, last, stride, step;
+  const __m512i where;
+
+  template <int R, int M>
+  WITH_AVX512 void strip(const uint8_t *rounded, size_t &row, float *y) const {
+    const size_t row_bytes = w.blocks * w.block * BITS / 8;
+    for (; row + R <= last; row += R)
+      Tile<BITS, HALF, PER, ZEROS, R, M>{w, row, row_bytes, step, rounded, where}.run(y, stride);
   }
+
+  template <int M>
+  WITH_AVX512 size_t rows(const uint8_t *rounded, float *y) const {
+    size_t row = first;
+    strip<4, M>(rounded, row, y);
+    strip<1, M>(rounded, row, y);
+    return M;
+  }
+
+  WITH_AVX512 void run(const uint8_t *rounded, size_t m, float *y) const {
+    for (size_t done; m; m -= done, rounded += done * step, y += done * stride)
+      done = m >= 4 ? rows<4>(rounded, y) : m >= 2 ? rows<2>(rounded, y) : rows<1>(rounded, y);
+  }
+};
+
+template <int BITS, bool HALF, int PER>
+WITH_AVX512 void multiply_by(const Matrix &w, const uint8_t *rounded, size_t m, size_t first,
+                             size_t last, float *y, size_t stride) {
+  const int lanes = w.block * BITS / 32;
+  alignas(64) int32_t block_of[LANES];
+  for (int i = 0; i < LANES; i++) block_of[i] = i / (lanes < LANES ? lanes : LANES);
+  const __m512i where = _mm512_load_si512(block_of);
+  const size_t step = rounded_bytes(w);
+  if (w.zeros)
+    Product<BITS, HALF, PER, true>{w, first, last, stride, step, where}.run(rounded, m, y);
+  else
+    Product<BITS, HALF, PER, false>{w, first, last, stride, step, where}.run(rounded, m, y);
 }
 
 template <int BITS, bool HALF>
-void with_zeros(const QuantisedMatrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last, float *y) {
-  w.zeros ? of_block<BITS, HALF, EACH>(w, rounded, m, first, last, y) : of_block<BITS, HALF, MIDDLE>(w, rounded, m, first, last, y);
+void multiply_of(const Matrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last,
+                 float *y, size_t stride) {
+  switch (BYTES * 8 / BITS / w.block) {
+    case 8: return multiply_by<BITS, HALF, 8>(w, rounded, m, first, last, y, stride);
+    case 4: return multiply_by<BITS, HALF, 4>(w, rounded, m, first, last, y, stride);
+    case 2: return multiply_by<BITS, HALF, 2>(w, rounded, m, first, last, y, stride);
+    default: return multiply_by<BITS, HALF, 1>(w, rounded, m, first, last, y, stride);
+  }
+}
+
+void multiply(const Matrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last,
+              float *y, size_t stride) {
+  auto of = w.bits == 4 ? (w.half_scales ? multiply_of<4, true> : multiply_of<4, false>)
+                        : (w.half_scales ? multiply_of<8, true> : multiply_of<8, false>);
+  of(w, rounded, m, first, last, y, stride);
+}
+
+WITH_AVX512 void gate(bool gelu, const float *a, const float *b, size_t count, float *y) {
+  const __m512 one = _mm512_set1_ps(1);
+  for (size_t i = 0; i < count; i += LANES) {
+    const __mmask16 mask = count - i >= LANES ? 0xffff : (1u << (count - i)) - 1;
+    const __m512 x = _mm512_maskz_loadu_ps(mask, a + i);
+    // Both are x / (1 + e^-z): z = x for SiLU, twice tanh's argument for GELU.
+    __m512 z = x;
+    if (gelu) {
+      const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f));
+      z = _mm512_mul_ps(_mm512_fmadd_ps(cube, x, x), _mm512_set1_ps(1.59576912f));
+    }
+    const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));
+    const __mmask16 negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
+    const __m512 part = _mm512_mask_mov_ps(one, negative, e);
+    const __m512 active = _mm512_div_ps(_mm512_mul_ps(x, part), _mm512_add_ps(one, e));
+    _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(active, _mm512_maskz_loadu_ps(mask, b + i)));
+  }
 }
 }  // namespace
 
-void rows_by_few(const QuantisedMatrix &w, const uint8_t *rounded, size_t m, size_t first, size_t last, float *y) {
-  if (w.bits == 4)
-    w.half_scales ? with_zeros<4, true>(w, rounded, m, first, last, y) : with_zeros<4, false>(w, rounded, m, first, last, y);
-  else
-    w.half_scales ? with_zeros<8, true>(w, rounded, m, first, last, y) : with_zeros<8, false>(w, rounded, m, first, last, y);
-}
-
+const MatMul matmul_avx512 = {rounded_bytes, round, multiply, gate};
 #endif

@@ -104,7 +104,13 @@ struct OrtApi {
   void(ORT_API_CALL *ReleaseTensorTypeAndShapeInfo)(OrtTensorTypeAndShapeInfo *info);
   Unused unused_100[1];
   void(ORT_API_CALL *ReleaseCustomOpDomain)(OrtCustomOpDomain *domain);
-  Unused unused_102[172];
+  Unused unused_102[128];
+  OrtStatusPtr(ORT_API_CALL *KernelInfo_GetInputCount)(const OrtKernelInfo *info, size_t *out);
+  Unused unused_231[18];
+  OrtStatusPtr(ORT_API_CALL *KernelInfoGetConstantInput_tensor)(const OrtKernelInfo *info,
+                                                                size_t index, int *is_constant,
+                                                                const OrtValue **out);
+  Unused unused_250[24];
   // `batches` threads at most take parts of `total`; 0 leaves it to ONNX Runtime.
   OrtStatusPtr(ORT_API_CALL *KernelContext_ParallelFor)(const OrtKernelContext *context,
                                                         void (*function)(void *data, size_t index),
@@ -173,6 +179,8 @@ ORT_PLACE(KernelContext_GetOutput, 91);
 ORT_PLACE(ReleaseStatus, 93);
 ORT_PLACE(ReleaseTensorTypeAndShapeInfo, 99);
 ORT_PLACE(ReleaseCustomOpDomain, 101);
+ORT_PLACE(KernelInfo_GetInputCount, 230);
+ORT_PLACE(KernelInfoGetConstantInput_tensor, 249);
 ORT_PLACE(KernelContext_ParallelFor, 274);
 #undef ORT_PLACE
 
