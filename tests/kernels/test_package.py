@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import re
 import shlex
@@ -209,3 +210,21 @@ def test_a_compiler_that_fails_is_named(
     said = refused(copied(tmp_path), str(tmp_path / "out"), CXX=shlex.join(command))
     assert message in said
     assert list((tmp_path / "out").iterdir()) == []
+
+
+@pytest.mark.skipif(
+    importlib.util.find_spec("ziglang") is None, reason="needs the package ziglang, 100 MB"
+)
+@pytest.mark.parametrize(
+    "target",
+    [
+        *("x86_64-linux-gnu", "x86_64-linux-musl", "x86_64-macos", "x86_64-windows-gnu"),
+        *("aarch64-linux-gnu", "aarch64-macos", "aarch64-windows-gnu"),
+    ],
+)
+def test_the_sources_compile_for_other_systems(target: str, tmp_path: Path) -> None:
+    compiler = shlex.join([sys.executable, "-m", "ziglang", "c++", "-target", target])
+    done = python("compiling.py", str(tmp_path / "out"), folder=copied(tmp_path), CXX=compiler)
+    assert "warning" not in done.stderr
+    (library,) = (tmp_path / "out").iterdir()
+    assert b"RegisterCustomOps" in library.read_bytes()
