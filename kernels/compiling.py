@@ -14,6 +14,7 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 from edge_memllm_kernels import LIBRARY_NAME
@@ -24,7 +25,7 @@ ZIG = [sys.executable, "-m", "ziglang", "c++"]
 # No -march: functions name their instructions themselves, and the processor is asked at run time.
 # Without C++'s library in both its halves, so that nothing but the system's C library is needed.
 FLAGS = (
-    *("-std=c++17", "-O3", "-fPIC", "-shared", "-fvisibility=hidden"),
+    *("-std=c++17", "-O3", "-fPIC", "-fvisibility=hidden"),
     *("-fno-exceptions", "-fno-rtti", "-fno-threadsafe-statics", "-nostdinc++"),
     # A multiplication and an addition stay two: else a row's result depended on those beside it.
     "-ffp-contract=off",
@@ -75,12 +76,12 @@ def compiler() -> list[str]:
     )
 
 
-def flags_of(command: Sequence[str]) -> list[str]:
-    """What one compiler wants besides `FLAGS`."""
+def own_flags(command: Sequence[str]) -> tuple[list[str], list[str]]:
+    """What one compiler wants besides `FLAGS`: for compiling, and for linking."""
     if any("zig" in Path(part).stem for part in command):
         # Left alone it compiles for this very processor, and builds libc++, for a minute.
-        return ["-mcpu=baseline", "-nostdlib++", "-g0"]
-    return ["-nostdlib++"] if sys.platform == "darwin" else ["-Wl,--as-needed"]
+        return ["-mcpu=baseline", "-g0"], ["-mcpu=baseline", "-g0", "-nostdlib++"]
+    return [], ["-nostdlib++" if sys.platform == "darwin" else "-Wl,--as-needed"]
 
 
 def sources() -> list[Path]:
@@ -99,27 +100,41 @@ def compile_library(folder: Path) -> Path:
     folder.mkdir(parents=True, exist_ok=True)
     # Aside: some compilers leave more than a library, and one that is in use is not written on.
     with tempfile.TemporaryDirectory(dir=folder) as aside:
-        made = Path(aside) / LIBRARY_NAME
-        run(command, [*FLAGS, *flags_of(command), "-o", str(made), *map(str, sources())], aside)
+        made = linked(command, Path(aside))
         return made.replace(folder / LIBRARY_NAME)
 
 
-def run(command: Sequence[str], arguments: Sequence[str], caches: str) -> None:
+def linked(command: Sequence[str], aside: Path) -> Path:
+    """The library, and in the same folder what it is made of."""
+    compiling, linking = own_flags(command)
+    objects = [str(aside / f"{path.stem}.o") for path in sources()]
+
+    def compile_one(source: Path, made: str) -> None:
+        run([*command, *FLAGS, *compiling, "-c", str(source), "-o", made], aside)
+
+    with ThreadPoolExecutor(os.cpu_count()) as threads:
+        list(threads.map(compile_one, sources(), objects))
+    library = aside / LIBRARY_NAME
+    run([*command, "-shared", *linking, *objects, "-o", str(library)], aside)
+    return library
+
+
+def run(words: Sequence[str], caches: Path) -> None:
     """Let the compiler work.
 
     Raises:
         CompilerError: it cannot be started, or it failed.
     """
-    environment = {"ZIG_GLOBAL_CACHE_DIR": caches, "ZIG_LOCAL_CACHE_DIR": caches, **os.environ}
+    own = {"ZIG_GLOBAL_CACHE_DIR": str(caches), "ZIG_LOCAL_CACHE_DIR": str(caches)}
     try:
-        status = subprocess.run([*command, *arguments], env=environment, check=False).returncode
+        status = subprocess.run(words, env={**own, **os.environ}, check=False).returncode
     except OSError as error:
-        raise CompilerError(f"{shlex.join(command)} cannot be started: {error}") from error
+        raise CompilerError(f"The compiler {words[0]} cannot be started: {error}") from error
     if status != 0:
         raise CompilerError(
-            f"{shlex.join(command)} failed with status {status}, its messages are above. Another "
-            "compiler is taken if the environment variable CXX names it; CXX=ziglang stands for "
-            "the package of that name"
+            f"The compiler failed with status {status}, its messages are above: "
+            f"{shlex.join(words)}\nAnother one is taken if the environment variable CXX names it; "
+            "CXX=ziglang stands for the package of that name"
         )
 
 
