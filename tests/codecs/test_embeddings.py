@@ -6,7 +6,7 @@ import dataclasses
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import example, given
 from hypothesis import strategies as st
 from hypothesis.extra.numpy import arrays
 
@@ -22,6 +22,9 @@ OTHERS = [each for each in (*codec_ids(), *LOW_RANK) if each not in FOR_EMBEDDIN
 EMBEDDINGS = arrays(
     np.float32, (3, WIDTH), elements=st.floats(-65024, 65024, width=32), fill=st.just(0.0)
 )
+# Five bits make 65536 of the first number.
+BEYOND_FLOAT16 = np.zeros((3, WIDTH), np.float32)
+BEYOND_FLOAT16[0, :2] = [63489, -61411]
 
 
 @pytest.mark.parametrize("codec_id", FOR_EMBEDDINGS)
@@ -49,6 +52,7 @@ def test_what_is_fed_is_within_the_bound(codec_id: str, dtype: str, embedding: n
 
 
 @given(st.sampled_from(FOR_EMBEDDINGS), st.sampled_from(DTYPES), EMBEDDINGS)
+@example("int5-g32", "float16", BEYOND_FLOAT16)
 def test_a_record_holds_what_the_codec_makes_of_it(
     codec_id: str, dtype: str, embedding: np.ndarray
 ) -> None:
@@ -60,7 +64,8 @@ def test_a_record_holds_what_the_codec_makes_of_it(
         (part,) = buffer.parts(slot)
         part[:] = scales[slot].tobytes() + codes[slot].tobytes()
     buffer.transcode(3)
-    expected = codec.decode(scales, codes, 1, WIDTH)[:, 0].astype(dtype)
+    most = np.finfo(dtype).max.astype(np.float32)
+    expected = codec.decode(scales, codes, 1, WIDTH)[:, 0].clip(-most, most).astype(dtype)
     np.testing.assert_array_equal(buffer.embedding(3), expected)
     np.testing.assert_array_equal(buffer.stored_embedding(3), layout.embedding.encode(embedding))
     assert not buffer.embedding(4)[3].any()
