@@ -200,6 +200,8 @@ class Sampler:
         self.sampling = sampling
         self._penalties = penalties if penalties is not None and penalties.active else None
         self._constraint = constraint
+        # Told once: to look a protocol up takes longer than to choose a token.
+        self._leaning = constraint if isinstance(constraint, LeaningConstraint) else None
         self._chosen = Counter[int]()
         self._random = random_draws(seed, stream) if draws is None else draws
         self._seen: set[int] = set()
@@ -242,8 +244,8 @@ class Sampler:
             logits = penalize(logits, self._seen, self.sampling.repetition_penalty)
         if self._penalties is not None:
             logits = self._penalties.applied(logits, self._chosen)
-        if isinstance(self._constraint, LeaningConstraint):
-            bias = self._constraint.bias()
+        if self._leaning is not None:
+            bias = self._leaning.bias()
             logits = logits if bias is None else logits + bias
         ids = None if self._constraint is None else allowed_ids(self._constraint, logits.size)
         if ids is not None:
