@@ -101,7 +101,7 @@ class Tokenizer:
         self.named_tokens = {} if config is None else config.named
         self._template = template
         self._spelling, self.mixes_bytes = _bytes_in(self._reader.decoders)
-        self._bytes: dict[int, bytes | None] = {}
+        self._bytes: dict[int, bytes | None] = {}  # of entries that were asked for
 
     @classmethod
     def from_artifact(cls, artifact: Artifact) -> Tokenizer:
@@ -216,12 +216,17 @@ class Tokenizer:
 
     def is_silent(self, token: int) -> bool:
         """Whether a token has no text, wherever it stands: a special one, or none at all."""
-        return token in self._reader.special or self.spelling(token) is None
+        return token in self._reader.special or (
+            token not in self._bytes and self.spelling(token) is None
+        )
 
     def bytes_of(self, token: int) -> bytes | None:
         """Return the bytes that a token stands for; None where its neighbours have a say."""
         if token not in self._bytes:
-            self._bytes[token] = self._spelling(self.spelling(token) or "")
+            spelling = self.spelling(token)
+            if spelling is None:
+                return self._spelling("")
+            self._bytes[token] = self._spelling(spelling)
         return self._bytes[token]
 
 
@@ -395,6 +400,8 @@ class StopMatcher:
 
     def push(self, text: str) -> str:
         """Take the next piece and return what can be shown now; nothing after a stop."""
+        if not self._automata:
+            return text
         if self.stopped:
             return ""
         self._held += text

@@ -149,6 +149,14 @@ def test_pieces_are_what_the_library_decodes_at_once(kind: str, ids: list[int]) 
     assert whole == tokenizer.decode(ids) == library.decode(ids)
 
 
+@pytest.mark.parametrize("kind", [*KINDS, *FALLBACKS])
+def test_an_id_that_is_none_has_no_text_whatever_was_asked_of_it(kind: str) -> None:
+    tokenizer = Tokenizer(library_of(kind).to_str().encode())
+    tokenizer.bytes_of(10_000)
+    assert tokenizer.is_silent(10_000)
+    assert pieces_of(tokenizer, [10_000, 2, 10_000]) == pieces_of(tokenizer, [9_999, 2, 9_999])
+
+
 @settings(deadline=None)
 @given(st.sampled_from(FALLBACKS), st.lists(st.integers(0, 272), max_size=24))
 @example("fallback", [13 + 0xE6, 13 + 0x9D, 13 + 0xB1, 13 + 0x80, 2])
