@@ -14,7 +14,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
@@ -33,6 +33,7 @@ EMBEDDING_DTYPES: dict[str, np.dtype[Any]] = {
     "float16": np.dtype("<f2"),
     "float32": np.dtype("<f4"),
 }
+_LARGEST = {name: np.float32(np.finfo(dtype).max) for name, dtype in EMBEDDING_DTYPES.items()}
 PLAIN_CODECS = {"float16": "f16", "float32": "f32"}
 GROUPS = (32, 64, 128, 256)  # values that may share a scale
 # A decoded value may be a little larger than what was encoded, and is still to be a float16.
@@ -232,13 +233,15 @@ class EmbeddingForm:
     width: int  # D
     dtype: str  # "float16" or "float32"
     codec: Codec
+    _scales_bytes: int = field(init=False, repr=False, compare=False)  # of one embedding
 
     def __post_init__(self) -> None:
         if self.dtype not in EMBEDDING_DTYPES:
             raise ValueError(
                 f"embedding dtype '{self.dtype}', expected one of {', '.join(EMBEDDING_DTYPES)}."
             )
-        self.codec.sizes(1, self.width)
+        sizes = self.codec.sizes(1, self.width)
+        object.__setattr__(self, "_scales_bytes", sizes.scales_bytes)
 
     @property
     def plain(self) -> bool:
@@ -277,14 +280,12 @@ class EmbeddingForm:
 
     def decode(self, stored: Bytes) -> NDArray[Any]:
         """Return what the graph is fed, [N, D] of its dtype, for stored bytes [N, stored_bytes]."""
-        scales_bytes = self.codec.sizes(1, self.width).scales_bytes
-        scales, codes = stored[:, :scales_bytes], stored[:, scales_bytes:]
+        scales, codes = stored[:, : self._scales_bytes], stored[:, self._scales_bytes :]
         with np.errstate(over="ignore", invalid="ignore"):  # bytes that no writer made
             values = self.codec.decode(scales, codes, 1, self.width)[:, 0]
-            dtype = EMBEDDING_DTYPES[self.dtype]
             # Half a step beyond the largest number stored may be beyond the largest there is.
-            most = np.float32(np.finfo(dtype).max)
-            return values.clip(-most, most).astype(dtype, copy=False)
+            most = _LARGEST[self.dtype]
+            return values.clip(-most, most).astype(EMBEDDING_DTYPES[self.dtype], copy=False)
 
 
 def _check_magnitudes(embedding: Floats) -> None:
