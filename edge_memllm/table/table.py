@@ -223,11 +223,11 @@ class Table(RecordSource):
             return
         known = () if self._cache is None else self._cache
         wanted = [each for each in ids if 0 <= each < self._vocab_size and each not in known]
-        offsets: dict[int, list[int]] = {}
-        for offset, size in map(self.locate, wanted):
-            offsets.setdefault(size, []).append(offset)
-        for size, places in offsets.items():
-            self._reader.announce(places, size)
+        places: dict[int, list[int]] = {}  # by section
+        for offset, section in zip(*self._offsets(wanted), strict=True):
+            places.setdefault(section, []).append(offset)
+        for section, offsets in places.items():
+            self._reader.announce(offsets, self._record_bytes[section])
 
     def fetch(self, ids: NDArray[np.int64], buffer: RecordBuffer) -> Fetched:
         """Put the record of `ids[i]` into slot i of `buffer`: from the cache, or read and verified.
