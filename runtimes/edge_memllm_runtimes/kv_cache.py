@@ -148,6 +148,7 @@ class GrowingCache(ABC):
         self._budget = budget
         self._held_bytes = 0
         self._marks: list[dict[int, Mark]] = [{} for _ in range(batch)]
+        self._mark_bytes = 0  # of all of them: asked for in each step
 
     @property
     def marks(self) -> bool:
@@ -251,6 +252,7 @@ class GrowingCache(ABC):
             mark = Mark(length, first, self._window_rows(sequence, first))
             if self._budget is not None and self._budget.exchange(0, mark.nbytes) is not None:
                 return
+            self._mark_bytes += mark.nbytes
         marks[length] = mark
         if len(marks) > MOST_MARKS:
             self._drop_mark(sequence, next(iter(marks)))
@@ -367,6 +369,7 @@ class GrowingCache(ABC):
 
     def _drop_mark(self, sequence: int, length: int) -> None:
         mark = self._marks[sequence].pop(length)
+        self._mark_bytes -= mark.nbytes
         if self._budget is not None:
             self._budget.exchange(mark.nbytes, 0)
 

@@ -124,12 +124,13 @@ class OrtRuntime:
         active = own.active(sequence)
         session = self._open()
         with self._turn:
-            own.ensure(int(own.lengths[active].max()) + tokens)
+            totals = own.lengths[active] + np.int32(tokens)
+            own.ensure(max(totals.tolist()))
             try:
                 buffers, how = own.bind(
-                    buffer, distinct, token_index, logits_index, sequence, memory_gain
+                    buffer, distinct, token_index, logits_index, totals, sequence, memory_gain
                 )
-                _run(session, own.binding, how)
+                _run(session, own.binding, how, self.device)
                 logits: StepLogits = buffers.logits()[:, : logits_index.shape[1]]
             except Exception as error:  # the library's exceptions share no base
                 if own.moves(sequence, tokens):
@@ -137,7 +138,7 @@ class OrtRuntime:
                 raise EdgeMemLLMError(
                     f"{self._where}: ONNX Runtime failed on {self.device} in this step: {error}"
                 ) from error
-        own.lengths[active] += tokens
+        own.lengths[active] = totals
         return logits
 
     def close(self) -> None:
@@ -178,7 +179,10 @@ def _budget(options: RuntimeOptions) -> KVBudget | MemoryShare | None:
     return None if options.kv_bytes is None else KVBudget(options.kv_bytes, options.score_bytes)
 
 
-def _run(session: Any, binding: Any, how: Any) -> None:
+def _run(session: Any, binding: Any, how: Any, device: str) -> None:
+    if device == "cpu":  # nothing is copied, so there is nothing to wait for
+        session.run_with_iobinding(binding, how)
+        return
     binding.synchronize_inputs()
     session.run_with_iobinding(binding, how)
     binding.synchronize_outputs()

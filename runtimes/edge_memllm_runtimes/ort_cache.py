@@ -8,9 +8,8 @@ from __future__ import annotations
 
 import math
 from collections.abc import Hashable, Iterator
-from dataclasses import dataclass
 from itertools import count
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -28,8 +27,7 @@ _NO_RECORDING = -1
 _RUN_ENTRY = "gpu_graph_id"
 
 
-@dataclass(frozen=True, slots=True)
-class StepShape:
+class StepShape(NamedTuple):
     """The sizes of a step: U distinct records, [B, T] tokens, K positions with logits."""
 
     distinct: int
@@ -38,8 +36,7 @@ class StepShape:
     wanted: int
 
 
-@dataclass(frozen=True, slots=True)
-class StepValues:
+class StepValues(NamedTuple):
     """What is new in every step."""
 
     token_index: NDArray[np.int64]  # [B, T]
@@ -254,8 +251,7 @@ class OrtCache(GrowingCache):
     @property
     def nbytes(self) -> int:
         """Bytes of keys and values."""
-        marks = sum(mark.nbytes for kept in self._marks for mark in kept.values())
-        return marks + (self._grown_bytes if self.capacity else 0)
+        return self._mark_bytes + (self._grown_bytes if self.capacity else 0)
 
     def bind(
         self,
@@ -263,12 +259,13 @@ class OrtCache(GrowingCache):
         distinct: int,
         token_index: NDArray[np.int64],
         logits_index: NDArray[np.int64],
+        totals: NDArray[np.int32],
         sequence: int | range | None,
         memory_gain: NDArray[np.float32] | None,
     ) -> tuple[StepBuffers, Any]:
         """Prepare one run; return its buffers, which logits come from, and its run options.
 
-        There must be room: `ensure` comes first.
+        `totals` [B] are the positions with this step. There must be room: `ensure` comes first.
         """
         batch, tokens = token_index.shape
         replay = self._graphs is not None and sequence is None and tokens == 1
@@ -279,9 +276,8 @@ class OrtCache(GrowingCache):
         step = StepShape(distinct, batch, tokens, logits_index.shape[1])
         self._bind_part(sequence, batch)
         buffers = self._bound_buffers(buffer, step, replay)
-        totals = self.lengths[self.active(sequence)] + np.int32(tokens)
         # A recording keeps the layout it was made with, so that must do for the whole capacity.
-        total = self.capacity if replay else int(totals.max())
+        total = self.capacity if replay else max(totals.tolist())
         values = StepValues(token_index, logits_index, totals, total, memory_gain)
         buffers.write(self.binding, buffer, values)
         return buffers, self._run_options(step, replay)
