@@ -35,4 +35,4 @@ struct Attend {
   void (*combine)(const Attention &, size_t task);  // what was found in several parts
 };
 
-extern const Attend attend_avx512;
+extern const Attend attend_avx2, attend_avx512;

@@ -10,9 +10,12 @@ constexpr size_t LARGEST_HEAD = 512, STEP = 16;
 OrtStatusPtr checked(const Attention &a, const Tensor &lengths, const Tensor &cos) {
   if (lengths.count != a.batch) return refused("GroupQueryAttention: seqlens_k has another size");
   for (size_t i = 0; i < a.batch; i++) {
-    if (a.last[i] < 0 || (size_t)a.last[i] >= a.capacity)
+    if (a.last[i] < 0) return refused("GroupQueryAttention: seqlens_k has a negative length");
+    // Where a text has fewer tokens than the longest beside it, what fills it up takes room too.
+    const size_t length = (size_t)a.last[i] + 1, filled = length < a.tokens ? a.tokens : length;
+    if (filled > a.capacity)
       return refused("GroupQueryAttention: a text is longer than keys and values have room for");
-    if (cos.data && (size_t)a.last[i] >= cos.size(0))
+    if (cos.data && filled > cos.size(0))
       return refused("GroupQueryAttention: a text is longer than there are angles");
   }
   return nullptr;
@@ -43,13 +46,16 @@ OrtStatusPtr AttentionKernel<KEPT>::inputs(OrtKernelContext *context, Attention 
   RETURN_IF_FAILED(read_input(context, 5, lengths));
   RETURN_IF_FAILED(read_input(context, 7, cos));
   RETURN_IF_FAILED(read_input(context, 8, sin));
-  if (query.axes != 3 || past_keys.axes != 4 || past_values.count != past_keys.count)
+  if (query.axes != 3 || past_keys.axes != 4 || past_values.axes != 4)
     return refused("GroupQueryAttention: queries, keys or values have other axes");
   a = {};
   a.heads = heads_, a.kv_heads = kv_heads_, a.window = window_, a.scale = scale_, a.cap = cap_;
   a.batch = query.size(0), a.tokens = query.size(1);
   a.capacity = past_keys.size(2), a.size = past_keys.size(3);
-  if (a.size % STEP || a.size > LARGEST_HEAD)
+  for (size_t i = 0; i < 4; i++)
+    if (past_values.sizes[i] != past_keys.sizes[i])
+      return refused("GroupQueryAttention: past keys and values have different sizes");
+  if (!a.size || a.size % STEP || a.size > LARGEST_HEAD)
     return refused("GroupQueryAttention: heads have 16 to 512 numbers, a multiple of 16");
   const size_t own = heads_ * a.size, kept = kv_heads_ * a.size;
   const bool packed = !key.data && !value.data;

@@ -7,6 +7,12 @@
 #include <stddef.h>
 #include <stdint.h>
 
+constexpr int LEVELS = 16256;  // 127 * 128: two parts of 8 and 7 bits, or a word
+
+// What the numbers of a block are multiplied by before they are rounded. Smaller ones than 1e-34
+// count as 0: there are no floats that are large enough.
+inline float levels_of(float limit) { return limit > 1e-34f ? LEVELS / limit : 0; }
+
 struct Matrix {
   const uint8_t *codes;  // [n, blocks, block * bits / 8], the low half of a byte first
   const void *scales;    // [n, blocks], float16 or float32
@@ -29,4 +35,4 @@ struct MatMul {
   void (*gate)(bool gelu, const float *a, const float *b, size_t count, float *y);
 };
 
-extern const MatMul matmul_avx512;
+extern const MatMul matmul_avx2, matmul_avx512;

@@ -3,10 +3,10 @@
 
 #if defined(__x86_64__)
 #include "avx512.h"
+#include "gate.inc"
 
 namespace {
 constexpr int BYTES = 64;   // of codes that are multiplied at once: a chunk
-constexpr int LEVELS = 16256;  // 127 * 128: two parts, of which the upper one is -127 to 127
 
 // How a chunk of rounded inputs lies in memory: upper parts, lower parts, each with the numbers
 // of even places and of odd ones apart if two codes are in a byte; then for each lane the
@@ -21,22 +21,30 @@ struct Layout {
   }
 };
 
-WITH_AVX512 size_t rounded_bytes(const Matrix &w) {
+WITH_VECTORS size_t rounded_bytes(const Matrix &w) {
   Layout layout(w.bits);
   return layout.chunks(w) * layout.bytes;
 }
 
 // 16 numbers of a row, and zeros behind its end
-INLINE __m512 part_of(const float *row, size_t at, size_t end) {
-  if (at + LANES <= end) return _mm512_loadu_ps(row + at);
-  return at < end ? _mm512_maskz_loadu_ps((1u << (end - at)) - 1, row + at) : _mm512_setzero_ps();
+INLINE Floats part_of(const float *row, size_t at, size_t end) {
+  if (at + LANES <= end) return load(row + at);
+  return at < end ? load_first(end - at, row + at) : zero();
+}
+
+// The largest of a block's absolute values; no number if one is none.
+INLINE float limit_of(const Matrix &w, const float *row, size_t start) {
+  __m512i most = _mm512_setzero_si512();  // the order of numbers >= 0 is that of their bits
+  for (int i = 0; i < w.block; i += LANES)
+    most = _mm512_max_epi32(most, _mm512_castps_si512(absolute(part_of(row, start + i, w.k))));
+  return _mm_cvtss_f32(_mm_castsi128_ps(_mm_cvtsi32_si128(_mm512_reduce_max_epi32(most))));
 }
 
 INLINE void store_bytes(uint8_t *to, __mmask16 mask, __m512i numbers) {
   _mm512_mask_cvtepi32_storeu_epi8(to, mask, numbers);
 }
 
-WITH_AVX512 void round(const Matrix &w, const float *row, uint8_t *rounded) {
+WITH_VECTORS void round(const Matrix &w, const float *row, uint8_t *rounded) {
   const Layout layout(w.bits);
   const int lanes = w.block * w.bits / 32;  // of a block's sum
   const bool pairs = w.block > LANES;
@@ -45,11 +53,8 @@ WITH_AVX512 void round(const Matrix &w, const float *row, uint8_t *rounded) {
   const __m512i half = _mm512_set1_epi32(64);
   const size_t end = layout.chunks(w) * layout.inputs;
   for (size_t start = 0, b = 0; start < end; start += w.block, b++) {
-    __m512 most = _mm512_setzero_ps();
-    for (int i = 0; i < w.block; i += LANES)
-      most = _mm512_max_ps(most, _mm512_abs_ps(part_of(row, start + i, w.k)));
-    const float limit = _mm512_reduce_max_ps(most);
-    const __m512 levels = _mm512_set1_ps(limit > 0 ? LEVELS / limit : 0);
+    const float limit = limit_of(w, row, start);
+    const __m512 levels = _mm512_set1_ps(levels_of(limit));
     __m512i sum = _mm512_setzero_si512();
     for (size_t at = start; at < start + w.block; at += 2 * LANES) {
       __m512i a = _mm512_cvtps_epi32(_mm512_mul_ps(part_of(row, at, w.k), levels)), b = a;
@@ -198,28 +203,28 @@ struct Product {
   const __m512i where;
 
   template <int R, int M>
-  WITH_AVX512 void strip(const uint8_t *rounded, size_t &row, float *y) const {
+  WITH_VECTORS void strip(const uint8_t *rounded, size_t &row, float *y) const {
     const size_t row_bytes = w.blocks * w.block * BITS / 8;
     for (; row + R <= last; row += R)
       Tile<BITS, HALF, PER, ZEROS, R, M>{w, row, row_bytes, step, rounded, where}.run(y, stride);
   }
 
   template <int M>
-  WITH_AVX512 size_t rows(const uint8_t *rounded, float *y) const {
+  WITH_VECTORS size_t rows(const uint8_t *rounded, float *y) const {
     size_t row = first;
     strip<4, M>(rounded, row, y);
     strip<1, M>(rounded, row, y);
     return M;
   }
 
-  WITH_AVX512 void run(const uint8_t *rounded, size_t m, float *y) const {
+  WITH_VECTORS void run(const uint8_t *rounded, size_t m, float *y) const {
     for (size_t done; m; m -= done, rounded += done * step, y += done * stride)
       done = m >= 4 ? rows<4>(rounded, y) : m >= 2 ? rows<2>(rounded, y) : rows<1>(rounded, y);
   }
 };
 
 template <int BITS, bool HALF, int PER>
-WITH_AVX512 void multiply_by(const Matrix &w, const uint8_t *rounded, size_t m, size_t first,
+WITH_VECTORS void multiply_by(const Matrix &w, const uint8_t *rounded, size_t m, size_t first,
                              size_t last, float *y, size_t stride) {
   const int lanes = w.block * BITS / 32;
   alignas(64) int32_t block_of[LANES];
@@ -248,25 +253,6 @@ void multiply(const Matrix &w, const uint8_t *rounded, size_t m, size_t first, s
   auto of = w.bits == 4 ? (w.half_scales ? multiply_of<4, true> : multiply_of<4, false>)
                         : (w.half_scales ? multiply_of<8, true> : multiply_of<8, false>);
   of(w, rounded, m, first, last, y, stride);
-}
-
-WITH_AVX512 void gate(bool gelu, const float *a, const float *b, size_t count, float *y) {
-  const __m512 one = _mm512_set1_ps(1);
-  for (size_t i = 0; i < count; i += LANES) {
-    const __mmask16 mask = count - i >= LANES ? 0xffff : (1u << (count - i)) - 1;
-    const __m512 x = _mm512_maskz_loadu_ps(mask, a + i);
-    // Both are x / (1 + e^-z): z = x for SiLU, twice tanh's argument for GELU.
-    __m512 z = x;
-    if (gelu) {
-      const __m512 cube = _mm512_mul_ps(_mm512_mul_ps(x, x), _mm512_set1_ps(0.044715f));
-      z = _mm512_mul_ps(_mm512_fmadd_ps(cube, x, x), _mm512_set1_ps(1.59576912f));
-    }
-    const __m512 e = exponential(_mm512_sub_ps(_mm512_setzero_ps(), _mm512_abs_ps(z)));
-    const __mmask16 negative = _mm512_cmp_ps_mask(z, _mm512_setzero_ps(), _CMP_LT_OQ);
-    const __m512 part = _mm512_mask_mov_ps(one, negative, e);
-    const __m512 active = _mm512_div_ps(_mm512_mul_ps(x, part), _mm512_add_ps(one, e));
-    _mm512_mask_storeu_ps(y + i, mask, _mm512_mul_ps(active, _mm512_maskz_loadu_ps(mask, b + i)));
-  }
 }
 }  // namespace
 

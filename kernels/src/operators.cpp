@@ -116,8 +116,10 @@ OrtStatusPtr add_operators(OrtSessionOptions *options) {
 
 const Kernels *kernels_of(Processor processor) {
 #if defined(__x86_64__)
+  static constexpr Kernels AVX2 = {matmul_avx2, attend_avx2};
   static constexpr Kernels AVX512 = {matmul_avx512, attend_avx512};
   if (processor == Processor::AVX512_VNNI) return &AVX512;
+  if (processor == Processor::AVX2) return &AVX2;
 #endif
   (void)processor;
   return nullptr;
