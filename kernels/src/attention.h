@@ -12,12 +12,14 @@ struct Attention {
   size_t rotary;                 // first numbers of a head that turn with the position, or 0
   float scale, cap;              // cap: 0 for none
   size_t window;                 // positions that a query looks at with its own, 0 for all
-  size_t batch, tokens, capacity;
-  const float *queries, *keys, *values;             // [batch, tokens, heads or kv_heads, size]
+  size_t batch, tokens, capacity;                   // capacity: rows of a cache
+  const float *queries, *keys, *values;             // [batch, tokens, heads or kv_heads, size];
+                                                    // no keys, values: all are there already
   size_t query_stride, key_stride, value_stride;    // floats from one token to the next
   void *key_cache, *value_cache;                    // [batch, kv_heads, capacity, size]
   bool half;                                        // whether these are float16, or float32
   const int32_t *last;                              // [batch], the last position of each text
+  const size_t *first;                              // [batch], the position of row 0
   const void *cos, *sin;                            // [positions, rotary / 2]
   bool half_angles;
   float *turned;                                    // room for [batch, heads, tokens, size]

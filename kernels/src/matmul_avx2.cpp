@@ -107,7 +107,7 @@ WITH_VECTORS void round_by(const Matrix &w, const float *row, uint8_t *rounded) 
   const size_t end = L::groups(w) * L::GROUP;
   for (size_t start = 0, b = 0; start < end; start += BLOCK, b++) {
     const float limit = limit_of(w, row, start);
-    const Floats levels = all(levels_of(limit));
+    const Floats levels = all(levels_of(w, limit));
     __m256i sum = _mm256_setzero_si256();
     for (size_t at = start; at < start + BLOCK; at += 2 * LANES) {
       const __m256i x = _mm256_cvtps_epi32(part_of(row, at, w.k) * levels);
@@ -126,7 +126,7 @@ WITH_VECTORS void round_by(const Matrix &w, const float *row, uint8_t *rounded) 
     __m256i taken = _mm256_and_si256(first, _mm256_set1_epi32(zeros));
     for (size_t i = 0; i < L::GROUPS; i++) {
       uint8_t *group = rounded + (start / L::GROUP + i) * L::SIZE;
-      _mm256_maskstore_ps((float *)(group + L::FACTORS), mask, all(limit / LEVELS));
+      _mm256_maskstore_ps((float *)(group + L::FACTORS), mask, all(limit / w.most()));
       _mm256_maskstore_epi32((int *)(group + L::ZEROS), mask, taken);
       taken = _mm256_setzero_si256();
     }

@@ -10,6 +10,18 @@ constexpr size_t TASK_OUTPUTS = 32;
 constexpr size_t MOST_TASKS = 64;
 
 size_t least(size_t a, size_t b) { return a < b ? a : b; }
+
+// Eight sums side by side, which a compiler makes vectors of.
+float sum_of(const float *x, size_t count) {
+  float parts[8] = {};
+  size_t i = 0;
+  for (; i + 8 <= count; i += 8)
+    for (size_t j = 0; j < 8; j++) parts[j] += x[i + j];
+  for (size_t j = 0; i + j < count; j++) parts[j] += x[i + j];
+  for (size_t half = 4; half; half /= 2)
+    for (size_t j = 0; j < half; j++) parts[j] += parts[j + half];
+  return parts[0];
+}
 }  // namespace
 
 OrtStatusPtr MatMulKernel::create(const OrtKernelInfo *info) {
@@ -17,18 +29,30 @@ OrtStatusPtr MatMulKernel::create(const OrtKernelInfo *info) {
   RETURN_IF_FAILED(attribute(info, "N", n_));
   RETURN_IF_FAILED(attribute(info, "bits", bits_));
   RETURN_IF_FAILED(attribute(info, "block_size", block_));
+  RETURN_IF_FAILED(attribute(info, "input_bits", input_bits_));
   RETURN_IF_FAILED(attribute(info, "group", group_));
   RETURN_IF_FAILED(attribute(info, "copies", copies_));
   RETURN_IF_FAILED(attribute(info, "gate", gate_));
   const bool known = block_ == 16 || block_ == 32 || block_ == 64 || block_ == 128 || block_ == 256;
   if ((bits_ != 4 && bits_ != 8) || !known || !k_ || !n_)
     return refused("MatMulNBits: takes 4 or 8 bits in blocks of 16, 32, 64, 128 or 256");
+  if (input_bits_ != 8 && input_bits_ != 15) return refused("MatMulNBits: inputs have 8 or 15 bits");
   if (gate_ > 2 || (gate_ && n_ % 2)) return refused("MatMulNBits: no such gate");
   if (group_ && !given()) return refused("MatMulNBits: K is no number of inputs with their sums");
   middle_ = (uint8_t *)malloc(blocks());
   if (!middle_) return no_memory();
   memset(middle_, bits_ == 4 ? 8 : 128, blocks());
-  return look_at_zeros(info);
+  Tensor codes, scales, zeros;
+  RETURN_IF_FAILED(constant_input(info, 1, codes));
+  RETURN_IF_FAILED(constant_input(info, 2, scales));
+  RETURN_IF_FAILED(constant_input(info, 3, zeros));
+  size_t inputs;
+  RETURN_IF_FAILED(api->KernelInfo_GetInputCount(info, &inputs));
+  if (!codes.given || !scales.given || (inputs > 3 && !zeros.given)) return nullptr;
+  RETURN_IF_FAILED(matrix(codes, scales, zeros, fixed_));
+  if (!zeros.given) return nullptr;
+  look_at_zeros(fixed_.zeros);
+  return matrix(codes, scales, zeros, fixed_);
 }
 
 // How many inputs are given: K without their sums; 0 if there is no such number.
@@ -39,46 +63,41 @@ size_t MatMulKernel::given() const {
 }
 
 // Zero points that are the same in all rows are told once, and read no more.
-OrtStatusPtr MatMulKernel::look_at_zeros(const OrtKernelInfo *info) {
-  size_t inputs;
-  RETURN_IF_FAILED(api->KernelInfo_GetInputCount(info, &inputs));
-  if (inputs < 4) return nullptr;
-  int constant = 0;
-  const OrtValue *value = nullptr;
-  RETURN_IF_FAILED(api->KernelInfoGetConstantInput_tensor(info, 3, &constant, &value));
-  if (!constant || !value) return nullptr;
-  Tensor zeros;
-  RETURN_IF_FAILED(read(value, zeros));
+void MatMulKernel::look_at_zeros(const uint8_t *zeros) {
   const size_t row = (blocks() * bits_ + 7) / 8;
-  if (zeros.count != n_ * row) return refused("MatMulNBits: zero_points has another size");
-  const uint8_t *at = (const uint8_t *)zeros.data;
   for (size_t i = 1; i < n_; i++)
-    if (memcmp(at, at + i * row, row)) return nullptr;
+    if (memcmp(zeros, zeros + i * row, row)) return;
   for (size_t b = 0; b < blocks(); b++)
-    middle_[b] = bits_ == 8 ? at[b] : at[b / 2] >> b % 2 * 4 & 15;
+    middle_[b] = bits_ == 8 ? zeros[b] : zeros[b / 2] >> b % 2 * 4 & 15;
   same_zeros_ = true;
-  return nullptr;
 }
 
-OrtStatusPtr MatMulKernel::matrix(OrtKernelContext *context, Matrix &w) const {
-  Tensor codes, scales, zeros;
-  RETURN_IF_FAILED(read_input(context, 1, codes));
-  RETURN_IF_FAILED(read_input(context, 2, scales));
-  RETURN_IF_FAILED(read_input(context, 3, zeros));
+OrtStatusPtr MatMulKernel::matrix(const Tensor &codes, const Tensor &scales, const Tensor &zeros,
+                                  Matrix &w) const {
   if (codes.count != n_ * blocks() * block_ * bits_ / 8)
     return refused("MatMulNBits: B has another size");
   if (scales.count != n_ * blocks() || (scales.type != HALF && scales.type != FLOAT))
     return refused("MatMulNBits: scales has another size or type");
-  if (zeros.data && zeros.count != n_ * ((blocks() * bits_ + 7) / 8))
+  if (zeros.given && zeros.count != n_ * ((blocks() * bits_ + 7) / 8))
     return refused("MatMulNBits: zero_points has another size");
   w.codes = (const uint8_t *)codes.data;
   w.scales = scales.data;
-  w.zeros = same_zeros_ ? nullptr : (const uint8_t *)zeros.data;
+  w.zeros = zeros.given && !same_zeros_ ? (const uint8_t *)zeros.data : nullptr;
   w.middle = middle_;
   w.half_scales = scales.type == HALF;
+  w.coarse = input_bits_ == 8;
   w.bits = (int)bits_, w.block = (int)block_;
   w.k = k_, w.n = n_, w.blocks = blocks();
   return nullptr;
+}
+
+OrtStatusPtr MatMulKernel::given_matrix(OrtKernelContext *context, Matrix &w) const {
+  if (fixed_.codes) return w = fixed_, nullptr;
+  Tensor codes, scales, zeros;
+  RETURN_IF_FAILED(read_input(context, 1, codes));
+  RETURN_IF_FAILED(read_input(context, 2, scales));
+  RETURN_IF_FAILED(read_input(context, 3, zeros));
+  return matrix(codes, scales, zeros, w);
 }
 
 OrtStatusPtr MatMulKernel::round(OrtKernelContext *context, const Matrix &w, const Tensor &x,
@@ -94,8 +113,7 @@ OrtStatusPtr MatMulKernel::round(OrtKernelContext *context, const Matrix &w, con
         float *to = extended.as<float>() + task * k_;
         memcpy(to, row, width * sizeof(float));
         for (size_t g = 0; g < sums; g++) {
-          float sum = 0;
-          for (size_t j = 0; j < group_; j++) sum += row[g * group_ + j];
+          const float sum = sum_of(row + g * group_, group_);
           for (size_t c = 0; c < copies_; c++) to[width + c * sums + g] = sum;
         }
         row = to;
@@ -111,7 +129,7 @@ OrtStatusPtr MatMulKernel::compute(OrtKernelContext *context) const {
   Tensor x;
   Matrix w;
   RETURN_IF_FAILED(read_input(context, 0, x));
-  RETURN_IF_FAILED(matrix(context, w));
+  RETURN_IF_FAILED(given_matrix(context, w));
   if (!x.axes || x.last() != given()) return refused("MatMulNBits: A has another size");
   const size_t rows = x.count / x.last(), width = gate_ ? n_ / 2 : n_;
   x.sizes[x.axes - 1] = (int64_t)width;

@@ -7,6 +7,7 @@
 //
 // Of the contrib operator's inputs A, B, scales and zero_points, with its attributes K, N, bits and
 // block_size; and besides
+//   input_bits     15, or 8 as accuracy_level 4 of the contrib operator
 //   group, copies  behind the inputs that are given come `copies` times the sums of each `group` of
 //                  them, if group is not 0: K is how many there are with those
 //   gate           0: none; else y = act(a) * b of the halves a, b of the outputs; act is SiLU (1)
@@ -22,14 +23,17 @@ class MatMulKernel {
   void destroy() { free(middle_); }
 
  private:
-  OrtStatusPtr matrix(OrtKernelContext *context, Matrix &w) const;
+  OrtStatusPtr matrix(const Tensor &codes, const Tensor &scales, const Tensor &zeros,
+                      Matrix &w) const;
+  OrtStatusPtr given_matrix(OrtKernelContext *context, Matrix &w) const;
   OrtStatusPtr round(OrtKernelContext *context, const Matrix &w, const Tensor &x,
                      uint8_t *rounded) const;
-  OrtStatusPtr look_at_zeros(const OrtKernelInfo *info);
+  void look_at_zeros(const uint8_t *zeros);
   size_t blocks() const { return (k_ + block_ - 1) / block_; }
   size_t given() const;
 
-  size_t k_, n_, bits_, block_, group_, copies_, gate_;
-  uint8_t *middle_;     // [blocks]
-  bool same_zeros_;     // whether `middle_` says all that the zero points say
+  size_t k_, n_, bits_, block_, input_bits_, group_, copies_, gate_;
+  uint8_t *middle_;  // [blocks]
+  bool same_zeros_;  // whether `middle_` says all that the zero points say
+  Matrix fixed_;     // codes are null unless all of it is constant
 };

@@ -9,6 +9,7 @@ const OrtApi *api;
 const Kernels *kernels;
 
 OrtStatusPtr read(const OrtValue *value, Tensor &tensor) {
+  tensor.given = true;
   OrtTensorTypeAndShapeInfo *info;
   RETURN_IF_FAILED(api->GetTensorTypeAndShape(value, &info));
   OrtStatusPtr failed = api->GetDimensionsCount(info, &tensor.axes);
@@ -30,11 +31,22 @@ OrtStatusPtr read_input(const OrtKernelContext *context, size_t index, Tensor &t
   return value ? read(value, tensor) : nullptr;
 }
 
+OrtStatusPtr constant_input(const OrtKernelInfo *info, size_t index, Tensor &tensor) {
+  size_t count;
+  RETURN_IF_FAILED(api->KernelInfo_GetInputCount(info, &count));
+  int constant = 0;
+  const OrtValue *value = nullptr;
+  if (index < count)
+    RETURN_IF_FAILED(api->KernelInfoGetConstantInput_tensor(info, index, &constant, &value));
+  return constant && value ? read(value, tensor) : nullptr;
+}
+
 OrtStatusPtr output(OrtKernelContext *context, size_t index, const int64_t *sizes, size_t axes,
                     void **data) {
-  OrtValue *value;
+  OrtValue *value = nullptr;
   RETURN_IF_FAILED(api->KernelContext_GetOutput(context, index, sizes, axes, &value));
-  return api->GetTensorMutableData(value, data);
+  *data = nullptr;
+  return value ? api->GetTensorMutableData(value, data) : nullptr;
 }
 
 OrtStatusPtr attribute(const OrtKernelInfo *info, const char *name, size_t &value) {
@@ -76,7 +88,9 @@ void describe(OrtCustomOp &op) {
   op.GetInputMemoryType = [](const OrtCustomOp *, size_t) { return OrtMemTypeDefault; };
   op.GetOutputTypeCount = [](const OrtCustomOp *) { return sizeof Kernel::OUTPUTS / sizeof(Slot); };
   op.GetOutputType = [](const OrtCustomOp *, size_t index) { return Kernel::OUTPUTS[index].type; };
-  op.GetOutputCharacteristic = [](const OrtCustomOp *, size_t) { return INPUT_OUTPUT_REQUIRED; };
+  op.GetOutputCharacteristic = [](const OrtCustomOp *, size_t index) {
+    return Kernel::OUTPUTS[index].optional ? INPUT_OUTPUT_OPTIONAL : INPUT_OUTPUT_REQUIRED;
+  };
   op.GetVariadicInputMinArity = [](const OrtCustomOp *) { return 1; };
   op.GetVariadicOutputMinArity = [](const OrtCustomOp *) { return 1; };
   op.GetVariadicInputHomogeneity = [](const OrtCustomOp *) { return 0; };

@@ -23,7 +23,8 @@ constexpr auto ANY = ONNX_TENSOR_ELEMENT_DATA_TYPE_UNDEFINED;
 struct Tensor {
   static constexpr size_t MOST_AXES = 8;
 
-  void *data = nullptr;  // null: not given
+  bool given = false;
+  void *data = nullptr;
   size_t axes = 0, count = 0;
   int64_t sizes[MOST_AXES] = {};
   ONNXTensorElementDataType type = ANY;
@@ -34,8 +35,11 @@ struct Tensor {
 
 OrtStatusPtr read(const OrtValue *value, Tensor &tensor);
 OrtStatusPtr read_input(const OrtKernelContext *context, size_t index, Tensor &tensor);
+// Null where nobody wants it, which only those outputs can be that are optional.
 OrtStatusPtr output(OrtKernelContext *context, size_t index, const int64_t *sizes, size_t axes,
                     void **data);
+// Not given where it is no constant, or there is none.
+OrtStatusPtr constant_input(const OrtKernelInfo *info, size_t index, Tensor &tensor);
 OrtStatusPtr attribute(const OrtKernelInfo *info, const char *name, size_t &value);
 
 // Memory that goes with its scope, at an address that is a multiple of 64.

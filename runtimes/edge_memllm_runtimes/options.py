@@ -29,6 +29,7 @@ class RuntimeOptions:
     packed_cache: Path | None = None  # CPU only: where repacked weights are kept between loads
     packed_unasked: bool = False  # nobody chose that folder: it must leave space, and stay small
     own_files: bool = False  # nobody else can change the artifact: its weights can be mapped
+    own_kernels: bool = True  # CPU only: compute with kernels of our own where there are some
     own_dtype: bool = False  # compute in the graph's own, as a judge of all devices has to
     arena_bytes: int | None = None  # CUDA only: weights and what steps work on
     cuda_graph: bool = False  # CUDA only: record a decode step once, then replay it

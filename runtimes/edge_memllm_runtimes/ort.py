@@ -33,6 +33,7 @@ from edge_memllm_runtimes.ort_session import (
     pack_graph,
     require_device,
 )
+from edge_memllm_runtimes.own_kernels import OwnKernels, kernels_for
 from edge_memllm_runtimes.packed_weights import forget_originals, packed_graph
 
 if TYPE_CHECKING:
@@ -87,9 +88,13 @@ class OrtRuntime:
         options.check_device(device)
         require_device(artifact, device)
         self.device = device
+        dtype = computed_dtype(artifact.manifest, device, own_dtype=options.own_dtype)
+        kernels = kernels_for(device, dtype, options)
         self.name = f"onnxruntime {import_library().__version__}"
+        if kernels is not None:
+            self.name += f" with {kernels.name}"
         self._where = str(artifact.path / artifact.manifest.graph.file)
-        self._session: Any = _session(artifact, device, options)
+        self._session: Any = _session(artifact, device, dtype, options, kernels)
         self._home = Home(self._session, device)
         self._shape = GraphShape.of(artifact.manifest, device, own_dtype=options.own_dtype)
         self._budget = _budget(options)
@@ -152,23 +157,30 @@ class OrtRuntime:
         return self._session
 
 
-def _session(artifact: Artifact, device: str, options: RuntimeOptions) -> Any:
+def _session(
+    artifact: Artifact,
+    device: str,
+    dtype: str,
+    options: RuntimeOptions,
+    kernels: OwnKernels | None,
+) -> Any:
     if options.packed_cache is None:
         checked = read_checked_graph(artifact, own=options.own_files)
         if device == "cpu":
-            manifest = artifact.manifest
-            dtype = computed_dtype(manifest, device, own_dtype=options.own_dtype)
-            checked = rewritten(checked, floats=dtype != manifest.graph.compute_dtype)
-        return open_session(checked, artifact, device, options)
+            floats = dtype != artifact.manifest.graph.compute_dtype
+            bits = () if kernels is None else kernels.input_bits
+            checked = rewritten(checked, floats=floats, input_bits=bits)
+        return open_session(checked, artifact, device, options, kernels)
     graph = packed_graph(
         options.packed_cache,
         artifact,
         import_library().__version__,
-        lambda stored, folder: pack_graph(stored, artifact, options, folder),
+        lambda stored, folder: pack_graph(stored, artifact, options, folder, kernels),
+        kernels=kernels,
         unasked=options.packed_unasked,
         progress=options.progress,
     )
-    session = open_packed(graph, artifact, options)
+    session = open_packed(graph, artifact, options, kernels)
     forget_originals(graph)
     return session
 

@@ -8,7 +8,7 @@ weights are read once, into memory of our own. Runs nothing.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass, replace
 from itertools import cycle
 from pathlib import Path
@@ -123,9 +123,11 @@ def read_checked_graph(artifact: Artifact, *, own: bool = False) -> CheckedGraph
     return CheckedGraph(artifact.path / spec.file, content, weights)
 
 
-def rewritten(graph: CheckedGraph, *, floats: bool) -> CheckedGraph:
+def rewritten(
+    graph: CheckedGraph, *, floats: bool, input_bits: Collection[int] = ()
+) -> CheckedGraph:
     """Return the graph as a CPU computes it; see `cpu_graph`."""
-    found = for_cpu(graph.content, floats=floats)
+    found = for_cpu(graph.content, floats=floats, input_bits=input_bits)
     weights = graph.weights | {
         name: graph.weights[name].astype(np.float32) for name in found.widened
     }

@@ -17,6 +17,7 @@ from edge_memllm_runtimes.ort_library import import_library
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
     from edge_memllm_runtimes.ort_graph import CheckedGraph
+    from edge_memllm_runtimes.own_kernels import OwnKernels
 
 
 _PROVIDERS = {"cpu": "CPUExecutionProvider", "cuda": "CUDAExecutionProvider"}
@@ -47,17 +48,27 @@ def require_device(artifact: Artifact, device: str) -> None:
 
 
 def open_session(
-    graph: CheckedGraph, artifact: Artifact, device: str, options: RuntimeOptions
+    graph: CheckedGraph,
+    artifact: Artifact,
+    device: str,
+    options: RuntimeOptions,
+    kernels: OwnKernels | None = None,
 ) -> Any:
     """Open the artifact's graph on a device, and nowhere else.
 
     The library copies what it keeps: `graph` may go afterwards. Raises `RuntimeUnavailableError`
     if the device does not work, `ArtifactError` if the graph cannot be loaded on a CPU.
     """
-    return _open(graph, artifact, device, options, {})
+    return _open(graph, artifact, device, options, {}, kernels)
 
 
-def pack_graph(stored: Path, artifact: Artifact, options: RuntimeOptions, folder: Path) -> None:
+def pack_graph(
+    stored: Path,
+    artifact: Artifact,
+    options: RuntimeOptions,
+    folder: Path,
+    kernels: OwnKernels | None,
+) -> None:
     """Write the graph with its weights as this processor wants them into `folder`.
 
     `stored` is a checked copy of the artifact's graph. The library maps the weights beside it:
@@ -74,14 +85,17 @@ def pack_graph(stored: Path, artifact: Artifact, options: RuntimeOptions, folder
             "session.optimized_model_external_initializers_file_name": f"{name}.data",
             "session.optimized_model_external_initializers_min_size_in_bytes": "1024",
         },
+        kernels,
         saved=folder / name,
     )
 
 
-def open_packed(graph: Path, artifact: Artifact, options: RuntimeOptions) -> Any:
+def open_packed(
+    graph: Path, artifact: Artifact, options: RuntimeOptions, kernels: OwnKernels | None
+) -> Any:
     """Open a graph that `pack_graph` wrote; raises `EdgeMemLLMError`."""
     try:
-        return _open(graph, artifact, "cpu", options, {})
+        return _open(graph, artifact, "cpu", options, {}, kernels)
     except ArtifactError as error:
         raise EdgeMemLLMError(
             f"{graph.parent}: the packed weights cannot be used: {error.__cause__}. Delete this "
@@ -95,6 +109,7 @@ def _open(
     device: str,
     options: RuntimeOptions,
     entries: dict[str, str],
+    kernels: OwnKernels | None,
     saved: Path | None = None,
 ) -> Any:
     library = import_library()
@@ -104,6 +119,8 @@ def _open(
     settings.log_severity_level = _FATAL_ONLY
     settings.intra_op_num_threads = options.threads or physical_cores()
     settings.inter_op_num_threads = 1
+    if kernels is not None:
+        settings.register_custom_ops_library(_spelt(kernels.library))
     if saved is not None:
         settings.optimized_model_filepath = _spelt(saved)
     for key, value in (_entries(artifact, device) | entries).items():

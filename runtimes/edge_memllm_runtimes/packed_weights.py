@@ -35,10 +35,11 @@ from edge_memllm_runtimes.ort_session import is_spelt
 
 if TYPE_CHECKING:
     from edge_memllm.artifact.folder import Artifact
+    from edge_memllm_runtimes.own_kernels import OwnKernels
 
 _RECORD = "packed.json"
 _STORED = "stored"  # where the artifact's graph lies while it is repacked
-_LAYOUT = "3"  # of this cache: what is saved, and how it is recorded
+_LAYOUT = "4"  # of this cache: what is saved, and how it is recorded
 # Sizes of the graph: the copy, then originals and repacked copies (2.33 measured).
 _SPACE_FACTOR = 3.5
 _ALIGNMENT = 64  # what the library's allocator gives, and its packing relies on
@@ -58,6 +59,7 @@ def packed_graph(
     library_version: str,
     pack: Pack,
     *,
+    kernels: OwnKernels | None = None,
     unasked: bool = False,
     progress: Progress | None = None,
 ) -> Path:
@@ -72,7 +74,8 @@ def packed_graph(
     inside the artifact, `EdgeMemLLMError` when it cannot be written.
     """
     _check_request(folder, artifact)
-    facts = _facts(artifact, library_version)
+    facts = _facts(artifact, library_version, kernels)
+    bits = () if kernels is None else kernels.input_bits
     place = folder / _name(facts)
     try:
         if place.exists():
@@ -84,7 +87,8 @@ def packed_graph(
         _clear_unused(folder, facts)
     tell = progress or (lambda *_: None)
     tell(PACKING, 0, 1)
-    _make(folder, place, artifact, facts, pack, _SPACE_FACTOR * (2 if unasked else 1))
+    sizes = _SPACE_FACTOR * (2 if unasked else 1)
+    _make(folder, place, artifact, facts, bits, pack, sizes)
     tell(PACKING, 1, 1)
     try:
         return _checked(place, artifact, facts)
@@ -148,7 +152,7 @@ def _check_request(folder: Path, artifact: Artifact) -> None:
         )
 
 
-def _facts(artifact: Artifact, library_version: str) -> dict[str, str]:
+def _facts(artifact: Artifact, library_version: str, kernels: OwnKernels | None) -> dict[str, str]:
     """Everything the packed weights depend on."""
     graph, files = artifact.manifest.graph, artifact.manifest.files
     data = graph.external_data
@@ -157,6 +161,7 @@ def _facts(artifact: Artifact, library_version: str) -> dict[str, str]:
         "external_data": "" if data is None else files[data].sha256,
         "onnxruntime": library_version,
         "processor": processor_kind(),
+        "kernels": "" if kernels is None else kernels.name,
         "layout": _LAYOUT,
     }
 
@@ -186,7 +191,8 @@ def _checked(place: Path, artifact: Artifact, facts: dict[str, str]) -> Path:
         found = check_graph_file(data, place / graph, f"{graph}.data", identity, rewritten=True)
     finally:
         directory.close()
-    _check_alignment(found.packed_offsets)
+    if found.packed_offsets or not facts["kernels"]:  # our kernels read weights as they are stored
+        _check_alignment(found.packed_offsets)
     with suppress(OSError):  # when it was used last; of no other use
         os.utime(place / _RECORD)
     return place / graph
@@ -218,6 +224,7 @@ def _make(
     place: Path,
     artifact: Artifact,
     facts: dict[str, str],
+    input_bits: Collection[int],
     pack: Pack,
     sizes: float,
 ) -> None:
@@ -229,7 +236,7 @@ def _make(
         _require_space(folder, artifact, sizes)
         with whole_folder(place) as partial:
             stored = partial / _STORED
-            pack(_copied(artifact, stored), partial)
+            pack(_copied(artifact, stored, input_bits), partial)
             shutil.rmtree(stored)
             _write_record(partial, facts)
     except OSError as error:
@@ -243,11 +250,11 @@ def _make(
     _log.info("packed weights made in %.1f s: %s", time.perf_counter() - start, place)
 
 
-def _copied(artifact: Artifact, folder: Path) -> Path:
+def _copied(artifact: Artifact, folder: Path, input_bits: Collection[int]) -> Path:
     """Copy the graph as a CPU computes it, and its weights, checked; return the graph's path."""
     graph = artifact.manifest.graph
     content, checked = check_artifact_graph(artifact)
-    found = for_cpu(content)
+    found = for_cpu(content, input_bits=input_bits)
     folder.mkdir()
     (folder / graph.file).write_bytes(found.content)
     if graph.external_data is not None:
@@ -291,7 +298,8 @@ def _clear_unused(folder: Path, facts: dict[str, str]) -> None:
             known = _recorded(place)
             if known is None:
                 continue
-            replaced = known | {"onnxruntime": facts["onnxruntime"]} == facts
+            newer = {name: facts[name] for name in ("onnxruntime", "kernels")}
+            replaced = known | newer == facts
             if replaced or (place / _RECORD).stat().st_mtime < oldest:
                 shutil.rmtree(place, ignore_errors=True)  # who has it mapped keeps it
 

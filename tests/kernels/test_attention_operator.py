@@ -64,6 +64,7 @@ class Case:
             scale=self.scale,
             softcap=self.cap,
             local_window_size=self.window,
+            sliding_window_cache=0,
         )
 
     def feeds(self) -> dict[str, Array]:
@@ -321,3 +322,51 @@ def test_no_tokens_change_nothing() -> None:
     assert out.shape == (1, 0, 128)
     np.testing.assert_array_equal(keys, feeds["past_k"])
     np.testing.assert_array_equal(values, feeds["past_v"])
+
+
+@given(
+    window=st.integers(1, 90),
+    slack=st.integers(0, 70),
+    parts=st.lists(st.integers(1, 130), min_size=1, max_size=9),
+    dtype=st.sampled_from([np.float16, np.float32]),
+    seed=st.integers(0, 99),
+)
+@settings(max_examples=60, deadline=None)
+def test_a_rolling_cache_gives_what_a_whole_one_gives(
+    window: int, slack: int, parts: list[int], dtype: Any, seed: int
+) -> None:
+    heads, kept, size = 4, 2, 32
+    random = np.random.default_rng(seed)
+    packed = random.standard_normal((1, sum(parts), (heads + 2 * kept) * size)).astype(np.float32)
+    found = []
+    for rolling, rows in ((1, window + slack), (0, sum(parts))):
+        operator = Operator(
+            "GroupQueryAttention",
+            ["q", "", "", "past_k", "past_v", "last", "total"],
+            {"out": np.float32, "new_k": dtype, "new_v": dtype},
+            given={
+                "q": np.float32,
+                "past_k": dtype,
+                "past_v": dtype,
+                "last": np.int32,
+                "total": np.int32,
+            },
+            num_heads=heads,
+            kv_num_heads=kept,
+            scale=0.3,
+            softcap=0.0,
+            local_window_size=window,
+            sliding_window_cache=rolling,
+        )
+        past = [np.full((1, kept, rows, size), np.nan, dtype) for _ in range(2)]
+        outputs, place = [], 0
+        for count in parts:
+            end = place + count
+            last, total = np.array([end - 1], np.int32), np.array(end, np.int32)
+            out, *past = operator(
+                q=packed[:, place:end], past_k=past[0], past_v=past[1], last=last, total=total
+            )
+            outputs.append(out)
+            place = end
+        found.append(np.concatenate(outputs, 1))
+    np.testing.assert_array_equal(*found)

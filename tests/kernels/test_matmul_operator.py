@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 
 from support.operators import Array, Operator
 
-STEPS = 16256  # to which the inputs of a block are rounded, of its largest
+STEPS = {8: 127, 15: 16256}  # to which the inputs of a block are rounded, of its largest
 BLOCKS = (16, 32, 64, 128, 256)
 
 pytestmark = pytest.mark.usefixtures("kernels")
@@ -32,6 +32,7 @@ class Case:
     copies: int = 0
     rows: int = 1
     seed: int = 0
+    input_bits: int = 15
 
     @property
     def k(self) -> int:
@@ -66,7 +67,7 @@ class Case:
         return operator(self.weights(), self.attributes() | {"gate": gate}, threads)
 
     def attributes(self) -> dict[str, int]:
-        own = {"bits": self.bits, "block_size": self.block}
+        own = {"bits": self.bits, "block_size": self.block, "input_bits": self.input_bits}
         return {"K": self.k, "N": self.n, "group": self.group, "copies": self.copies, **own}
 
     def extended(self, x: Array) -> Array:
@@ -94,7 +95,7 @@ class Case:
         rounding = np.einsum("nbi,mbi->mn", abs(codes - zeros[..., None]) * scales, largest)
         # Of what is added in float32, codes and codes of zero may stand in different lanes.
         adding = np.einsum("nbi,mbi->mn", (codes + zeros[..., None]) * scales, largest)
-        return exact, rounding * (0.5001 / STEPS) + adding * 2.0**-22
+        return exact, rounding * (0.5001 / STEPS[self.input_bits]) + adding * 2.0**-22
 
 
 def split(codes: Array, bits: int) -> Array:
@@ -127,6 +128,7 @@ def cases(draw: st.DrawFn) -> Case:
         copies=draw(st.integers(1, 3)) if group else 0,
         rows=draw(st.integers(1, 40)),
         seed=draw(st.integers(0, 1000)),
+        input_bits=draw(st.sampled_from([8, 15])),
     )
 
 

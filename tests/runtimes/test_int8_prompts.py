@@ -43,7 +43,7 @@ def folder(request: pytest.FixtureRequest, make_artifact: MakeArtifact) -> Path:
 def ran(folder: Path, batch: int, run: Callable[[Feeder], None]) -> list[dict[str, np.ndarray]]:
     """What is stored of each sequence after a run."""
     with Artifact.open(folder) as artifact, closing(Table.open(artifact, "ram")) as table:
-        runtime = open_runtime(artifact, "cpu", RuntimeOptions(threads=1))
+        runtime = open_runtime(artifact, "cpu", RuntimeOptions(threads=1, own_kernels=False))
         with Feeder(runtime, table, batch, 128) as feeder:
             run(feeder)
             stored = [feeder.cache.state(sequence) for sequence in range(batch)]

@@ -31,6 +31,7 @@ from edge_memllm_runtimes import packed_weights as packed_cache
 from edge_memllm_runtimes.cpu_graph import for_cpu
 from edge_memllm_runtimes.graph_file import read_graph
 from edge_memllm_runtimes.options import RuntimeOptions
+from edge_memllm_runtimes.own_kernels import installed_kernels
 from edge_memllm_runtimes.packed_weights import packed_graph, processor_kind
 from edge_memllm_runtimes.runtime import open_runtime
 from support.checkpoints import MakeArtifact, files_of
@@ -365,7 +366,13 @@ def test_who_comes_second_takes_what_is_there(
             shutil.copy(file, folder)
 
     with Artifact.open(artifact) as opened, caplog.at_level(logging.INFO):
-        found = packed_graph(cache, opened, onnxruntime.__version__, meanwhile)
+        found = packed_graph(
+            cache,
+            opened,
+            onnxruntime.__version__,
+            meanwhile,
+            kernels=installed_kernels(),
+        )
     assert found == place / "graph.onnx"
     assert "made by another process meanwhile" in caplog.text
     assert list(cache.iterdir()) == [place]

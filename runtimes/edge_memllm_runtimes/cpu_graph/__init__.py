@@ -6,6 +6,7 @@ before ONNX Runtime sees it: float32 between operators; of keys and values that 
 no more than they look at; and prompts over int8 keys and values in float32.
 """
 
+from edge_memllm_runtimes.cpu_graph.kernels import INPUT_BITS
 from edge_memllm_runtimes.cpu_graph.rewriting import (
     FLOATS_FILE,
     CpuGraph,
@@ -14,4 +15,4 @@ from edge_memllm_runtimes.cpu_graph.rewriting import (
     for_cpu,
 )
 
-__all__ = ["FLOATS_FILE", "CpuGraph", "computed_dtype", "floats_of", "for_cpu"]
+__all__ = ["FLOATS_FILE", "INPUT_BITS", "CpuGraph", "computed_dtype", "floats_of", "for_cpu"]

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -61,6 +61,17 @@ class EditedGraph:
         self.tensors[name] = {**fields, "raw_data": values.tobytes()}
         return name
 
+    def drop_unused_constants(self) -> None:
+        """Drop the numbers in the graph that no node reads any more; no node has branches yet."""
+        used = {name for each in self.nodes for name in each["input"]}
+        for name in [name for name, each in self.tensors.items() if "raw_data" in each]:
+            if name not in used:
+                del self.tensors[name]
+
+    def import_domain(self, domain: str, version: int) -> None:
+        """Let nodes be operators of another domain."""
+        self._model["opset_import"].append({"domain": domain, "version": version})
+
     def require_opset(self, version: int) -> None:
         """Let ONNX's own operators be those of an operator set, or of the later one they are of."""
         for each in self._model["opset_import"]:
@@ -79,8 +90,13 @@ def node(
     fields: Fields = {"input": inputs, "output": list(outputs), "name": outputs[0]}
     fields |= {"op_type": op_type, "domain": domain}
     if attributes:
-        fields["attribute"] = [_attribute(name, value) for name, value in attributes.items()]
+        fields["attribute"] = written(attributes)
     return fields
+
+
+def written(attributes: Mapping[str, int | float | list[int]]) -> list[Fields]:
+    """Return the attributes of a node as its message has them."""
+    return [_attribute(name, value) for name, value in attributes.items()]
 
 
 def _attribute(name: str, value: int | float | list[int]) -> Fields:

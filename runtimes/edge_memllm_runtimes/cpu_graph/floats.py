@@ -7,6 +7,7 @@ attention over float16 keys is computed by its operator as before, with casts ar
 from __future__ import annotations
 
 from edge_memllm_runtimes.cpu_graph.edited import CODES, EditedGraph, Fields, cast, element
+from edge_memllm_runtimes.cpu_graph.kernels import is_own
 
 _HALF, _FLOAT = CODES["float16"], CODES["float32"]
 _PAST = "past_key_values."
@@ -31,12 +32,15 @@ class _Floats:
         graph = self._graph
         for each in graph.inputs:
             self._take(each)
-        angles: set[str] = set()
+        kept: set[str] = set()  # weights that stay as they are stored
         for each in graph.nodes:
             if each["op_type"] == "Cast":
                 self._dropped(each)
+            elif is_own(each):
+                kept.update(each["input"][1:])
+                self._nodes.append(each | {"input": list(map(self._name, each["input"]))})
             elif each["op_type"] == _ATTENTION and self._half_caches:
-                angles.update(each["input"][_ANGLES])
+                kept.update(each["input"][_ANGLES])
                 self._attend(each)
             else:
                 self._nodes.append(each | {"input": list(map(self._name, each["input"]))})
@@ -45,7 +49,7 @@ class _Floats:
             if each["name"] == "logits":
                 element(each)["elem_type"] = _FLOAT
         halves = {name for name, each in graph.tensors.items() if each["data_type"] == _HALF}
-        return halves - angles
+        return halves - kept
 
     def _take(self, value: Fields) -> None:
         """Make an input float32 where it comes in; keys and values stay."""

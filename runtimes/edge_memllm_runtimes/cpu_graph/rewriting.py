@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,7 @@ from numpy.typing import NDArray
 from edge_memllm.artifact.manifest import QUANTISED_WEIGHTS
 from edge_memllm_runtimes.cpu_graph.edited import CODES, EditedGraph
 from edge_memllm_runtimes.cpu_graph.floats import in_floats
+from edge_memllm_runtimes.cpu_graph.kernels import fuse, take_over
 from edge_memllm_runtimes.cpu_graph.prompts import attend_in_floats
 from edge_memllm_runtimes.cpu_graph.windows import cut_windows
 
@@ -48,12 +50,16 @@ def computed_dtype(manifest: Manifest, device: str, *, own_dtype: bool = False) 
     return "float32"
 
 
-def for_cpu(content: bytes, *, floats: bool = True) -> CpuGraph:
+def for_cpu(content: bytes, *, floats: bool = True, input_bits: Collection[int] = ()) -> CpuGraph:
     """Rewrite a checked graph, its dtype only with ``floats``.
 
+    With ``input_bits``, for kernels of ours, which take products with inputs of so many bits. They
+    compute in float32: a graph in another dtype takes them only together with ``floats``.
     The weights beside it stay where they are but for `widened`.
     """
     graph = EditedGraph(content)
+    if input_bits:
+        take_over(graph, input_bits)
     widened, place = [], 0
     for name in sorted(in_floats(graph)) if floats else ():
         tensor = graph.tensors[name]
@@ -68,6 +74,8 @@ def for_cpu(content: bytes, *, floats: bool = True) -> CpuGraph:
         tensor["external_data"] = [{"key": key, "value": each} for key, each in entries.items()]
         widened.append(name)
         place += size + -size % _ALIGNMENT
+    if input_bits:
+        fuse(graph)
     cut_windows(graph)
     if floats:
         attend_in_floats(graph)

@@ -9,6 +9,7 @@ share that. Keys and values in int8 are not cut, for what reads them writes them
 from __future__ import annotations
 
 from edge_memllm_runtimes.cpu_graph.edited import EditedGraph, Fields, attribute, cast, node
+from edge_memllm_runtimes.cpu_graph.kernels import is_own
 
 _KEYS, _LENGTHS, _ANGLES = slice(3, 5), slice(5, 7), slice(7, 9)  # inputs of attention
 _PRESENT = "present."
@@ -31,8 +32,13 @@ def cut_windows(graph: EditedGraph) -> None:
 
 
 def _reads_floats(each: Fields) -> bool:
+    """Whether it is one of the library's: ours look at nothing before their window."""
     keys: str = each["input"][_KEYS.start]
-    return keys.startswith(_PRESENT) and attribute(each, "kv_cache_bit_width") is None
+    return (
+        not is_own(each)
+        and keys.startswith(_PRESENT)
+        and attribute(each, "kv_cache_bit_width") is None
+    )
 
 
 class _Cut:
