@@ -208,6 +208,10 @@ def test_the_packed_program_runs_without_python(
     packed = tmp_path / "dist" / "edge-memllm-desktop"
     names = {path.name.split(".")[0] for path in packed.rglob("*")}
     assert not names & {"torch", "transformers", "onnx", "sklearn"}
+    if there("edge_memllm_kernels"):
+        assert [
+            path for path in packed.rglob("*edge_memllm_kernels.*") if path.stat().st_size > 1000
+        ]
     size = sum(path.stat().st_size for path in packed.rglob("*") if path.is_file())
     assert size < 250_000_000
     with virtual_screen(tmp_path) as screen:
