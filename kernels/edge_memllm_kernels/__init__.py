@@ -55,6 +55,8 @@ def processor() -> str:
             f"{LIMIT_VARIABLE} is {limit!r} in the environment, expected one of "
             f"{', '.join(_LIMITS)}. Without the variable the best is taken"
         )
+    if limit == "none":
+        return ""
     ask = ctypes.CDLL(str(library())).edge_memllm_processor
     ask.restype = ctypes.c_char_p
     name: bytes = ask()

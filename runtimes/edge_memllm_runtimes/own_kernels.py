@@ -34,11 +34,11 @@ def installed_kernels() -> OwnKernels | None:
         return None
     try:
         processor = package.processor()
+        if not processor:
+            return None
         library = package.library()
     except (OSError, ValueError) as error:
         raise EdgeMemLLMError(f"edge-memllm-kernels: {error}.") from error
-    if not processor:
-        return None
     name = f"edge-memllm-kernels {package.__version__} ({processor})"
     return OwnKernels(library, name, _INPUT_BITS.get(processor, INPUT_BITS))
 

@@ -51,6 +51,7 @@ def hide() -> None:
     os.open = without_folders(os.open)
     ctypes.CDLL = named_only(ctypes.CDLL)  # type: ignore[misc,assignment]
     sys.platform = "win32"
+    os.environ["EDGE_MEMLLM_KERNELS"] = "none"  # what is compiled here is not for Windows
 
 
 def take_away(module: Any, beginnings: tuple[str, ...]) -> None:
