@@ -31,7 +31,7 @@ struct Attention {
 struct Attend {
   size_t (*strips)(const Attention &);  // of tokens: tasks of `prepare` and of `combine`
   size_t (*tasks)(const Attention &);   // of `run`
-  size_t (*partial_floats)(const Attention &);  // 0: there is nothing to combine
+  size_t (*partial_floats)(const Attention &);
   void (*prepare)(const Attention &, size_t task);  // append keys and values, turn queries
   void (*run)(const Attention &, size_t task);      // some queries, all or some positions
   void (*combine)(const Attention &, size_t task);  // what was found in several parts

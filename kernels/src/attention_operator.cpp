@@ -152,7 +152,7 @@ OrtStatusPtr AttentionKernel<KEPT>::attend(OrtKernelContext *context, Attention 
   auto combine = [&](size_t task) { attend.combine(a, task); };
   RETURN_IF_FAILED(in_parallel(context, prepare, attend.strips(a)));
   RETURN_IF_FAILED(in_parallel(context, run, attend.tasks(a)));
-  return attend.partial_floats(a) ? in_parallel(context, combine, attend.strips(a)) : nullptr;
+  return in_parallel(context, combine, attend.strips(a));
 }
 
 // The position of the first row of a rolling cache, for a text of some length: rows move by as many

@@ -217,7 +217,7 @@ def _integers(graph: EditedGraph, names: list[str]) -> list[int]:
 
 
 def _wanted(graph: EditedGraph) -> list[Fields]:
-    """The nodes that something is left to take from, in their order; a product may move back."""
+    """The nodes that something is left to take from, in their order."""
     wanted = {each["name"] for each in graph.outputs}
     found = []
     for each in reversed(graph.nodes):
